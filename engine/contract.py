@@ -1,0 +1,116 @@
+"""The tensors that cross a model boundary: names, dtypes, shapes, ranges, axis order.
+
+This is the only place that says so; every `config.pbtxt` is checked against it by a test, export and runtime take the
+names from here.
+
+Legend of the dimensions: D H W axes of the model volume (slices, rows, columns), N visual tokens, H_llm width of the
+language model, E width of the segmentation encoder, K number of `[SEG]` tokens in an answer, T texts. A dimension that
+depends on the checkpoint is -1.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a model: Triton's dtype name, dims without the batch axis, and what it means."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    doc: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of the repository. `max_batch_size` 0 means that there is no batch axis."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    doc: str
+    max_batch_size: int = 0
+    decoupled: bool = False
+    ensemble: bool = False
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.outputs)
+
+
+# --- a scan and its study --------------------------------------------------------------------------------------------
+VOLUME = Tensor("VOLUME", "UINT8", (-1,), "bytes of a scan file: NIfTI, zipped DICOM series or npy", optional=True)
+AFFINE_IN = Tensor("AFFINE", "FP64", (4, 4), "voxel-to-world of an npy scan, mm, RAS+ as in NIfTI; files bring theirs", optional=True)
+PRESET = Tensor("PRESET", "BYTES", (1,), "preprocessing preset, one of engine.volume.PRESETS; default auto", optional=True)
+STUDY_IN = Tensor("STUDY", "BYTES", (1,), "handle of a scan that the server holds, instead of VOLUME", optional=True)
+SEGMENT_HINT = Tensor("SEGMENT_HINT", "BOOL", (1,), "encode for segmentation early, beside decoding", optional=True)
+STUDY = Tensor("STUDY", "BYTES", (1,), "study handle: 64 hex digits, SHA-256 of content, preset and model")
+STUDY_INFO = Tensor("STUDY_INFO", "BYTES", (1,), "JSON: preset, reason, shape, spacing_mm, orientation, cached")
+
+# --- a question and its answer ---------------------------------------------------------------------------------------
+QUESTION = Tensor("QUESTION", "BYTES", (1,), "UTF-8 text that follows the image tokens")
+SAMPLING = Tensor("SAMPLING", "BYTES", (1,), "JSON, see engine.sampling.Sampling; default greedy", optional=True)
+STREAM = Tensor("STREAM", "BOOL", (1,), "true: one response per step; default: one response in all", optional=True)
+TEXT = Tensor("TEXT", "BYTES", (1,), "UTF-8 text since the last response")
+TOKEN_IDS = Tensor("TOKEN_IDS", "INT32", (-1,), "token ids since the last response, with a final EOS if there is one")
+FINISH_REASON = Tensor("FINISH_REASON", "BYTES", (1,), "empty until the last response, then stop or length")
+BOXES = Tensor("BOXES", "FP64", (-1, 6), "last response: boxes of the answer, voxel indices of the scan's array axes (i0,j0,k0,i1,j1,k1)")
+ANSWER_INFO = Tensor("ANSWER_INFO", "BYTES", (1,), "last response: JSON with prompt_tokens, cached_tokens, times in s; else empty")
+SEG_STATES = Tensor("SEG_STATES", "FP32", (-1, -1), "last response: K x H_llm states that predicted the [SEG] tokens; else 0 rows")
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+RETURN_LOGITS = Tensor("RETURN_LOGITS", "BOOL", (1,), "also return the logits; default false", optional=True)
+MASK = Tensor("MASK", "UINT8", (-1,), "mask in the scan's own space: numpy.packbits of the C-ordered array; empty without [SEG]")
+MASK_SHAPE = Tensor("MASK_SHAPE", "INT64", (3,), "shape of the unpacked mask: the scan's own")
+AFFINE = Tensor("AFFINE", "FP64", (4, 4), "voxel-to-world of the mask: the scan's own, RAS+ mm")
+LOGITS = Tensor("LOGITS", "FP32", (-1, -1, -1), "D x H x W logits in model space if asked for, else 0 x 0 x 0")
+
+# --- retrieval -------------------------------------------------------------------------------------------------------
+TEXTS = Tensor("TEXTS", "BYTES", (-1,), "T candidate texts, UTF-8")
+SCORES = Tensor("SCORES", "FP32", (-1,), "T cosine similarities of scan and texts, in [-1, 1]")
+
+# --- compute models (static graphs) ----------------------------------------------------------------------------------
+IMAGE = Tensor("IMAGE", "FP32", (1, -1, -1, -1), "1 x D x H x W model volume in [0, 1]")
+VISUAL_TOKENS = Tensor("VISUAL_TOKENS", "FP32", (-1, -1), "N x H_llm, projected visual tokens")
+FEATURES = Tensor("FEATURES", "FP32", (-1, -1, -1, -1), "E x D/p x H/p x W/p features of SegVol's encoder")
+SEG_STATE = Tensor("SEG_STATE", "FP32", (-1,), "H_llm, mean of the [SEG] states of an answer")
+MASK_LOGITS = Tensor("MASK_LOGITS", "FP32", (1, -1, -1, -1), "1 x D x H x W mask logits in model space")
+IMAGE_EMBEDDING = Tensor("IMAGE_EMBEDDING", "FP32", (-1,), "L2-normalised CLS feature of the scan")
+INPUT_IDS = Tensor("INPUT_IDS", "INT64", (-1,), "token ids, padded to the text length")
+ATTENTION_MASK = Tensor("ATTENTION_MASK", "INT64", (-1,), "1 for tokens, 0 for padding")
+TEXT_EMBEDDING = Tensor("TEXT_EMBEDDING", "FP32", (-1,), "L2-normalised CLS feature of the text")
+
+_SCAN = (VOLUME, AFFINE_IN, PRESET, STUDY_IN)
+_ANSWER = (TEXT, TOKEN_IDS, FINISH_REASON, BOXES, ANSWER_INFO)
+ENCODER_MAX_BATCH = 8
+
+MODELS: dict[str, Model] = {m.name: m for m in (
+    Model("study", (*_SCAN, SEGMENT_HINT), (STUDY, STUDY_INFO), "decode, preprocess and encode a scan once"),
+    Model("m3d_chat", (*_SCAN, QUESTION, SAMPLING, STREAM), (*_ANSWER, STUDY, STUDY_INFO),
+          "answer a question about a scan, streaming", decoupled=True, ensemble=True),
+    Model("m3d_segment", (*_SCAN, SEGMENT_HINT, QUESTION, SAMPLING, RETURN_LOGITS),
+          (*_ANSWER, STUDY, STUDY_INFO, MASK, MASK_SHAPE, AFFINE, LOGITS),
+          "answer a question and draw the mask it asks for", decoupled=True, ensemble=True),
+    Model("m3d_retrieve", (*_SCAN, TEXTS), (SCORES, STUDY, STUDY_INFO), "rank texts against a scan", ensemble=True),
+    Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
+    Model("segmentation_encoder", (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
+    Model("decoder", (STUDY, QUESTION, SAMPLING, STREAM), (*_ANSWER, SEG_STATES, STUDY),
+          "the language model, vLLM", decoupled=True),
+    Model("segmentation", (STUDY, SEG_STATES, RETURN_LOGITS), (MASK, MASK_SHAPE, AFFINE, LOGITS),
+          "nothing without a [SEG]; else head, then the mask in the scan's own space"),
+    Model("segmentation_head", (FEATURES, SEG_STATE), (MASK_LOGITS,), "seg projector and SegVol's mask decoder", ENCODER_MAX_BATCH),
+    Model("retrieval", (STUDY, TEXTS), (SCORES,), "cosine similarity of scan and texts"),
+    Model("clip_image_encoder", (IMAGE,), (IMAGE_EMBEDDING,), "M3D-CLIP's 3D ViT, projected CLS", ENCODER_MAX_BATCH),
+    Model("clip_text_encoder", (INPUT_IDS, ATTENTION_MASK), (TEXT_EMBEDDING,), "M3D-CLIP's BERT, projected CLS", 64),
+)}
+
+CHAT_MODELS = ("study", "vision_encoder", "decoder", "m3d_chat")
+SEGMENT_MODELS = ("segmentation_encoder", "segmentation_head", "segmentation", "m3d_segment")
+RETRIEVE_MODELS = ("clip_image_encoder", "clip_text_encoder", "retrieval", "m3d_retrieve")
+GRAPHS = ("vision_encoder", "segmentation_encoder", "segmentation_head", "clip_image_encoder", "clip_text_encoder")

@@ -1,0 +1,79 @@
+"""How an answer is sampled: checked on the client for quick errors, and again on the server, which trusts nobody."""
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+
+from engine.errors import InvalidInput
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling settings; the defaults are greedy, as the exactness tests use them.
+
+    max_new_tokens: 1 or more; the server also refuses what does not fit the context beside the prompt.
+    temperature: 0 (greedy) to 2. top_p: above 0 to 1. top_k: 0 (off) or more.
+    stop: texts that end the answer (at most 16, not part of it). seed: 0 to 2**63-1, or None.
+    repetition_penalty: above 0 to 2; 1 is off.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        stop = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        self._integer("max_new_tokens", 1, 1 << 20)
+        self._number("temperature", 0.0, 2.0)
+        self._number("top_p", 0.0, 1.0, exclusive=True)
+        self._integer("top_k", 0, 1 << 30)
+        if self.seed is not None:
+            self._integer("seed", 0, (1 << 63) - 1)
+        self._number("repetition_penalty", 0.0, 2.0, exclusive=True)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidInput(f"stop: {len(self.stop)} strings given, at most {MAX_STOP_STRINGS} are allowed")
+        for text in self.stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARACTERS:
+                raise InvalidInput(f"stop: every string must have 1 to {MAX_STOP_CHARACTERS} characters")
+
+    def _integer(self, name, low, high):
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InvalidInput(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+
+    def _number(self, name, low, high, exclusive=False):
+        value = getattr(self, name)
+        valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not valid or not (low < value if exclusive else low <= value) or value > high:
+            edge = "above" if exclusive else "from"
+            raise InvalidInput(f"{name} must be a number {edge} {low:g} to {high:g}, not {value!r}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Sampling":
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise InvalidInput(f"unknown sampling setting {', '.join(unknown)}; known are {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Sampling":
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise InvalidInput(f"SAMPLING is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise InvalidInput(f"SAMPLING must be a JSON object, not {type(values).__name__}")
+        return cls.from_dict(values)
