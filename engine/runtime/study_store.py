@@ -1,0 +1,387 @@
+"""Everything known about a scan, computed once and kept in shared memory for all Python processes of one server.
+
+A study is a folder named by its handle, which is a SHA-256 of the scan's content, its affine, the preset and the
+exported model: two patients never share an entry, and no entry outlives its model. The folder holds `info.json` and one
+`.npy` file per piece; readers map the files (a `.npy` header keeps the data 64-byte aligned), so a piece is read by any
+number of processes without a copy and stays valid for a reader even after its eviction.
+
+Bounded in bytes: the least recently used studies go first, never one whose pieces are locked, that is, being computed.
+Locks are open-file-description locks on byte ranges of one file: they hold between threads and processes alike, and
+the kernel frees them when their process dies.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import struct
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import ResourceExhausted, StudyNotFound
+
+PIECES = ("image", "visual_tokens", "segmentation_features", "clip_image")
+SHARED_MEMORY = Path("/dev/shm")
+FOLDER_PREFIX = "m3d-studies"
+DEFAULT_LIMIT_BYTES = 2 << 30
+SMALLEST_LIMIT_BYTES = 1 << 20
+
+_HANDLE = re.compile(r"[0-9a-f]{64}")
+_INFO = "info.json"
+_LOCKS, _USERS, _LIMIT = ".locks", ".users", ".limit"
+_UNFINISHED = ".unfinished"
+_BYTES_PER_STUDY = 16  # of the lock file: one per piece, with room for more pieces
+_WHOLE_STORE = 0
+
+
+def content_digest(data) -> str:
+    """SHA-256 of a scan's bytes (anything with the buffer protocol), in hex. The costly part of a handle."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def study_handle(content: str, affine: np.ndarray | None, preset: str, model: str) -> str:
+    """The handle of a scan: SHA-256 in hex over its `content_digest`, affine (4 x 4 or None), preset and manifest."""
+    space = None if affine is None else np.asarray(affine, np.float64).ravel().tolist()
+    return hashlib.sha256(json.dumps([content, space, preset, model]).encode()).hexdigest()
+
+
+class StudyStore:
+    """A folder of studies, shared by processes, bounded to `limit_bytes`.
+
+    Without a `limit_bytes` the limit is the one that another process has set for the same folder. Raises
+    ResourceExhausted if the folder's file system is too small for the limit.
+    """
+
+    def __init__(self, root: Path | str, limit_bytes: int | None = None):
+        self.root = Path(root)
+        self._users = _join(self.root)
+        if limit_bytes is not None:
+            _check_limit(self.root, limit_bytes)
+            with self._locked(_WHOLE_STORE, 1):
+                _write_atomically(self.root / _LIMIT, str(limit_bytes).encode())
+
+    @classmethod
+    def of_server(cls, limit_bytes: int | None = None) -> "StudyStore":
+        """The store of the tritonserver that this process belongs to; the same folder in all of its processes.
+
+        Leftovers of servers that died without cleaning up are removed on the way.
+        """
+        sweep()
+        pid = _server_pid()
+        return cls(SHARED_MEMORY / f"{FOLDER_PREFIX}-{os.geteuid()}-{pid}-{_start_time(pid)}", limit_bytes)
+
+    def close(self) -> None:
+        """Leave the store. The last process to leave removes it."""
+        if self._users is None:
+            return
+        try:
+            fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(self.root, ignore_errors=True)
+        except BlockingIOError:
+            pass  # others still use it
+        finally:
+            os.close(self._users)
+            self._users = None
+
+    def __enter__(self) -> "StudyStore":
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    @property
+    def limit_bytes(self) -> int:
+        try:
+            return int((self.root / _LIMIT).read_text())
+        except FileNotFoundError:
+            return default_limit(self.root)
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(_size(folder) for folder in self._studies())
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+    def __contains__(self, handle: str) -> bool:
+        return bool(_HANDLE.fullmatch(handle)) and (self.root / handle / _INFO).exists()
+
+    def info(self, handle: str) -> dict:
+        """What was stored with the study. Raises StudyNotFound."""
+        folder = self._folder(handle)
+        try:
+            return json.loads((folder / _INFO).read_bytes())
+        except FileNotFoundError:
+            raise _not_found(handle) from None
+
+    def get(self, handle: str, piece: str) -> np.ndarray | None:
+        """A piece as a read-only memory map, or None if it is not computed yet. Raises StudyNotFound."""
+        path = self._folder(handle) / _file_name(piece)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            return None
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+    def add(self, handle: str, info: dict, image: np.ndarray) -> None:
+        """Store a new study: `info` (JSON) and its model volume, 1 x D x H x W fp32. Visible whole or not at all.
+
+        Raises ResourceExhausted if it does not fit the store.
+        """
+        if not _HANDLE.fullmatch(handle):
+            raise ValueError(f"a study handle has 64 hex digits, not {handle!r}")
+        document = json.dumps(info).encode()
+        with self._room_for(handle, len(document) + _stored_size(image)) as unfinished:
+            unfinished.mkdir(mode=0o700)
+            _write(unfinished / _INFO, document)
+            _write_array(unfinished / _file_name("image"), image)
+            if handle not in self:
+                unfinished.rename(self.root / handle)
+
+    def put(self, handle: str, piece: str, array: np.ndarray) -> None:
+        """Add a piece to a study. Raises StudyNotFound if the study is gone, ResourceExhausted if it does not fit."""
+        folder = self._folder(handle)
+        with self._room_for(handle, _stored_size(array)) as unfinished:
+            _write_array(unfinished, array)
+            try:
+                unfinished.rename(folder / _file_name(piece))
+            except FileNotFoundError:
+                raise _not_found(handle) from None
+
+    @contextmanager
+    def lock(self, handle: str, piece: str):
+        """Held while a piece is computed: others who want it wait here, and its study is not evicted meanwhile."""
+        with self._locked(_first_byte(handle) + PIECES.index(piece), 1):
+            yield
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+    def _folder(self, handle: str) -> Path:
+        """The folder of a known study, marked as just used."""
+        if not _HANDLE.fullmatch(handle):
+            raise _not_found(handle)
+        folder = self.root / handle
+        try:
+            os.utime(folder / _INFO)
+        except FileNotFoundError:
+            raise _not_found(handle) from None
+        return folder
+
+    def _studies(self) -> list[Path]:
+        return [Path(entry.path) for entry in os.scandir(self.root) if _HANDLE.fullmatch(entry.name)]
+
+    @contextmanager
+    def _room_for(self, handle: str, size: int):
+        """Evict until `size` more bytes fit, then yield the path for unfinished work; one writer at a time.
+
+        So the bound holds exactly, and whatever lies at that path when the lock is ours was left by a killed process.
+        """
+        limit = self.limit_bytes
+        own = _size(self.root / handle)
+        if own + size > limit:
+            raise ResourceExhausted(
+                f"the study needs {_mb(own + size)}, more than the whole study store ({_mb(limit)}): raise the "
+                f"parameter study_store_mb of the model 'study'"
+            )
+        with self._locked(_WHOLE_STORE, 1):
+            unfinished = self.root / _UNFINISHED
+            _remove(unfinished)
+            self._evict_until(limit - size, keep=handle)
+            try:
+                yield unfinished
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise ResourceExhausted(
+                    f"no space left in {self.root.parent}: give it more (docker --shm-size), or lower the parameter "
+                    f"study_store_mb of the model 'study'"
+                ) from None
+            finally:
+                _remove(unfinished)
+
+    def _evict_until(self, wanted: int, keep: str) -> None:
+        sizes = {folder: _size(folder) for folder in self._studies()}
+        used = sum(sizes.values())
+        for folder in sorted(sizes, key=_last_use):
+            if used <= wanted:
+                return
+            if folder.name != keep and self._evict(folder):
+                used -= sizes[folder]
+        if used > wanted:
+            raise ResourceExhausted(
+                f"the study store ({_mb(self.limit_bytes)}) is full of studies that are being encoded: try again "
+                f"shortly, or raise the parameter study_store_mb of the model 'study'"
+            )
+
+    def _evict(self, folder: Path) -> bool:
+        try:
+            with self._locked(_first_byte(folder.name), _BYTES_PER_STUDY, wait=False):
+                folder.rename(self.root / _UNFINISHED)  # at once for everybody; deleting takes several steps
+                _remove(self.root / _UNFINISHED)
+                return True
+        except BlockingIOError:
+            return False
+
+    @contextmanager
+    def _locked(self, first: int, length: int, wait: bool = True):
+        descriptor = os.open(self.root / _LOCKS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # struct flock: l_type, l_whence, l_start, l_len, l_pid (0 for open-file-description locks)
+            request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, first, length, 0)
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def sweep() -> None:
+    """Remove the stores of this user whose server is dead and which nobody has open."""
+    name = re.compile(rf"{FOLDER_PREFIX}-{os.geteuid()}-(\d+)-(\d+)")
+    for root in SHARED_MEMORY.iterdir():
+        server = name.fullmatch(root.name)
+        if not server or _start_time(int(server[1])) == int(server[2]):
+            continue
+        try:
+            # In a shared /dev/shm the server may live in another container, where its pid means nothing to us.
+            StudyStore(root).close()
+        except (OSError, ResourceExhausted):
+            continue
+
+
+def default_limit(folder: Path) -> int:
+    """2 GiB, or half of a smaller file system."""
+    return min(DEFAULT_LIMIT_BYTES, _file_system_bytes(folder) // 2)
+
+
+def _check_limit(root: Path, limit: int) -> None:
+    available = _file_system_bytes(root)
+    if not SMALLEST_LIMIT_BYTES <= limit <= available:
+        raise ResourceExhausted(
+            f"a study store of {_mb(limit)} is not possible in {root.parent}, which has {_mb(available)}; at least "
+            f"{_mb(SMALLEST_LIMIT_BYTES)} are needed: give it more (docker --shm-size), or set the parameter "
+            f"study_store_mb of the model 'study'"
+        )
+
+
+def _join(root: Path) -> int:
+    """Create the folder if need be and hold a shared lock on it; the descriptor of the lock."""
+    while True:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = root.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise PermissionError(f"{root} is not a private folder of this user: remove it")
+        try:
+            descriptor = os.open(root / _USERS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.stat(root / _USERS)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # the last user removed the folder in between: once more
+
+
+def _server_pid() -> int:
+    """The nearest ancestor that is a tritonserver, else the parent."""
+    pid = os.getppid()
+    while pid > 1:
+        name, parent, _ = _process(pid)
+        if name == "tritonserver":
+            return pid
+        pid = parent
+    return os.getppid()
+
+
+def _start_time(pid: int) -> int | None:
+    """Start of a process in clock ticks since boot, which tells apart processes that had the same pid; None if dead."""
+    try:
+        return _process(pid)[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _process(pid: int) -> tuple[str, int, int]:
+    """(name, parent, start time) from /proc, see proc(5)."""
+    head, tail = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)
+    fields = tail.split()
+    return head.split("(", 1)[1], int(fields[1]), int(fields[19])
+
+
+def _not_found(handle: str) -> StudyNotFound:
+    name = handle if len(handle) <= 64 else handle[:61] + "..."
+    return StudyNotFound(f"unknown study {name!r}: this server never had it or has evicted it, upload the scan again")
+
+
+def _first_byte(handle: str) -> int:
+    """Where the locks of a study lie in the lock file: 56 bits of the handle, clear of the store's own byte."""
+    return (1 + int(handle[:14], 16)) * _BYTES_PER_STUDY
+
+
+def _file_name(piece: str) -> str:
+    if piece not in PIECES:
+        raise ValueError(f"unknown piece {piece!r}; known are {', '.join(PIECES)}")
+    return f"{piece}.npy"
+
+
+def _last_use(folder: Path) -> int:
+    try:
+        return (folder / _INFO).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _size(folder: Path) -> int:
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    except FileNotFoundError:
+        return 0
+
+
+def _stored_size(array: np.ndarray) -> int:
+    return array.nbytes + 128  # the header of a .npy file of few axes
+
+
+def _file_system_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_blocks * status.f_frsize
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    array = np.ascontiguousarray(array)
+    with _create(path) as file:
+        # Not numpy.save: on a full file system it raises an error without its errno.
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with _create(path) as file:
+        file.write(data)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + "-new")
+    _remove(temporary)
+    _write(temporary, data)
+    temporary.rename(path)
+
+
+def _create(path: Path):
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"

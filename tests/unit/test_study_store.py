@@ -1,0 +1,246 @@
+import multiprocessing
+import os
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from engine.errors import ResourceExhausted, StudyNotFound
+from engine.runtime import study_store
+from engine.runtime.study_store import StudyStore, content_digest, study_handle
+
+MB = 1_000_000
+spawn = multiprocessing.get_context("spawn")
+
+
+def handle_of(name: str) -> str:
+    return study_handle(content_digest(name.encode()), None, "auto", "model")
+
+
+def image_of(megabytes: float) -> np.ndarray:
+    return np.zeros((1, 1, 1, int(megabytes * MB / 4)), np.float32)
+
+
+@pytest.fixture
+def store(tmp_path):
+    with StudyStore(tmp_path / "store", 10 * MB) as store:
+        yield store
+
+
+def test_a_piece_comes_back_as_it_was_stored_read_only_and_mapped(store):
+    handle = handle_of("scan")
+    tokens = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    store.add(handle, {"preset": "ct"}, image_of(1))
+    assert store.get(handle, "visual_tokens") is None
+    store.put(handle, "visual_tokens", tokens)
+    stored = store.get(handle, "visual_tokens")
+    np.testing.assert_array_equal(stored, tokens)
+    assert isinstance(stored, np.memmap) and not stored.flags.writeable
+    assert stored.ctypes.data % 64 == 0
+    assert store.info(handle) == {"preset": "ct"}
+
+
+def test_a_handle_depends_on_content_affine_preset_and_model():
+    content = content_digest(b"scan")
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    handles = {
+        study_handle(content, None, "auto", "model"),
+        study_handle(content_digest(b"another scan"), None, "auto", "model"),
+        study_handle(content, affine, "auto", "model"),
+        study_handle(content, affine + 1e-9, "auto", "model"),
+        study_handle(content, None, "ct", "model"),
+        study_handle(content, None, "auto", "another model"),
+    }
+    assert len(handles) == 6 and all(len(handle) == 64 for handle in handles)
+    assert study_handle(content, affine, "ct", "m") == study_handle(content, affine.astype(np.float32), "ct", "m")
+
+
+@pytest.mark.parametrize("handle", ["", "..", "../../etc", "x" * 64, "A" * 64, "0" * 63, "0" * 1000, handle_of("never")])
+def test_an_unknown_handle_is_not_found_and_says_to_upload_again(store, handle):
+    assert handle not in store
+    for use in (lambda: store.info(handle), lambda: store.get(handle, "image"),
+                lambda: store.put(handle, "image", image_of(1))):
+        with pytest.raises(StudyNotFound, match="upload the scan again") as error:
+            use()
+        assert len(str(error.value)) < 200
+
+
+def test_the_least_recently_used_study_is_evicted_first(store):
+    a, b, c, d = (handle_of(name) for name in "abcd")
+    for n, handle in enumerate((a, b, c)):
+        store.add(handle, {}, image_of(3))
+        os.utime(store.root / handle / "info.json", ns=(n, n))
+    store.get(a, "image")  # now b is the oldest
+    store.add(d, {}, image_of(3))
+    assert [handle in store for handle in (a, b, c, d)] == [True, False, True, True]
+
+
+def test_the_limit_holds_for_pieces_added_later(store):
+    a, b = handle_of("a"), handle_of("b")
+    store.add(a, {}, image_of(4))
+    store.add(b, {}, image_of(4))
+    store.put(b, "segmentation_features", image_of(4))
+    assert a not in store and b in store and store.used_bytes <= 10 * MB
+
+
+def test_a_reader_keeps_its_piece_after_eviction(store):
+    a, b = handle_of("a"), handle_of("b")
+    image = np.full_like(image_of(6), 3.0)
+    store.add(a, {}, image)
+    mapped = store.get(a, "image")
+    store.add(b, {}, image_of(6))
+    assert a not in store
+    np.testing.assert_array_equal(mapped, image)
+
+
+def test_a_study_being_computed_is_not_evicted(store):
+    a, b = handle_of("a"), handle_of("b")
+    store.add(a, {}, image_of(6))
+    with store.lock(a, "visual_tokens"):
+        with pytest.raises(ResourceExhausted, match="try again"):
+            store.add(b, {}, image_of(6))
+        assert a in store
+    store.add(b, {}, image_of(6))
+    assert a not in store and b in store
+
+
+def test_a_study_larger_than_the_store_is_refused_and_evicts_nothing(store):
+    a, b = handle_of("a"), handle_of("b")
+    store.add(a, {}, image_of(3))
+    with pytest.raises(ResourceExhausted, match="11 MB.*10 MB.*study_store_mb"):
+        store.add(b, {}, image_of(11))
+    with pytest.raises(ResourceExhausted, match="study_store_mb"):
+        store.put(a, "visual_tokens", image_of(8))
+    assert a in store
+
+
+def test_a_full_file_system_is_a_clear_error_and_leaves_nothing_behind(store, monkeypatch):
+    handle = handle_of("a")
+
+    def full(path, array):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    store.add(handle, {}, image_of(1))
+    monkeypatch.setattr(study_store, "_write_array", full)
+    with pytest.raises(ResourceExhausted, match="shm-size"):
+        store.put(handle, "visual_tokens", image_of(1))
+    with pytest.raises(ResourceExhausted, match="shm-size"):
+        store.add(handle_of("b"), {}, image_of(1))
+    assert [entry.name for entry in store.root.iterdir() if not entry.name.startswith(".")] == [handle]
+    assert not (store.root / ".unfinished").exists()
+
+
+@pytest.mark.parametrize("limit", [0, MB // 2, 1 << 60])
+def test_a_limit_that_the_file_system_cannot_hold_is_refused(tmp_path, limit):
+    with pytest.raises(ResourceExhausted, match="study_store_mb"):
+        StudyStore(tmp_path / "store", limit)
+
+
+def test_only_the_user_can_read_the_store(store):
+    handle = handle_of("scan")
+    store.add(handle, {}, image_of(1))
+    store.put(handle, "visual_tokens", image_of(1))
+    for path in (store.root, *store.root.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_a_folder_that_others_can_enter_is_refused(tmp_path):
+    folder = tmp_path / "store"
+    folder.mkdir(mode=0o755)
+    with pytest.raises(PermissionError, match="private"):
+        StudyStore(folder, 10 * MB)
+    link = tmp_path / "link"
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="private"):
+        StudyStore(link, 10 * MB)
+
+
+def _encode_once(root, handle, barrier, encoded):
+    store = StudyStore(root)
+    barrier.wait()
+    with store.lock(handle, "visual_tokens"):
+        if store.get(handle, "visual_tokens") is None:
+            store.put(handle, "visual_tokens", np.full((4, 4), os.getpid(), np.float32))
+            encoded.put(os.getpid())
+
+
+def test_processes_that_want_the_same_piece_compute_it_once(store):
+    handle = handle_of("scan")
+    store.add(handle, {}, image_of(1))
+    barrier, encoded = spawn.Barrier(3), spawn.SimpleQueue()
+    workers = [spawn.Process(target=_encode_once, args=(store.root, handle, barrier, encoded)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    winner = encoded.get()
+    assert encoded.empty()
+    assert (store.get(handle, "visual_tokens") == winner).all()
+
+
+def _hold(root, handle, held):
+    store = StudyStore(root)
+    with store.lock(handle, "visual_tokens"), store._room_for(handle, 1) as unfinished:
+        unfinished.write_bytes(b"half a piece")
+        held.send(None)
+        held.recv()
+
+
+def test_a_killed_process_frees_its_locks_and_its_half_written_piece_is_removed(store):
+    handle = handle_of("scan")
+    store.add(handle, {}, image_of(1))
+    ours, theirs = spawn.Pipe()
+    worker = spawn.Process(target=_hold, args=(store.root, handle, theirs))
+    worker.start()
+    ours.recv()
+    worker.kill()
+    worker.join()
+    assert (store.root / ".unfinished").exists()
+    with store.lock(handle, "visual_tokens"):
+        store.put(handle, "visual_tokens", image_of(1))
+    assert handle in store and not (store.root / ".unfinished").exists()
+
+
+def test_locks_of_different_pieces_and_studies_do_not_wait_for_each_other(store):
+    a, b = handle_of("a"), handle_of("b")
+    with store.lock(a, "image"), store.lock(a, "visual_tokens"), store.lock(b, "image"):
+        with pytest.raises(BlockingIOError), store._locked(study_store._first_byte(a), 1, wait=False):
+            pass
+
+
+def test_the_last_to_leave_removes_the_store(tmp_path):
+    first, second = StudyStore(tmp_path / "store", 10 * MB), StudyStore(tmp_path / "store")
+    assert second.limit_bytes == 10 * MB
+    first.close()
+    assert (tmp_path / "store").exists()
+    second.close()
+    second.close()
+    assert not (tmp_path / "store").exists()
+
+
+def test_processes_of_one_server_share_a_store_that_is_swept_once_the_server_is_dead(tmp_path, monkeypatch):
+    # A "server" whose two children each open the store; it is killed together with them, so nobody cleans up.
+    child = ("import pathlib, engine.runtime.study_store as s; s.SHARED_MEMORY = pathlib.Path('{0}'); "
+             "print(s.StudyStore.of_server(10**7).root, flush=True); input()").format(tmp_path)
+    server = ("import subprocess, sys; c = [subprocess.Popen([sys.executable, '-c', sys.argv[1]], "
+              "stdin=subprocess.PIPE) for _ in range(2)]; input()")
+    process = subprocess.Popen([sys.executable, "-c", server, child], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True)
+    roots = {process.stdout.readline().strip() for _ in range(2)}
+    assert len(roots) == 1
+    root = tmp_path / os.path.basename(roots.pop())
+    monkeypatch.setattr(study_store, "SHARED_MEMORY", tmp_path)
+    study_store.sweep()
+    assert root.exists()
+    foreign = tmp_path / f"{study_store.FOLDER_PREFIX}-{os.geteuid()}-not-ours"
+    foreign.mkdir()
+    process.kill()
+    process.wait()
+    process.stdout.read()  # ends when the children, whose input has ended, are gone
+    study_store.sweep()
+    assert not root.exists() and foreign.exists()
