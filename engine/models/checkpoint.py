@@ -1,0 +1,263 @@
+"""Reading and writing checkpoints in the published layout, strictly.
+
+A checkpoint is a folder (or a Hugging Face id) with config.json, weights as .safetensors or .bin, sharded or not, and a
+tokenizer. A folder whose config.json names a `base_model` holds only what was trained on top of it: see `base`.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from engine.errors import CheckpointError
+from engine.models.clip import M3DClip
+from engine.models.config import ClipConfig, LamedConfig
+from engine.models.lamed import Lamed
+from engine.prompt import SEG_TOKEN
+
+# Published key prefix -> attribute of Lamed; every other key belongs to the language model.
+PARTS = {f"model.{part}.": f"{part}." for part in ("vision_tower", "mm_projector", "seg_module", "seg_projector")}
+# Buffers that older transformers versions saved and that are derived, never learned.
+DERIVED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja")
+
+
+class Weights:
+    """The tensors of a checkpoint by published key, read one at a time from memory-mapped files.
+
+    Iterating gives the keys; `weights[key]` the tensor; `shape(key)` its shape.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor | tuple[Path, str]]):
+        self._tensors = tensors
+        self._files: dict[Path, object] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Weights":
+        """The weights in `folder`: model.safetensors, its sharded form, pytorch_model.bin or its sharded form."""
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            index = folder / f"{name}.index.json"
+            if (folder / name).is_file():
+                files = [folder / name]
+            elif index.is_file():
+                files = [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            else:
+                continue
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise CheckpointError(f"{folder}: the index names {', '.join(missing)}, which are not there")
+            tensors = {}
+            for file in files:
+                tensors.update(_safetensors_keys(file) if file.suffix == ".safetensors" else _torch_tensors(file))
+            return cls(tensors)
+        raise CheckpointError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin "
+                              "nor a *.index.json of either")
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key in self._tensors if not DERIVED.search(key))
+
+    def __getitem__(self, key: str) -> Tensor:
+        value = self._tensors[key]
+        return value if isinstance(value, Tensor) else self._file(value[0]).get_tensor(value[1])
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        value = self._tensors[key]
+        return tuple(value.shape if isinstance(value, Tensor) else self._file(value[0]).get_slice(value[1]).get_shape())
+
+    def _file(self, path: Path):
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt")
+        return self._files[path]
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder of a checkpoint: itself, or the snapshot of a Hugging Face id (downloaded if need be)."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} is no checkpoint: it has no config.json")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise CheckpointError(f"{source} is neither a folder nor a Hugging Face id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{source} is no folder here and could not be fetched from the Hugging Face hub: "
+                              f"{error}") from None
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a checkpoint folder. Raises CheckpointError if it is not a JSON object."""
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{folder / 'config.json'} is not a JSON object")
+    return values
+
+
+def sha256(folder: Path) -> str:
+    """SHA-256 over names and contents of everything in a checkpoint that decides its answers."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".bin", ".json", ".model", ".txt") and file.is_file():
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def open_lamed(source: str | Path) -> tuple[LamedConfig, Weights, Path]:
+    """Configuration and (lazy) weights of an M3D-LaMed checkpoint, and the folder that has its tokenizer.
+
+    `seg_token_id` is taken from the tokenizer where config.json does not name it.
+    """
+    folder = resolve(source)
+    values = read_config(folder)
+    if "base_model" in values:
+        from engine.models.base import compose
+
+        weights = compose(folder, values)
+    else:
+        weights = Weights.open(folder)
+    config = LamedConfig.from_dict(values)
+    if config.segmentation is not None and config.seg_token_id is None:
+        tokenizer = load_tokenizer(folder)
+        token_id = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+        if token_id is None or token_id == tokenizer.unk_token_id:
+            raise CheckpointError(f"{folder}: neither config.json (seg_token_id) nor the tokenizer knows {SEG_TOKEN}")
+        config = LamedConfig.from_dict({**values, "seg_token_id": token_id})
+    return config, weights, folder
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a checkpoint. Nothing in the folder is executed."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_lamed(source: str | Path, dtype: torch.dtype = torch.float32, with_llm: bool = True) -> tuple[Lamed, object]:
+    """The model (eval mode) and its tokenizer. Raises CheckpointError naming every key that does not fit."""
+    config, weights, folder = open_lamed(source)
+    return build_lamed(config, weights, dtype, with_llm), load_tokenizer(folder)
+
+
+def build_lamed(config: LamedConfig, weights: Weights, dtype: torch.dtype, with_llm: bool = True) -> Lamed:
+    """A Lamed filled from `weights`, strictly; with_llm=False skips (but still checks) the language model's keys."""
+    with torch.device("meta"):
+        model = Lamed(config)
+    expected = lamed_shapes(model)
+    check(weights, expected, optional={"lm_head.weight"} if config.llm.get("tie_word_embeddings") else set())
+    if not with_llm:
+        model.llm = None
+    names = {published: own for published, own in _own_names(expected).items() if with_llm or not own.startswith("llm.")}
+    return _fill(model, {own: weights[key] for key, own in names.items() if key in set(weights)}, dtype)
+
+
+def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[M3DClip, Path]:
+    """M3D-CLIP (eval mode) and the folder that has its tokenizer."""
+    folder = resolve(source)
+    config = ClipConfig.from_dict(read_config(folder))
+    weights = Weights.open(folder)
+    with torch.device("meta"):
+        model = M3DClip(config)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    check(weights, expected)
+    return _fill(model, {key: weights[key] for key in expected}, dtype), folder
+
+
+def lamed_shapes(model: Lamed) -> dict[str, tuple[int, ...]]:
+    """Published key -> shape of everything that a checkpoint of this model must hold."""
+    back = {own: published for published, own in PARTS.items()}
+    shapes = {}
+    for own, value in model.state_dict().items():
+        part = next((prefix for prefix in back if own.startswith(prefix)), None)
+        key = back[part] + own[len(part):] if part else own.removeprefix("llm.")
+        shapes[key] = tuple(value.shape)
+    return shapes
+
+
+def check(weights: Weights, expected: dict[str, tuple[int, ...]], optional: set[str] = frozenset()) -> None:
+    """Raise CheckpointError unless `weights` has exactly the expected keys and shapes, naming those that differ."""
+    found = set(weights)
+    misshapen = [f"{key}: {list(weights.shape(key))}, expected {list(expected[key])}"
+                 for key in expected if key in found and weights.shape(key) != expected[key]]
+    problems = [f"{len(keys)} {what} ({_listed(sorted(keys))})" for what, keys in (
+        ("missing", set(expected) - found - optional), ("unexpected", found - set(expected)), ("misshapen", misshapen),
+    ) if keys]
+    if problems:
+        raise CheckpointError("the weights do not fit config.json: " + "; ".join(problems))
+
+
+def write_lamed(model: Lamed, config: dict, tokenizer, folder: str | Path) -> Path:
+    """Write a checkpoint in the published layout: `config` is the config.json to write beside the weights."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    own_state = model.state_dict()
+    names = _own_names(lamed_shapes(model))
+    if config.get("tie_word_embeddings"):
+        names.pop("lm_head.weight", None)
+    save_file({key: own_state[own].contiguous() for key, own in names.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _own_names(published: dict) -> dict[str, str]:
+    """Published key -> name in Lamed's state dict."""
+    return {key: next((own + key[len(prefix):] for prefix, own in PARTS.items() if key.startswith(prefix)), "llm." + key)
+            for key in published}
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """Assign `state` to a model built on the meta device; buffers that are computed, not stored, are made anew."""
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    llm = getattr(model, "llm", None)
+    if llm is not None:
+        llm.tie_weights()
+        llm.model.rotary_emb = type(llm.model.rotary_emb)(llm.config)
+    bert = getattr(model, "language_encoder", None)
+    if bert is not None:
+        length = bert.config.max_position_embeddings
+        bert.embeddings.position_ids = torch.arange(length)[None]
+        bert.embeddings.token_type_ids = torch.zeros(1, length, dtype=torch.long)
+    left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
+    if left:
+        raise CheckpointError(f"no value for {_listed(left)}")
+    return model.eval()
+
+
+def _safetensors_keys(file: Path) -> dict[str, tuple[Path, str]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: (file, key) for key in opened.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file (cut off?): {error}") from None
+
+
+def _torch_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
+        raise CheckpointError(f"{file} cannot be read as plain tensors (weights_only): {error}") from None
+
+
+def _listed(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,42 @@
+"""The cases recorded from the reference implementation, written out as checkpoints once per session."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import weights
+import write_checkpoint
+from tests.conftest import ROOT
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded case: its description, expected numbers, checkpoint folder and input volume [B, 1, D, H, W]."""
+
+    spec: dict
+    expected: dict
+    folder: Path
+    volume: torch.Tensor
+
+
+def _case(name: str, tmp_path_factory) -> Case:
+    source = ROOT / "tests" / "fixtures" / name
+    spec = json.loads((source / "case.json").read_text())
+    folder = write_checkpoint.write(source / "case.json", tmp_path_factory.mktemp(name))
+    volume = torch.from_numpy(weights.volume(tuple(spec["volume_shape"]), spec["volume_seed"]))
+    return Case(spec, dict(np.load(source / "expected.npz")), folder, volume)
+
+
+@pytest.fixture(scope="session")
+def dev_small(tmp_path_factory) -> Case:
+    return _case("dev_small", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def dev_clip(tmp_path_factory) -> Case:
+    return _case("dev_clip", tmp_path_factory)
