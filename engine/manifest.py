@@ -28,6 +28,7 @@ class Manifest:
     context_length: tokens that question, visual tokens and answer share.
     graphs: per ONNX graph {"sha256", "max_error", "mean_error", "bound", "opset"} against PyTorch on random input.
     models: the models of the repository that this export makes servable.
+    files: size in bytes of every exported file, by path inside the repository.
     """
 
     checkpoint: str
@@ -51,7 +52,7 @@ class Manifest:
     clip_text_length: int | None = None
     clip_image_size: tuple[int, int, int] | None = None
     format: int = FORMAT
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,173 @@
+"""The ONNX graphs: what each computes, how it is exported, and the proof that it computes what PyTorch does.
+
+The wrappers only rename and bind; the arithmetic is the models'. Every graph has a dynamic batch axis in front and the
+tensor names of `engine.contract`.
+"""
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine import contract
+from engine.errors import M3DError
+from engine.models.clip import M3DClip
+from engine.models.lamed import Lamed
+from engine.runtime.onnx_session import OnnxGraph
+
+OPSET = 20
+EXTERNAL_DATA_BYTES = 1_900_000_000  # a protobuf file may not exceed 2 GiB
+SEED = 20240331
+
+
+class ExportError(M3DError):
+    """A graph does not compute what PyTorch computes, within its bound."""
+
+
+class Bound(nn.Module):
+    """A function of a model as a module of its own, holding just the parameters it uses: what torch.export wants."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor]):
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph: its contract model, the function it computes, and the shape of each input without the batch axis.
+
+    integers: for inputs of token ids, one above the largest id. bound: largest error allowed against PyTorch, as a
+    share of the largest output (or absolute, where that is below 1).
+    """
+
+    name: str
+    module: nn.Module
+    input_shapes: tuple[tuple[int, ...], ...]
+    bound: float = 1e-4
+    integers: int | None = None
+
+    def random_inputs(self, batch: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(SEED + batch)
+        if self.integers is not None:
+            ids = torch.randint(self.integers, (batch, *self.input_shapes[0]), generator=generator)
+            mask = torch.ones_like(ids)
+            mask[:, ids.shape[1] // 2:] = 0  # half of it padding, so that the mask matters
+            return ids, mask
+        if self.name.endswith("_encoder"):
+            return (torch.rand(batch, *self.input_shapes[0], generator=generator),)
+        return tuple(torch.randn(batch, *shape, generator=generator) for shape in self.input_shapes)
+
+
+def lamed_graphs(model: Lamed) -> list[Graph]:
+    """The graphs of an M3D-LaMed checkpoint; those of segmentation only if it has the parts."""
+    config = model.config
+    image = (1, *config.vision.image_size)
+    vision = _without(model, "llm", "seg_module", "seg_projector")
+    graphs = [Graph("vision_encoder", Bound(vision, model.encode_images), (image,))]
+    if model.seg_module is not None:
+        features = (config.segmentation.hidden_size, *config.segmentation.grid)
+        graphs += [
+            Graph("segmentation_encoder", Bound(model.seg_module.image_encoder, model.seg_module.encode), (image,)),
+            Graph("segmentation_head", Bound(_without(model.seg_module, "image_encoder").append(model.seg_projector),
+                                             model.segment), (features, (config.llm_width,))),
+        ]
+    return graphs
+
+
+def clip_graphs(model: M3DClip) -> list[Graph]:
+    """The graphs of an M3D-CLIP checkpoint: the CLS features that retrieval compares."""
+    text = (model.config.max_text_len,)
+    vision = nn.ModuleList([model.vision_encoder, model.mm_vision_proj])
+    language = nn.ModuleList([model.language_encoder, model.mm_language_proj])
+    return [
+        Graph("clip_image_encoder", Bound(vision, lambda x: model.encode_image(x)[:, 0]),
+              ((1, *model.config.vision.image_size),), bound=1e-5),
+        Graph("clip_text_encoder", Bound(language, lambda ids, mask: model.encode_text(ids, mask)[:, 0]),
+              (text, text), bound=1e-5, integers=model.language_encoder.config.vocab_size),
+    ]
+
+
+def _without(model: nn.Module, *names: str) -> nn.ModuleList:
+    return nn.ModuleList([child for name, child in model.named_children() if name not in names])
+
+
+def build(graph: Graph, repository: Path) -> dict:
+    """Export `graph` into the repository, run it, and return its manifest entry. Raises ExportError if it is off."""
+    started = time.perf_counter()
+    target = repository / graph.name / "1" / "model.onnx"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _export(graph, target)
+    gc.collect()
+    entry = {"opset": OPSET, "bound": graph.bound, **_compare(graph, target)}
+    entry["sha256"] = _sha256(target)
+    entry["seconds"] = round(time.perf_counter() - started, 1)
+    return entry
+
+
+def _export(graph: Graph, target: Path) -> None:
+    model = contract.MODELS[graph.name]
+    size = sum(p.numel() * p.element_size() for p in graph.module.parameters())
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    # torch.export specialises a batch of 1, hence 2. Its warnings speak of decompositions, not of this graph.
+    with torch.inference_mode(), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            graph.module, graph.random_inputs(2), target, input_names=model.input_names,
+            output_names=model.output_names, opset_version=OPSET, dynamo=True, verbose=False,
+            dynamic_shapes=(tuple({0: batch} for _ in graph.input_shapes),), external_data=size > EXTERNAL_DATA_BYTES)
+
+
+def _compare(graph: Graph, target: Path) -> dict:
+    """Largest and mean error against PyTorch on random input, at batch 1 and 2 (which also proves the batch axis)."""
+    model = contract.MODELS[graph.name]
+    running = OnnxGraph(target, model)
+    errors = []
+    for batch in (1, 2):
+        inputs = graph.random_inputs(batch)
+        with torch.inference_mode():
+            expected = graph.module(*inputs).numpy()
+        (found,) = running({name: value.numpy() for name, value in zip(model.input_names, inputs)}).values()
+        if found.shape != expected.shape:
+            raise ExportError(f"{graph.name}: the graph returns {found.shape}, PyTorch {expected.shape}")
+        scale = max(1.0, float(np.abs(expected).max()))
+        error = np.abs(found - expected) / scale
+        errors.append((float(error.max()), float(error.mean())))
+    largest, mean = max(e[0] for e in errors), max(e[1] for e in errors)
+    if not largest <= graph.bound:
+        raise ExportError(f"{graph.name}: the exported graph is off by {largest:.2e} against PyTorch, "
+                          f"{graph.bound:.0e} is allowed")
+    return {"max_error": largest, "mean_error": mean}
+
+
+class _quiet:
+    """Silences loggers for the time of a with block."""
+
+    def __init__(self, *names: str):
+        self.loggers = [logging.getLogger(name) for name in names]
+
+    def __enter__(self):
+        self.levels = [logger.level for logger in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_):
+        for logger, level in zip(self.loggers, self.levels):
+            logger.setLevel(level)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,59 @@
+"""The language model in a folder of its own, as vLLM loads it: LlamaForCausalLM's keys only, with the tokenizer."""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from engine.models.checkpoint import PARTS, TOKENIZER_FILES, Weights, check, lamed_shapes
+from engine.models.config import LamedConfig
+from engine.models.lamed import Lamed
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARD_BYTES = 2_000_000_000  # what is in memory at once
+
+
+def write_llm(config: LamedConfig, weights: Weights, source: Path, folder: Path, precision: str,
+              progress: Callable[[str], None]) -> None:
+    """Stream the language model's tensors into `folder` in shards, converted to `precision`; copy the tokenizer."""
+    from transformers import LlamaConfig
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tied = bool(config.llm.get("tie_word_embeddings"))
+    with torch.device("meta"):
+        expected = lamed_shapes(Lamed(config))
+    check(weights, expected, optional={"lm_head.weight"} if tied else set())
+    keys = [key for key in expected if not key.startswith(tuple(PARTS)) and not (tied and key == "lm_head.weight")]
+    dtype = DTYPES[precision]
+    shards = _shards(keys, expected, dtype.itemsize)
+    for index, shard in enumerate(shards, start=1):
+        name = f"model-{index:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        progress(f"{name}, {len(shard)} tensors")
+        save_file({key: weights[key].to(dtype).contiguous() for key in shard}, folder / name, metadata={"format": "pt"})
+        shards[index - 1] = (name, shard)
+    if len(shards) > 1:
+        total = sum(torch.Size(expected[key]).numel() for key in keys) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": {key: name for name, shard in shards for key in shard}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    LlamaConfig(**config.llm, architectures=["LlamaForCausalLM"], dtype=str(dtype).removeprefix("torch.")
+                ).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _shards(keys: list[str], shapes: dict, itemsize: int) -> list:
+    shards, size = [[]], 0
+    for key in keys:
+        nbytes = torch.Size(shapes[key]).numel() * itemsize
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += nbytes
+    return shards
