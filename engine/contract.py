@@ -51,6 +51,8 @@ PRESET = Tensor("PRESET", "BYTES", (1,), "preprocessing preset, one of engine.vo
 STUDY_IN = Tensor("STUDY", "BYTES", (1,), "handle of a scan that the server holds, instead of VOLUME", optional=True)
 SEGMENT_HINT = Tensor("SEGMENT_HINT", "BOOL", (1,), "encode for segmentation early, beside decoding", optional=True)
 STUDY = Tensor("STUDY", "BYTES", (1,), "study handle: 64 hex digits, SHA-256 of content, preset and model")
+# An ensemble's tensors share one name space, so its output cannot be called as its input.
+STUDY_HANDLE = Tensor("STUDY_HANDLE", "BYTES", (1,), "STUDY as an ensemble returns it")
 STUDY_INFO = Tensor("STUDY_INFO", "BYTES", (1,), "JSON: preset, reason, shape, spacing_mm, orientation, cached")
 
 # --- a question and its answer ---------------------------------------------------------------------------------------
@@ -92,12 +94,12 @@ ENCODER_MAX_BATCH = 8
 
 MODELS: dict[str, Model] = {m.name: m for m in (
     Model("study", (*_SCAN, SEGMENT_HINT), (STUDY, STUDY_INFO), "decode, preprocess and encode a scan once"),
-    Model("m3d_chat", (*_SCAN, QUESTION, SAMPLING, STREAM), (*_ANSWER, STUDY, STUDY_INFO),
+    Model("m3d_chat", (*_SCAN, QUESTION, SAMPLING, STREAM), (*_ANSWER, STUDY_HANDLE, STUDY_INFO),
           "answer a question about a scan, streaming", decoupled=True, ensemble=True),
     Model("m3d_segment", (*_SCAN, SEGMENT_HINT, QUESTION, SAMPLING, RETURN_LOGITS),
-          (*_ANSWER, STUDY, STUDY_INFO, MASK, MASK_SHAPE, AFFINE, LOGITS),
+          (*_ANSWER, STUDY_HANDLE, STUDY_INFO, MASK, MASK_SHAPE, AFFINE, LOGITS),
           "answer a question and draw the mask it asks for", decoupled=True, ensemble=True),
-    Model("m3d_retrieve", (*_SCAN, TEXTS), (SCORES, STUDY, STUDY_INFO), "rank texts against a scan", ensemble=True),
+    Model("m3d_retrieve", (*_SCAN, TEXTS), (SCORES, STUDY_HANDLE, STUDY_INFO), "rank texts against a scan", ensemble=True),
     Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
     Model("segmentation_encoder", (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
     Model("decoder", (STUDY, QUESTION, SAMPLING, STREAM), (*_ANSWER, SEG_STATES, STUDY),
