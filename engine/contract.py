@@ -69,8 +69,8 @@ SEG_STATES = Tensor("SEG_STATES", "FP32", (-1, -1), "last response: K x H_llm st
 # --- masks -----------------------------------------------------------------------------------------------------------
 RETURN_LOGITS = Tensor("RETURN_LOGITS", "BOOL", (1,), "also return the logits; default false", optional=True)
 MASK = Tensor("MASK", "UINT8", (-1,), "mask in the scan's own space: numpy.packbits of the C-ordered array; empty without [SEG]")
-MASK_SHAPE = Tensor("MASK_SHAPE", "INT64", (3,), "shape of the unpacked mask: the scan's own")
-AFFINE = Tensor("AFFINE", "FP64", (4, 4), "voxel-to-world of the mask: the scan's own, RAS+ mm")
+MASK_SHAPE = Tensor("MASK_SHAPE", "INT64", (3,), "shape of the unpacked mask: the scan's own; 0 0 0 without [SEG]")
+MASK_AFFINE = Tensor("MASK_AFFINE", "FP64", (4, 4), "voxel-to-world of the mask: the scan's own, RAS+ mm; zeros without [SEG]")
 LOGITS = Tensor("LOGITS", "FP32", (-1, -1, -1), "D x H x W logits in model space if asked for, else 0 x 0 x 0")
 
 # --- retrieval -------------------------------------------------------------------------------------------------------
@@ -97,14 +97,14 @@ MODELS: dict[str, Model] = {m.name: m for m in (
     Model("m3d_chat", (*_SCAN, QUESTION, SAMPLING, STREAM), (*_ANSWER, STUDY_HANDLE, STUDY_INFO),
           "answer a question about a scan, streaming", decoupled=True, ensemble=True),
     Model("m3d_segment", (*_SCAN, SEGMENT_HINT, QUESTION, SAMPLING, RETURN_LOGITS),
-          (*_ANSWER, STUDY_HANDLE, STUDY_INFO, MASK, MASK_SHAPE, AFFINE, LOGITS),
+          (*_ANSWER, STUDY_HANDLE, STUDY_INFO, MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
           "answer a question and draw the mask it asks for", decoupled=True, ensemble=True),
     Model("m3d_retrieve", (*_SCAN, TEXTS), (SCORES, STUDY_HANDLE, STUDY_INFO), "rank texts against a scan", ensemble=True),
     Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
     Model("segmentation_encoder", (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
     Model("decoder", (STUDY, QUESTION, SAMPLING, STREAM), (*_ANSWER, SEG_STATES, STUDY),
           "the language model, vLLM", decoupled=True),
-    Model("segmentation", (STUDY, SEG_STATES, RETURN_LOGITS), (MASK, MASK_SHAPE, AFFINE, LOGITS),
+    Model("segmentation", (STUDY, SEG_STATES, RETURN_LOGITS), (MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
           "nothing without a [SEG]; else head, then the mask in the scan's own space"),
     Model("segmentation_head", (FEATURES, SEG_STATE), (MASK_LOGITS,), "seg projector and SegVol's mask decoder", ENCODER_MAX_BATCH),
     Model("retrieval", (STUDY, TEXTS), (SCORES,), "cosine similarity of scan and texts"),

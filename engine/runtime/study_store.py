@@ -75,7 +75,7 @@ class StudyStore:
         """
         sweep()
         pid = _server_pid()
-        return cls(SHARED_MEMORY / f"{FOLDER_PREFIX}-{os.geteuid()}-{pid}-{_start_time(pid)}", limit_bytes)
+        return cls(SHARED_MEMORY / f"{FOLDER_PREFIX}-{pid}-{_start_time(pid)}", limit_bytes)
 
     def close(self) -> None:
         """Leave the store. The last process to leave removes it."""
@@ -239,8 +239,8 @@ class StudyStore:
 
 
 def sweep() -> None:
-    """Remove the stores of this user whose server is dead and which nobody has open."""
-    name = re.compile(rf"{FOLDER_PREFIX}-{os.geteuid()}-(\d+)-(\d+)")
+    """Remove this user's stores whose server is dead and which nobody has open."""
+    name = re.compile(rf"{FOLDER_PREFIX}-(\d+)-(\d+)")
     for root in SHARED_MEMORY.iterdir():
         server = name.fullmatch(root.name)
         if not server or _start_time(int(server[1])) == int(server[2]):
