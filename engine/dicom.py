@@ -1,0 +1,205 @@
+"""Reads one DICOM series from a zip in memory: slices in any order, or enhanced multi-frame files."""
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pydicom
+
+from engine.errors import InvalidInput
+from engine.limits import Limits
+from engine.nifti import rescale
+
+_LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """One image plane. `pixels` [rows, columns] as stored; lengths in mm, LPS+."""
+
+    name: str
+    series: str
+    modality: str
+    pixels: np.ndarray
+    position: np.ndarray      # of the first pixel's centre
+    along_row: np.ndarray     # direction of growing column index
+    along_column: np.ndarray  # direction of growing row index
+    row_spacing: float
+    column_spacing: float
+    slope: float
+    intercept: float
+
+    @property
+    def normal(self) -> np.ndarray:
+        return np.cross(self.along_row, self.along_column)
+
+
+def read_dicom_zip(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.ndarray, str]:
+    """(array [columns, rows, slices] with the rescale applied, RAS+ affine in mm, modality) of a zipped series.
+
+    Slices are sorted along their normal. Refused: several series, shapes, orientations or spacings in one zip,
+    duplicate or missing slices, colour images, transfer syntaxes that no installed decoder reads.
+    """
+    slices = list(_images(data, limits))
+    if not slices:
+        raise InvalidInput("the zip holds no DICOM images: zip one DICOM series (a zip of NIfTI or npz files is not read)")
+    _check_one("series", Counter(s.series for s in slices), "send one series at a time")
+    _check_one("slice sizes (rows x columns)", Counter("{} x {}".format(*s.pixels.shape) for s in slices),
+               "leave out localizers and secondary captures")
+    _check_one("orientations", _alike((*s.along_row, *s.along_column) for s in slices),
+               "leave out localizers, and send one plane at a time")
+    _check_one("pixel spacings (mm)", _alike((s.row_spacing, s.column_spacing) for s in slices),
+               "send one series at a time")
+    limits.check_shape((*slices[0].pixels.shape[::-1], len(slices)))
+    slices.sort(key=lambda s: float(s.position @ s.normal))
+    _check_positions(slices)
+    return _stack(slices), _affine(slices), slices[0].modality
+
+
+def _images(data: memoryview, limits: Limits) -> Iterator[_Slice]:
+    """All image planes of all members, decoded; what is not DICOM or has no pixels is passed over."""
+    voxels = 0
+    for name, content in _members(data, limits):
+        if content[128:132] != b"DICM":
+            continue
+        try:
+            dataset = pydicom.dcmread(io.BytesIO(content))
+            if "PixelData" not in dataset:
+                continue
+            frames = int(dataset.get("NumberOfFrames") or 1)
+            voxels += frames * int(dataset.Rows) * int(dataset.Columns)
+        except Exception as error:  # pydicom raises whatever a damaged file makes it stumble over
+            raise InvalidInput(f"{name} is a damaged DICOM file ({_words(error)})") from None
+        if voxels > limits.max_voxels:
+            raise InvalidInput(f"the DICOM series has more than {limits.max_voxels:,} voxels, this server's limit "
+                               f"(Limits.max_voxels): send fewer slices, or have the limit raised")
+        pixels = _pixels(name, dataset, frames)
+        for index in range(frames):
+            yield _slice(name, dataset, pixels[index], index, frames)
+
+
+def _members(data: memoryview, limits: Limits) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the zip's files, in memory, once the declared sizes are within limits.
+
+    zipfile reads no more than the declared size of a member, so a zip bomb that lies about it ends as a damaged file.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = [info for info in archive.infolist() if not info.is_dir()]
+            if len(members) > limits.max_files:
+                raise InvalidInput(f"the zip has {len(members):,} files, over this server's limit of "
+                                   f"{limits.max_files:,} (Limits.max_files): zip one series only")
+            limits.check_bytes(sum(info.file_size for info in members), "the unpacked zip")
+            for info in members:
+                yield info.filename, archive.read(info)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        raise InvalidInput(f"the zip is damaged, encrypted or of an unknown kind ({_words(error)}): zip the series "
+                           f"again") from None
+
+
+def _pixels(name: str, dataset: pydicom.Dataset, frames: int) -> np.ndarray:
+    """[frames, rows, columns] as stored."""
+    if dataset.get("SamplesPerPixel", 1) != 1 or dataset.get("PhotometricInterpretation") != "MONOCHROME2":
+        raise InvalidInput(f"{name} is a {dataset.get('PhotometricInterpretation')} image; slices in grey values "
+                           f"(MONOCHROME2) are wanted: leave out screenshots and secondary captures")
+    try:
+        return np.asarray(dataset.pixel_array).reshape(frames, dataset.Rows, dataset.Columns)
+    except Exception as error:
+        syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
+        if syntax is not None and syntax.is_compressed:
+            raise InvalidInput(f"the pixels of {name} are compressed as {syntax.name}, which could not be decoded "
+                               f"({_words(error)}): decompress the series first, for example with dcmdjpeg or gdcmconv "
+                               f"--raw, or install pylibjpeg on the server") from None
+        raise InvalidInput(f"the pixels of {name} cannot be read ({_words(error)}): the file is truncated or "
+                           f"damaged") from None
+
+
+def _slice(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, frames: int) -> _Slice:
+    groups = [dataset]
+    for sequence, item in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", index)):
+        if len(found := dataset.get(sequence) or ()) > item:
+            groups.append(found[item])
+
+    def value(keyword, macro, default=None):
+        for group in reversed(groups):
+            group = group[macro].value[0] if group.get(macro) else group
+            if (found := group.get(keyword)) is not None:
+                return found
+        return default
+
+    try:
+        orientation = np.array(value("ImageOrientationPatient", "PlaneOrientationSequence"), float)
+        position = np.array(value("ImagePositionPatient", "PlanePositionSequence"), float)
+        row_spacing, column_spacing = map(float, value("PixelSpacing", "PixelMeasuresSequence"))
+        slope = float(value("RescaleSlope", "PixelValueTransformationSequence", 1))
+        intercept = float(value("RescaleIntercept", "PixelValueTransformationSequence", 0))
+        along_row, along_column = orientation.reshape(2, 3)
+        if position.shape != (3,) or not np.isfinite([*position, *orientation, row_spacing, column_spacing]).all():
+            raise ValueError
+        if min(row_spacing, column_spacing) <= 0 or np.linalg.norm(np.cross(along_row, along_column)) < 0.9:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InvalidInput(f"{name} lacks usable ImagePositionPatient, ImageOrientationPatient or PixelSpacing, so its "
+                           f"place in the volume is unknown: send an axial, coronal or sagittal series of CT or MR "
+                           f"slices") from None
+    return _Slice(f"{name} frame {index + 1}" if frames > 1 else name, str(dataset.get("SeriesInstanceUID", "unknown")),
+                  str(dataset.get("Modality", "")), pixels, position, along_row, along_column,
+                  row_spacing, column_spacing, slope, intercept)
+
+
+def _check_one(what: str, counts: Counter, way_out: str) -> None:
+    if len(counts) > 1:
+        listed = ", ".join(f"{value} ({count} slices)" for value, count in counts.most_common(5))
+        raise InvalidInput(f"the DICOM files have {len(counts)} different {what}: {listed}: {way_out}")
+
+
+def _check_positions(slices: list[_Slice]) -> None:
+    """Refuse duplicate and missing slices, given in order."""
+    heights = np.array([s.position @ s.normal for s in slices])
+    gaps = np.diff(heights)
+    usual = float(np.median(gaps))
+    if (twins := np.flatnonzero(gaps < max(1e-3, 0.01 * usual))).size:
+        first, second = slices[twins[0]], slices[twins[0] + 1]
+        raise InvalidInput(f"series {first.series}: {len(twins)} slices of {len(slices)} lie where another one does "
+                           f"(first: {first.name} and {second.name}): send one phase, echo or time point at a time")
+    if (holes := np.flatnonzero(np.abs(gaps - usual) > 0.1 * usual)).size:
+        hole = holes[0]
+        raise InvalidInput(f"series {slices[0].series}: slices are missing or unevenly spaced at {len(holes)} places (usual "
+                           f"distance {usual:.3f} mm; {gaps[hole]:.3f} mm between {slices[hole].name} and "
+                           f"{slices[hole + 1].name}): send the whole series")
+
+
+def _stack(slices: list[_Slice]) -> np.ndarray:
+    scales = {(s.slope, s.intercept) for s in slices}
+    planes = [s.pixels for s in slices] if len(scales) == 1 else [
+        rescale(s.pixels, s.slope, s.intercept).astype(np.float32, copy=False) for s in slices]
+    volume = np.stack(planes).transpose(2, 1, 0)
+    return rescale(volume, *scales.pop()) if len(scales) == 1 else volume
+
+
+def _affine(slices: list[_Slice]) -> np.ndarray:
+    first, last = slices[0], slices[-1]
+    affine = np.eye(4)
+    affine[:3, 0] = first.along_row * first.column_spacing
+    affine[:3, 1] = first.along_column * first.row_spacing
+    # From positions, not the normal: slices of a tilted gantry are sheared.
+    affine[:3, 2] = (last.position - first.position) / (len(slices) - 1)
+    affine[:3, 3] = first.position
+    return _LPS_TO_RAS @ affine
+
+
+def _alike(vectors: Iterator[tuple[float, ...]]) -> Counter:
+    """How many vectors there are of each kind; files write the same numbers with different rounding."""
+    kinds = Counter()
+    for vector in vectors:
+        kinds[next((kind for kind in kinds if np.allclose(kind, vector, atol=1e-3)), vector)] += 1
+    return Counter({"[" + ", ".join(f"{x:.3g}" for x in kind) + "]": count for kind, count in kinds.items()})
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

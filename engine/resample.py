@@ -1,0 +1,88 @@
+"""Separable resampling of a volume between two grids that cover the same extent, with matrix products in numpy.
+
+Every output voxel is the mean of the input over a box around its centre, one box per axis. A box as wide as an input
+voxel is linear interpolation (align_corners=False, edges replicated); a box as wide as an output voxel is area
+averaging, which keeps small structures when the grid gets coarser.
+"""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+SLAB_BYTES = 16 << 20
+
+
+def weights(size_in: int, size_out: int, *, antialias: bool = True, reverse: bool = False) -> np.ndarray:
+    """float32 [size_out, size_in], rows sum to 1: output voxels as weighted means of input voxels.
+
+    antialias: widen the box to an output voxel where the grid gets coarser. reverse: the output runs backwards.
+    """
+    scale = size_in / size_out
+    width = max(scale, 1.0) if antialias else 1.0
+    centre = (np.arange(size_out)[:, None] + 0.5) * scale
+    left, right = np.arange(size_in, dtype=float), np.arange(1.0, size_in + 1)
+    left[0], right[-1] = -np.inf, np.inf
+    overlap = np.minimum(centre + width / 2, right) - np.maximum(centre - width / 2, left)
+    matrix = (np.maximum(overlap, 0) / width).astype(np.float32)
+    return matrix[::-1] if reverse else matrix
+
+
+def apply(volume: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:
+    """`matrix` [out, in] along `axis` of a C-contiguous float32 volume with 3 axes."""
+    if axis == 0:
+        return (matrix @ volume.reshape(len(volume), -1)).reshape(-1, *volume.shape[1:])
+    return np.matmul(matrix, volume) if axis == 1 else volume @ matrix.T
+
+
+def cheapest_order(matrices: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """The order of axes in which applying `matrices` takes the fewest multiplications."""
+    def cost(order):
+        sizes, total = [m.shape[1] for m in matrices], 0
+        for axis in order:
+            total += np.prod(sizes, dtype=float) * len(matrices[axis])
+            sizes[axis] = len(matrices[axis])
+        return total
+    return min(itertools.permutations(range(3)), key=cost)
+
+
+def slabs(shape: Sequence[int], axis: int, itemsize: int = 4) -> list[slice]:
+    """Slices along `axis` that cut a volume of `shape` into pieces of about SLAB_BYTES."""
+    step = max(1, SLAB_BYTES * shape[axis] // max(1, int(np.prod(shape, dtype=np.int64)) * itemsize))
+    return [slice(i, min(i + step, shape[axis])) for i in range(0, shape[axis], step)]
+
+
+def shrink(volume: np.ndarray, matrices: Sequence[np.ndarray],
+           tone: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
+    """float32 volume resampled by one matrix per axis; `tone` (float32 to float32) maps intensities before that.
+
+    `volume` may be a view of any strides and real dtype; it is read once, slab by slab in the order of its memory.
+    """
+    memory = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))
+    # A matrix without weights on an input voxel (linear interpolation to a coarser grid) need not read it.
+    read = [np.flatnonzero(matrices[axis].any(0)) for axis in memory]
+    matrices = [np.ascontiguousarray(matrices[axis][:, used]) for axis, used in zip(memory, read)]
+    volume = volume.transpose(memory)
+    first, *rest = cheapest_order(matrices)
+    across = 1 if first == 0 else 0
+    sizes = [len(used) for used in read]
+    sizes[first] = len(matrices[first])
+    result = np.empty(sizes, np.float32)
+    for part in slabs([len(used) for used in read], across):
+        chosen = list(read)
+        chosen[across] = chosen[across][part]
+        slab = volume[np.ix_(*chosen)] if any(map(_has_gaps, chosen)) else volume[tuple(map(_span, chosen))]
+        slab = tone(np.ascontiguousarray(slab, np.float32))
+        result[(slice(None),) * across + (part,)] = apply(slab, matrices[first], first)
+    for axis in rest:
+        result = np.ascontiguousarray(apply(result, matrices[axis], axis))
+    return np.ascontiguousarray(result.transpose(np.argsort(memory)))
+
+
+def _span(indices: np.ndarray) -> slice:
+    return slice(int(indices[0]), int(indices[-1]) + 1)
+
+
+def _has_gaps(indices: np.ndarray) -> bool:
+    return len(indices) != indices[-1] - indices[0] + 1

@@ -1,0 +1,246 @@
+"""From a scan to the model's volume: named preprocessing presets, each a documented contract.
+
+The way back (masks and boxes into the scan's own space) is `engine.geometry.Geometry`, which every preset returns.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from engine.errors import InvalidInput
+from engine.geometry import Geometry, canonical_axes, oriented
+from engine.resample import shrink, slabs, weights
+from engine.scan import Scan
+
+__all__ = ["Geometry", "PRESETS", "Prepared", "Preset", "prepare"]
+
+CT_WINDOW = (-1000.0, 1000.0)
+CT_BODY = -500.0
+MR_PERCENTILES = (0.5, 99.5)
+SEG_PERCENTILES = (0.05, 99.95)
+_COARSE = 128      # longest axis of the grid on which foreground is looked for
+_SMALL_PART = 0.1  # pieces of foreground below this share of the largest one are left out of the crop
+
+Size = tuple[int, int, int]
+Axes = tuple[tuple[int, int, int], tuple[bool, bool, bool]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scan as the model sees it.
+
+    image: float32 [1, D, H, W] in 0..1. geometry: how it lies in the scan. preset: the one that was used, never auto.
+    reason: why that one, a sentence for the user.
+    """
+
+    image: np.ndarray
+    geometry: Geometry
+    preset: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named way to make a model volume. doc: its contract, for users. run: (scan, size) -> (image [D, H, W], geometry)."""
+
+    doc: str
+    run: Callable[[Scan, Size], tuple[np.ndarray, Geometry]] | None
+
+
+def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto") -> Prepared:
+    """The model volume of `scan` by one of PRESETS, at image_size (D, H, W).
+
+    Raises InvalidInput for an unknown preset, or a scan that the preset does not take.
+    """
+    if preset not in PRESETS:
+        raise InvalidInput(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    image_size = tuple(int(n) for n in image_size)
+    reason = f"{preset} was asked for"
+    if preset == "auto":
+        preset, reason = _choose(scan, image_size)
+    image, geometry = PRESETS[preset].run(scan, image_size)
+    return Prepared(image[None], geometry, preset, reason)
+
+
+def _auto(scan: Scan, image_size: Size) -> None:
+    """Chooses, and says why: raw for an .npy that already is a model volume (its size, float, 0..1); by DICOM's modality
+    ct for CT and mr for all others; without a modality ct if the values look like Hounsfield units (some below -500,
+    some above 100), else mr.
+    """
+
+
+def _choose(scan: Scan, image_size: Size) -> tuple[str, str]:
+    low, high = float(scan.array.min()), float(scan.array.max())
+    if scan.kind == "npy" and scan.array.shape == image_size and scan.array.dtype.kind == "f" and 0 <= low and high <= 1:
+        return "raw", "auto chose raw: the array already has the model's size and range 0 to 1"
+    if scan.modality:
+        name = "ct" if scan.modality == "CT" else "mr"
+        return name, f"auto chose {name}: the DICOM modality is {scan.modality}"
+    values = f"the values run from {low:g} to {high:g}"
+    if low < -500 and high > 100:
+        return "ct", f"auto chose ct: {values}, like Hounsfield units"
+    return "mr", f"auto chose mr: {values}, unlike Hounsfield units"
+
+
+def _ct(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
+    """For CT in Hounsfield units. Values are clipped to -1000..1000 HU and scaled to 0..1 (air 0, water 0.5). Cropped
+    to the body: the box around the large connected parts above -500 HU. Axes are turned to D from feet to head, H from
+    front to back, W from the patient's right to left (nearest, if oblique), and resized to the model's size, by area
+    averaging where the grid gets coarser, linearly where it gets finer.
+    """
+    low, high = CT_WINDOW
+    geometry = _cropped_to_foreground(scan, image_size, lambda coarse: coarse > CT_BODY)
+    image = _resized(scan, geometry, tone=lambda values: np.clip(values, low, high, out=values))
+    return _scaled(image, low, high), geometry
+
+
+def _mr(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
+    """For MR, and all else whose intensities have no unit. Cropped to the foreground: the box around the large connected
+    parts above a threshold half way from the background (1st percentile) to Otsu's threshold. Axes and resizing as
+    ct. Values are then clipped to the 0.5 to 99.5 percentiles of the foreground voxels and scaled to 0..1.
+    """
+    coarse = _coarse(scan, canonical_axes(scan.affine))
+    background = float(np.percentile(coarse, 1))
+    threshold = background + 0.5 * (_otsu(coarse) - background)
+    geometry = _cropped_to_foreground(scan, image_size, lambda values: values > threshold)
+    image = _resized(scan, geometry)
+    foreground = image[image > threshold]
+    low, high = np.percentile(foreground, MR_PERCENTILES) if foreground.size else (0.0, 0.0)
+    if high <= low:
+        low, high = float(scan.array.min()), float(scan.array.max())
+    return _scaled(image, low, high), geometry
+
+
+def _m3d_cap(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
+    """As the reference prepared M3D-Cap: values scaled from their minimum and maximum to 0..1, cropped to the box of all
+    voxels above the minimum, resized trilinearly (align_corners=False, no antialiasing). It worked on stacks of grey
+    slices as a viewer displays them: an .npy without an affine is taken as that stack (D x H x W); a file or array
+    with an affine is turned to the axes of ct. The reference's slices were windowed for display; so should yours be.
+    """
+    axes = ((0, 1, 2), (False,) * 3) if scan.kind == "npy" else canonical_axes(scan.affine)
+    return _reference(scan, image_size, axes, float(scan.array.min()), float(scan.array.max()))
+
+
+def _m3d_seg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
+    """As the reference prepared M3D-Seg: values clipped to the 0.05 to 99.95 percentiles of all voxels above the mean,
+    scaled to 0..1 (its z-score in between cancels out), cropped to the box of voxels above the lower end, resized
+    trilinearly (align_corners=False, no antialiasing). It reversed the axes of the NIfTI array (i, j, k become W, H, D)
+    whatever its orientation, and so does this preset; an .npy without an affine is taken as D x H x W.
+    """
+    axes = ((0, 1, 2) if scan.kind == "npy" else (2, 1, 0), (False,) * 3)
+    voxels = scan.array.ravel(order="K")
+    bright = voxels[voxels > voxels.mean(dtype=np.float64)]
+    low, high = np.percentile(bright, SEG_PERCENTILES, overwrite_input=True)
+    return _reference(scan, image_size, axes, float(low), float(high))
+
+
+def _raw(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
+    """Nothing is changed: for arrays that already are D x H x W (or 1 x D x H x W) at the model's size, in 0..1, prepared
+    by other means, as the reference takes them. Anything else is refused.
+    """
+    low, high = float(scan.array.min()), float(scan.array.max())
+    if scan.array.shape != image_size:
+        raise InvalidInput(f"preset raw takes arrays of the model's size {image_size}; this scan has {scan.array.shape}: "
+                           f"choose another preset, which resizes it")
+    if low < 0 or high > 1:
+        raise InvalidInput(f"preset raw takes values from 0 to 1; this scan has {low:g} to {high:g}: scale it, or choose "
+                           f"another preset, which does")
+    geometry = _geometry(scan, image_size, ((0, 1, 2), (False,) * 3), [(0, n) for n in image_size])
+    return np.ascontiguousarray(scan.array, np.float32), geometry
+
+
+PRESETS: dict[str, Preset] = {
+    name: Preset(" ".join(inspect.getdoc(run).split()), run)
+    for name, run in (("auto", _auto), ("ct", _ct), ("mr", _mr), ("m3d-cap", _m3d_cap), ("m3d-seg", _m3d_seg), ("raw", _raw))
+}
+
+
+def _reference(scan: Scan, image_size: Size, axes: Axes, low: float, high: float) -> tuple[np.ndarray, Geometry]:
+    """Scale low..high to 0..1, crop to what is above 0, resize: the steps that the reference's families share."""
+    high = max(high, low + 1e-8)
+
+    def tone(values: np.ndarray) -> np.ndarray:
+        np.clip(values, low, high, out=values)
+        values -= np.float32(low)
+        values /= np.float32(high - low)
+        return values
+
+    crop = _box_above(oriented(scan.array, *axes), low)
+    geometry = _geometry(scan, image_size, axes, crop)
+    return np.clip(_resized(scan, geometry, tone, antialias=False), 0, 1), geometry
+
+
+def _box_above(volume: np.ndarray, low: float) -> list[tuple[int, int]]:
+    """The half-open bounding box of voxels above `low`, exactly; the whole volume if there are none."""
+    memory = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))
+    volume, seen = volume.transpose(memory), [np.zeros(volume.shape[axis], bool) for axis in memory]
+    for part in slabs(volume.shape, 0, volume.itemsize):
+        above = volume[part] > low
+        seen[0][part] = above.any((1, 2))
+        flat = above.any(0)
+        seen[1] |= flat.any(1)
+        seen[2] |= flat.any(0)
+    found = [np.flatnonzero(seen[memory.index(axis)]) for axis in range(3)]
+    return [(int(i[0]), int(i[-1]) + 1) if len(i) else (0, n) for i, n in zip(found, volume.shape)]
+
+
+def _coarse(scan: Scan, axes: Axes) -> np.ndarray:
+    """Every n-th voxel of the scan in model axes, at most _COARSE along each: enough to find the body."""
+    view = oriented(scan.array, *axes)
+    return np.ascontiguousarray(view[tuple(slice(None, None, -(-n // _COARSE)) for n in view.shape)], np.float32)
+
+
+def _cropped_to_foreground(scan: Scan, image_size: Size, is_foreground: Callable[[np.ndarray], np.ndarray]) -> Geometry:
+    """The geometry of canonical axes, cropped to the large connected parts of the foreground, or whole without any.
+
+    Between two samples of the coarse grid the box is widened to just before the next sample outside.
+    """
+    axes = canonical_axes(scan.affine)
+    shape = [scan.array.shape[axis] for axis in axes[0]]
+    crop = [(0, n) for n in shape]
+    parts, count = ndimage.label(is_foreground(_coarse(scan, axes)))
+    if count:
+        sizes = np.bincount(parts.ravel())[1:]
+        boxes = [box for box, size in zip(ndimage.find_objects(parts), sizes) if size >= _SMALL_PART * sizes.max()]
+        for axis, n in enumerate(shape):
+            step = -(-n // _COARSE)
+            first, last = min(box[axis].start for box in boxes), max(box[axis].stop for box in boxes)
+            crop[axis] = max(0, (first - 1) * step + 1), min(n, last * step)
+    return _geometry(scan, image_size, axes, crop)
+
+
+def _geometry(scan: Scan, image_size: Size, axes: Axes, crop: list[tuple[int, int]]) -> Geometry:
+    """`crop` counts along the model's axes; the Geometry's along the array's, forwards."""
+    order, flips = axes
+    lengths = [scan.array.shape[axis] for axis in order]
+    crop = tuple((n - stop, n - start) if flip else (start, stop) for (start, stop), flip, n in zip(crop, flips, lengths))
+    return Geometry(tuple(scan.array.shape), tuple(map(tuple, scan.affine.tolist())), order, flips, crop, image_size)
+
+
+def _resized(scan: Scan, geometry: Geometry, tone=np.asarray, antialias: bool = True) -> np.ndarray:
+    matrices = [weights(stop - start, size, antialias=antialias)
+                for (start, stop), size in zip(geometry.crop, geometry.image_size)]
+    return shrink(geometry.view(scan.array), matrices, tone)
+
+
+def _scaled(image: np.ndarray, low: float, high: float) -> np.ndarray:
+    image -= np.float32(low)
+    image /= np.float32(high - low)
+    return np.clip(image, 0, 1, out=image)
+
+
+def _otsu(values: np.ndarray) -> float:
+    """The threshold that splits the histogram (256 bins between the 0.1 and 99.9 percentiles) with the most variance."""
+    low, high = np.percentile(values, (0.1, 99.9))
+    if high <= low:
+        low, high = float(values.min()), float(values.max())
+    counts, edges = np.histogram(np.clip(values, low, high), 256, (low, high))
+    centres = (edges[1:] + edges[:-1]) / 2
+    below, total = np.cumsum(counts)[:-1], np.cumsum(counts * centres)
+    above = counts.sum() - below
+    between = (total[-1] * below / counts.sum() - total[:-1]) ** 2 / np.maximum(below * above, 1)
+    return float(edges[1 + int(np.argmax(between))])
