@@ -1,0 +1,174 @@
+"""Keeps a process tree: starts one command, and leaves nothing of it behind, however it or its owner ends.
+
+Run as a script (`python -I -S keeper.py SPEC`, standard library only) by `engine.server`, which holds its stdin open.
+The keeper is the reaper of all processes below it, so even those that leave their process group (vLLM's engine and its
+workers) stay its descendants. It stops the tree when stdin closes (the owner asks, or died), on SIGTERM/SIGINT/SIGHUP,
+and when the command itself ends; then it removes the shared memory that the tree held.
+
+SPEC is JSON: command (list), grace_s (time for an orderly stop), remove (folders to delete at the end), shm_prefixes
+(names in /dev/shm that belong to the tree; `{pid}` stands for the command's process id).
+"""
+from __future__ import annotations
+
+import ctypes
+import glob
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHM = "/dev/shm/"
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+ORPHANS_GRACE_S = 5.0
+SHM_SURVEY_S = 10.0
+
+
+def prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids below `root`, zombies left out."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            state, parent = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it ended meanwhile
+        if state not in "ZX":
+            children.setdefault(int(parent), []).append(int(name))
+    found, todo = [], [root]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def shared_memory_of(pids) -> set[str]:
+    """Top-level names in /dev/shm that these processes have mapped and that still exist."""
+    names = set()
+    for pid in pids:
+        try:
+            lines = Path("/proc", str(pid), "maps").read_text().splitlines()
+        except OSError:
+            continue  # it ended meanwhile, or is another user's
+        names.update(line.partition(SHM)[2].split("/")[0] for line in lines
+                     if SHM in line and not line.endswith(" (deleted)"))
+    return names
+
+
+def everybody() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+class Keeper:
+    def __init__(self, command: list[str], grace_s: float, remove: list[str], shm_prefixes: list[str]):
+        self.grace_s = grace_s
+        self.remove = remove
+        self.shm_before = set(os.listdir(SHM))
+        self.shm_seen: set[str] = set()
+        self.owner = os.getppid()
+        self.wake_read, wake_write = os.pipe()
+        os.set_blocking(self.wake_read, False)
+        os.set_blocking(wake_write, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        self.stop_asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._ask_stop)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self.status: int | None = None
+        # Should the keeper itself be killed, the command at least gets a SIGTERM.
+        self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL,
+                                      preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)).pid
+        self.shm_prefixes = [prefix.format(pid=self.child) for prefix in shm_prefixes]
+
+    def run(self) -> int:
+        """Returns the command's exit status, as a shell would: 128 + n after signal n."""
+        survey = 0.0
+        while self.status is None and not self.stop_asked:
+            if time.monotonic() > survey:
+                self._survey()
+                survey = time.monotonic() + SHM_SURVEY_S
+            ready, _, _ = select.select([sys.stdin, self.wake_read], [], [], 1.0)
+            self._reap(ready)
+            if (sys.stdin in ready and not os.read(0, 4096)) or os.getppid() != self.owner:
+                self.stop_asked = True
+        self._survey()
+        if self.status is None:
+            self._signal([self.child], signal.SIGTERM)
+            self._wait(self.grace_s, lambda: self.status is not None)
+        self._survey()
+        # What outlived the command: ask, then kill. Killing may take several rounds, as the tree may still grow.
+        self._signal(descendants(os.getpid()), signal.SIGTERM)
+        self._wait(ORPHANS_GRACE_S, lambda: not descendants(os.getpid()))
+        while alive := descendants(os.getpid()):
+            self._signal(alive, signal.SIGKILL)
+            self._wait(1.0, lambda: not descendants(os.getpid()))
+        self._clean()
+        code = os.waitstatus_to_exitcode(self.status) if self.status is not None else -signal.SIGKILL
+        return code if code >= 0 else 128 - code
+
+    def _ask_stop(self, *_) -> None:
+        self.stop_asked = True
+
+    def _survey(self) -> None:
+        self.shm_seen |= shared_memory_of(descendants(os.getpid()))
+
+    def _signal(self, pids: list[int], number: int) -> None:
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
+    def _wait(self, seconds: float, done) -> None:
+        end = time.monotonic() + seconds
+        while not done() and (left := end - time.monotonic()) > 0:
+            ready, _, _ = select.select([self.wake_read], [], [], min(left, 0.2))
+            self._reap(ready)
+        self._reap([self.wake_read])
+
+    def _reap(self, ready) -> None:
+        """Collect every ended process below: ours and the orphans that came to us."""
+        if self.wake_read in ready:
+            try:
+                os.read(self.wake_read, 4096)
+            except BlockingIOError:
+                pass
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.child:
+                self.status = status
+
+    def _clean(self) -> None:
+        ours = {os.path.basename(path) for prefix in self.shm_prefixes for path in glob.glob(f"{SHM}{prefix}*")}
+        # Python's and vLLM's shared memory has random names: what the tree had mapped and nobody else uses.
+        unnamed = self.shm_seen - self.shm_before
+        ours |= unnamed - shared_memory_of(everybody()) if unnamed else set()
+        for path in [os.path.join(SHM, name) for name in ours] + self.remove:
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                try:
+                    os.unlink(path)
+                except FileNotFoundError:
+                    pass
+
+
+if __name__ == "__main__":
+    sys.exit(Keeper(**json.loads(sys.argv[1])).run())

@@ -1,0 +1,224 @@
+"""Start a Triton on an exported model repository, watch it come up, and stop it without leaving anything behind.
+
+`with Server("model_repository") as server:` is ready inside the block; `server.url` is what M3DClient takes.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from engine import keeper
+from engine.errors import InvalidInput, RepositoryError, Unavailable
+from engine.manifest import Manifest
+from engine.runtime.study_store import FOLDER_PREFIX
+from engine.triton import Triton
+
+EXIT_TIMEOUT_S = 10  # Triton waits this long for requests in flight
+GRACE_S = 30  # then it unloads its models; after this all that is left gets killed
+SHM_NEEDED = 256 << 20  # requests, answers and studies travel through shared memory
+_LOADING = re.compile(r'loading: (\w+):')
+_LOADED = re.compile(r"successfully loaded '(\w+)'")
+_FAILED = re.compile(r"failed to load '(\w+)' version \d+: (?:[A-Z][\w ]*?: )?(.*)")
+
+
+class Server:
+    """A Triton process tree on one repository.
+
+    target: cpu (the Triton of nvidia-pytriton) or tensorrt (`tritonserver` on PATH). host: address to listen on; other
+    machines are kept out unless it says otherwise. log: file for Triton's own words, by default one per gRPC port in
+    the cache folder. start_timeout: seconds until all models must be ready. on_progress: is told what loads.
+    """
+
+    def __init__(self, repository: Path | str, *, target: str = "cpu", host: str = "127.0.0.1", grpc_port: int = 8001,
+                 http_port: int = 8000, metrics_port: int = 8002, log: Path | str | None = None,
+                 start_timeout: float = 900.0, on_progress: Callable[[str], None] = lambda text: None):
+        self.repository = Path(repository).resolve()
+        self.target = target
+        self.host = host
+        self.ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+        self.log = Path(log) if log else default_log_folder() / f"triton-{grpc_port}.log"
+        self.start_timeout = start_timeout
+        self.on_progress = on_progress
+        self._keeper: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{self._reachable_host}:{self.ports['grpc']}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{self._reachable_host}:{self.ports['http']}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{self._reachable_host}:{self.ports['metrics']}/metrics"
+
+    @property
+    def _reachable_host(self) -> str:
+        return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+
+    def __enter__(self) -> "Server":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start and wait until every model is ready.
+
+        Raises RepositoryError (nothing exported here, or for another target), Unavailable (no Triton, a port is taken,
+        a model does not load; the message has the cause), and leaves nothing running then.
+        """
+        if self._keeper is not None:
+            raise InvalidInput("this server was started already; make a new Server to start another")
+        manifest = self._check()
+        triton = Triton.find(self.target)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        run_folder = Path(tempfile.mkdtemp(prefix="m3d-"))
+        try:
+            backends = triton.assemble_backends(run_folder) if triton.wheel else None
+            shm_prefix = f"m3d-{run_folder.name.removeprefix('m3d-')}-"
+            command = triton.command(self.repository, manifest.models, self.host, self.ports, backends, shm_prefix,
+                                     EXIT_TIMEOUT_S)
+            spec = json.dumps({"command": command, "grace_s": GRACE_S, "remove": [str(run_folder)],
+                               "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"]})
+            with open(self.log, "wb") as log:
+                self._keeper = subprocess.Popen(
+                    [sys.executable, "-I", "-S", keeper.__file__, spec], stdin=subprocess.PIPE, stdout=log, stderr=log,
+                    env=triton.environment(run_folder), start_new_session=True)
+        except BaseException:
+            shutil.rmtree(run_folder, ignore_errors=True)
+            raise
+        try:
+            self._wait_ready(manifest.models)
+        except BaseException:
+            self.stop()
+            raise
+
+    def is_ready(self) -> bool:
+        """Whether the server and all its models answer now."""
+        try:
+            with urllib.request.urlopen(f"{self.http_url}/v2/health/ready", timeout=5) as response:
+                return response.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def is_running(self) -> bool:
+        return self._keeper is not None and self._keeper.poll() is None
+
+    def wait(self) -> None:
+        """Block while the server runs. Raises Unavailable with the cause when it ends by itself."""
+        code = self._keeper.wait()
+        raise Unavailable(f"Triton ended by itself ({_exit_words(code)}): {self._cause()}")
+
+    def stop(self) -> None:
+        """Stop the server; when this returns, no process of it and none of its shared memory is left."""
+        if self._keeper is None:
+            return
+        self._keeper.stdin.close()
+        self._keeper.wait()
+
+    def _check(self) -> Manifest:
+        """What can be refused before anything starts."""
+        manifest = Manifest.read(self.repository)
+        if manifest.target != self.target:
+            raise RepositoryError(f"{self.repository} was exported for target {manifest.target}, not {self.target}: "
+                                  f"serve with --target {manifest.target}, or export with --target {self.target}")
+        absent = [m for m in manifest.models if not (self.repository / m / "config.pbtxt").is_file()]
+        if absent:
+            raise RepositoryError(f"{self.repository} lacks the models {', '.join(absent)} that its manifest lists: "
+                                  "export into a complete copy of model_repository/")
+        if len(set(self.ports.values())) < len(self.ports):
+            raise InvalidInput(f"the gRPC, HTTP and metrics ports must differ: {self.ports}")
+        for name, port in self.ports.items():
+            _check_port(self.host, name, port)
+        free = shutil.disk_usage(keeper.SHM).free
+        if free < SHM_NEEDED:
+            raise Unavailable(f"{keeper.SHM} has {free >> 20} MiB free, the server needs {SHM_NEEDED >> 20} MiB or more: "
+                              "in Docker give the container --shm-size 2g")
+        return manifest
+
+    def _wait_ready(self, models: tuple[str, ...]) -> None:
+        end = time.monotonic() + self.start_timeout
+        said = None
+        while not self.is_ready():
+            try:
+                code = self._keeper.wait(timeout=0.25)
+            except subprocess.TimeoutExpired:
+                pass
+            else:
+                raise Unavailable(f"Triton did not start ({_exit_words(code)}): {self._cause()}")
+            if time.monotonic() > end:
+                raise Unavailable(f"the models were not ready after {self.start_timeout:g} s "
+                                  f"({self._loading(models)}); log: {self.log}\n{self._tail()}")
+            if (now := self._loading(models)) != said:
+                said = now
+                self.on_progress(said)
+
+    def _loading(self, models: tuple[str, ...]) -> str:
+        text = self._log_text()
+        loaded = set(_LOADED.findall(text))
+        loading = [m for m in dict.fromkeys(_LOADING.findall(text)) if m not in loaded]
+        if loading:
+            return f"loading {', '.join(loading)} ({len(loaded)} of {len(models)} ready)"
+        return "opening the ports" if loaded else "starting Triton"
+
+    def _log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def _cause(self) -> str:
+        """Why Triton ended, the first cause first, from its log."""
+        text = self._log_text()
+        failed = {model: words.rstrip('"').strip() for model, words in _FAILED.findall(text)}
+        # An ensemble fails because a part of it did: the part is the cause.
+        cause = [f"{model}: {words}" for model, words in failed.items() if "ensemble" not in words]
+        return "; ".join(cause or [f"\n{self._tail()}"]) + f"\n(log: {self.log})"
+
+    def _tail(self, lines: int = 15) -> str:
+        """The last lines of the log that report something wrong, or just the last ones."""
+        every = self._log_text().splitlines()
+        wrong = [line for line in every if re.match(r"[EF]\d{4} |Bad option|\S.*(?:[Ee]rror|Traceback)", line)]
+        return "\n".join((wrong or every)[-lines:])
+
+
+def free_ports(host: str = "127.0.0.1") -> dict[str, int]:
+    """Ports that nobody listens on now, as Server's arguments of the same names."""
+    names = ("grpc_port", "http_port", "metrics_port")
+    sockets = [socket.create_server((host, 0)) for _ in names]
+    ports = {name: s.getsockname()[1] for name, s in zip(names, sockets)}
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def default_log_folder() -> Path:
+    cache = os.environ.get("M3D_CACHE")
+    if cache:
+        return Path(cache) / "logs"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3d-engine" / "logs"
+
+
+def _check_port(host: str, name: str, port: int) -> None:
+    if not 0 < port < 65536:
+        raise InvalidInput(f"--{name}-port must be from 1 to 65535, not {port}")
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise Unavailable(f"the {name} port {port} on {host} cannot be used ({error.strerror or error}): stop what "
+                          f"listens there, or give another --{name}-port") from None
+
+
+def _exit_words(code: int) -> str:
+    return f"killed by signal {code - 128}" if code > 128 else f"exit status {code}"

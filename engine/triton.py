@@ -1,0 +1,128 @@
+"""Find a Triton Inference Server for a target, and assemble what it needs to start: backends, environment, command."""
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import secrets
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import InvalidInput, Unavailable
+
+TARGETS = ("cpu", "tensorrt")
+WHEEL = "nvidia-pytriton"
+# Loading a model with a configuration of the client's own runs code: nobody but the command line may.
+ADMIN_PROTOCOLS = "model-repository,shared-memory,trace,logging"
+STUB_TIMEOUT_S = 60  # for a stub's Python to start; loading a model may take longer
+QUIET = {
+    "PYTHONUTF8": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on shared cores make everything ten times slower
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+}
+
+
+@dataclass(frozen=True)
+class Triton:
+    """A Triton installation. `wheel` is the folder that nvidia-pytriton carries, or None for one found on PATH."""
+
+    binary: Path
+    wheel: Path | None
+    version: str
+
+    @classmethod
+    def find(cls, target: str) -> "Triton":
+        """Raises Unavailable with the way to get one if this machine has none for `target`."""
+        if target not in TARGETS:
+            raise InvalidInput(f"target {target!r} is unknown; known are {', '.join(TARGETS)}")
+        if target == "tensorrt":
+            binary = shutil.which("tritonserver")
+            if binary is None:
+                raise Unavailable("no `tritonserver` on PATH: target tensorrt runs inside NVIDIA's Triton image (see "
+                                  "deploy/); on a machine without a GPU use --target cpu")
+            return cls(Path(binary), None, _version_beside(Path(binary)))
+        spec = importlib.util.find_spec("pytriton")
+        if spec is None or not spec.submodule_search_locations:
+            raise Unavailable(f"Triton for the CPU comes with the package {WHEEL}, which is not installed: run `make "
+                              "demo` once, or install the extra `m3d-engine[cpu]`")
+        wheel = Path(spec.submodule_search_locations[0]) / "tritonserver"
+        triton = cls(wheel / "bin" / "tritonserver", wheel, importlib.metadata.version(WHEEL))
+        for path in (triton.binary, triton.stub):
+            if not path.is_file():
+                raise Unavailable(f"{WHEEL} {triton.version} has no {path.relative_to(wheel)}: it supports "
+                                  f"Python {', '.join(triton.python_versions)}, this is {_python_version()}")
+        if importlib.metadata.version("numpy").split(".")[0] != "1":
+            raise Unavailable(f"Triton's Python backend of {WHEEL} needs NumPy 1, "
+                              f"{importlib.metadata.version('numpy')} is installed: install with overrides.txt")
+        return triton
+
+    @property
+    def stub(self) -> Path:
+        return self.wheel / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
+
+    @property
+    def python_versions(self) -> list[str]:
+        folders = (self.wheel / "python_backend_stubs").iterdir()
+        return sorted((f.name for f in folders), key=lambda v: [int(part) for part in v.split(".")])
+
+    def assemble_backends(self, folder: Path) -> Path:
+        """A backends folder with the Python backend and the stub of this Python, made in `folder` (wheel only)."""
+        backends = folder / "backends"
+        python = backends / "python"
+        python.mkdir(parents=True)
+        for source in (self.wheel / "backends" / "python").iterdir():
+            (python / source.name).symlink_to(source)
+        stub = python / "triton_python_backend_stub"
+        shutil.copyfile(self.stub, stub)
+        stub.chmod(0o755)  # wheels do not keep the run bit
+        if not os.access(self.binary, os.X_OK):
+            raise Unavailable(f"{self.binary} may not be run: `chmod +x` it")
+        return backends
+
+    def command(self, repository: Path, models: tuple[str, ...], host: str, ports: dict[str, int],
+                backends: Path | None, shm_prefix: str, exit_timeout_s: int) -> list[str]:
+        """Triton's command line. ports: {"grpc", "http", "metrics"}; `models` are loaded, others are left alone."""
+        secret = f"{ADMIN_PROTOCOLS}:m3d-admin={secrets.token_hex(16)}"
+        command = [
+            str(self.binary), "--model-repository", str(repository), "--model-control-mode", "explicit",
+            *(part for model in models for part in ("--load-model", model)),
+            *(part for name, port in ports.items() for part in (f"--{name}-port", str(port), f"--{name}-address", host)),
+            "--http-restricted-api", secret, "--grpc-restricted-protocol", secret,
+            "--exit-timeout-secs", str(exit_timeout_s), "--allow-gpu-metrics", str(backends is None).lower(),
+            "--backend-config", f"python,shm-region-prefix-name={shm_prefix}",
+            "--backend-config", f"python,stub-timeout-seconds={STUB_TIMEOUT_S}",
+        ]
+        if backends is not None:
+            command += ["--backend-directory", str(backends), "--model-config-name", "cpu"]
+        return command
+
+    def environment(self, run_folder: Path) -> dict[str, str]:
+        """This process's environment, as the Python backend needs it."""
+        environment = {**os.environ, **QUIET, "VLLM_RPC_BASE_PATH": str(run_folder)}
+        environment["PYTHONPATH"] = _joined(Path(__file__).parents[1], os.environ.get("PYTHONPATH"))
+        if self.wheel is not None:
+            # The stub embeds Python: it finds the environment by the first python3 on PATH, libpython by LD_LIBRARY_PATH.
+            environment["PATH"] = _joined(Path(sys.executable).parent, os.environ.get("PATH"))
+            # The copied stub looks for the wheel's own libraries beside itself, where they are not.
+            libraries = [Path(sysconfig.get_config_var("LIBDIR") or Path(sys.base_prefix) / "lib"),
+                         self.wheel.parents[1] / "nvidia_pytriton.libs"]
+            environment["LD_LIBRARY_PATH"] = _joined(*libraries, os.environ.get("LD_LIBRARY_PATH"))
+        return environment
+
+
+def _joined(*parts: Path | str | None) -> str:
+    return os.pathsep.join(str(part) for part in parts if part)
+
+
+def _python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _version_beside(binary: Path) -> str:
+    """NVIDIA's image keeps the version in a file: /opt/tritonserver/TRITON_VERSION."""
+    path = binary.resolve().parents[1] / "TRITON_VERSION"
+    return path.read_text().strip() if path.is_file() else "unknown"
