@@ -114,5 +114,6 @@ MODELS: dict[str, Model] = {m.name: m for m in (
 
 CHAT_MODELS = ("study", "vision_encoder", "decoder", "m3d_chat")
 SEGMENT_MODELS = ("segmentation_encoder", "segmentation_head", "segmentation", "m3d_segment")
-RETRIEVE_MODELS = ("clip_image_encoder", "clip_text_encoder", "retrieval", "m3d_retrieve")
+CLIP_ENCODERS = ("clip_image_encoder", "clip_text_encoder")
+RETRIEVE_MODELS = (*CLIP_ENCODERS, "retrieval", "m3d_retrieve")
 GRAPHS = ("vision_encoder", "segmentation_encoder", "segmentation_head", "clip_image_encoder", "clip_text_encoder")

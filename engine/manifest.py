@@ -28,6 +28,7 @@ class Manifest:
     context_length: tokens that question, visual tokens and answer share.
     graphs: per ONNX graph {"sha256", "max_error", "mean_error", "bound", "opset"} against PyTorch on random input.
     models: the models of the repository that this export makes servable.
+    clip_text_length: tokens that retrieval pads texts to; None without CLIP or without its tokenizer.
     files: size in bytes of every exported file, by path inside the repository.
     """
 

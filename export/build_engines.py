@@ -69,7 +69,7 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
     if clip_checkpoint is not None:
         clip_values, clip_graphs = _export_clip(clip_checkpoint, repository)
         values, graphs = {**values, **clip_values, "clip_checkpoint": str(clip_checkpoint)}, {**graphs, **clip_graphs}
-        models += contract.RETRIEVE_MODELS
+        models += contract.CLIP_ENCODERS if clip_values["clip_text_length"] is None else contract.RETRIEVE_MODELS
     result = Manifest(checkpoint=str(checkpoint), models=tuple(models), graphs=graphs, **wanted, **values)
     result = replace(result, files=_artifacts(repository))
     result.write(repository)
@@ -116,12 +116,16 @@ def _export_lamed(checkpoint: str, repository: Path, precision: str) -> tuple[di
 
 
 def _export_clip(checkpoint: str, repository: Path) -> tuple[dict, dict]:
-    from engine.models.checkpoint import load_clip, load_tokenizer
+    from engine.models.checkpoint import has_tokenizer, load_clip, load_tokenizer
     from export.graphs import build, clip_graphs
 
     model, source = load_clip(checkpoint)
-    load_tokenizer(source).save_pretrained(repository / CLIP_TOKENIZER_FOLDER)
-    values = {"clip_text_length": model.config.max_text_len, "clip_image_size": model.config.vision.image_size}
+    values = {"clip_text_length": None, "clip_image_size": model.config.vision.image_size}
+    if has_tokenizer(source):
+        load_tokenizer(source).save_pretrained(repository / CLIP_TOKENIZER_FOLDER)
+        values["clip_text_length"] = model.config.max_text_len
+    else:
+        _say("retrieval", f"left out, since {source} has no tokenizer; its encoders alone are served")
     return values, {graph.name: _built(build, graph, repository) for graph in clip_graphs(model)}
 
 

@@ -141,11 +141,26 @@ def open_lamed(source: str | Path) -> tuple[LamedConfig, Weights, Path]:
     return config, weights, folder
 
 
-def load_tokenizer(folder: Path):
-    """The tokenizer of a checkpoint. Nothing in the folder is executed."""
-    from transformers import AutoTokenizer
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt"))
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a checkpoint. Nothing in the folder is executed. Raises CheckpointError if there is none."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    if not has_tokenizer(folder):
+        raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.txt)")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns that `lamed_llama` is no model type of its own
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception, transformers OSError, ValueError and others
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_lamed(source: str | Path, dtype: torch.dtype = torch.float32, with_llm: bool = True) -> tuple[Lamed, object]:
