@@ -20,6 +20,7 @@ import re
 import shutil
 import stat
 import struct
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -152,6 +153,20 @@ class StudyStore:
                 unfinished.rename(folder / _file_name(piece))
             except FileNotFoundError:
                 raise _not_found(handle) from None
+
+    def computed(self, handle: str, piece: str, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """A piece, made by `compute(image)` unless it is there; by one process only, however many ask at the same time.
+
+        Raises StudyNotFound, ResourceExhausted, and whatever `compute` raises (then the next one tries again).
+        """
+        found = self.get(handle, piece)
+        if found is None:
+            with self.lock(handle, piece):
+                found = self.get(handle, piece)
+                if found is None:
+                    self.put(handle, piece, compute(self.get(handle, "image")))
+                    found = self.get(handle, piece)
+        return found
 
     @contextmanager
     def lock(self, handle: str, piece: str):

@@ -163,10 +163,12 @@ def test_a_folder_that_others_can_enter_is_refused(tmp_path):
 def _encode_once(root, handle, barrier, encoded):
     store = StudyStore(root)
     barrier.wait()
-    with store.lock(handle, "visual_tokens"):
-        if store.get(handle, "visual_tokens") is None:
-            store.put(handle, "visual_tokens", np.full((4, 4), os.getpid(), np.float32))
-            encoded.put(os.getpid())
+
+    def encode(image):
+        encoded.put(os.getpid())
+        return np.full((4, 4), os.getpid(), np.float32)
+
+    store.computed(handle, "visual_tokens", encode)
 
 
 def test_processes_that_want_the_same_piece_compute_it_once(store):
@@ -182,6 +184,16 @@ def test_processes_that_want_the_same_piece_compute_it_once(store):
     winner = encoded.get()
     assert encoded.empty()
     assert (store.get(handle, "visual_tokens") == winner).all()
+
+
+def test_a_piece_that_could_not_be_computed_is_computed_by_the_next_who_asks(store):
+    handle = handle_of("scan")
+    store.add(handle, {}, image_of(1))
+    with pytest.raises(ZeroDivisionError):
+        store.computed(handle, "visual_tokens", lambda image: 1 / 0)
+    assert store.computed(handle, "visual_tokens", lambda image: image[..., :3]).shape == (1, 1, 1, 3)
+    with pytest.raises(StudyNotFound):
+        store.computed(handle_of("other"), "visual_tokens", lambda image: image)
 
 
 def _hold(root, handle, held):

@@ -1,0 +1,28 @@
+"""The Triton model that runs an exported ONNX graph on the CPU; the model of that name says which one.
+
+On a GPU the same names are served by Triton's TensorRT and ONNX Runtime backends, without Python.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.contract import MODELS
+from engine.manifest import Manifest
+from engine.runtime import triton_io
+from engine.runtime.onnx_session import OnnxGraph
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        folder = Path(args["model_repository"])
+        Manifest.read(folder.parent)
+        self.model = MODELS[args["model_name"]]
+        self.graph = OnnxGraph(folder / args["model_version"] / "model.onnx", self.model,
+                               triton_io.parameter(args, "threads", 0))
+
+    def execute(self, requests):
+        return [triton_io.answer(self._run, request) for request in requests]
+
+    def _run(self, request):
+        return triton_io.response(**self.graph({name: triton_io.array(request, name)
+                                                for name in self.model.input_names}))

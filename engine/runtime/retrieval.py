@@ -1,0 +1,74 @@
+"""How well texts fit a scan, by M3D-CLIP."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from engine.contract import MODELS
+from engine.errors import InvalidInput, RepositoryError
+from engine.manifest import Manifest
+from engine.runtime.study import Infer
+from engine.runtime.study_store import StudyStore
+
+MAX_TEXTS = 4096
+MAX_CHARACTERS = 20_000
+BATCH = MODELS["clip_text_encoder"].max_batch_size
+
+
+class Retriever:
+    """tokenizer_folder: where the export put the text encoder's tokenizer. Raises RepositoryError if it is unusable."""
+
+    def __init__(self, store: StudyStore, manifest: Manifest, tokenizer_folder: Path | str, infer: Infer):
+        if manifest.clip_text_length is None:
+            raise RepositoryError("this repository was exported without M3D-CLIP: export again with --clip-checkpoint")
+        if manifest.clip_image_size != manifest.image_size:
+            raise RepositoryError(f"M3D-CLIP takes volumes of {manifest.clip_image_size}, M3D-LaMed of "
+                                  f"{manifest.image_size}: export checkpoints of the same size together")
+        self.store = store
+        self.infer = infer
+        self.tokenizer = _tokenizer(Path(tokenizer_folder), manifest.clip_text_length)
+
+    def scores(self, handle: str, texts: list[str]) -> np.ndarray:
+        """Cosine similarities, float32 [T]. Raises StudyNotFound, InvalidInput."""
+        _check(texts)
+        image = self.store.computed(handle, "clip_image", self._image)
+        batches = [self._texts(texts[start:start + BATCH]) for start in range(0, len(texts), BATCH)]
+        return np.clip(np.concatenate(batches) @ image, -1, 1)
+
+    def _image(self, image: np.ndarray) -> np.ndarray:
+        return self.infer("clip_image_encoder", IMAGE=image[None])["IMAGE_EMBEDDING"][0]
+
+    def _texts(self, texts: list[str]) -> np.ndarray:
+        encodings = self.tokenizer.encode_batch(texts)
+        return self.infer("clip_text_encoder",
+                          INPUT_IDS=np.array([encoding.ids for encoding in encodings], np.int64),
+                          ATTENTION_MASK=np.array([encoding.attention_mask for encoding in encodings], np.int64),
+                          )["TEXT_EMBEDDING"]
+
+
+def _check(texts: list[str]) -> None:
+    if not 1 <= len(texts) <= MAX_TEXTS:
+        raise InvalidInput(f"{len(texts)} texts given; 1 to {MAX_TEXTS} are allowed: send them in parts")
+    for position, text in enumerate(texts):
+        if not text.strip():
+            raise InvalidInput(f"text {position} is empty")
+        if len(text) > MAX_CHARACTERS:
+            raise InvalidInput(f"text {position} has {len(text)} characters; at most {MAX_CHARACTERS} are allowed")
+
+
+def _tokenizer(folder: Path, length: int) -> Tokenizer:
+    """The fast tokenizer of a Hugging Face folder, cutting and padding to `length` tokens as the reference does."""
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        pad = json.loads((folder / "tokenizer_config.json").read_bytes()).get("pad_token") or "[PAD]"
+    except Exception as error:  # tokenizers raises plain Exception
+        raise RepositoryError(f"the tokenizer in {folder} cannot be read ({error}): export the repository again") from None
+    pad = pad if isinstance(pad, str) else pad["content"]
+    if tokenizer.token_to_id(pad) is None:
+        raise RepositoryError(f"the tokenizer in {folder} does not know its padding token {pad!r}")
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    return tokenizer

@@ -1,0 +1,47 @@
+"""From the `[SEG]` states of an answer to a mask in the scan's own space."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import InvalidInput
+from engine.geometry import Geometry
+from engine.runtime.study import Infer, segmentation_features
+from engine.runtime.study_store import StudyStore
+
+
+@dataclass(frozen=True)
+class Mask:
+    """packed: numpy.packbits of the mask in C order. shape, affine: the scan's own. logits: D x H x W, model space."""
+
+    packed: np.ndarray
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    logits: np.ndarray
+
+
+NO_LOGITS = np.zeros((0, 0, 0), np.float32)
+NO_MASK = Mask(np.zeros(0, np.uint8), (0, 0, 0), np.zeros((4, 4)), NO_LOGITS)
+
+
+class Segmenter:
+    def __init__(self, store: StudyStore, infer: Infer):
+        self.store = store
+        self.infer = infer
+
+    def mask(self, handle: str, states: np.ndarray, return_logits: bool = False) -> Mask:
+        """The one mask that `states` (K x H_llm, K >= 1) ask for.
+
+        Several `[SEG]` in an answer are averaged into one prompt, as in the reference, whose threshold is a logit above
+        0. Raises StudyNotFound if the study was evicted since the answer began.
+        """
+        if not np.isfinite(states).all():
+            raise InvalidInput("SEG_STATES has values that are not finite")
+        geometry = Geometry.from_dict(self.store.info(handle)["geometry"])
+        features = segmentation_features(self.store, self.infer, handle)
+        state = states.mean(0, dtype=np.float32)
+        logits = self.infer("segmentation_head", FEATURES=features[None], SEG_STATE=state[None])["MASK_LOGITS"][0, 0]
+        probabilities = 0.5 + 0.5 * np.tanh(0.5 * logits)  # the sigmoid, without overflow
+        mask = geometry.mask_to_scan(probabilities)
+        return Mask(np.packbits(mask), mask.shape, np.array(geometry.affine), logits if return_logits else NO_LOGITS)

@@ -1,0 +1,119 @@
+"""What the Python models of the repository say to Triton: inputs, answers, errors, calls of other models.
+
+Importable inside a Triton Python stub only.
+"""
+from __future__ import annotations
+
+import json
+import traceback
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from engine.contract import MODELS
+from engine.errors import InvalidInput, M3DError, RepositoryError, Unavailable, from_wire
+
+_CODES = {
+    "INVALID_ARGUMENT": pb_utils.TritonError.INVALID_ARG,
+    "NOT_FOUND": pb_utils.TritonError.NOT_FOUND,
+    "RESOURCE_EXHAUSTED": pb_utils.TritonError.UNAVAILABLE,  # Triton has no code of its own for it
+    "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
+    "CANCELLED": pb_utils.TritonError.CANCELLED,
+}
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+def array(request, name: str) -> np.ndarray | None:
+    """An input as Triton holds it in shared memory (valid as long as `request` is), or None if it was not given."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()
+
+
+def texts(request, name: str) -> list[str]:
+    """A BYTES input as texts; empty if it was not given."""
+    values = array(request, name)
+    try:
+        return [] if values is None else [value.decode() for value in values.ravel()]
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{name} must be UTF-8 text") from None
+
+
+def text(request, name: str) -> str | None:
+    """A BYTES input of one element, or None if it was not given or is empty."""
+    return (texts(request, name) or [None])[0] or None
+
+
+def flag(request, name: str) -> bool:
+    values = array(request, name)
+    return values is not None and bool(values.any())
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+def response(**outputs) -> pb_utils.InferenceResponse:
+    """A response of named outputs: arrays, or a text for a BYTES output of one element."""
+    return pb_utils.InferenceResponse([_tensor(name, value) for name, value in outputs.items()])
+
+
+def error_response(error: Exception) -> pb_utils.InferenceResponse:
+    """Our own errors with their code and text; anything unexpected as a short INTERNAL, with its traceback in the log."""
+    if not isinstance(error, M3DError):
+        log_error("unexpected error", error)
+        error = M3DError(f"unexpected {type(error).__name__}; the server's log has the details")
+    code = _CODES.get(error.code, pb_utils.TritonError.INTERNAL)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), code))
+
+
+def answer(function, request) -> pb_utils.InferenceResponse:
+    """`function(request)`, or the response that stands for the error it raised."""
+    try:
+        return function(request)
+    except Exception as error:
+        return error_response(error)
+
+
+def send(sender, answered: pb_utils.InferenceResponse) -> None:
+    """The one and only response of a request that is answered through its sender."""
+    sender.send(answered, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def log_error(what: str, error: Exception) -> None:
+    pb_utils.Logger.log_error(f"{what}: {''.join(traceback.format_exception(error))}")
+
+
+# --- other models ----------------------------------------------------------------------------------------------------
+def infer(model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Call a compute model of the repository with a batch and wait; its errors are raised as typed ones."""
+    request = pb_utils.InferenceRequest(
+        model_name=model,
+        requested_output_names=list(MODELS[model].output_names),
+        inputs=[_tensor(name, value) for name, value in inputs.items()],
+        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
+    )
+    result = request.exec()
+    if result.has_error():
+        message = result.error().message()
+        error = from_wire(message)
+        # Triton's own words carry no kind: the model is not loaded, or its process died.
+        raise error if error.to_wire() in message else Unavailable(f"{model} cannot be run: {message}")
+    # A copy: the arrays lie in shared memory that Triton takes back with `result`.
+    return {name: pb_utils.get_output_tensor_by_name(result, name).as_numpy().copy()
+            for name in MODELS[model].output_names}
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+def parameter(args: dict, name: str, default: int) -> int:
+    """A whole number from the `parameters` of a model's configuration. Raises RepositoryError for anything else."""
+    import json
+
+    value = json.loads(args["model_config"])["parameters"].get(name, {}).get("string_value", "").strip()
+    if not value:
+        return default
+    if not value.isdecimal():
+        raise RepositoryError(f"parameter {name} of {args['model_name']} must be a whole number, not {value!r}")
+    return int(value)
+
+
+def _tensor(name: str, value) -> pb_utils.Tensor:
+    if isinstance(value, str):
+        value = np.array([value.encode()], np.object_)
+    return pb_utils.Tensor(name, np.ascontiguousarray(value))

@@ -1,0 +1,35 @@
+"""Draws the mask that an answer's [SEG] states ask for; an answer without one passes through at once."""
+from engine.runtime import triton_io
+from engine.runtime.desk import Desk
+from engine.runtime.segmentation import NO_MASK, Segmenter
+from engine.runtime.study_store import StudyStore
+
+import numpy as np
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.store = StudyStore.of_server()
+        self.segmenter = Segmenter(self.store, triton_io.infer)
+        self.desk = Desk(self._nothing_to_do, self._mask, threads=triton_io.parameter(args, "threads", 2),
+                         waiting=triton_io.parameter(args, "waiting", 64))
+
+    def execute(self, requests):
+        self.desk.execute(requests)
+
+    def finalize(self):
+        self.desk.close()
+        self.store.close()
+
+    def _nothing_to_do(self, request):
+        if not len(triton_io.array(request, "SEG_STATES")):
+            return _response(NO_MASK)
+
+    def _mask(self, request):
+        return _response(self.segmenter.mask(triton_io.text(request, "STUDY"), triton_io.array(request, "SEG_STATES"),
+                                             triton_io.flag(request, "RETURN_LOGITS")))
+
+
+def _response(mask):
+    return triton_io.response(MASK=mask.packed, MASK_SHAPE=np.array(mask.shape, np.int64), MASK_AFFINE=mask.affine,
+                              LOGITS=mask.logits)
