@@ -181,7 +181,9 @@ class Server:
     def _cause(self) -> str:
         """Why Triton ended, the first cause first, from its log."""
         text = self._log_text()
-        failed = {model: words.rstrip('"').strip() for model, words in _FAILED.findall(text)}
+        # Triton escapes line ends in its log; where in the Python code it was stands there, too.
+        failed = {model: words.rstrip('"').replace("\\n", "\n").partition("\n\nAt:")[0].strip()
+                  for model, words in _FAILED.findall(text)}
         # An ensemble fails because a part of it did: the part is the cause.
         cause = [f"{model}: {words}" for model, words in failed.items() if "ensemble" not in words]
         return "; ".join(cause or [f"\n{self._tail()}"]) + f"\n(log: {self.log})"
@@ -189,7 +191,8 @@ class Server:
     def _tail(self, lines: int = 15) -> str:
         """The last lines of the log that report something wrong, or just the last ones."""
         every = self._log_text().splitlines()
-        wrong = [line for line in every if re.match(r"[EF]\d{4} |Bad option|\S.*(?:[Ee]rror|Traceback)", line)]
+        wrong = [line for line in every if re.match(r"[EF]\d{4} |Bad option|\S.*(?:[Ee]rror|Traceback)", line)
+                 and "CudaDriverHelper" not in line]
         return "\n".join((wrong or every)[-lines:])
 
 

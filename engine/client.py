@@ -1,0 +1,333 @@
+"""The client: send a scan once, then ask about it, segment it, rank texts against it.
+
+    with M3DClient("localhost:8001") as client:
+        study = client.upload("scan.nii.gz")
+        for text in client.stream(study, "Describe the findings."):
+            print(text, end="", flush=True)
+        client.segment(study, "Please segment the liver.").save("liver.nii.gz")
+"""
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from tritonclient.grpc import service_pb2
+
+from engine import contract
+from engine.contract import Tensor
+from engine.errors import Cancelled, InvalidInput, M3DError, StudyNotFound, Unavailable
+from engine.sampling import Sampling
+from engine.wire import Connection, text_of
+
+DEFAULT_URL = "localhost:8001"
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a study came from, so that it can be sent again: a path or an array, with affine and preset."""
+
+    scan: object
+    affine: np.ndarray | None
+    preset: str
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A scan that the server holds. info: preset and why it was chosen, shape, spacing in mm, orientation, cached."""
+
+    handle: str
+    info: dict
+    source: Source | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return f"study {self.handle[:12]} ({self.info.get('preset')})"
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """text: without special tokens other than [SEG]. token_ids: with the final EOS if there was one.
+
+    finish_reason: stop or length. boxes: float64 K x 6, voxel indices (i0,j0,k0,i1,j1,k1) of the scan's array axes.
+    timings: the server's figures (prompt_tokens, cached_tokens, seconds) and this client's own first_text_s, total_s.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    boxes: np.ndarray
+    timings: dict
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm.
+
+    logits: float32 D x H x W in model space if they were asked for, else None.
+    """
+
+    answer: Answer
+    mask: np.ndarray | None
+    affine: np.ndarray
+    logits: np.ndarray | None = None
+
+    def save(self, path: str | PathLike) -> Path:
+        """Write the mask as NIfTI (.nii or .nii.gz), uint8, in the scan's space. Raises InvalidInput without a mask."""
+        import nibabel
+
+        path = Path(path)
+        if self.mask is None:
+            raise InvalidInput(f"there is no mask to save: the answer has no [SEG] ({self.answer.text!r})")
+        if not path.name.endswith((".nii", ".nii.gz")):
+            raise InvalidInput(f"a mask is saved as .nii or .nii.gz, not as {path.name!r}")
+        image = nibabel.Nifti1Image(self.mask.astype(np.uint8), self.affine)
+        image.header.set_xyzt_units("mm")
+        nibabel.save(image, path)
+        return path
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """texts as given, scores: float32, their cosine similarity with the scan."""
+
+    texts: tuple[str, ...]
+    scores: np.ndarray
+
+    def sorted(self) -> list[tuple[str, float]]:
+        """Texts with their scores, best first."""
+        return [(self.texts[i], float(self.scores[i])) for i in np.argsort(-self.scores, kind="stable")]
+
+
+class TextStream(Iterator[str]):
+    """An answer as it grows: iterate over its pieces of text; `answer` is the whole when the iteration is over.
+
+    `close`, leaving a `with` block, or dropping the object cancels the request on the server.
+    """
+
+    def __init__(self, responses: Iterator[dict[str, np.ndarray]]):
+        self._responses = responses
+        self._collected = _Collected()
+        self.answer: Answer | None = None
+
+    def __next__(self) -> str:
+        while self.answer is None:
+            outputs = next(self._responses, None)
+            if outputs is None:
+                raise Unavailable("the server closed the stream before the answer was complete")
+            text = self._collected.add(outputs)
+            self.answer = self._collected.finished()
+            if text:
+                return text
+        raise StopIteration
+
+    def close(self) -> None:
+        self._responses.close()
+
+    def __enter__(self) -> "TextStream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class M3DClient:
+    """A connection to one server; use it from as many threads as you like.
+
+    timeout: seconds until a call fails with DeadlineExceeded (and is cancelled on the server), None for no limit; each
+    method takes its own. All errors are of engine.errors. Where a method wants a study it also takes what `upload` does.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, timeout: float | None = 600.0):
+        self.timeout = _checked_timeout(timeout)
+        self._connection = Connection(url)
+
+    @property
+    def url(self) -> str:
+        return self._connection.url
+
+    def __enter__(self) -> "M3DClient":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def is_ready(self) -> bool:
+        """Whether the server is there with all its models."""
+        try:
+            return self._connection.call("ServerReady", service_pb2.ServerReadyRequest(), 5.0).ready
+        except M3DError:
+            return False
+
+    def server_info(self) -> dict:
+        """{"triton": version, "models": {name: ready}} of the public models. Raises Unavailable."""
+        metadata = self._connection.call("ServerMetadata", service_pb2.ServerMetadataRequest(), self.timeout)
+        return {"triton": metadata.version,
+                "models": {name: self._model_ready(name) for name, model in contract.MODELS.items() if model.ensemble}}
+
+    def upload(self, scan: str | PathLike | np.ndarray, affine: np.ndarray | None = None, preset: str = "auto", *,
+               timeout: float | None = None) -> Study:
+        """Send a scan: a NIfTI, npy or zip file, a DICOM folder, or an array.
+
+        scan: an array has three axes, with its `affine` (4 x 4, voxel to world, RAS+ mm; files bring theirs), or is
+        1 x D x H x W in 0-1 at the model's size. preset: one of engine.volume.PRESETS. Raises InvalidInput.
+        """
+        from engine.scan import pack_scan
+
+        source = Source(scan, affine, preset)
+        data, affine = pack_scan(scan, affine)
+        outputs = self._connection.infer("study", {contract.VOLUME: data, contract.AFFINE_IN: affine,
+                                                   contract.PRESET: preset}, self._timeout(timeout))
+        return Study(text_of(outputs["STUDY"]), json.loads(text_of(outputs["STUDY_INFO"])), source)
+
+    def stream(self, study, question: str, *, timeout: float | None = None, **sampling) -> TextStream:
+        """Ask, and read the answer as it is made. sampling: see engine.sampling.Sampling."""
+        return TextStream(self._ask("m3d_chat", study, question, sampling, {contract.STREAM: True}, timeout))
+
+    def ask(self, study, question: str, *, timeout: float | None = None, **sampling) -> Answer:
+        """Ask, and wait for the whole answer."""
+        return self._whole(self._ask("m3d_chat", study, question, sampling, {contract.STREAM: False}, timeout))[0]
+
+    def segment(self, study, question: str, return_logits: bool = False, *, timeout: float | None = None,
+                **sampling) -> Segmentation:
+        """Ask for a structure, and get the answer with its mask."""
+        extra = {contract.SEGMENT_HINT: True, contract.RETURN_LOGITS: return_logits}
+        answer, outputs = self._whole(self._ask("m3d_segment", study, question, sampling, extra, timeout))
+        mask = None
+        if outputs["MASK"].size:
+            shape = outputs["MASK_SHAPE"]
+            mask = np.unpackbits(outputs["MASK"], count=math.prod(shape)).reshape(shape).astype(bool)
+        return Segmentation(answer, mask, outputs["MASK_AFFINE"], outputs["LOGITS"] if outputs["LOGITS"].size else None)
+
+    def rank(self, study, texts: Sequence[str], *, timeout: float | None = None) -> Ranking:
+        """Score texts by how well they fit the scan (M3D-CLIP)."""
+        if isinstance(texts, str) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise InvalidInput("texts must be a list of one or more texts that are not empty")
+        timeout = self._timeout(timeout)
+        study = self._as_study(study, timeout)
+        inputs = {contract.TEXTS: texts}
+        try:
+            outputs = self._connection.infer("m3d_retrieve", inputs | {contract.STUDY_IN: study.handle}, timeout)
+        except StudyNotFound as evicted:
+            study = self._send_again(study, timeout, evicted)
+            outputs = self._connection.infer("m3d_retrieve", inputs | {contract.STUDY_IN: study.handle}, timeout)
+        return Ranking(tuple(texts), outputs["SCORES"])
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+    def _ask(self, model: str, study, question: str, sampling: Mapping, extra: Mapping[Tensor, object],
+             timeout: float | None) -> "_Asked":
+        if not isinstance(question, str) or not question.strip():
+            raise InvalidInput("the question is empty: give a text")
+        settings = Sampling.from_dict(sampling).to_json()
+        timeout = self._timeout(timeout)
+        study = self._as_study(study, timeout)
+        inputs = {contract.QUESTION: question, contract.SAMPLING: settings, **extra}
+
+        def send(to: Study):
+            return self._connection.stream(model, inputs | {contract.STUDY_IN: to.handle}, timeout)
+
+        return _Asked(send, study, lambda evicted: self._send_again(study, timeout, evicted))
+
+    def _whole(self, responses: "_Asked") -> tuple[Answer, dict[str, np.ndarray]]:
+        """The answer of a request that is answered by one response, and all its outputs."""
+        collected = _Collected()
+        try:
+            for outputs in responses:
+                collected.add(outputs)
+                if answer := collected.finished():
+                    return answer, outputs
+        finally:
+            responses.close()
+        raise Unavailable("the server closed the stream before the answer was complete")
+
+    def _as_study(self, study, timeout: float | None) -> Study:
+        return study if isinstance(study, Study) else self.upload(study, timeout=timeout)
+
+    def _send_again(self, study: Study, timeout: float | None, evicted: StudyNotFound) -> Study:
+        """Upload an evicted study again, from where it came."""
+        if study.source is None:
+            raise evicted
+        again = self.upload(study.source.scan, study.source.affine, study.source.preset, timeout=timeout)
+        if again.handle != study.handle:
+            raise InvalidInput(f"the server does not hold {study} any more, and now the scan at its source, or the "
+                               "server's model, is another: upload it again to ask about what is there now")
+        return again
+
+    def _model_ready(self, name: str) -> bool:
+        try:
+            return self._connection.call("ModelReady", service_pb2.ModelReadyRequest(name=name), self.timeout).ready
+        except M3DError:
+            return False
+
+    def _timeout(self, timeout: float | None) -> float | None:
+        return self.timeout if timeout is None else _checked_timeout(timeout)
+
+
+class _Asked(Iterator):
+    """The responses to one question. If the server has evicted the study, it is sent and asked again, once."""
+
+    def __init__(self, send, study: Study, send_again):
+        self._send = send
+        self._send_again = send_again
+        self._responses = send(study)
+        self._closed = False
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._closed:
+            raise Cancelled("the request was cancelled by this client")
+        try:
+            outputs = next(self._responses)
+        except StudyNotFound as evicted:
+            if self._send_again is None:
+                raise
+            study = self._send_again(evicted)
+            self._send_again = None
+            self._responses = self._send(study)
+            outputs = next(self._responses)
+        self._send_again = None
+        return outputs
+
+    def close(self) -> None:
+        self._closed = True
+        self._responses.close()
+
+
+class _Collected:
+    """What has come of an answer so far."""
+
+    def __init__(self):
+        self._started = time.monotonic()
+        self._first_text_s: float | None = None
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._last: dict[str, np.ndarray] = {}
+
+    def add(self, outputs: dict[str, np.ndarray]) -> str:
+        text = text_of(outputs["TEXT"])
+        if text and self._first_text_s is None:
+            self._first_text_s = time.monotonic() - self._started
+        self._texts.append(text)
+        self._token_ids += outputs["TOKEN_IDS"].tolist()
+        self._last = outputs
+        return text
+
+    def finished(self) -> Answer | None:
+        reason = text_of(self._last["FINISH_REASON"])
+        if not reason:
+            return None
+        info = json.loads(text_of(self._last["ANSWER_INFO"]) or "{}")
+        timings = {**info, "first_text_s": self._first_text_s, "total_s": time.monotonic() - self._started}
+        return Answer("".join(self._texts), tuple(self._token_ids), reason, self._last["BOXES"], timings)
+
+
+def _checked_timeout(timeout: float | None) -> float | None:
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
+        raise InvalidInput(f"timeout must be a number of seconds above 0, or None for no limit, not {timeout!r}")
+    return timeout

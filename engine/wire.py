@@ -1,0 +1,180 @@
+"""Tensors and errors on Triton's gRPC protocol, and the connection that carries them.
+
+Each call is a gRPC call of its own on one shared channel (tritonclient's own stream object allows one stream a client),
+so that streams are independent, cancelled one by one, and paused by HTTP/2's flow control when nobody reads them.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from engine.contract import Tensor
+from engine.errors import (
+    Cancelled, DeadlineExceeded, InvalidInput, M3DError, ResourceExhausted, Unavailable, from_wire)
+
+MAX_REQUEST_BYTES = (1 << 31) - (1 << 16)  # protobuf's 2 GiB, less the envelope
+DTYPES = {"BOOL": np.dtype("?"), "UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "INT64": np.dtype("<i8"),
+          "FP32": np.dtype("<f4"), "FP64": np.dtype("<f8")}
+_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A restarted server is found again at once, and one client's failures do not slow down another's.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+    # The scan does not take a detour through a proxy that happens to be configured.
+    ("grpc.enable_http_proxy", 0),
+]
+_BY_STATUS = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidInput,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+}
+
+
+def encode(tensor: Tensor, value) -> tuple[tuple[int, ...], bytes]:
+    """Shape and raw content of one input. BYTES takes one text or a sequence of texts, the others array-likes or bytes."""
+    if tensor.dtype == "BYTES":
+        texts = [value] if isinstance(value, (str, bytes)) else list(value)
+        raw = [text.encode() if isinstance(text, str) else text for text in texts]
+        return (len(raw),), b"".join(len(text).to_bytes(4, "little") + text for text in raw)
+    dtype = DTYPES[tensor.dtype]
+    if isinstance(value, bytes):  # a scan's file goes out as it is
+        return (len(value) // dtype.itemsize,), value
+    if isinstance(value, (bytearray, memoryview)):
+        value = np.frombuffer(value, dtype)
+    array = np.asarray(value, dtype)
+    return (array.shape or (1,)), array.tobytes()
+
+
+def decode(datatype: str, shape, content: bytes) -> np.ndarray:
+    """One output: an array in C order; BYTES as an object array of `bytes`."""
+    if datatype != "BYTES":
+        return np.frombuffer(content, DTYPES[datatype]).reshape(shape)
+    texts, offset = [], 0
+    while offset < len(content):
+        start = offset + 4
+        offset = start + int.from_bytes(content[offset:start], "little")
+        texts.append(content[start:offset])
+    return np.array(texts, object).reshape(shape)
+
+
+def request_of(model: str, inputs: Mapping[Tensor, object]) -> service_pb2.ModelInferRequest:
+    """A request with all outputs. Inputs whose value is None stay out. Raises InvalidInput if it is too large to send."""
+    request = service_pb2.ModelInferRequest(model_name=model)
+    size = 0
+    for tensor, value in inputs.items():
+        if value is None:
+            continue
+        shape, content = encode(tensor, value)
+        size += len(content)
+        if size > MAX_REQUEST_BYTES:
+            raise InvalidInput(f"the request would have {size:,} bytes, one message carries at most "
+                               f"{MAX_REQUEST_BYTES:,}: crop or compress the scan (.nii.gz)")
+        request.inputs.add(name=tensor.name, datatype=tensor.dtype, shape=shape)
+        request.raw_input_contents.append(content)
+    return request
+
+
+def outputs_of(response: service_pb2.ModelInferResponse) -> dict[str, np.ndarray]:
+    return {output.name: decode(output.datatype, tuple(output.shape), content)
+            for output, content in zip(response.outputs, response.raw_output_contents)}
+
+
+def text_of(array: np.ndarray) -> str:
+    """The one text of a BYTES tensor."""
+    return array.reshape(-1)[0].decode("utf-8", errors="replace")
+
+
+def _not_served(message: str) -> bool:
+    return any(words in message for words in ("unknown model", "is not ready", "is not found"))
+
+
+def server_error(message: str, status: grpc.StatusCode | None = None) -> M3DError:
+    """The typed error for what Triton or a model said, with the gRPC status where there is one."""
+    if _not_served(message):
+        return Unavailable(f"the server does not serve this: {message}. A repository serves what its checkpoint has: "
+                           "ranking needs --clip-checkpoint at export, segmentation a checkpoint with a [SEG] token")
+    error = from_wire(message)
+    return _BY_STATUS[status](message) if type(error) is M3DError and status in _BY_STATUS else error
+
+
+class Connection:
+    """A gRPC channel to one server. Thread-safe. The calls raise engine.errors only."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self._channel = grpc.insecure_channel(url, options=_OPTIONS)
+        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._closed = False
+
+    def close(self) -> None:
+        """Close the channel; calls in progress end with Cancelled."""
+        self._closed = True
+        self._channel.close()
+
+    def call(self, method: str, request, timeout: float | None):
+        """A unary call of Triton's service."""
+        self._check_open()
+        try:
+            return getattr(self.stub, method)(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise self.error(error) from None
+
+    def infer(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> dict[str, np.ndarray]:
+        """One request, one response."""
+        return outputs_of(self.call("ModelInfer", request_of(model, inputs), timeout))
+
+    def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> "ResponseStream":
+        """One request to a decoupled model, any number of responses. Sent at once."""
+        self._check_open()
+        return ResponseStream(self, self.stub.ModelStreamInfer(iter((request_of(model, inputs),)), timeout=timeout))
+
+    def error(self, error: grpc.RpcError) -> M3DError:
+        """The typed error that a failed call stands for."""
+        status, details = error.code(), error.details() or ""
+        typed = type(from_wire(details)) is not M3DError or _not_served(details)
+        if status is grpc.StatusCode.UNAVAILABLE and not typed:
+            if any(words in details.lower() for words in ("failed to connect", "connection refused", "resolving")):
+                return Unavailable(f"no server answers at {self.url}: start one with `m3d serve`, or give the address "
+                                   "of one that runs")
+            return Unavailable(f"the server at {self.url} went away during the request ({details}); see its log")
+        if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(f"no complete answer from {self.url} within the client's deadline; give a longer "
+                                    "timeout (seconds), or fewer max_new_tokens")
+        if status is grpc.StatusCode.CANCELLED:
+            return Cancelled("the request was cancelled by this client")
+        return server_error(details or status.name, status)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable(f"this client of {self.url} is closed: make a new one")
+
+
+class ResponseStream(Iterator):
+    """The responses of one streaming call, as dicts of output name to array. Cancelled by `close`, or when dropped."""
+
+    def __init__(self, connection: Connection, call):
+        self._connection = connection
+        self._call = call
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        try:
+            message = next(self._call)
+        except grpc.RpcError as error:
+            raise self._connection.error(error) from None
+        if message.error_message:
+            self.close()
+            raise server_error(message.error_message)
+        return outputs_of(message.infer_response)
+
+    def close(self) -> None:
+        self._call.cancel()
+
+    def __del__(self):
+        self.close()
