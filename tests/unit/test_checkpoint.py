@@ -1,0 +1,170 @@
+"""Checkpoints are read strictly, in every published form, and errors name what does not fit."""
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.errors import CheckpointError
+from engine.models.base import merge_lora
+from engine.models.checkpoint import load_clip, load_lamed, open_lamed, read_config, resolve, sha256, write_lamed
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_tiny_lamed(tmp_path_factory.mktemp("tiny") / "lamed")
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "lamed")
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **values):
+    (folder / "config.json").write_text(json.dumps({**read_config(folder), **values}))
+
+
+def assert_same_weights(folder, checkpoint):
+    expected = load_file(checkpoint / "model.safetensors")
+    _, found, _ = open_lamed(folder)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    load_lamed(folder)
+
+
+def shard(tensors, count):
+    keys = sorted(tensors)
+    return [{key: tensors[key] for key in keys[index::count]} for index in range(count)]
+
+
+def test_sharded_safetensors_read_like_one_file(folder, checkpoint):
+    parts = shard(load_file(folder / "model.safetensors"), 3)
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for index, part in enumerate(parts):
+        save_file(part, folder / f"model-{index}.safetensors")
+        weight_map.update(dict.fromkeys(part, f"model-{index}.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_weights(folder, checkpoint)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors"):
+        open_lamed(folder)
+
+
+def test_torch_bin_files_read_like_safetensors(folder, checkpoint):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert_same_weights(folder, checkpoint)
+
+
+def test_a_bin_file_that_would_run_code_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"model": torch.nn.Linear(1, 1)}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="weights_only"):
+        open_lamed(folder)
+
+
+def test_missing_unexpected_and_misshapen_keys_are_named(folder):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.surprise"] = torch.zeros(1)
+        tensors["model.seg_projector.0.bias"] = torch.zeros(3)
+
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError) as error:
+        load_lamed(folder)
+    for part in ("1 missing (model.norm.weight)", "1 unexpected (model.surprise)",
+                 "model.seg_projector.0.bias: [3], expected [128]"):
+        assert part in str(error.value)
+
+
+def test_a_cut_off_file_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="cut off"):
+        load_lamed(folder)
+
+
+def test_derived_buffers_of_older_checkpoints_are_ignored(folder):
+    rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}))
+    load_lamed(folder)
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"model_type": "lamed_phi3"}, "architecture 'lamed_phi3'"),
+    ({"image_size": [16, 64, 60]}, "multiple of patch_size"),
+    ({"vision_tower": "resnet"}, "vision_tower 'resnet'"),
+    ({"segmentation_module": "unet"}, "segmentation_module 'unet'"),
+    ({"vision_select_layer": -2}, "vision_select_layer"),
+    ({"vision_config": {"depth": 3}}, "unknown depth"),
+])
+def test_another_architecture_is_refused_by_name(folder, values, words):
+    edit_config(folder, **values)
+    with pytest.raises(CheckpointError, match=words):
+        load_lamed(folder)
+
+
+def test_a_clip_checkpoint_is_not_taken_for_lamed_nor_the_reverse(folder, tmp_path):
+    clip = tiny.write_tiny_clip(tmp_path / "clip")
+    load_clip(clip)
+    with pytest.raises(CheckpointError, match="m3d_clip"):
+        load_lamed(clip)
+    with pytest.raises(CheckpointError, match="lamed_llama"):
+        load_clip(folder)
+
+
+def test_the_seg_token_is_found_in_the_tokenizer_if_config_does_not_name_it(folder):
+    expected = read_config(folder)["seg_token_id"]
+    edit_config(folder, seg_token_id=None)
+    assert open_lamed(folder)[0].seg_token_id == expected
+
+
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a folder nor"):
+        resolve(tmp_path / "nowhere" / "at" / "all")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        resolve(tmp_path)
+
+
+def test_a_written_checkpoint_has_the_published_keys_and_the_same_weights(checkpoint, tmp_path):
+    model, tokenizer = load_lamed(checkpoint)
+    assert_same_weights(write_lamed(model, read_config(checkpoint), tokenizer, tmp_path / "copy"), checkpoint)
+
+
+def test_the_hash_of_a_checkpoint_changes_with_its_content_alone(folder, checkpoint):
+    assert sha256(folder) == sha256(checkpoint)
+    edit_config(folder, seg_token_id=7)
+    assert sha256(folder) != sha256(checkpoint)
+
+
+def test_merged_lora_equals_the_adapted_model():
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import LlamaForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                        num_attention_heads=2, vocab_size=50)).eval()
+    tensors = {key: value.clone() for key, value in base.state_dict().items()}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(base, config).eval()
+    adapter = get_peft_model_state_dict(adapted)
+    ids = torch.arange(10)[None]
+    with torch.inference_mode():
+        expected = adapted(ids).logits
+    merge_lora(tensors, {"r": 4, "lora_alpha": 8}, adapter)
+    plain = LlamaForCausalLM(base.config).eval()
+    plain.load_state_dict(tensors)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(ids).logits, expected, atol=1e-5, rtol=0)
+    with pytest.raises(CheckpointError, match="another one"):
+        merge_lora({}, {"r": 4, "lora_alpha": 8}, adapter)

@@ -1,0 +1,134 @@
+"""An export is complete, proven and repeatable, or it fails and leaves nothing that could be served."""
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from engine import contract
+from engine.errors import RepositoryError
+from engine.manifest import FILE_NAME, LLM_FOLDER, Manifest
+from export import graphs, llm
+from export.build_engines import export, main
+from tests import tiny
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return tiny.write_tiny_lamed(folder / "lamed"), tiny.write_tiny_clip(folder / "clip")
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints, tmp_path_factory):
+    repository = copy_repository(tmp_path_factory.mktemp("exported"))
+    lamed, clip = checkpoints
+    return repository, export(lamed, repository, clip_checkpoint=clip)
+
+
+def copy_repository(folder):
+    """The tracked files of model_repository, as a user would copy them."""
+    ignore = shutil.ignore_patterns("*.onnx*", "llm", "tokenizer", FILE_NAME, "__pycache__")
+    return shutil.copytree(ROOT / "model_repository", folder / "model_repository", ignore=ignore)
+
+
+def test_a_whole_checkpoint_exports_every_graph_within_its_bound(exported):
+    repository, manifest = exported
+    assert set(manifest.graphs) == set(contract.GRAPHS)
+    assert all(0 <= entry["max_error"] <= entry["bound"] for entry in manifest.graphs.values())
+    assert set(manifest.models) == set(contract.MODELS)
+    assert Manifest.read(repository) == manifest
+    assert all((repository / path).stat().st_size == size for path, size in manifest.files.items())
+
+
+def test_the_exported_language_model_answers_like_the_checkpoints(exported, checkpoints):
+    from transformers import AutoModelForCausalLM
+
+    from engine.models.checkpoint import load_lamed
+
+    repository, _ = exported
+    found = AutoModelForCausalLM.from_pretrained(repository / LLM_FOLDER).eval()
+    expected, _ = load_lamed(checkpoints[0])
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        assert torch.equal(found(ids).logits, expected.llm(ids).logits)
+
+
+def test_a_second_export_with_nothing_changed_does_nothing(exported, checkpoints, monkeypatch, capsys):
+    repository, manifest = exported
+    monkeypatch.setattr(graphs, "build", None)  # would fail if a graph were built
+    assert export(checkpoints[0], repository, clip_checkpoint=checkpoints[1]) == manifest
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_changed_checkpoint_precision_or_lost_file_exports_again(exported, checkpoints, tmp_path, monkeypatch):
+    repository, _ = exported
+
+    class Again(Exception):
+        pass
+
+    def again(*_):
+        raise Again
+
+    monkeypatch.setattr("export.build_engines._export_lamed", again)
+    lamed, clip = checkpoints
+    changed = shutil.copytree(lamed, tmp_path / "changed")
+    (changed / "added_tokens.json").write_text("{}")
+    lost = shutil.copytree(repository, tmp_path / "lost")
+    (lost / "vision_encoder" / "1" / "model.onnx").unlink()
+    for arguments in (dict(checkpoint=changed), dict(checkpoint=lamed, precision="bf16"),
+                      dict(checkpoint=lamed, repository=lost), dict(checkpoint=lamed, force=True)):
+        target = arguments.pop("repository", None) or shutil.copytree(repository, tmp_path / "repo", dirs_exist_ok=True)
+        with pytest.raises(Again):
+            export(repository=target, clip_checkpoint=clip, **arguments)
+        with pytest.raises(RepositoryError, match="never exported"):  # broken off: nothing to serve
+            Manifest.read(target)
+
+
+def test_a_graph_that_is_off_fails_the_export_and_leaves_no_manifest(checkpoints, tmp_path, monkeypatch, capsys):
+    exporting = graphs._export
+
+    def off_by_a_little(graph, target):
+        exporting(graph, target)
+        with torch.no_grad():
+            graph.module.model[-1].projector[-1].bias.add_(0.01)
+
+    monkeypatch.setattr(graphs, "_export", off_by_a_little)
+    repository = copy_repository(tmp_path)
+    assert main(["--checkpoint", str(checkpoints[0]), "--repository", str(repository)]) == 1
+    assert "vision_encoder: the exported graph is off by" in capsys.readouterr().err
+    assert not (repository / FILE_NAME).exists()
+
+
+def test_a_checkpoint_without_segmentation_exports_chat_alone(checkpoints, tmp_path):
+    from engine.models.checkpoint import load_lamed, read_config, write_lamed
+
+    model, tokenizer = load_lamed(checkpoints[0])
+    model.seg_module = model.seg_projector = None
+    chat = write_lamed(model, {**read_config(checkpoints[0]), "segmentation_module": None}, tokenizer, tmp_path / "chat")
+    manifest = export(chat, copy_repository(tmp_path))
+    assert set(manifest.models) == set(contract.CHAT_MODELS) and manifest.seg_token_id is None
+
+
+def test_shards_hold_every_tensor_once(checkpoints, tmp_path, monkeypatch):
+    from engine.models.checkpoint import Weights, open_lamed
+
+    monkeypatch.setattr(llm, "SHARD_BYTES", 200_000)
+    config, weights, source = open_lamed(checkpoints[0])
+    llm.write_llm(config, weights, source, tmp_path / "llm", "fp32", lambda text: None)
+    sharded = Weights.open(tmp_path / "llm")
+    assert len(list((tmp_path / "llm").glob("*.safetensors"))) > 1
+    assert all(torch.equal(sharded[key], weights[key]) for key in sharded)
+    assert set(sharded) == {key for key in weights if not key.startswith(tuple(llm.PARTS))}
+
+
+def test_a_folder_that_is_no_model_repository_is_refused(checkpoints, tmp_path):
+    with pytest.raises(RepositoryError, match=r"lacks config\.pbtxt"):
+        export(checkpoints[0], tmp_path)
+
+
+def test_errors_are_one_line_and_a_status(tmp_path, capsys):
+    assert main(["--checkpoint", str(tmp_path / "nothing"), "--repository", str(ROOT / "model_repository")]) == 1
+    assert capsys.readouterr().err.startswith("export failed: ")
