@@ -1,0 +1,54 @@
+# Two commands matter: `make demo` and `make test`. `make help` lists the rest.
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test clean
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := out
+
+# The CPU build of torch: from a local wheel folder if PIP_FIND_LINKS names one that holds it for this Python, else from
+# PyTorch's own CPU index.
+TAG := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+LOCAL_TORCH := $(firstword $(foreach folder,$(PIP_FIND_LINKS),$(wildcard $(folder)/torch-*cpu-$(TAG)-*.whl)))
+TORCH_FROM := $(if $(LOCAL_TORCH),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --override overrides.txt
+
+help:  ## list what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/serving  ## export the demo model, serve it, ask about a real MRI scan, draw a mask, stop the server
+	@$(BIN)/python export/build_engines.py --checkpoint training/demo --target cpu --repository model_repository
+	@$(BIN)/python examples/first_answer.py --repository model_repository --out $(OUT)
+
+serve: $(VENV)/serving  ## export the demo model and serve it until Ctrl-C
+	@$(BIN)/python export/build_engines.py --checkpoint training/demo --target cpu --repository model_repository
+	@$(BIN)/m3d serve --target cpu --repository model_repository
+
+test: $(VENV)/testing  ## run the test suite (unit and functional, with a real Triton)
+	@$(BIN)/python -m pytest
+
+train-demo: $(VENV)/testing  ## train the demo model again from the scans that packages carry (long)
+	@$(BIN)/python training/finetune.py --config training/demo/finetune.toml
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) $(OUT) model_repository/manifest.json model_repository/*/1/model.onnx* \
+	  model_repository/decoder/1/llm model_repository/retrieval/1/tokenizer
+
+$(VENV)/bin/uv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and \
+	  f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@echo "making the environment in $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet uv
+
+$(VENV)/serving: pyproject.toml overrides.txt | $(VENV)/bin/uv
+	@echo "installing what serving on a CPU needs ..."
+	@$(INSTALL) --editable '.[cpu]'
+	@touch $@
+
+$(VENV)/testing: $(VENV)/serving
+	@echo "installing what training and the tests need ..."
+	@$(INSTALL) --editable '.[cpu,train,test]'
+	@touch $@

@@ -1,0 +1,60 @@
+"""From a real MRI scan to a streamed answer, a mask and a picture: what `make demo` runs, and how the library is used.
+
+    python examples/first_answer.py --repository model_repository --out out
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from engine.client import M3DClient
+from engine.errors import M3DError
+from engine.picture import save_montage
+from engine.samples import write_sample
+from engine.server import Server, free_ports
+
+QUESTIONS = ("What kind of scan is this and which part of the body does it show?", "Is the brain stem visible in this scan?")
+SEGMENT = "Please segment the left thalamus."
+
+
+def main(repository: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    scan = write_sample("brain-mr", out)
+    say(f"a real scan: {scan}")
+    started = time.perf_counter()
+    with Server(repository, **free_ports(), on_progress=say) as server, M3DClient(server.url) as client:
+        say(f"Triton is ready on {server.url} after {time.perf_counter() - started:.0f} s")
+        study = client.upload(scan)
+        say(f"the server chose preset {study.info['preset']}: {study.info['reason']}")
+        for question in QUESTIONS:
+            print(f"\n  Q  {question}\n  A  ", end="")
+            for text in client.stream(study, question):
+                print(text, end="", flush=True)
+            print()
+        print(f"\n  Q  {SEGMENT}")
+        found = client.segment(study, SEGMENT)
+        print(f"  A  {found.answer.text}\n")
+        if found.mask is None:
+            raise M3DError("the model drew no mask")
+        mask = found.save(out / "mask.nii.gz")
+        picture = save_montage(scan, found.mask, out / "mask.png", title=SEGMENT)
+        say(f"mask in the scan's own space: {mask}")
+        say(f"picture: {picture}")
+    say("the server is stopped")
+
+
+def say(text: str) -> None:
+    print(f"- {text}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="an exported repository")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for scan, mask and picture")
+    arguments = parser.parse_args()
+    try:
+        main(arguments.repository, arguments.out)
+    except M3DError as error:
+        sys.exit(f"{error}")
