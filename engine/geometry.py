@@ -53,7 +53,7 @@ class Geometry:
     def mask_to_model(self, mask: np.ndarray) -> np.ndarray:
         """float32 [D, H, W]: how much of each model voxel a mask of the scan's shape covers, 0 to 1."""
         mask = self._of_scan(mask)
-        matrices = [weights(stop - start, size) for (start, stop), size in zip(self.crop, self.image_size)]
+        matrices = [weights(stop - start, size, "output") for (start, stop), size in zip(self.crop, self.image_size)]
         return shrink(self.view(mask), matrices)
 
     def mask_to_scan(self, probabilities: np.ndarray) -> np.ndarray:
@@ -67,7 +67,7 @@ class Geometry:
         mask = np.zeros(self.scan_shape, bool)
         # From here on in the order of the scan's axes, so that slabs are contiguous in the result.
         order = np.argsort(self.axes)
-        volume, target, matrices = probabilities.transpose(order), [], []
+        volume, box, matrices = probabilities.transpose(order), [], []
         for axis, model_axis in enumerate(order):
             start, stop = self.crop[model_axis]
             matrix = weights(self.image_size[model_axis], stop - start, reverse=self.flips[model_axis])
@@ -80,8 +80,8 @@ class Geometry:
             columns = slice(columns[0], columns[-1] + 1)
             volume = volume[(slice(None),) * axis + (columns,)]
             matrices.append(np.ascontiguousarray(matrix[:, columns]))
-            target.append(slice(start + rows[0], start + rows[-1] + 1))
-        target = mask[tuple(target)]
+            box.append(slice(start + rows[0], start + rows[-1] + 1))
+        target = mask[tuple(box)]
         *rest, last = cheapest_order(matrices)
         volume = np.ascontiguousarray(volume)
         for axis in rest:

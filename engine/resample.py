@@ -2,7 +2,7 @@
 
 Every output voxel is the mean of the input over a box around its centre, one box per axis. A box as wide as an input
 voxel is linear interpolation (align_corners=False, edges replicated); a box as wide as an output voxel is area
-averaging, which keeps small structures when the grid gets coarser.
+averaging. The wider of the two is smooth when the grid gets finer and keeps small structures when it gets coarser.
 """
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 SLAB_BYTES = 16 << 20
 
 
-def weights(size_in: int, size_out: int, *, antialias: bool = True, reverse: bool = False) -> np.ndarray:
+def weights(size_in: int, size_out: int, box: str = "wider", *, reverse: bool = False) -> np.ndarray:
     """float32 [size_out, size_in], rows sum to 1: output voxels as weighted means of input voxels.
 
-    antialias: widen the box to an output voxel where the grid gets coarser. reverse: the output runs backwards.
+    box: as wide as an "input" voxel, an "output" voxel, or the "wider" of the two. reverse: the output runs backwards.
     """
     scale = size_in / size_out
-    width = max(scale, 1.0) if antialias else 1.0
+    width = {"input": 1.0, "output": scale, "wider": max(scale, 1.0)}[box]
     centre = (np.arange(size_out)[:, None] + 0.5) * scale
     left, right = np.arange(size_in, dtype=float), np.arange(1.0, size_in + 1)
     left[0], right[-1] = -np.inf, np.inf

@@ -171,7 +171,7 @@ def _reference(scan: Scan, image_size: Size, axes: Axes, low: float, high: float
 
     crop = _box_above(oriented(scan.array, *axes), low)
     geometry = _geometry(scan, image_size, axes, crop)
-    return np.clip(_resized(scan, geometry, tone, antialias=False), 0, 1), geometry
+    return np.clip(_resized(scan, geometry, tone, box="input"), 0, 1), geometry
 
 
 def _box_above(volume: np.ndarray, low: float) -> list[tuple[int, int]]:
@@ -221,8 +221,8 @@ def _geometry(scan: Scan, image_size: Size, axes: Axes, crop: list[tuple[int, in
     return Geometry(tuple(scan.array.shape), tuple(map(tuple, scan.affine.tolist())), order, flips, crop, image_size)
 
 
-def _resized(scan: Scan, geometry: Geometry, tone=np.asarray, antialias: bool = True) -> np.ndarray:
-    matrices = [weights(stop - start, size, antialias=antialias)
+def _resized(scan: Scan, geometry: Geometry, tone=np.asarray, box: str = "wider") -> np.ndarray:
+    matrices = [weights(stop - start, size, box)
                 for (start, stop), size in zip(geometry.crop, geometry.image_size)]
     return shrink(geometry.view(scan.array), matrices, tone)
 
