@@ -12,7 +12,7 @@ from engine.manifest import FILE_NAME, LLM_FOLDER, Manifest
 from export import graphs, llm
 from export.build_engines import export, main
 from tests import tiny
-from tests.conftest import ROOT
+from tests.conftest import ROOT, copy_repository
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,6 @@ def exported(checkpoints, tmp_path_factory):
     repository = copy_repository(tmp_path_factory.mktemp("exported"))
     lamed, clip = checkpoints
     return repository, export(lamed, repository, clip_checkpoint=clip)
-
-
-def copy_repository(folder):
-    """The tracked files of model_repository, as a user would copy them."""
-    ignore = shutil.ignore_patterns("*.onnx*", "llm", "tokenizer", FILE_NAME, "__pycache__")
-    return shutil.copytree(ROOT / "model_repository", folder / "model_repository", ignore=ignore)
 
 
 def test_a_whole_checkpoint_exports_every_graph_within_its_bound(exported):
