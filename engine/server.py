@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -21,6 +20,7 @@ from pathlib import Path
 from engine import keeper
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
+from engine.packages import cache_folder
 from engine.runtime.study_store import FOLDER_PREFIX
 from engine.triton import Triton
 
@@ -47,7 +47,7 @@ class Server:
         self.target = target
         self.host = host
         self.ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
-        self.log = Path(log) if log else default_log_folder() / f"triton-{grpc_port}.log"
+        self.log = Path(log) if log else cache_folder() / "logs" / f"triton-{grpc_port}.log"
         self.start_timeout = start_timeout
         self.on_progress = on_progress
         self._keeper: subprocess.Popen | None = None
@@ -204,13 +204,6 @@ def free_ports(host: str = "127.0.0.1") -> dict[str, int]:
     for s in sockets:
         s.close()
     return ports
-
-
-def default_log_folder() -> Path:
-    cache = os.environ.get("M3D_CACHE")
-    if cache:
-        return Path(cache) / "logs"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3d-engine" / "logs"
 
 
 def _check_port(host: str, name: str, port: int) -> None:

@@ -5,6 +5,7 @@ so that streams are independent, cancelled one by one, and paused by HTTP/2's fl
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 import grpc
@@ -91,17 +92,15 @@ def text_of(array: np.ndarray) -> str:
     return array.reshape(-1)[0].decode("utf-8", errors="replace")
 
 
-def _not_served(message: str) -> bool:
-    return any(words in message for words in ("unknown model", "is not ready", "is not found"))
-
-
 def server_error(message: str, status: grpc.StatusCode | None = None) -> M3DError:
     """The typed error for what Triton or a model said, with the gRPC status where there is one."""
-    if _not_served(message):
+    error = from_wire(message)
+    if type(error) is not M3DError:
+        return error
+    if re.search(r"unknown model|model .*is not (ready|found)", message):
         return Unavailable(f"the server does not serve this: {message}. A repository serves what its checkpoint has: "
                            "ranking needs --clip-checkpoint at export, segmentation a checkpoint with a [SEG] token")
-    error = from_wire(message)
-    return _BY_STATUS[status](message) if type(error) is M3DError and status in _BY_STATUS else error
+    return _BY_STATUS.get(status, M3DError)(message)
 
 
 class Connection:
@@ -138,8 +137,7 @@ class Connection:
     def error(self, error: grpc.RpcError) -> M3DError:
         """The typed error that a failed call stands for."""
         status, details = error.code(), error.details() or ""
-        typed = type(from_wire(details)) is not M3DError or _not_served(details)
-        if status is grpc.StatusCode.UNAVAILABLE and not typed:
+        if status is grpc.StatusCode.UNAVAILABLE and type(server_error(details)) is M3DError:
             if any(words in details.lower() for words in ("failed to connect", "connection refused", "resolving")):
                 return Unavailable(f"no server answers at {self.url}: start one with `m3d serve`, or give the address "
                                    "of one that runs")

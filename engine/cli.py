@@ -1,0 +1,218 @@
+"""The command line, `m3d`: serve a repository, and ask about scans."""
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from engine.errors import InvalidInput, M3DError
+
+# Everything else is imported by the command that needs it, so that help comes at once.
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="M3D-LaMed, the 3D medical multimodal language model: serve it, ask about scans, segment them.",
+                  epilog="Answers and masks are for research; this is not a medical device.")
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_SCAN = "scan: NIfTI, .npy, a DICOM folder, or a zip of one"
+ServerUrl = Annotated[str, typer.Option("--server", envvar="M3D_SERVER", help="gRPC address of the server")]
+Preset = Annotated[str, typer.Option(help="preprocessing: auto, ct, mr, m3d-cap, m3d-seg or raw")]
+Timeout = Annotated[float, typer.Option(help="seconds until the request is given up")]
+ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help=_SCAN)]
+Question = Annotated[str, typer.Argument(help="what to ask")]
+MaxNewTokens = Annotated[Optional[int], typer.Option(help="tokens of the answer at most (default 256)")]
+Temperature = Annotated[Optional[float], typer.Option(help="0 (default) is greedy; up to 2")]
+TopP = Annotated[Optional[float], typer.Option(help="sample from the likeliest tokens that sum up to this")]
+TopK = Annotated[Optional[int], typer.Option(help="sample from this many likeliest tokens; 0 is all")]
+Seed = Annotated[Optional[int], typer.Option(help="makes sampling repeatable")]
+RepetitionPenalty = Annotated[Optional[float], typer.Option(help="above 1 repeats less")]
+Stop = Annotated[Optional[list[str]], typer.Option(help="text that ends the answer; may be given several times")]
+
+
+def _sampling(**given) -> dict:
+    return {name: value for name, value in given.items() if value not in (None, [])}
+
+
+@app.command()
+def serve(
+    repository: Annotated[Path, typer.Option(help="exported model repository")] = Path("model_repository"),
+    target: Annotated[str, typer.Option(help="what it was exported for: cpu or tensorrt")] = "cpu",
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets other machines in, without a password")] =
+    "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(help="port of the client protocol")] = 8001,
+    http_port: Annotated[int, typer.Option(help="port of Triton's HTTP protocol and health checks")] = 8000,
+    metrics_port: Annotated[int, typer.Option(help="port of Prometheus metrics")] = 8002,
+    log: Annotated[Optional[Path], typer.Option(help="file for Triton's log (default: in the cache folder)")] = None,
+    start_timeout: Annotated[float, typer.Option(help="seconds until all models must be ready")] = 900.0,
+) -> None:
+    """Serve an exported model repository until Ctrl-C or SIGTERM."""
+    from engine.server import Server
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    server = Server(repository, target=target, host=host, grpc_port=grpc_port, http_port=http_port,
+                    metrics_port=metrics_port, log=log, start_timeout=start_timeout, on_progress=_progress)
+    try:
+        server.start()
+        notes.print(f"[green]ready[/] on {server.url} (gRPC), {server.http_url}, {server.metrics_url}; log: {server.log}")
+        notes.print(f'try: m3d ask SCAN "Describe the scan." --server {server.url}   (stop with Ctrl-C)')
+        server.wait()
+    except KeyboardInterrupt:
+        notes.print("stopping")
+    finally:
+        # Stopping is bounded; a second Ctrl-C must not cut it short.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        server.stop()
+
+
+@app.command()
+def ask(scan: ScanPath, question: Question, server: ServerUrl = "localhost:8001", preset: Preset = "auto",
+        max_new_tokens: MaxNewTokens = None, temperature: Temperature = None, top_p: TopP = None, top_k: TopK = None,
+        seed: Seed = None, repetition_penalty: RepetitionPenalty = None, stop: Stop = None,
+        timeout: Timeout = 600.0) -> None:
+    """Ask about a scan; the answer appears as it is made."""
+    from engine.client import M3DClient
+
+    sampling = _sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                         repetition_penalty=repetition_penalty, stop=stop)
+    with M3DClient(server, timeout) as client:
+        study = client.upload(scan, preset=preset)
+        _note_study(study)
+        with client.stream(study, question, **sampling) as stream:
+            for text in stream:
+                print(text, end="", flush=True)
+        print()
+        _note_answer(stream.answer)
+
+
+@app.command()
+def segment(scan: ScanPath, question: Question,
+            output: Annotated[Path, typer.Option("--output", "-o", help="mask, .nii or .nii.gz")] = Path("mask.nii.gz"),
+            picture: Annotated[Optional[Path], typer.Option(help="PNG of three planes (default: beside the mask)")] = None,
+            server: ServerUrl = "localhost:8001", preset: Preset = "auto", max_new_tokens: MaxNewTokens = None,
+            temperature: Temperature = None, top_p: TopP = None, top_k: TopK = None, seed: Seed = None,
+            repetition_penalty: RepetitionPenalty = None, stop: Stop = None, timeout: Timeout = 600.0) -> None:
+    """Ask for a structure; write its mask in the scan's own space, and a picture of it."""
+    from engine.client import M3DClient
+    from engine.picture import montage
+    from engine.scan import pack_scan, read_scan
+
+    if not output.name.endswith((".nii", ".nii.gz")):
+        raise InvalidInput(f"--output {output.name}: a mask is written as .nii or .nii.gz")
+    for path in (output, picture or output):
+        if not path.absolute().parent.is_dir():
+            raise InvalidInput(f"the folder {path.parent} does not exist")
+    sampling = _sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                         repetition_penalty=repetition_penalty, stop=stop)
+    with M3DClient(server, timeout) as client:
+        study = client.upload(scan, preset=preset)
+        _note_study(study)
+        result = client.segment(study, question, **sampling)
+    print(result.answer.text, flush=True)
+    _note_answer(result.answer)
+    path = result.save(output)
+    picture = picture or output.with_name(output.name.removesuffix(".gz").removesuffix(".nii") + ".png")
+    data, affine = pack_scan(scan)
+    shown = read_scan(data, affine=affine)
+    montage(picture, shown.array, shown.affine, result.mask, question, result.answer.text)
+    share = result.mask.mean()
+    notes.print(f"[green]wrote[/] {path} ({int(result.mask.sum()):,} voxels, {share:.2%} of the scan) and {picture}")
+
+
+@app.command()
+def rank(scan: ScanPath,
+         texts: Annotated[Optional[list[str]], typer.Argument(help="texts to rank")] = None,
+         file: Annotated[Optional[Path], typer.Option(help="file with one text a line, besides those given")] = None,
+         server: ServerUrl = "localhost:8001", preset: Preset = "auto", timeout: Timeout = 600.0) -> None:
+    """Rank texts by how well they fit a scan (M3D-CLIP), best first."""
+    from engine.client import M3DClient
+
+    texts = list(texts or ())
+    if file is not None:
+        try:
+            texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"--file {file} cannot be read as text: {getattr(error, 'strerror', error)}") from None
+    if not texts:
+        raise InvalidInput("nothing to rank: give texts, or --file with one a line")
+    with M3DClient(server, timeout) as client:
+        study = client.upload(scan, preset=preset)
+        _note_study(study)
+        for text, score in client.rank(study, texts).sorted():
+            print(f"{score:+.4f}\t{text}")
+
+
+@app.command()
+def sample(name: Annotated[str, typer.Argument(help="brain-mr, chest-ct or spine-ct")],
+           output: Annotated[Path, typer.Option("--output", "-o", help="folder to write into")] = Path(".")) -> None:
+    """Write one of the packaged real scans as NIfTI, to have something to ask about."""
+    from engine.samples import write_sample
+
+    print(write_sample(name, output))
+
+
+@app.command()
+def doctor(repository: Annotated[Path, typer.Option(help="model repository to look at")] = Path("model_repository")) -> None:
+    """Say what this machine has, what is missing for serving, and how to get it."""
+    from rich.table import Table
+
+    from engine.doctor import examine
+
+    findings = examine(repository)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    marks = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "note": "[yellow]note[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.state], f"[bold]{finding.what}[/]", finding.detail)
+    Console(highlight=False).print(table)
+    missing = [finding for finding in findings if finding.state == "missing"]
+    print(f"{len(missing)} missing for serving on the CPU" if missing else "ready to serve on the CPU")
+    raise typer.Exit(1 if missing else 0)
+
+
+def _progress(text: str) -> None:
+    notes.print(f"[dim]{text}[/]")
+
+
+def _note_study(study) -> None:
+    notes.print(f"[dim]{study.info.get('reason', study)}[/]")
+
+
+def _note_answer(answer) -> None:
+    first = f", first text after {answer.timings['first_text_s']:.2f} s" if answer.timings["first_text_s"] else ""
+    notes.print(f"[dim]{len(answer.token_ids)} tokens in {answer.timings['total_s']:.2f} s{first} "
+                f"({answer.finish_reason})[/]")
+    for box in answer.boxes:
+        notes.print(f"[dim]box, voxels (i0, j0, k0) to (i1, j1, k1): {[round(float(v), 1) for v in box]}[/]",
+                    markup=True)
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of `m3d`: one line instead of a traceback, exit code 2 for bad input and 1 for all else."""
+    try:
+        app()
+    except M3DError as error:
+        notes.print("[red]error:[/] ", end="")
+        notes.print(str(error), markup=False)
+        sys.exit(2 if isinstance(error, InvalidInput) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever reads the answer has enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()
