@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +13,6 @@ import weights
 import write_checkpoint
 from engine.client import M3DClient
 from engine.server import Server, free_ports
-from export.build_engines import export
 from tests.conftest import ROOT, copy_repository
 
 CASE = ROOT / "tests" / "fixtures" / "dev_small"
@@ -22,12 +24,29 @@ def case():
 
 
 @pytest.fixture(scope="module")
-def client(case, tmp_path_factory):
+def exported(tmp_path_factory):
+    """(checkpoint, repository, peak memory of the export in bytes), exported by the command of the README."""
     folder = tmp_path_factory.mktemp("dev_small")
-    repository = copy_repository(folder)
-    export(write_checkpoint.write(CASE / "case.json", folder / "checkpoint"), repository, precision="fp32")
-    with Server(repository, **free_ports(), log=folder / "triton.log") as server, M3DClient(server.url) as client:
+    checkpoint, repository = write_checkpoint.write(CASE / "case.json", folder / "checkpoint"), copy_repository(folder)
+    command = subprocess.Popen([sys.executable, ROOT / "export" / "build_engines.py", "--checkpoint", checkpoint,
+                                "--target", "cpu", "--precision", "fp32", "--repository", repository])
+    _, status, usage = os.wait4(command.pid, 0)
+    assert status == 0
+    return checkpoint, repository, usage.ru_maxrss * 1024
+
+
+@pytest.fixture(scope="module")
+def client(exported, tmp_path_factory):
+    _, repository, _ = exported
+    log = tmp_path_factory.mktemp("log") / "triton.log"
+    with Server(repository, **free_ports(), log=log) as server, M3DClient(server.url) as client:
         yield client
+
+
+def test_an_export_stays_within_its_memory(exported):
+    checkpoint, _, peak = exported
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    assert peak < 1.3 * size + 2e9
 
 
 def test_the_server_answers_and_segments_like_the_reference(case, client):
