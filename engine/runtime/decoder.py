@@ -1,0 +1,199 @@
+"""The language model: visual tokens and a question in, text deltas and `[SEG]` states out."""
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.errors import InvalidInput, RepositoryError, ResourceExhausted
+from engine.manifest import LLM_FOLDER, Manifest
+from engine.prompt import Prompt
+from engine.runtime import seg_states, vllm_environment
+from engine.runtime.decoder_settings import DecoderSettings
+from engine.runtime.detokenizer import Detokenizer
+from engine.runtime.embedding_table import EmbeddingTable
+from engine.runtime.llm_engine import LlmEngine
+from engine.sampling import Sampling
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class AnswerInfo:
+    """What an answer cost.
+
+    cached_tokens: rows of the prompt that the prefix cache had. Times in s since the question came.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    answer_tokens: int
+    first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an answer gained since the last delta.
+
+    token_ids include a final EOS. The last delta has the rest: finish_reason ("stop" or "length"), states (fp32 [K, H],
+    a row for each `[SEG]` of the answer) and info.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    states: np.ndarray | None = None
+    info: AnswerInfo | None = None
+
+
+class Decoder:
+    """Answers questions from one asyncio loop, many at a time; vLLM batches them.
+
+    repository: an exported model repository. Raises RepositoryError if it does not fit its manifest.
+
+    A prompt is embeddings only: BOS, N visual tokens, question. The same scan gives the same first 1 + N rows, so
+    vLLM's prefix cache has them when the second question comes.
+    """
+
+    def __init__(self, repository: Path | str, settings: DecoderSettings = DecoderSettings()):
+        self.settings = settings
+        self.manifest = manifest = Manifest.read(repository)
+        self.folder = Path(repository) / LLM_FOLDER
+        if manifest.precision not in DTYPES:
+            raise RepositoryError(f"the manifest's precision {manifest.precision!r} is none of {', '.join(DTYPES)}: "
+                                  "export the repository again")
+        self.dtype = DTYPES[manifest.precision]
+        if settings.context_length > manifest.context_length:
+            raise RepositoryError(f"decoder: parameter context_length is {settings.context_length}, the model has "
+                                  f"{manifest.context_length}: lower it")
+        self.context_length = settings.context_length or manifest.context_length
+        self._table = EmbeddingTable(self.folder)
+        if tuple(self._table.rows.shape) != (manifest.vocab_size, manifest.llm_width):
+            raise RepositoryError(f"{self.folder} has embeddings {tuple(self._table.rows.shape)}, the manifest says "
+                                  f"{(manifest.vocab_size, manifest.llm_width)}: export the repository again")
+        self._answering = 0
+        # A prompt finds cached blocks under its own salt only: tenants, and runs of the server, share none.
+        self._salt = secrets.token_hex(16)
+
+    async def start(self) -> None:
+        """Load the language model and check it; `health` is "ready" then."""
+        vllm_environment.prepare(self.settings.threads)
+        self._tokenizer = await asyncio.to_thread(_read_tokenizer, self.folder)
+        self._prompt = Prompt(self._tokenizer, self.manifest.num_visual_tokens, self.context_length)
+        self._bos = self._tokenizer.bos_token_id
+        self.engine = LlmEngine(self.folder, self.dtype, self.context_length, self._bos, self.settings)
+        await self.engine.start()
+
+    async def stop(self) -> None:
+        """End the engine and its process; answers in progress fail with Unavailable."""
+        await self.engine.stop()
+
+    @property
+    def health(self) -> str:
+        return self.engine.health
+
+    async def answer(self, visual_tokens: np.ndarray, question: str, sampling: Sampling = Sampling(),
+                     cache_salt: str = "") -> AsyncIterator[Delta]:
+        """Deltas of the answer about a scan; a slow reader gets fewer and larger ones. Close the iterator, or cancel its
+        task, to stop decoding.
+
+        visual_tokens: [N, H] floats. cache_salt: names a tenant; tenants share no cached prefix. An explicit
+        max_new_tokens that the context has no room for is refused; the default is cut to what is left.
+        Raises InvalidInput, ResourceExhausted (too many questions), Unavailable (the engine died or is restarting).
+        """
+        arrival = time.monotonic()
+        if self._answering >= self.settings.max_num_seqs + self.settings.max_waiting:
+            raise ResourceExhausted(f"{self._answering} questions are being answered or wait, this server's limit: try "
+                                    "again shortly")
+        self._answering += 1
+        try:
+            rows = self._prompt_rows(visual_tokens, question)
+            key = uuid.uuid4().hex
+            params = self._params(sampling, self._max_new_tokens(sampling, len(rows)), key)
+            async with aclosing(self._deltas(rows, params, key, f"{self._salt}/{cache_salt}", arrival)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            self._answering -= 1
+
+    async def _deltas(self, rows, params, key: str, salt: str, arrival: float) -> AsyncIterator[Delta]:
+        text = Detokenizer(self._tokenizer, params.stop or ())
+        count, first_token, seg_positions, states_are_free = 0, None, [], False
+        try:
+            async with aclosing(self.engine.generate(rows, params, key, salt)) as outputs:
+                async for output in outputs:
+                    first_token = first_token or time.monotonic()
+                    said = output.outputs[0]
+                    ids = tuple(said.token_ids)
+                    seg_positions += [count + i for i, id_ in enumerate(ids) if id_ == self.manifest.seg_token_id]
+                    count += len(ids)
+                    if not output.finished:
+                        yield Delta(text.add(ids), ids)
+            stop = said.stop_reason if isinstance(said.stop_reason, str) else None
+            states = np.zeros((0, self.manifest.llm_width), np.float32)
+            if seg_positions:
+                states = await self.engine.take_states(key, seg_positions)
+            # A finished request without states frees itself. After a stop text, which is found on this side, the engine
+            # may have gone on for a token.
+            states_are_free = bool(seg_positions) or stop is None
+            now = time.monotonic()
+            info = AnswerInfo(len(rows), output.num_cached_tokens or 0, count, first_token - arrival, now - arrival)
+            yield Delta(text.finish(ids, stop), ids, said.finish_reason, states, info)
+        finally:
+            if not states_are_free:
+                self.engine.drop_states(key)
+
+    def _prompt_rows(self, visual_tokens: np.ndarray, question: str) -> torch.Tensor:
+        """[1 + N + question, H] in the engine's dtype. What vLLM would accept and break on is refused here."""
+        expected = (self.manifest.num_visual_tokens, self.manifest.llm_width)
+        tokens = np.asarray(visual_tokens)
+        if tokens.shape != expected or tokens.dtype.kind != "f":
+            raise InvalidInput(f"visual tokens must be floats of shape {expected}, not {tokens.dtype} {tokens.shape}")
+        ids = self._prompt.question_ids(question)
+        if not all(0 <= id_ < self.manifest.vocab_size for id_ in ids):
+            raise InvalidInput(f"the question has token {max(ids)}, the model knows 0 to {self.manifest.vocab_size - 1}: "
+                               "use another wording")
+        # A copy: the tokens are a read-only map of a file in the study store.
+        visual = torch.from_numpy(np.array(tokens, np.float32)).to(self.dtype)
+        # NaN would stay in blocks of the KV cache and spoil the answers of those who get them next.
+        if not torch.isfinite(visual).all():
+            raise InvalidInput(f"the visual tokens of this scan are not finite in {self.manifest.precision}: check the "
+                               "scan, or export with --precision fp32")
+        return torch.cat([self._table.embed([self._bos], self.dtype), visual, self._table.embed(ids, self.dtype)])
+
+    def _max_new_tokens(self, sampling: Sampling, prompt_length: int) -> int:
+        room = self.context_length - prompt_length  # at least 1, `Prompt` has seen to that
+        if sampling.max_new_tokens > room and sampling.max_new_tokens != Sampling.max_new_tokens:
+            raise InvalidInput(f"max_new_tokens is {sampling.max_new_tokens}, but beside this prompt of {prompt_length} "
+                               f"tokens the context of {self.context_length} has room for {room}: ask for at most "
+                               f"{room}, or shorten the question")
+        return min(sampling.max_new_tokens, room)
+
+    def _params(self, sampling: Sampling, max_tokens: int, key: str):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        seg = self.manifest.seg_token_id
+        return SamplingParams(
+            max_tokens=max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty, seed=sampling.seed, stop=list(sampling.stop),
+            # The checkpoint's own EOS ends an answer, whatever vLLM reads from tokenizer and configuration.
+            stop_token_ids=list(self.manifest.eos_token_ids), ignore_eos=True,
+            # vLLM's own text serves to find stop texts only.
+            detokenize=bool(sampling.stop), skip_special_tokens=True, output_kind=RequestOutputKind.DELTA,
+            extra_args=None if seg is None else {seg_states.EXTRA_ARG: [key, seg]})
+
+
+def _read_tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,205 @@
+"""vLLM's engine over an exported language model: started, checked, watched, restarted, stopped."""
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.errors import InvalidInput, M3DError, RepositoryError, Unavailable
+from engine.runtime import seg_states, vllm_environment
+from engine.runtime.decoder_settings import DecoderSettings
+from engine.runtime.seg_state_check import check_seg_states
+
+RESTART_WINDOW_S = 3600
+WATCH_INTERVAL_S = 1.0
+
+
+class LlmEngine:
+    """One AsyncLLM at a time, used from one asyncio loop.
+
+    folder: a LlamaForCausalLM. context_length: rows of prompt and answer. padding_id: a token id that no answer has.
+
+    An engine that dies fails the answers in progress with Unavailable and is restarted in the background, at most
+    `settings.restarts` times an hour; `health` says where it stands ("ready", or words for the client).
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, context_length: int, padding_id: int,
+                 settings: DecoderSettings):
+        self.folder = folder
+        self.dtype = dtype
+        self.context_length = context_length
+        self.padding_id = padding_id
+        self.settings = settings
+        self.health = "starting"
+        self._llm = None
+        self._deaths: deque[float] = deque()
+        self._tasks: set[asyncio.Task] = set()
+
+    # --- life --------------------------------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Load the model and check its `[SEG]` states. Raises RepositoryError if they are off."""
+        vllm_environment.prepare(self.settings.threads)
+        llm = await asyncio.to_thread(self._make)
+        try:
+            await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
+            self._llm = llm
+            await check_seg_states(self.folder, self.dtype, self._greedy, self.take_states)
+        except BaseException:
+            self._llm = None
+            await asyncio.to_thread(llm.shutdown)
+            raise
+        self.health = "ready"
+        self._spawn(self._watch(llm))
+
+    async def stop(self) -> None:
+        """End the engine and its process; answers in progress fail with Unavailable."""
+        self.health = "stopped"
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The engine's own processes."""
+        return [] if self._llm is None else [p.pid for p in self._llm.engine_core.resources.engine_manager.processes]
+
+    # --- work --------------------------------------------------------------------------------------------------------
+    async def generate(self, rows: torch.Tensor, params, key: str, salt: str) -> AsyncIterator:
+        """vLLM's outputs for the prompt `rows` [T, H]; ends in "stop" or "length". Close it to stop decoding.
+
+        key: unique, names the states. salt: prompts share cached blocks only under the same one.
+        Raises Unavailable when the engine is not ready or dies, InvalidInput for what vLLM refuses.
+        """
+        if self.health == "ready" and self._llm.errored:
+            self._died(self._llm)
+        if self.health != "ready":
+            raise self._unavailable()
+        async with aclosing(self._outputs(rows, params, key, salt)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def take_states(self, key: str, positions: list[int]) -> np.ndarray:
+        """fp32 [K, H] of the watched tokens at these positions of the answer; frees everything of `key`."""
+        (rows, *_) = await self._llm.collective_rpc("take_seg_states", args=(key, positions))
+        if None in rows:
+            raise M3DError(f"the hidden state of token {positions[rows.index(None)]} of the answer is missing")
+        return np.stack([np.frombuffer(row, np.float32) for row in rows])
+
+    def drop_states(self, key: str) -> None:
+        """Free everything of `key`, in the background."""
+        if self._llm is not None and not self._llm.errored:
+            self._spawn(self._llm.collective_rpc("drop_seg_states", args=(key,)))
+
+    async def count_states(self) -> dict[str, int]:
+        """What the worker keeps, see `SegStates.counts`."""
+        return (await self._llm.collective_rpc("count_seg_states"))[0]
+
+    async def _outputs(self, rows, params, key, salt) -> AsyncIterator:
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import embeds_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        # None of these ids is embedded (is_token_ids). They keep vLLM's repetition penalty, which looks at the ids of
+        # the prompt, from reading those that another request has left in the batch.
+        prompt = embeds_input(rows, cache_salt=salt, prompt_token_ids=[self.padding_id] * len(rows),
+                              is_token_ids=[False] * len(rows))
+        llm = self._llm
+        try:
+            async with aclosing(llm.generate(prompt, params, key)) as outputs:
+                async for output in outputs:
+                    if output.finished and output.outputs[0].finish_reason not in ("stop", "length"):
+                        raise Unavailable("the language model gave this answer up "
+                                          f"({output.outputs[0].finish_reason}): ask again")
+                    yield output
+        except (VLLMClientError, ValueError) as error:
+            raise InvalidInput(f"the language model refuses this request: {error}") from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            if not llm.errored:
+                raise
+            self._died(llm)
+            raise Unavailable(f"the language model stopped while it answered and is {self.health}: ask again in a "
+                              "minute") from error
+
+    async def _greedy(self, rows: torch.Tensor, length: int, key: str, watched: list[int]) -> list[int]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True, detokenize=False,
+                                extra_args={seg_states.EXTRA_ARG: [key, *watched]})
+        async for output in self._outputs(rows, params, key, "check"):
+            said = list(output.outputs[0].token_ids)
+        return said
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+    def _make(self):
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        settings = self.settings
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(
+            model=str(self.folder), dtype=str(self.dtype).removeprefix("torch."), enable_prompt_embeds=True,
+            worker_extension_cls=seg_states.WORKER_EXTENSION, max_model_len=self.context_length,
+            max_num_seqs=settings.max_num_seqs, block_size=settings.block_size, enable_prefix_caching=True,
+            # Never less than the longest prompt, so that a prompt alone is never cut into chunks.
+            max_num_batched_tokens=max(settings.max_num_batched_tokens, self.context_length),
+            kv_cache_memory_bytes=self._kv_cache_bytes(), gpu_memory_utilization=settings.gpu_memory_utilization,
+            tensor_parallel_size=settings.tensor_parallel_size, enforce_eager=settings.enforce_eager,
+            generation_config="vllm", disable_log_stats=True))
+
+    def _kv_cache_bytes(self) -> int | None:
+        """What the settings say, but room for one whole context at least; None leaves it to vLLM."""
+        if not self.settings.kv_cache_gib:
+            return None
+        config = json.loads((self.folder / "config.json").read_text())
+        heads = config["num_attention_heads"]
+        width = config.get("head_dim") or config["hidden_size"] // heads
+        row = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width * self.dtype.itemsize
+        rows = self.context_length + 2 * self.settings.block_size  # whole blocks, and one that vLLM keeps for itself
+        return max(int(self.settings.kv_cache_gib * 2**30), rows * row)
+
+    async def _watch(self, llm) -> None:
+        while not llm.errored:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+        self._died(llm)
+
+    def _died(self, llm) -> None:
+        if llm is not self._llm or self.health != "ready":
+            return
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - RESTART_WINDOW_S:
+            self._deaths.popleft()
+        if len(self._deaths) > self.settings.restarts:
+            self.health = f"out of order (it stopped {len(self._deaths)} times within an hour; the server's log says why)"
+        else:
+            self.health = "restarting"
+            self._spawn(self._restart(llm))
+
+    async def _restart(self, dead) -> None:
+        await asyncio.to_thread(dead.shutdown)
+        try:
+            await self.start()
+        except Exception as error:
+            self.health = f"out of order (it did not start again: {error})"
+
+    def _spawn(self, work: Coroutine) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        task.cancelled() or task.exception()  # a dead engine is noticed by the watch, not here
+
+    def _unavailable(self) -> Unavailable:
+        return Unavailable(f"the language model is {self.health}: try again in a minute")

@@ -1,0 +1,66 @@
+"""Does the engine hand out the right hidden states? Asked at every start, as they come from inside vLLM."""
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.errors import RepositoryError
+from engine.runtime.embedding_table import EmbeddingTable
+
+PROMPT_LENGTH, ANSWER_LENGTH = 24, 3
+SMALL_MODEL_BYTES = 1 << 30
+# Largest difference, relative to the largest value: what rounding explains, far below what a wrong row gives (about 1).
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+Generate = Callable[[torch.Tensor, int, str, list[int]], Awaitable[list[int]]]
+"""generate(prompt rows, tokens to generate, key, watched token ids) -> greedy token ids."""
+Take = Callable[[str, list[int]], Awaitable[np.ndarray]]
+"""take(key, positions) -> fp32 states [K, H]."""
+
+
+async def check_seg_states(folder: Path, dtype: torch.dtype, generate: Generate, take: Take) -> float:
+    """Compare the states of a short answer with a direct computation; the largest relative difference.
+
+    A small model is run by transformers on the same rows. A large one, which memory holds once only, must give each
+    state's own token the highest logit. Raises RepositoryError if the states are off: masks would be wrong silently.
+    """
+    table = EmbeddingTable(folder)
+    rows = table.embed(torch.linspace(0, len(table.rows) - 1, PROMPT_LENGTH).long().tolist(), dtype)
+    said = await generate(rows, ANSWER_LENGTH, uuid.uuid4().hex, [])
+    key = uuid.uuid4().hex
+    again = await generate(rows, ANSWER_LENGTH, key, sorted(set(said)))
+    states = torch.from_numpy(await take(key, list(range(ANSWER_LENGTH))))
+    if again != said:
+        raise _wrong(f"the same prompt gave {said}, then {again}")
+    logits = states @ table.head().float().T
+    shortfall = (logits.amax(1) - logits[torch.arange(len(said)), said]) / logits.abs().amax(1)
+    difference = shortfall.max().item()
+    if not difference <= TOLERANCE[dtype]:
+        raise _wrong(f"the states of the tokens {said} predict {logits.argmax(1).tolist()}")
+    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL_MODEL_BYTES:
+        direct = _direct(folder, dtype, torch.cat([rows, table.embed(said[:-1], dtype)]))
+        difference = ((states - direct).abs().max() / direct.abs().max()).item()
+        if not difference <= TOLERANCE[dtype]:
+            raise _wrong(f"they differ from transformers' by {difference:.2g} of the largest value, allowed are "
+                         f"{TOLERANCE[dtype]:.2g}")
+    return difference
+
+
+@torch.inference_mode()
+def _direct(folder: Path, dtype: torch.dtype, rows: torch.Tensor) -> torch.Tensor:
+    """The last ANSWER_LENGTH states of a plain forward over `rows` [T, H], fp32."""
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).model.eval()
+    return model(inputs_embeds=rows[None]).last_hidden_state[0, -ANSWER_LENGTH:].float()
+
+
+def _wrong(what: str) -> RepositoryError:
+    return RepositoryError(f"the decoder's [SEG] states failed the check at the start: {what}. Masks would be wrong; use "
+                           "the vLLM version that pyproject.toml pins, and export the repository again")

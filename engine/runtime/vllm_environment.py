@@ -1,0 +1,40 @@
+"""Everything that vLLM reads from the process before it is imported, in one place."""
+from __future__ import annotations
+
+import locale
+import os
+
+import torch
+
+_ALWAYS = {
+    # Nothing leaves the machine and nothing is looked for outside it: the model folder is complete.
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    # Threads that spin while they wait would take the cores from ONNX Runtime's models.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # A Triton stub starts in the C locale; the engine's process inherits this.
+    "LC_ALL": "C.UTF-8",
+}
+_ON_CPU = {
+    # The worker lives in the engine's process, as on one GPU: one import of torch and vLLM less to wait for and to keep
+    # in memory. vLLM then cannot bind the worker's threads to cores.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Model runner V2 needs kernels in OpenAI's Triton, which has none for CPUs.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
+_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1"}
+
+
+def prepare(threads: int) -> None:
+    """Set this process up for importing vLLM and for starting its engine. threads: of the engine, on a CPU."""
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")  # vLLM reads its sources as text while it is imported
+    os.environ.update(_ALWAYS)
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if not torch.cuda.is_available():
+        os.environ.update(_ON_CPU)
+        os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))

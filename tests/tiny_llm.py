@@ -1,0 +1,94 @@
+"""A tiny random LLaMA in an exported repository, and what transformers computes with it: the slow, obvious way."""
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import weights
+import write_checkpoint
+from engine.manifest import LLM_FOLDER, Manifest
+
+VISUAL_TOKENS, WIDTH, VOCABULARY, CONTEXT = 64, 128, 320, 512
+BOS, EOS, IMAGE_TOKEN = 1, 2, 315
+CONFIG = LlamaConfig(
+    hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=False,
+    bos_token_id=BOS, eos_token_id=EOS, pad_token_id=0, architectures=["LlamaForCausalLM"])
+
+
+def visual_tokens(seed: int) -> np.ndarray:
+    """fp32 [VISUAL_TOKENS, WIDTH] of an imaginary scan."""
+    return 0.2 * np.random.default_rng(seed).standard_normal((VISUAL_TOKENS, WIDTH), dtype=np.float32)
+
+
+def question(seed: int) -> str:
+    """3 to 14 words."""
+    generator = np.random.default_rng(seed)
+    return " ".join(f"w{i}" for i in generator.integers(3, IMAGE_TOKEN, generator.integers(3, 15)))
+
+
+@dataclass(frozen=True)
+class TinyLlm:
+    """An exported repository with `manifest.json` and the decoder's folder only."""
+
+    repository: Path
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return Manifest.read(self.repository)
+
+    @property
+    def folder(self) -> Path:
+        return self.repository / LLM_FOLDER
+
+    @cached_property
+    def model(self) -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def prompt(self, visual: np.ndarray, question: str) -> torch.Tensor:
+        """fp32 [1, T, H]"""
+        ids = [int(word[1:]) for word in question.split()]
+        embed = self.model.get_input_embeddings()
+        return torch.cat([embed(torch.tensor([BOS])), torch.from_numpy(visual), embed(torch.tensor(ids))])[None].detach()
+
+    def generate(self, visual: np.ndarray, question: str, length: int, **settings) -> list[int]:
+        """Greedy ids by transformers, with the final EOS."""
+        return self.model.generate(inputs_embeds=self.prompt(visual, question), max_new_tokens=length, do_sample=False,
+                                   **settings)[0].tolist()
+
+    @torch.inference_mode()
+    def states(self, visual: np.ndarray, question: str, answer: list[int]) -> np.ndarray:
+        """fp32 [len(answer), H]: the state that each token of the answer was sampled from."""
+        answered = self.model.get_input_embeddings()(torch.tensor(answer[:-1], dtype=torch.long))
+        rows = torch.cat([self.prompt(visual, question)[0], answered])
+        return self.model.model(inputs_embeds=rows[None]).last_hidden_state[0, -len(answer):].numpy()
+
+
+def write_tiny_llm(repository: Path, seed: str = "tiny-llm", **changes) -> TinyLlm:
+    """A repository whose `[SEG]` is what the model says most often. changes: of the manifest."""
+    folder = repository / LLM_FOLDER
+    folder.mkdir(parents=True)
+    model = LlamaForCausalLM(CONFIG)
+    filled = weights.fill({key: tuple(value.shape) for key, value in model.state_dict().items()}, seed)
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in filled.items()})
+    model.save_pretrained(folder)
+    tiny = TinyLlm(repository)
+    said = Counter(id_ for i in range(8) for id_ in tiny.generate(visual_tokens(i), question(i), 48))
+    seg = next(id_ for id_, _ in said.most_common() if EOS < id_ < IMAGE_TOKEN)
+    case = {"image_token_id": IMAGE_TOKEN, "seg_token_id": seg, "config": {"vocab_size": VOCABULARY}}
+    (folder / "tokenizer.json").write_text(json.dumps(write_checkpoint.tokenizer(case)))
+    (folder / "tokenizer_config.json").write_text(json.dumps(write_checkpoint.TOKENIZER_CONFIG))
+    facts = dict(
+        checkpoint=seed, checkpoint_sha256="", target="cpu", precision="fp32", image_size=(16, 64, 64),
+        patch_size=(4, 16, 16), num_visual_tokens=VISUAL_TOKENS, llm_width=WIDTH, vocab_size=VOCABULARY,
+        context_length=CONTEXT, image_token_id=IMAGE_TOKEN, seg_token_id=seg, eos_token_ids=(EOS,), models=("decoder",),
+        graphs={}, versions={})
+    Manifest(**{**facts, **changes}).write(repository)
+    return tiny
