@@ -26,7 +26,7 @@ _ON_CPU = {
     # Model runner V2 needs kernels in OpenAI's Triton, which has none for CPUs.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
-_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1"}
+_DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
 
 
 def prepare(threads: int) -> None:

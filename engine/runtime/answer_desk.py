@@ -1,0 +1,159 @@
+"""Questions from Triton to the decoder, answers back: one asyncio loop on a thread of its own."""
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from engine.errors import Cancelled, StudyNotFound
+from engine.geometry import Geometry
+from engine.prompt import parse_boxes
+from engine.runtime import triton_io
+from engine.runtime.decoder import Decoder, Delta
+from engine.runtime.study_store import StudyStore
+from engine.sampling import Sampling
+
+CANCEL_INTERVAL_S = 0.05
+SENDING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks."""
+
+    study: str
+    question: str
+    sampling: Sampling
+    stream: bool
+
+    @classmethod
+    def of(cls, request) -> "Asked":
+        sampling = triton_io.text(request, "SAMPLING")
+        return cls(triton_io.text(request, "STUDY") or "", triton_io.text(request, "QUESTION") or "",
+                   Sampling.from_json(sampling) if sampling else Sampling(), triton_io.flag(request, "STREAM"))
+
+
+class AnswerDesk:
+    """Serves the requests of one Triton model instance; many at a time.
+
+    The next delta is fetched when the last one was sent, so that a client that cannot follow makes the decoder join
+    tokens instead of filling a queue. Whether a client has cancelled is asked again and again, as Triton does not tell.
+    """
+
+    def __init__(self, decoder: Decoder, store: StudyStore):
+        self.decoder = decoder
+        self.store = store
+        self._open: dict[asyncio.Task, object] = {}  # answers in work and their response senders
+        self._threads = ThreadPoolExecutor(SENDING_THREADS, "send-answers")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
+
+    def start(self) -> None:
+        """Returns when the decoder is ready; raises what `Decoder.start` raises."""
+        self._thread.start()
+        try:
+            self._run(self.decoder.start())
+        except BaseException:
+            self._end_loop()
+            raise
+        self._watch = asyncio.run_coroutine_threadsafe(self._cancel_what_clients_cancelled(), self._loop)
+
+    def execute(self, requests) -> None:
+        """Triton's `execute`: returns nothing, the senders answer."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                asked = Asked.of(request)
+            except Exception as error:
+                triton_io.send(sender, triton_io.error_response(error))
+                continue
+            asyncio.run_coroutine_threadsafe(self._serve(asked, sender), self._loop)
+
+    def close(self) -> None:
+        """Cancel what is in work and end the decoder with its processes."""
+        self._watch.cancel()
+        self._run(self._cancel_all())
+        self._run(self.decoder.stop())
+        self._end_loop()
+
+    # --- one answer --------------------------------------------------------------------------------------------------
+    async def _serve(self, asked: Asked, sender) -> None:
+        task = asyncio.current_task()
+        self._open[task] = sender
+        try:
+            last = await self._answer(asked, sender)
+        except asyncio.CancelledError:
+            last = triton_io.error_response(Cancelled("the request was cancelled by its client, or the server stops"))
+        except Exception as error:
+            last = triton_io.error_response(error)
+        finally:
+            self._open.pop(task)
+        await self._send(sender, last, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    async def _answer(self, asked: Asked, sender):
+        """Sends all responses but the last one, which it returns."""
+        geometry = Geometry.from_dict(self.store.info(asked.study)["geometry"])
+        visual_tokens = self.store.get(asked.study, "visual_tokens")
+        if visual_tokens is None:
+            raise StudyNotFound(f"study {asked.study} is not encoded yet: ask through m3d_chat or m3d_segment")
+        said, deltas = "", []
+        async with aclosing(self.decoder.answer(visual_tokens, asked.question, asked.sampling)) as answer:
+            async for delta in answer:
+                said += delta.text
+                deltas.append(delta)
+                if asked.stream and delta.finish_reason is None:
+                    await self._send(sender, self._response(asked, deltas))
+                    deltas = []
+        return self._response(asked, deltas, geometry.boxes_to_scan(parse_boxes(said)))
+
+    def _response(self, asked: Asked, deltas: list[Delta], boxes: np.ndarray = np.zeros((0, 6))):
+        last = deltas[-1]
+        no_states = np.zeros((0, self.decoder.manifest.llm_width), np.float32)
+        return triton_io.response(
+            TEXT="".join(delta.text for delta in deltas),
+            TOKEN_IDS=np.array([id_ for delta in deltas for id_ in delta.token_ids], np.int32),
+            FINISH_REASON=last.finish_reason or "", BOXES=np.asarray(boxes, np.float64),
+            ANSWER_INFO="" if last.info is None else json.dumps(asdict(last.info)),
+            SEG_STATES=no_states if last.states is None else last.states, STUDY=asked.study)
+
+    async def _send(self, sender, response, flags: int = 0) -> None:
+        """From a thread, as it may block; waits for it even when cancelled, so that responses keep their order."""
+        sending = self._loop.run_in_executor(self._threads, lambda: sender.send(response, flags=flags))
+        try:
+            await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            await sending
+            raise
+
+    # --- all answers -------------------------------------------------------------------------------------------------
+    async def _cancel_what_clients_cancelled(self) -> None:
+        while True:
+            await asyncio.sleep(CANCEL_INTERVAL_S)
+            for task in await self._loop.run_in_executor(self._threads, _cancelled, dict(self._open)):
+                task.cancel()
+
+    async def _cancel_all(self) -> None:
+        tasks = list(self._open)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _run(self, work: Coroutine):
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._threads.shutdown()
+
+
+def _cancelled(answers: dict) -> list[asyncio.Task]:
+    return [task for task, sender in answers.items() if sender.is_cancelled()]
