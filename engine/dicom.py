@@ -86,7 +86,7 @@ def _images(data: memoryview, limits: Limits) -> Iterator[_Slice]:
 def _members(data: memoryview, limits: Limits) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the zip's files, in memory, once the declared sizes are within limits.
 
-    zipfile reads no more than the declared size of a member, so a zip bomb that lies about it ends as a damaged file.
+    Never more than the declared size of a member is decompressed: a zip bomb that lies about it is a damaged file.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -96,7 +96,8 @@ def _members(data: memoryview, limits: Limits) -> Iterator[tuple[str, bytes]]:
                                    f"{limits.max_files:,} (Limits.max_files): zip one series only")
             limits.check_bytes(sum(info.file_size for info in members), "the unpacked zip")
             for info in members:
-                yield info.filename, archive.read(info)
+                with archive.open(info) as member:
+                    yield info.filename, member.read(info.file_size)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise InvalidInput(f"the zip is damaged, encrypted or of an unknown kind ({_words(error)}): zip the series "
                            f"again") from None

@@ -1,7 +1,6 @@
 """Reads NIfTI-1 and NIfTI-2, plain or gzipped, from bytes that are not trusted."""
 from __future__ import annotations
 
-import io
 import math
 
 import nibabel as nib
@@ -12,7 +11,7 @@ from engine.errors import InvalidInput
 from engine.limits import Limits
 
 _CHUNK = 1 << 20
-_MAX_HEADER = 1 << 20  # header and extensions that are read before the size of the whole is known
+_MAX_HEADER = 16 << 20  # header and extensions in front of the voxels
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 
 
@@ -32,9 +31,9 @@ def read_nifti(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.ndarray
     if dtype.fields or dtype.kind not in "iuf":
         raise InvalidInput(f"the NIfTI file holds {header.get_value_label('datatype')} values; one real number a voxel "
                            f"is wanted: convert colour or complex images to grey values first")
-    offset = int(header.get_data_offset())
+    offset = _offset(header)
     promised = math.prod(shape) * dtype.itemsize
-    if offset < header.sizeof_hdr or len(data) - offset < promised:
+    if len(data) - offset < promised:
         raise InvalidInput(f"the NIfTI header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes from byte "
                            f"{offset}), but the file has only {max(0, len(data) - offset):,} bytes there: it is "
                            f"truncated or its header is damaged; copy the file again")
@@ -52,11 +51,8 @@ def read_gzipped_nifti(data: memoryview, limits: Limits) -> tuple[np.ndarray, np
                            "folder or zip")
     header = _header(head)
     shape = _shape(header, limits)
-    offset = int(header.get_data_offset())
-    wanted = offset + math.prod(shape) * header.get_data_dtype().itemsize
+    wanted = _offset(header) + math.prod(shape) * header.get_data_dtype().itemsize
     limits.check_bytes(wanted, "the decompressed scan")
-    if not 0 <= offset <= _MAX_HEADER:
-        raise InvalidInput(f"the NIfTI header puts the voxels at byte {offset}, expected 352 to {_MAX_HEADER:,}")
     buffer = np.empty(wanted, np.uint8)
     buffer[:len(head)] = np.frombuffer(head, np.uint8)
     filled = len(head)
@@ -121,13 +117,14 @@ class _Gunzip:
 def _header(head: bytes) -> nib.Nifti1Header:
     kind = header_class(head)
     try:
-        header = kind.from_fileobj(io.BytesIO(head), check=False)
+        header = kind(head[:kind.template_dtype.itemsize], check=False)
         if header["magic"].item().rstrip(b"\0")[:2] not in (b"n+", b"n\0"):
             raise InvalidInput("the file is the header of an Analyze or two-file NIfTI image, without voxels: convert "
                                "it to one .nii or .nii.gz file")
         header.get_data_dtype(), header.get_data_offset(), header.get_slope_inter()
         return header
-    except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, KeyError, ValueError) as error:
+    except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, KeyError, ValueError,
+            OverflowError) as error:
         raise InvalidInput(f"the NIfTI header is damaged ({error})") from None
 
 
@@ -142,6 +139,14 @@ def _shape(header: nib.Nifti1Header, limits: Limits) -> tuple[int, ...]:
         raise InvalidInput(f"the NIfTI header has negative sizes {shape}: it is damaged")
     limits.check_shape(shape)
     return shape
+
+
+def _offset(header: nib.Nifti1Header) -> int:
+    offset = int(header.get_data_offset())
+    if not header.sizeof_hdr <= offset <= _MAX_HEADER:
+        raise InvalidInput(f"the NIfTI header is damaged: it puts the voxels at byte {offset}, expected "
+                           f"{header.sizeof_hdr} to {_MAX_HEADER:,}")
+    return offset
 
 
 def _affine(header: nib.Nifti1Header) -> np.ndarray:

