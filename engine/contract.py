@@ -94,15 +94,16 @@ ENCODER_MAX_BATCH = 8
 
 MODELS: dict[str, Model] = {m.name: m for m in (
     Model("study", (*_SCAN, SEGMENT_HINT), (STUDY, STUDY_INFO), "decode, preprocess and encode a scan once"),
-    Model("m3d_chat", (*_SCAN, QUESTION, SAMPLING, STREAM), (*_ANSWER, STUDY_HANDLE, STUDY_INFO),
+    Model("m3d_chat", (*_SCAN, QUESTION, SAMPLING, STREAM), (*_ANSWER, STUDY_HANDLE),
           "answer a question about a scan, streaming", decoupled=True, ensemble=True),
     Model("m3d_segment", (*_SCAN, SEGMENT_HINT, QUESTION, SAMPLING, RETURN_LOGITS),
-          (*_ANSWER, STUDY_HANDLE, STUDY_INFO, MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
+          (*_ANSWER, STUDY_HANDLE, MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
           "answer a question and draw the mask it asks for", decoupled=True, ensemble=True),
     Model("m3d_retrieve", (*_SCAN, TEXTS), (SCORES, STUDY_HANDLE, STUDY_INFO), "rank texts against a scan", ensemble=True),
     Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
     Model("segmentation_encoder", (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
-    Model("decoder", (STUDY, QUESTION, SAMPLING, STREAM), (*_ANSWER, SEG_STATES, STUDY),
+    # Triton wants all inputs of the step behind a decoupled model to come from it: STUDY and RETURN_LOGITS pass through.
+    Model("decoder", (STUDY, QUESTION, SAMPLING, STREAM, RETURN_LOGITS), (*_ANSWER, SEG_STATES, STUDY, RETURN_LOGITS),
           "the language model, vLLM", decoupled=True),
     Model("segmentation", (STUDY, SEG_STATES, RETURN_LOGITS), (MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
           "nothing without a [SEG]; else head, then the mask in the scan's own space"),

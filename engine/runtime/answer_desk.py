@@ -26,18 +26,20 @@ SENDING_THREADS = 4
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks."""
+    """What a request asks. `return_logits` is not for the decoder: it passes it on."""
 
     study: str
     question: str
     sampling: Sampling
     stream: bool
+    return_logits: bool = False
 
     @classmethod
     def of(cls, request) -> "Asked":
         sampling = triton_io.text(request, "SAMPLING")
         return cls(triton_io.text(request, "STUDY") or "", triton_io.text(request, "QUESTION") or "",
-                   Sampling.from_json(sampling) if sampling else Sampling(), triton_io.flag(request, "STREAM"))
+                   Sampling.from_json(sampling) if sampling else Sampling(), triton_io.flag(request, "STREAM"),
+                   triton_io.flag(request, "RETURN_LOGITS"))
 
 
 class AnswerDesk:
@@ -121,7 +123,8 @@ class AnswerDesk:
             TOKEN_IDS=np.array([id_ for delta in deltas for id_ in delta.token_ids], np.int32),
             FINISH_REASON=last.finish_reason or "", BOXES=np.asarray(boxes, np.float64),
             ANSWER_INFO="" if last.info is None else json.dumps(asdict(last.info)),
-            SEG_STATES=no_states if last.states is None else last.states, STUDY=asked.study)
+            SEG_STATES=no_states if last.states is None else last.states, STUDY=asked.study,
+            RETURN_LOGITS=np.array([asked.return_logits]))
 
     async def _send(self, sender, response, flags: int = 0) -> None:
         """From a thread, as it may block; waits for it even when cancelled, so that responses keep their order."""

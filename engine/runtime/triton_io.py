@@ -13,12 +13,13 @@ import triton_python_backend_utils as pb_utils
 from engine.contract import MODELS
 from engine.errors import InvalidInput, M3DError, RepositoryError, Unavailable, from_wire
 
+# Names only: the stub completes `pb_utils` after it has imported the model's module.
 _CODES = {
-    "INVALID_ARGUMENT": pb_utils.TritonError.INVALID_ARG,
-    "NOT_FOUND": pb_utils.TritonError.NOT_FOUND,
-    "RESOURCE_EXHAUSTED": pb_utils.TritonError.UNAVAILABLE,  # Triton has no code of its own for it
-    "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
-    "CANCELLED": pb_utils.TritonError.CANCELLED,
+    "INVALID_ARGUMENT": "INVALID_ARG",
+    "NOT_FOUND": "NOT_FOUND",
+    "RESOURCE_EXHAUSTED": "UNAVAILABLE",  # Triton has no code of its own for it
+    "UNAVAILABLE": "UNAVAILABLE",
+    "CANCELLED": "CANCELLED",
 }
 
 
@@ -59,7 +60,7 @@ def error_response(error: Exception) -> pb_utils.InferenceResponse:
     if not isinstance(error, M3DError):
         log_error("unexpected error", error)
         error = M3DError(f"unexpected {type(error).__name__}; the server's log has the details")
-    code = _CODES.get(error.code, pb_utils.TritonError.INTERNAL)
+    code = getattr(pb_utils.TritonError, _CODES.get(error.code, "INTERNAL"))
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), code))
 
 
