@@ -1,7 +1,6 @@
 """The command line, `m3d`: serve a repository, and ask about scans."""
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -206,12 +205,6 @@ def main() -> None:
         notes.print("[red]error:[/] ", end="")
         notes.print(str(error), markup=False)
         sys.exit(2 if isinstance(error, InvalidInput) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever reads the answer has enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ The keeper is the reaper of all processes below it, so even those that leave the
 workers) stay its descendants. It stops the tree when stdin closes (the owner asks, or died), on SIGTERM/SIGINT/SIGHUP,
 and when the command itself ends; then it removes the shared memory that the tree held.
 
-SPEC is JSON: command (list), grace_s (time for an orderly stop), remove (folders to delete at the end), shm_prefixes
-(names in /dev/shm that belong to the tree; `{pid}` stands for the command's process id).
+SPEC is JSON: command (list), grace_s (time for an orderly stop), orphans_grace_s (time for what outlives the command),
+remove (folders to delete at the end), shm_prefixes (names in /dev/shm that belong to the tree; `{pid}` stands for the
+command's process id).
 """
 from __future__ import annotations
 
@@ -24,8 +25,6 @@ from pathlib import Path
 
 SHM = "/dev/shm/"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-ORPHANS_GRACE_S = 5.0
-SHM_SURVEY_S = 10.0
 
 
 def prctl(option: int, value: int) -> None:
@@ -71,8 +70,10 @@ def everybody() -> list[int]:
 
 
 class Keeper:
-    def __init__(self, command: list[str], grace_s: float, remove: list[str], shm_prefixes: list[str]):
+    def __init__(self, command: list[str], grace_s: float, orphans_grace_s: float, remove: list[str],
+                 shm_prefixes: list[str]):
         self.grace_s = grace_s
+        self.orphans_grace_s = orphans_grace_s
         self.remove = remove
         self.shm_before = set(os.listdir(SHM))
         self.shm_seen: set[str] = set()
@@ -94,11 +95,11 @@ class Keeper:
 
     def run(self) -> int:
         """Returns the command's exit status, as a shell would: 128 + n after signal n."""
-        survey = 0.0
+        known = self.shm_before
         while self.status is None and not self.stop_asked:
-            if time.monotonic() > survey:
+            if (names := set(os.listdir(SHM))) - known:
                 self._survey()
-                survey = time.monotonic() + SHM_SURVEY_S
+            known = names
             ready, _, _ = select.select([sys.stdin, self.wake_read], [], [], 1.0)
             self._reap(ready)
             if (sys.stdin in ready and not os.read(0, 4096)) or os.getppid() != self.owner:
@@ -110,7 +111,7 @@ class Keeper:
         self._survey()
         # What outlived the command: ask, then kill. Killing may take several rounds, as the tree may still grow.
         self._signal(descendants(os.getpid()), signal.SIGTERM)
-        self._wait(ORPHANS_GRACE_S, lambda: not descendants(os.getpid()))
+        self._wait(self.orphans_grace_s, lambda: not descendants(os.getpid()))
         while alive := descendants(os.getpid()):
             self._signal(alive, signal.SIGKILL)
             self._wait(1.0, lambda: not descendants(os.getpid()))

@@ -26,6 +26,7 @@ from engine.triton import Triton
 
 EXIT_TIMEOUT_S = 10  # Triton waits this long for requests in flight
 GRACE_S = 30  # then it unloads its models; after this all that is left gets killed
+ORPHANS_GRACE_S = 5  # for processes that outlive Triton, such as those that tidy up after killed ones
 SHM_NEEDED = 256 << 20  # requests, answers and studies travel through shared memory
 _LOADING = re.compile(r'loading: (\w+):')
 _LOADED = re.compile(r"successfully loaded '(\w+)'")
@@ -92,7 +93,8 @@ class Server:
             shm_prefix = f"m3d-{run_folder.name.removeprefix('m3d-')}-"
             command = triton.command(self.repository, manifest.models, self.host, self.ports, backends, shm_prefix,
                                      EXIT_TIMEOUT_S)
-            spec = json.dumps({"command": command, "grace_s": GRACE_S, "remove": [str(run_folder)],
+            spec = json.dumps({"command": command, "grace_s": GRACE_S,
+                               "orphans_grace_s": ORPHANS_GRACE_S, "remove": [str(run_folder)],
                                "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"]})
             with open(self.log, "wb") as log:
                 self._keeper = subprocess.Popen(

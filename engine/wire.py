@@ -134,10 +134,13 @@ class Connection:
         self._check_open()
         return ResponseStream(self, self.stub.ModelStreamInfer(iter((request_of(model, inputs),)), timeout=timeout))
 
-    def error(self, error: grpc.RpcError) -> M3DError:
-        """The typed error that a failed call stands for."""
+    def error(self, error: grpc.RpcError, cancelled: bool = False) -> M3DError:
+        """The typed error that a failed call stands for. cancelled: whether this side cancelled it."""
         status, details = error.code(), error.details() or ""
-        if status is grpc.StatusCode.UNAVAILABLE and type(server_error(details)) is M3DError:
+        if cancelled or self._closed:
+            return Cancelled("the request was cancelled by this client")
+        went_away = status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        if went_away and type(server_error(details)) is M3DError:
             if any(words in details.lower() for words in ("failed to connect", "connection refused", "resolving")):
                 return Unavailable(f"no server answers at {self.url}: start one with `m3d serve`, or give the address "
                                    "of one that runs")
@@ -145,8 +148,6 @@ class Connection:
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"no complete answer from {self.url} within the client's deadline; give a longer "
                                     "timeout (seconds), or fewer max_new_tokens")
-        if status is grpc.StatusCode.CANCELLED:
-            return Cancelled("the request was cancelled by this client")
         return server_error(details or status.name, status)
 
     def _check_open(self) -> None:
@@ -160,19 +161,21 @@ class ResponseStream(Iterator):
     def __init__(self, connection: Connection, call):
         self._connection = connection
         self._call = call
+        self._cancelled = False
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
             message = next(self._call)
         except grpc.RpcError as error:
-            raise self._connection.error(error) from None
+            raise self._connection.error(error, self._cancelled) from None
         if message.error_message:
             self.close()
             raise server_error(message.error_message)
         return outputs_of(message.infer_response)
 
     def close(self) -> None:
+        self._cancelled = True
         self._call.cancel()
 
     def __del__(self):
-        self.close()
+        self._call.cancel()

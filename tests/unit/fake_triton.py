@@ -1,0 +1,121 @@
+"""A gRPC server that speaks Triton's protocol and answers as a test tells it, for tests of the client."""
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from engine import contract
+from engine.wire import decode, encode
+
+ANSWER = ("The ", "liver ", "is ", "normal.")
+HANDLE = "ab" * 32
+
+
+def response(**tensors) -> service_pb2.ModelInferResponse:
+    """A response with these contract tensors (by the names of engine.contract's constants)."""
+    message = service_pb2.ModelInferResponse()
+    for constant, value in tensors.items():
+        tensor = getattr(contract, constant)
+        shape, content = encode(tensor, value)
+        message.outputs.add(name=tensor.name, datatype=tensor.dtype, shape=shape)
+        message.raw_output_contents.append(content)
+    return message
+
+
+def inputs_of(request) -> dict[str, np.ndarray]:
+    return {i.name: decode(i.datatype, tuple(i.shape), raw) for i, raw in zip(request.inputs, request.raw_input_contents)}
+
+
+def piece(text: str, ids: list[int], finish: str = "", boxes=np.zeros((0, 6)), info: str = "") -> dict:
+    return {"TEXT": text, "TOKEN_IDS": np.array(ids, np.int32), "FINISH_REASON": finish, "BOXES": boxes,
+            "ANSWER_INFO": info}
+
+
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """`stream_error` fails each streaming request; `evicted` makes handles unknown until the next upload;
+    `endless` streams until the client cancels, and `sent` counts what was handed to gRPC."""
+
+    def __init__(self):
+        self.uploads: list[dict] = []
+        self.asked: list[tuple[str, dict]] = []
+        self.evicted = False
+        self.stream_error: str | None = None
+        self.upload_error: tuple[grpc.StatusCode, str] | None = None
+        self.handle = HANDLE
+        self.endless = False
+        self.silent = False
+        self.unfinished = False
+        self.mask = np.zeros((2, 3, 5), bool)
+        self.sent = 0
+        self.cancelled = threading.Event()
+        self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", -1)])
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
+        self.url = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(None).wait()
+
+    def ServerReady(self, request, context):
+        return service_pb2.ServerReadyResponse(ready=True)
+
+    def ServerMetadata(self, request, context):
+        return service_pb2.ServerMetadataResponse(name="triton", version="0.0-fake")
+
+    def ModelReady(self, request, context):
+        return service_pb2.ModelReadyResponse(ready=request.name != "m3d_retrieve")
+
+    def ModelInfer(self, request, context):
+        inputs = inputs_of(request)
+        if request.model_name == "study":
+            if self.upload_error:
+                context.abort(*self.upload_error)
+            self.uploads.append(inputs)
+            self.evicted = False
+            return response(STUDY=self.handle, STUDY_INFO=json.dumps({"preset": "ct"}))
+        self.asked.append((request.model_name, inputs))
+        if self.evicted:
+            context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
+        return response(SCORES=np.linspace(0, 1, inputs["TEXTS"].size))
+
+    def ModelStreamInfer(self, request_iterator, context):
+        request = next(request_iterator)
+        context.add_callback(lambda: self.cancelled.set())
+        inputs = inputs_of(request)
+        self.asked.append((request.model_name, inputs))
+        error = "in ensemble, NOT_FOUND: study is unknown" if self.evicted else self.stream_error
+        if error:
+            yield service_pb2.ModelStreamInferResponse(error_message=error)
+            return
+        if self.silent:
+            context.add_callback(self.cancelled.set)
+            self.cancelled.wait(60)
+            return
+        for outputs in self._outputs(request.model_name, inputs):
+            self.sent += 1
+            yield service_pb2.ModelStreamInferResponse(infer_response=response(**outputs))
+
+    def _outputs(self, model: str, inputs: dict):
+        if self.endless:
+            for i in itertools.count():
+                yield piece("x" * 10_000, [i])
+        info = json.dumps({"prompt_tokens": 3})
+        box = np.array([[0, 1, 2, 3, 4, 5.0]])
+        streams = "STREAM" in inputs and bool(inputs["STREAM"][0])
+        texts = ANSWER if streams else ("".join(ANSWER),)
+        for i, text in enumerate(texts):
+            last = i == len(texts) - 1 and not self.unfinished
+            ids = [i] if streams else list(range(len(ANSWER)))
+            outputs = piece(text, ids, "stop", box, info) if last else piece(text, ids)
+            if model == "m3d_segment":
+                drawn = self.mask.any()
+                outputs |= {"MASK": np.packbits(self.mask) if drawn else np.zeros(0, np.uint8),
+                            "MASK_SHAPE": np.array(self.mask.shape if drawn else (0, 0, 0)),
+                            "MASK_AFFINE": np.diag([1.0, 2, 3, 1]), "LOGITS": np.zeros((0, 0, 0), np.float32)}
+            yield outputs

@@ -1,0 +1,133 @@
+"""The command line: answers on stdout, notes on stderr, one line instead of a traceback."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import matplotlib.image
+import nibabel
+import numpy as np
+import pytest
+
+from engine import cli
+from tests.conftest import ROOT
+from tests.unit.fake_triton import ANSWER, FakeTriton
+
+
+@pytest.fixture
+def triton():
+    triton = FakeTriton()
+    yield triton
+    triton.stop()
+
+
+@pytest.fixture
+def scan(tmp_path):
+    path = tmp_path / "scan.nii.gz"
+    values = np.random.default_rng(0).integers(0, 500, (12, 13, 14)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([1.0, 2, 3, 1])), path)
+    return path
+
+
+@pytest.fixture
+def m3d(monkeypatch, capsys):
+    """m3d(*arguments) -> (exit code, stdout, stderr)."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["m3d", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+    return run
+
+
+def test_ask_prints_the_answer_and_nothing_else_on_stdout(m3d, scan, triton):
+    code, out, err = m3d("ask", scan, "What is this?", "--server", triton.url, "--max-new-tokens", 5, "--stop", "X")
+    assert (code, out) == (0, "".join(ANSWER) + "\n")
+    assert "4 tokens" in err
+    assert b'"max_new_tokens": 5' in triton.asked[0][1]["SAMPLING"][0]
+    assert b'"stop": ["X"]' in triton.asked[0][1]["SAMPLING"][0]
+
+
+def test_segment_writes_mask_and_picture(m3d, scan, triton, tmp_path):
+    triton.mask = np.zeros((12, 13, 14), bool)
+    triton.mask[3:6, 4:8, 5:9] = True
+    code, out, err = m3d("segment", scan, "Segment it.", "-o", tmp_path / "out.nii.gz", "--server", triton.url)
+    assert (code, out) == (0, "".join(ANSWER) + "\n")
+    assert np.asarray(nibabel.load(tmp_path / "out.nii.gz").dataobj).sum() == 48
+    assert matplotlib.image.imread(tmp_path / "out.png").ndim == 3
+
+
+def test_segment_without_a_mask_fails_after_the_answer(m3d, scan, triton, tmp_path):
+    code, out, err = m3d("segment", scan, "What?", "-o", tmp_path / "out.nii.gz", "--server", triton.url)
+    assert code == 2 and out == "".join(ANSWER) + "\n"
+    assert "no [SEG]" in err
+    assert not (tmp_path / "out.nii.gz").exists()
+
+
+@pytest.mark.parametrize(("output", "words"), [("mask.png", ".nii"), ("no/such/folder/mask.nii", "does not exist")])
+def test_segment_refuses_an_unusable_output_before_asking(m3d, scan, triton, tmp_path, output, words):
+    code, out, err = m3d("segment", scan, "What?", "-o", tmp_path / output, "--server", triton.url)
+    assert code == 2 and words in err and not triton.uploads
+
+
+def test_rank_prints_scores_best_first(m3d, scan, triton, tmp_path):
+    (tmp_path / "texts").write_text("second\n\nfirst\n")
+    code, out, _ = m3d("rank", scan, "third", "--file", tmp_path / "texts", "--server", triton.url)
+    assert code == 0
+    assert out.splitlines() == ["+1.0000\tfirst", "+0.5000\tsecond", "+0.0000\tthird"]
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), [
+    (["ask", "SCAN", "What?", "--server", "127.0.0.1:1"], 1, ["127.0.0.1:1", "m3d serve"]),
+    (["ask", "nowhere.nii", "What?", "--server", "URL"], 2, ["nowhere.nii", "cannot be read"]),
+    (["ask", "SCAN", "", "--server", "URL"], 2, ["empty"]),
+    (["ask", "SCAN", "What?", "--temperature", "9", "--server", "URL"], 2, ["temperature", "9"]),
+    (["rank", "SCAN", "--server", "URL"], 2, ["nothing to rank"]),
+    (["rank", "SCAN", "--file", "nowhere.txt", "--server", "URL"], 2, ["nowhere.txt"]),
+    (["sample", "foot-mr"], 2, ["foot-mr", "brain-mr"]),
+    (["serve", "--repository", "FOLDER"], 1, ["never exported", "build_engines.py"]),
+    (["ask", "SCAN", "What?", "--beams", "3"], 2, ["--beams"]),
+])
+def test_a_mistake_gives_its_cause_and_no_traceback(m3d, scan, triton, tmp_path, arguments, code, words):
+    replaced = {"SCAN": scan, "URL": triton.url, "FOLDER": tmp_path}
+    found, out, err = m3d(*(replaced.get(argument, argument) for argument in arguments))
+    assert found == code and out == ""
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_doctor_names_what_is_missing_and_how_to_get_it(m3d, tmp_path):
+    code, out, _ = m3d("doctor", "--repository", tmp_path)
+    assert code == 1
+    assert "build_engines.py" in " ".join(out.split()) and "missing" in out
+    assert "GPU" in out and "not been run" in " ".join(out.split())
+
+
+def test_help_comes_without_loading_what_only_commands_need():
+    code = ("import sys; sys.argv = ['m3d', '--help']\nfrom engine.cli import main\n"
+            "try: main()\nexcept SystemExit: pass\n"
+            "print('LOADED', [m for m in ('grpc', 'numpy', 'nibabel', 'matplotlib', 'torch') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "LOADED []" in done.stdout
+    for command in ("serve", "ask", "segment", "rank", "sample", "doctor"):
+        assert command in done.stdout
+    assert "\x1b" not in done.stdout  # no colour codes in a pipe
+
+
+def test_a_reader_that_has_enough_ends_the_request_quietly(scan, triton):
+    triton.endless = True
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, "-m", "engine.cli", "ask", str(scan), "What?", "--server", triton.url],
+                               cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    os.read(read, 10)
+    os.close(read)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err and "Exception" not in err
+    assert triton.cancelled.wait(60)

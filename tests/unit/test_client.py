@@ -1,0 +1,305 @@
+"""The client against a server that says what a test wants: streams, cancellation, deadlines, errors, re-sent studies."""
+from __future__ import annotations
+
+import gc
+import socket
+import threading
+
+import grpc
+import nibabel
+import numpy as np
+import pytest
+
+from engine import errors
+from engine.client import M3DClient, Study
+from engine.sampling import Sampling
+from tests.unit.fake_triton import ANSWER, HANDLE, FakeTriton
+
+VOLUME = np.linspace(0, 1, 60, dtype=np.float32).reshape(1, 3, 4, 5)
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def triton():
+    triton = FakeTriton()
+    yield triton
+    triton.stop()
+
+
+@pytest.fixture
+def client(triton):
+    with M3DClient(triton.url, timeout=PATIENCE_S) as client:
+        yield client
+
+
+@pytest.fixture
+def study(client):
+    return client.upload(VOLUME)
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+def test_a_file_is_sent_as_it_is(tmp_path, client, triton):
+    path = tmp_path / "scan.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((4, 5, 6)), np.eye(4)), path)
+    study = client.upload(path, preset="mr")
+    sent = triton.uploads[0]
+    assert sent["VOLUME"].tobytes() == path.read_bytes()
+    assert sent["PRESET"].tolist() == [b"mr"]
+    assert study.handle == HANDLE and study.info == {"preset": "ct"}
+
+
+def test_an_array_is_sent_with_its_affine(client, triton):
+    affine = np.diag([1.0, 2, 3, 1])
+    client.upload(VOLUME[0], affine)
+    np.testing.assert_array_equal(triton.uploads[0]["AFFINE"], affine)
+
+
+def test_a_question_carries_handle_and_sampling(client, triton, study):
+    client.ask(study, "What is this?", temperature=0.5, seed=3)
+    _, sent = triton.asked[0]
+    assert sent["STUDY"].tolist() == [HANDLE.encode()] and sent["QUESTION"].tolist() == [b"What is this?"]
+    assert Sampling.from_json(sent["SAMPLING"][0]) == Sampling(temperature=0.5, seed=3)
+
+
+def test_a_scan_may_stand_for_its_study(client, triton):
+    assert client.ask(VOLUME, "What is this?").text == "".join(ANSWER)
+    assert len(triton.uploads) == 1
+
+
+@pytest.mark.parametrize("question", ["", "  \n", None, 3])
+def test_an_empty_question_is_refused_before_it_is_sent(client, triton, study, question):
+    with pytest.raises(errors.InvalidInput, match="empty"):
+        client.ask(study, question)
+    assert not triton.asked
+
+
+def test_unusable_sampling_is_refused_before_it_is_sent(client, triton, study):
+    with pytest.raises(errors.InvalidInput, match="temperature"):
+        client.stream(study, "What?", temperature=9)
+    assert not triton.asked
+
+
+@pytest.mark.parametrize("texts", ["one text", [], ["a", " "], ["a", 3]])
+def test_texts_that_cannot_be_ranked_are_refused(client, study, texts):
+    with pytest.raises(errors.InvalidInput, match="texts"):
+        client.rank(study, texts)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), "long"])
+def test_an_unusable_timeout_is_refused(client, study, timeout):
+    with pytest.raises(errors.InvalidInput, match="timeout"):
+        client.ask(study, "What?", timeout=timeout)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+def test_a_stream_gives_the_pieces_and_then_the_whole(client, study):
+    stream = client.stream(study, "What is this?")
+    assert stream.answer is None
+    assert tuple(stream) == ANSWER
+    assert stream.answer.text == "".join(ANSWER)
+    assert stream.answer.token_ids == (0, 1, 2, 3)
+    assert stream.answer.finish_reason == "stop"
+    assert stream.answer.boxes.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert stream.answer.timings["prompt_tokens"] == 3
+    assert next(stream, None) is None
+
+
+def test_asking_gives_what_streaming_gives(client, study):
+    stream = client.stream(study, "What?")
+    list(stream)
+    asked = client.ask(study, "What?")
+    assert (asked.text, asked.token_ids, asked.finish_reason) == (
+        stream.answer.text, stream.answer.token_ids, stream.answer.finish_reason)
+
+
+def test_a_mask_comes_back_in_the_scans_shape_and_space(client, triton, study, tmp_path):
+    triton.mask[1, 0, 2:4] = True
+    found = client.segment(study, "Segment the liver.")
+    np.testing.assert_array_equal(found.mask, triton.mask)
+    saved = nibabel.load(found.save(tmp_path / "mask.nii.gz"))
+    np.testing.assert_array_equal(np.asarray(saved.dataobj), triton.mask)
+    np.testing.assert_array_equal(saved.affine, np.diag([1.0, 2, 3, 1]))
+    assert found.logits is None
+
+
+def test_no_seg_means_no_mask_and_saving_says_so(client, study, tmp_path):
+    found = client.segment(study, "What is this?")
+    assert found.mask is None
+    with pytest.raises(errors.InvalidInput, match=r"no \[SEG\]"):
+        found.save(tmp_path / "mask.nii.gz")
+
+
+def test_a_ranking_lists_the_best_first(client, study):
+    ranking = client.rank(study, ["a", "b", "c"])
+    assert [text for text, _ in ranking.sorted()] == ["c", "b", "a"]
+    assert ranking.scores.tolist() == [0, 0.5, 1]
+
+
+def test_server_info_says_what_is_served(client):
+    assert client.is_ready()
+    info = client.server_info()
+    assert info["models"] == {"m3d_chat": True, "m3d_segment": True, "m3d_retrieve": False}
+
+
+# --- ends before the end ---------------------------------------------------------------------------------------------
+def test_closing_a_stream_cancels_its_request(client, triton, study):
+    triton.endless = True
+    stream = client.stream(study, "What?")
+    next(stream)
+    stream.close()
+    assert triton.cancelled.wait(PATIENCE_S)
+    with pytest.raises(errors.Cancelled):
+        next(stream)
+
+
+def test_leaving_a_loop_over_a_stream_cancels_its_request(client, triton, study):
+    triton.endless = True
+    for _ in client.stream(study, "What?"):
+        break
+    gc.collect()
+    assert triton.cancelled.wait(PATIENCE_S)
+
+
+def test_leaving_a_with_block_cancels_its_request(client, triton, study):
+    triton.endless = True
+    with client.stream(study, "What?") as stream:
+        next(stream)
+    assert triton.cancelled.wait(PATIENCE_S)
+
+
+def test_other_streams_go_on_when_one_is_closed(client, triton, study):
+    kept = client.stream(study, "What?")
+    first = next(kept)
+    closed = client.stream(study, "What?")
+    next(closed)
+    closed.close()
+    assert (first, *kept) == ANSWER
+
+
+def test_a_deadline_ends_the_wait_and_the_request(client, triton, study):
+    triton.silent = True
+    with pytest.raises(errors.DeadlineExceeded, match="timeout"):
+        client.ask(study, "What?", timeout=0.3)
+    assert triton.cancelled.wait(PATIENCE_S)
+
+
+def test_a_stream_that_nobody_reads_is_paused(client, triton, study):
+    """Flow control stops the server: what it has handed over stays far below what it would send."""
+    triton.endless = True
+    stream = client.stream(study, "What?")
+    next(stream)
+    seen, paused = -1, threading.Event()
+    while not paused.wait(0.5):
+        if triton.sent == seen:
+            paused.set()
+        seen = triton.sent
+    assert triton.sent < 10_000  # of 10 kB each
+    for _ in range(triton.sent + 10):  # and reading lets it go on
+        next(stream)
+    stream.close()
+
+
+def test_a_stream_that_ends_without_its_last_piece_is_an_error(client, triton, study):
+    triton.unfinished = True
+    with pytest.raises(errors.Unavailable, match="before the answer was complete"):
+        list(client.stream(study, "What?"))
+    with pytest.raises(errors.Unavailable, match="before the answer was complete"):
+        client.ask(study, "What?")
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("message", "kind"), [
+    ("INVALID_ARGUMENT: the question has 900 tokens", errors.InvalidInput),
+    ("in ensemble 'm3d_chat', RESOURCE_EXHAUSTED: the store is full", errors.ResourceExhausted),
+    ("Request for unknown model: 'm3d_chat' is not found", errors.Unavailable),
+    ("inference failed", errors.M3DError),
+])
+def test_an_error_in_a_stream_is_raised_as_its_class(client, triton, study, message, kind):
+    triton.stream_error = message
+    with pytest.raises(errors.M3DError) as raised:
+        next(client.stream(study, "What?"))
+    assert type(raised.value) is kind
+    assert message.rpartition(": ")[2] in str(raised.value)
+
+
+@pytest.mark.parametrize(("status", "message", "kind"), [
+    (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT: not an image", errors.InvalidInput),
+    (grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape for input 'AFFINE'", errors.InvalidInput),
+    (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE: the decoder restarts", errors.Unavailable),
+    (grpc.StatusCode.INTERNAL, "oops", errors.M3DError),
+])
+def test_an_error_of_a_plain_request_is_raised_as_its_class(client, triton, status, message, kind):
+    triton.upload_error = (status, message)
+    with pytest.raises(errors.M3DError) as raised:
+        client.upload(VOLUME)
+    assert type(raised.value) is kind
+    assert message.rpartition(": ")[2] in str(raised.value)
+
+
+def test_a_closed_port_is_a_clear_error_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with M3DClient(f"127.0.0.1:{port}") as client:
+        assert not client.is_ready()
+        with pytest.raises(errors.Unavailable, match=f"127.0.0.1:{port}.*m3d serve"):
+            client.ask(Study(HANDLE, {}), "What?")
+
+
+def test_a_server_that_goes_away_mid_stream_is_a_clear_error(client, triton, study):
+    triton.endless = True
+    stream = client.stream(study, "What?")
+    next(stream)
+    triton.stop()
+    with pytest.raises(errors.Unavailable, match="went away"):
+        list(stream)
+
+
+def test_closing_the_client_ends_its_streams(client, triton, study):
+    triton.endless = True
+    stream = client.stream(study, "What?")
+    next(stream)
+    client.close()
+    with pytest.raises(errors.Cancelled):
+        list(stream)
+
+
+def test_a_closed_client_says_so(triton):
+    client = M3DClient(triton.url)
+    client.close()
+    with pytest.raises(errors.Unavailable, match="closed"):
+        client.ask(Study(HANDLE, {}), "What?")
+
+
+# --- evicted studies -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("request_of", [
+    lambda client, study: client.ask(study, "What?").text,
+    lambda client, study: "".join(client.stream(study, "What?")),
+    lambda client, study: client.segment(study, "What?").answer.text,
+    lambda client, study: client.rank(study, ["a", "b"]).texts,
+], ids=["ask", "stream", "segment", "rank"])
+def test_an_evicted_study_is_sent_again_without_the_caller_noticing(client, triton, study, request_of):
+    expected = request_of(client, study)
+    triton.evicted = True
+    assert request_of(client, study) == expected
+    assert len(triton.uploads) == 2
+    assert triton.uploads[0]["VOLUME"].tobytes() == triton.uploads[1]["VOLUME"].tobytes()
+
+
+def test_an_evicted_study_is_sent_again_once_only(client, triton, study):
+    triton.stream_error = "NOT_FOUND: study is unknown"
+    with pytest.raises(errors.StudyNotFound):
+        client.ask(study, "What?")
+    assert len(triton.uploads) == 2
+
+
+def test_a_bare_handle_cannot_be_sent_again(client, triton):
+    triton.evicted = True
+    with pytest.raises(errors.StudyNotFound):
+        client.ask(Study(HANDLE, {}), "What?")
+
+
+def test_a_source_that_changed_is_not_taken_for_the_evicted_study(client, triton, study):
+    triton.evicted = True
+    triton.handle = "cd" * 32
+    with pytest.raises(errors.InvalidInput, match="another"):
+        client.ask(study, "What?")

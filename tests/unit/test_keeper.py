@@ -1,0 +1,136 @@
+"""The keeper leaves no process and no shared memory behind, however the tree or its owner ends."""
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from engine import keeper
+
+PATIENCE_S = 60
+# A command with all that is hard to clean: a process in a session of its own that ignores SIGTERM, anonymous shared
+# memory as Python's multiprocessing names it, a file under a known prefix, and a folder named by its process id.
+COMMAND = """
+import os, signal, subprocess, sys
+prefix, name = sys.argv[1:3]
+open(f"/dev/shm/{prefix}-region", "w").close()
+os.mkdir(f"/dev/shm/{prefix}-{os.getpid()}-store")
+open(f"/dev/shm/{prefix}-{os.getpid()}-store/study", "w").close()
+deaf = subprocess.Popen([sys.executable, "-c", sys.argv[3], name], start_new_session=True, stdout=subprocess.PIPE)
+deaf.stdout.readline()
+print(os.getpid(), deaf.pid, flush=True)
+signal.pause()
+"""
+DEAF = """
+import mmap, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+file = open(f"/dev/shm/{sys.argv[1]}", "w+b")
+file.truncate(4096)
+held = mmap.mmap(file.fileno(), 4096)
+print("up", flush=True)
+signal.pause()
+"""
+
+
+def keeper_command(command: list[str], shm_prefixes: list[str], remove: list[Path]) -> list[str]:
+    spec = {"command": command, "grace_s": 20.0, "orphans_grace_s": 0.3, "remove": [str(path) for path in remove],
+            "shm_prefixes": shm_prefixes}
+    return [sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)]
+
+
+class Tree:
+    """A keeper with COMMAND under it."""
+
+    def __init__(self, tmp_path: Path, command: str = COMMAND):
+        self.prefix, self.name = f"test-{uuid.uuid4().hex[:8]}", f"psm_{uuid.uuid4().hex[:8]}"
+        self.folder = tmp_path / "run"
+        self.folder.mkdir()
+        shm_prefixes = [f"{self.prefix}-region", f"{self.prefix}-{{pid}}-"]
+        self.process = subprocess.Popen(
+            keeper_command([sys.executable, "-c", command, self.prefix, self.name, DEAF], shm_prefixes, [self.folder]),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, text=True)
+        self.pids = [int(word) for word in self.process.stdout.readline().split()]
+
+    def leftovers(self) -> list:
+        shm = [name for name in os.listdir("/dev/shm") if name.startswith((self.prefix, self.name))]
+        alive = [pid for pid in self.pids if pid in keeper.descendants(0)]
+        return shm + alive + ([self.folder] if self.folder.exists() else [])
+
+
+@pytest.fixture
+def tree(tmp_path):
+    tree = Tree(tmp_path)
+    assert len(tree.leftovers()) >= 4  # the test could see what it looks for
+    yield tree
+    tree.process.kill()
+    tree.process.wait()
+
+
+def test_closing_stdin_stops_the_whole_tree(tree):
+    tree.process.stdin.close()
+    assert tree.process.wait(PATIENCE_S) == 128 + signal.SIGTERM
+    assert tree.leftovers() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_the_whole_tree(tree, number):
+    tree.process.send_signal(number)
+    tree.process.wait(PATIENCE_S)
+    assert tree.leftovers() == []
+
+
+def test_a_crash_of_the_command_is_cleaned_up_and_told(tree):
+    os.kill(tree.pids[0], signal.SIGKILL)
+    assert tree.process.wait(PATIENCE_S) == 128 + signal.SIGKILL
+    assert tree.leftovers() == []
+
+
+def test_the_commands_exit_status_is_passed_on(tmp_path):
+    tree = Tree(tmp_path, "import sys; print(); sys.exit(7)")
+    assert tree.process.wait(PATIENCE_S) == 7
+
+
+def test_shared_memory_of_others_is_left_alone(tree):
+    other = Path("/dev/shm") / f"psm_{uuid.uuid4().hex[:8]}"
+    other.write_bytes(b"other")
+    try:
+        tree.process.stdin.close()
+        tree.process.wait(PATIENCE_S)
+        assert other.exists()
+    finally:
+        other.unlink()
+
+
+def test_the_tree_ends_with_its_owner():
+    """The owner is killed outright, while another process still holds the keeper's stdin open."""
+    owner_code = """
+import json, os, signal, subprocess, sys
+keeper = subprocess.Popen(json.loads(sys.argv[1]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          start_new_session=True)
+pids = keeper.stdout.readline()
+heir = os.fork()
+if heir:
+    print(keeper.pid, heir, pids, flush=True)
+signal.pause()
+"""
+    prefix, name = f"test-{uuid.uuid4().hex[:8]}", f"psm_{uuid.uuid4().hex[:8]}"
+    command = keeper_command([sys.executable, "-c", COMMAND, prefix, name, DEAF], [f"{prefix}-"], [])
+    owner = subprocess.Popen([sys.executable, "-c", owner_code, json.dumps(command)], stdout=subprocess.PIPE, text=True)
+    keeper_pid, heir, *pids = (int(word) for word in owner.stdout.readline().split())
+    ended = os.pidfd_open(keeper_pid)
+    owner.kill()
+    owner.wait()
+    try:
+        assert select.select([ended], [], [], PATIENCE_S)[0], "the keeper still runs"
+    finally:
+        os.close(ended)
+        os.kill(heir, signal.SIGKILL)
+    assert not set(pids) & set(keeper.descendants(0))
+    assert not [n for n in os.listdir("/dev/shm") if n.startswith((prefix, name))]
