@@ -16,11 +16,12 @@ from engine.limits import Limits
 from engine.nifti import rescale
 
 _LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # pydicom would inflate such a file whole, however large it gets
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """One image plane. `pixels` [rows, columns] as stored; lengths in mm, LPS+."""
+    """One image plane. `pixels` [rows, columns] with the rescale applied; lengths in mm, LPS+."""
 
     name: str
     series: str
@@ -31,8 +32,6 @@ class _Slice:
     along_column: np.ndarray  # direction of growing row index
     row_spacing: float
     column_spacing: float
-    slope: float
-    intercept: float
 
     @property
     def normal(self) -> np.ndarray:
@@ -47,7 +46,8 @@ def read_dicom_zip(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.nda
     """
     slices = list(_images(data, limits))
     if not slices:
-        raise InvalidInput("the zip holds no DICOM images: zip one DICOM series (a zip of NIfTI or npz files is not read)")
+        raise InvalidInput("the zip holds no DICOM images: zip one DICOM series (NIfTI files and npz archives are not "
+                           "read from a zip)")
     _check_one("series", Counter(s.series for s in slices), "send one series at a time")
     _check_one("slice sizes (rows x columns)", Counter("{} x {}".format(*s.pixels.shape) for s in slices),
                "leave out localizers and secondary captures")
@@ -58,7 +58,7 @@ def read_dicom_zip(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.nda
     limits.check_shape((*slices[0].pixels.shape[::-1], len(slices)))
     slices.sort(key=lambda s: float(s.position @ s.normal))
     _check_positions(slices)
-    return _stack(slices), _affine(slices), slices[0].modality
+    return np.stack([s.pixels for s in slices]).transpose(2, 1, 0), _affine(slices), slices[0].modality
 
 
 def _images(data: memoryview, limits: Limits) -> Iterator[_Slice]:
@@ -67,6 +67,9 @@ def _images(data: memoryview, limits: Limits) -> Iterator[_Slice]:
     for name, content in _members(data, limits):
         if content[128:132] != b"DICM":
             continue
+        if _DEFLATED in content[:2048]:
+            raise InvalidInput(f"{name} is deflated as a whole, which is not read here: convert the series to Explicit "
+                               f"VR Little Endian (dcmconv +te) and zip it")
         try:
             dataset = pydicom.dcmread(io.BytesIO(content))
             if "PixelData" not in dataset:
@@ -149,8 +152,8 @@ def _slice(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, 
                            f"place in the volume is unknown: send an axial, coronal or sagittal series of CT or MR "
                            f"slices") from None
     return _Slice(f"{name} frame {index + 1}" if frames > 1 else name, str(dataset.get("SeriesInstanceUID", "unknown")),
-                  str(dataset.get("Modality", "")), pixels, position, along_row, along_column,
-                  row_spacing, column_spacing, slope, intercept)
+                  str(dataset.get("Modality", "")), rescale(pixels, slope, intercept), position, along_row,
+                  along_column, row_spacing, column_spacing)
 
 
 def _check_one(what: str, counts: Counter, way_out: str) -> None:
@@ -170,17 +173,9 @@ def _check_positions(slices: list[_Slice]) -> None:
                            f"(first: {first.name} and {second.name}): send one phase, echo or time point at a time")
     if (holes := np.flatnonzero(np.abs(gaps - usual) > 0.1 * usual)).size:
         hole = holes[0]
-        raise InvalidInput(f"series {slices[0].series}: slices are missing or unevenly spaced at {len(holes)} places (usual "
-                           f"distance {usual:.3f} mm; {gaps[hole]:.3f} mm between {slices[hole].name} and "
+        raise InvalidInput(f"series {slices[0].series}: slices are missing or unevenly spaced at {len(holes)} places "
+                           f"(usual distance {usual:.3f} mm; {gaps[hole]:.3f} mm between {slices[hole].name} and "
                            f"{slices[hole + 1].name}): send the whole series")
-
-
-def _stack(slices: list[_Slice]) -> np.ndarray:
-    scales = {(s.slope, s.intercept) for s in slices}
-    planes = [s.pixels for s in slices] if len(scales) == 1 else [
-        rescale(s.pixels, s.slope, s.intercept).astype(np.float32, copy=False) for s in slices]
-    volume = np.stack(planes).transpose(2, 1, 0)
-    return rescale(volume, *scales.pop()) if len(scales) == 1 else volume
 
 
 def _affine(slices: list[_Slice]) -> np.ndarray:

@@ -93,7 +93,7 @@ class Geometry:
         return mask
 
     def boxes_to_scan(self, boxes: np.ndarray) -> np.ndarray:
-        """float64 [K, 6] (i0, j0, k0, i1, j1, k1) in voxels of the scan's array axes, edges: array[i0:i1, ...] is inside.
+        """float64 [K, 6] (i0, j0, k0, i1, j1, k1) in voxels of the scan's array axes: array[i0:i1, ...] is inside.
 
         boxes: [K, 6] (x1, y1, z1, x2, y2, z2) as M3D writes them: index of the first and of the last voxel along
         D, H, W, each divided by the axis' length. What lies outside the model volume is clipped.

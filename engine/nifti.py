@@ -34,8 +34,8 @@ def read_nifti(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.ndarray
     offset = _offset(header)
     promised = math.prod(shape) * dtype.itemsize
     if len(data) - offset < promised:
-        raise InvalidInput(f"the NIfTI header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes from byte "
-                           f"{offset}), but the file has only {max(0, len(data) - offset):,} bytes there: it is "
+        raise InvalidInput(f"the NIfTI header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes from "
+                           f"byte {offset}), but the file has only {max(0, len(data) - offset):,} bytes there: it is "
                            f"truncated or its header is damaged; copy the file again")
     array = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape, order="F")
     slope, intercept = header.get_slope_inter()
@@ -160,8 +160,8 @@ def _affine(header: nib.Nifti1Header) -> np.ndarray:
             continue
         if affine is not None and usable(affine):
             return np.asarray(affine, float)
-    raise InvalidInput("the NIfTI header has no usable orientation: sform, qform and voxel sizes are missing, singular or "
-                       "not finite; set its voxel sizes, for example with nibabel, before sending it")
+    raise InvalidInput("the NIfTI header has no usable orientation: sform, qform and voxel sizes are missing, singular "
+                       "or not finite; set its voxel sizes, for example with nibabel, before sending it")
 
 
 def usable(affine: np.ndarray) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def read_scan(data: bytes | memoryview | np.ndarray, *, affine: np.ndarray | Non
     affine: for npy only, [4, 4], RAS+ mm; without it the axes are taken as ARRAY_AFFINE says. An npy may have a
     leading axis of length 1, as M3D's own volumes do.
     Raises InvalidInput, naming cause, limit and way out, for everything that is not one finite, non-constant volume
-    within the limits. Memory: at most 3 times the scan's size beside `data`.
+    within the limits. The array may share memory with `data`; beside it, at most 3 times the scan's size is in use.
     """
     data = memoryview(data).cast("B")
     limits.check_bytes(len(data), "the file")
@@ -77,7 +78,7 @@ def read_scan(data: bytes | memoryview | np.ndarray, *, affine: np.ndarray | Non
     return Scan(_checked_values(array), affine, kind, modality)
 
 
-def pack_scan(source: str | Path | np.ndarray, affine: np.ndarray | None = None
+def pack_scan(source: str | os.PathLike | np.ndarray, affine: np.ndarray | None = None
               ) -> tuple[bytes, np.ndarray | None]:
     """What a client sends: (bytes that `read_scan` reads, affine or None).
 
@@ -85,7 +86,7 @@ def pack_scan(source: str | Path | np.ndarray, affine: np.ndarray | None = None
     or 1 x D x H x W (as npy). affine: for arrays and .npy files, [4, 4], RAS+ mm.
     """
     affine = None if affine is None else _checked_affine(affine)
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, os.PathLike)):
         array = np.asarray(source)
         if array.dtype.kind not in "biuf":
             raise InvalidInput(f"the array holds {array.dtype} values; real numbers are wanted")
@@ -127,8 +128,8 @@ def _read_npy(data: memoryview, limits: Limits) -> np.ndarray:
     limits.check_shape(shape)
     promised, offset = math.prod(shape) * dtype.itemsize, stream.tell()
     if len(data) - offset < promised:
-        raise InvalidInput(f"the .npy header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes), but the "
-                           f"file has only {len(data) - offset:,} bytes there: it is truncated, copy it again")
+        raise InvalidInput(f"the .npy header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes), but "
+                           f"the file has only {len(data) - offset:,} bytes there: it is truncated, copy it again")
     return np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape, order="F" if fortran else "C")
 
 

@@ -45,10 +45,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named way to make a model volume. doc: its contract, for users. run: (scan, size) -> (image [D, H, W], geometry)."""
+    """A named way to make a model volume. doc: its contract, for users; run: what does it."""
 
     doc: str
-    run: Callable[[Scan, Size], tuple[np.ndarray, Geometry]] | None
+    run: Callable[[Scan, Size], tuple[np.ndarray, Geometry]]  # -> image [D, H, W] in 0..1, geometry
 
 
 def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto") -> Prepared:
@@ -66,16 +66,19 @@ def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto")
     return Prepared(image[None], geometry, preset, reason)
 
 
-def _auto(scan: Scan, image_size: Size) -> None:
-    """Chooses, and says why: raw for an .npy that already is a model volume (its size, float, 0..1); by DICOM's modality
-    ct for CT and mr for all others; without a modality ct if the values look like Hounsfield units (some below -500,
-    some above 100), else mr.
+def _auto(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
+    """Chooses, and says why: raw for an .npy that already is a model volume (its size, float, 0..1); by DICOM's
+    modality ct for CT and mr for all others; without a modality ct if the values look like Hounsfield units (some
+    below -500, some above 100), else mr.
     """
+    return PRESETS[_choose(scan, image_size)[0]].run(scan, image_size)
 
 
 def _choose(scan: Scan, image_size: Size) -> tuple[str, str]:
+    """(preset, why) of `auto`."""
     low, high = float(scan.array.min()), float(scan.array.max())
-    if scan.kind == "npy" and scan.array.shape == image_size and scan.array.dtype.kind == "f" and 0 <= low and high <= 1:
+    is_volume = scan.array.shape == image_size and scan.array.dtype.kind == "f" and 0 <= low and high <= 1
+    if scan.kind == "npy" and is_volume:
         return "raw", "auto chose raw: the array already has the model's size and range 0 to 1"
     if scan.modality:
         name = "ct" if scan.modality == "CT" else "mr"
@@ -99,9 +102,9 @@ def _ct(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
 
 
 def _mr(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
-    """For MR, and all else whose intensities have no unit. Cropped to the foreground: the box around the large connected
-    parts above a threshold half way from the background (1st percentile) to Otsu's threshold. Axes and resizing as
-    ct. Values are then clipped to the 0.5 to 99.5 percentiles of the foreground voxels and scaled to 0..1.
+    """For MR, and all else whose intensities have no unit. Cropped to the foreground: the box around the large
+    connected parts above a threshold half way from the background (1st percentile) to Otsu's threshold. Axes and
+    resizing as ct. Values are then clipped to the 0.5 to 99.5 percentiles of the foreground voxels and scaled to 0..1.
     """
     coarse = _coarse(scan, canonical_axes(scan.affine))
     background = float(np.percentile(coarse, 1))
@@ -116,8 +119,8 @@ def _mr(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
 
 
 def _m3d_cap(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
-    """As the reference prepared M3D-Cap: values scaled from their minimum and maximum to 0..1, cropped to the box of all
-    voxels above the minimum, resized trilinearly (align_corners=False, no antialiasing). It worked on stacks of grey
+    """As the reference prepared M3D-Cap: values scaled from their minimum and maximum to 0..1, cropped to the box of
+    all voxels above the minimum, resized trilinearly (align_corners=False, no antialiasing). It worked on stacks of grey
     slices as a viewer displays them: an .npy without an affine is taken as that stack (D x H x W); a file or array
     with an affine is turned to the axes of ct. The reference's slices were windowed for display; so should yours be.
     """
@@ -128,8 +131,8 @@ def _m3d_cap(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
 def _m3d_seg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     """As the reference prepared M3D-Seg: values clipped to the 0.05 to 99.95 percentiles of all voxels above the mean,
     scaled to 0..1 (its z-score in between cancels out), cropped to the box of voxels above the lower end, resized
-    trilinearly (align_corners=False, no antialiasing). It reversed the axes of the NIfTI array (i, j, k become W, H, D)
-    whatever its orientation, and so does this preset; an .npy without an affine is taken as D x H x W.
+    trilinearly (align_corners=False, no antialiasing). It reversed the axes of the NIfTI array (i, j, k become
+    W, H, D) whatever its orientation, and so does this preset; an .npy without an affine is taken as D x H x W.
     """
     axes = ((0, 1, 2) if scan.kind == "npy" else (2, 1, 0), (False,) * 3)
     voxels = scan.array.ravel(order="K")
@@ -139,23 +142,23 @@ def _m3d_seg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
 
 
 def _raw(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
-    """Nothing is changed: for arrays that already are D x H x W (or 1 x D x H x W) at the model's size, in 0..1, prepared
-    by other means, as the reference takes them. Anything else is refused.
+    """Nothing is changed: for arrays that already are D x H x W (or 1 x D x H x W) at the model's size, in 0..1,
+    prepared by other means, as the reference takes them. Anything else is refused.
     """
     low, high = float(scan.array.min()), float(scan.array.max())
     if scan.array.shape != image_size:
-        raise InvalidInput(f"preset raw takes arrays of the model's size {image_size}; this scan has {scan.array.shape}: "
-                           f"choose another preset, which resizes it")
+        raise InvalidInput(f"preset raw takes arrays of the model's size {image_size}; this scan has "
+                           f"{scan.array.shape}: choose another preset, which resizes it")
     if low < 0 or high > 1:
-        raise InvalidInput(f"preset raw takes values from 0 to 1; this scan has {low:g} to {high:g}: scale it, or choose "
-                           f"another preset, which does")
+        raise InvalidInput(f"preset raw takes values from 0 to 1; this scan has {low:g} to {high:g}: scale it, or "
+                           f"choose another preset, which does")
     geometry = _geometry(scan, image_size, ((0, 1, 2), (False,) * 3), [(0, n) for n in image_size])
     return np.ascontiguousarray(scan.array, np.float32), geometry
 
 
 PRESETS: dict[str, Preset] = {
-    name: Preset(" ".join(inspect.getdoc(run).split()), run)
-    for name, run in (("auto", _auto), ("ct", _ct), ("mr", _mr), ("m3d-cap", _m3d_cap), ("m3d-seg", _m3d_seg), ("raw", _raw))
+    name: Preset(" ".join(inspect.getdoc(run).split()), run) for name, run in (
+        ("auto", _auto), ("ct", _ct), ("mr", _mr), ("m3d-cap", _m3d_cap), ("m3d-seg", _m3d_seg), ("raw", _raw))
 }
 
 
@@ -194,7 +197,8 @@ def _coarse(scan: Scan, axes: Axes) -> np.ndarray:
     return np.ascontiguousarray(view[tuple(slice(None, None, -(-n // _COARSE)) for n in view.shape)], np.float32)
 
 
-def _cropped_to_foreground(scan: Scan, image_size: Size, is_foreground: Callable[[np.ndarray], np.ndarray]) -> Geometry:
+def _cropped_to_foreground(scan: Scan, image_size: Size,
+                           is_foreground: Callable[[np.ndarray], np.ndarray]) -> Geometry:
     """The geometry of canonical axes, cropped to the large connected parts of the foreground, or whole without any.
 
     Between two samples of the coarse grid the box is widened to just before the next sample outside.
@@ -217,7 +221,8 @@ def _geometry(scan: Scan, image_size: Size, axes: Axes, crop: list[tuple[int, in
     """`crop` counts along the model's axes; the Geometry's along the array's, forwards."""
     order, flips = axes
     lengths = [scan.array.shape[axis] for axis in order]
-    crop = tuple((n - stop, n - start) if flip else (start, stop) for (start, stop), flip, n in zip(crop, flips, lengths))
+    crop = tuple((n - stop, n - start) if flip else (start, stop)
+                 for (start, stop), flip, n in zip(crop, flips, lengths))
     return Geometry(tuple(scan.array.shape), tuple(map(tuple, scan.affine.tolist())), order, flips, crop, image_size)
 
 
@@ -234,7 +239,7 @@ def _scaled(image: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _otsu(values: np.ndarray) -> float:
-    """The threshold that splits the histogram (256 bins between the 0.1 and 99.9 percentiles) with the most variance."""
+    """The threshold with the most variance between its two sides, of 256 bins from the 0.1 to the 99.9 percentile."""
     low, high = np.percentile(values, (0.1, 99.9))
     if high <= low:
         low, high = float(values.min()), float(values.max())

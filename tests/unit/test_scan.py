@@ -156,8 +156,9 @@ def test_a_header_that_puts_voxels_nowhere_is_refused():
     refused(with_header(nifti(), vox_offset=1000), "promises", "from byte 1000")
 
 
-@pytest.mark.parametrize("shape, words", [((512, 512), "2 axes"), ((64, 64, 1), "2 axes"), ((8, 8, 8, 5), "8 x 8 x 8 x 5"),
-                                          ((8, 8, 8, 1, 3), "8 x 8 x 8 x 1 x 3"), ((5, 0, 5), "no axes")])
+@pytest.mark.parametrize("shape, words", [
+    ((512, 512), "2 axes"), ((64, 64, 1), "2 axes"), ((8, 8, 8, 5), "8 x 8 x 8 x 5"),
+    ((8, 8, 8, 1, 3), "8 x 8 x 8 x 1 x 3"), ((5, 0, 5), "no axes")])
 def test_what_is_not_one_volume_is_refused(shape, words):
     if 0 not in shape:
         refused(nifti(values(shape)), words, "3 axes")
@@ -193,7 +194,8 @@ def test_limits_are_named_with_the_setting_that_raises_them():
             limits=Limits(max_bytes=1500))
 
 
-@pytest.mark.parametrize("field, value", [("datatype", 999), ("magic", b"ni1"), ("dim", [-3] * 8), ("scl_inter", np.inf)])
+@pytest.mark.parametrize("field, value", [
+    ("datatype", 999), ("magic", b"ni1"), ("dim", [-3] * 8), ("scl_inter", np.inf)])
 def test_damaged_nifti_headers_are_refused(field, value):
     for compress in (bytes, gzip.compress):
         refused(compress(with_header(nifti(), **{field: value})))
@@ -204,7 +206,8 @@ def test_a_two_file_header_is_told_apart():
 
 
 @pytest.mark.parametrize("data, words", [
-    (b"", "empty"), (b"hello, I am a text file" * 50, "not an image"), (b"\x89PNG\r\n\x1a\n" + bytes(1000), "not an image"),
+    (b"", "empty"), (b"hello, I am a text file" * 50, "not an image"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(1000), "not an image"),
     (gzip.compress(b"text" * 1000), "not a NIfTI"), (gzip.compress(b""), "not a NIfTI"),
     (bytes(128) + b"DICM" + bytes(500), "single DICOM file"), (b"\x5c\x01\x00\x00", "not an image")])
 def test_what_is_no_image_is_refused_with_the_formats_that_are_read(data, words):
@@ -285,6 +288,15 @@ def test_a_file_is_sent_as_it_is(tmp_path):
         pack_scan(tmp_path / "empty")
 
 
+def test_a_gzipped_scan_is_decompressed_once_and_not_copied():
+    data = gzip.compress(nifti(values((128, 128, 128))))
+    tracemalloc.start()
+    scan = read_scan(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * scan.array.nbytes + (2 << 20)
+
+
 def test_int16_is_read_without_a_copy():
     data = nifti(values((64, 64, 64)))
     tracemalloc.start()
@@ -339,7 +351,7 @@ def zipped(slices, compression=zipfile.ZIP_DEFLATED, extra=()):
 
 
 def test_a_dicom_series_is_sorted_rescaled_and_placed_in_ras():
-    scan = read_scan(zipped(series(), extra=[("series/", b""), ("series/README.txt", b"hello"), ("DICOMDIR", bytes(200))]))
+    scan = read_scan(zipped(series(), extra=[("series/", b""), ("README.txt", b"hello"), ("DICOMDIR", bytes(200))]))
     columns, rows, slices = np.indices((12, 10, 6))
     np.testing.assert_array_equal(scan.array, 1000 + 1000 * slices + 50 * rows + columns - 1024)
     assert scan.array.dtype == np.int16 and scan.modality == "CT" and scan.kind == "dicom"
@@ -395,7 +407,8 @@ def enhanced(frames=5):
     shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [item()], [item()]
     shared.PlaneOrientationSequence[0].ImageOrientationPatient = dataset.ImageOrientationPatient
     shared.PixelMeasuresSequence[0].PixelSpacing = dataset.PixelSpacing
-    for keyword in ("ImageOrientationPatient", "PixelSpacing", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept"):
+    for keyword in ("ImageOrientationPatient", "PixelSpacing", "ImagePositionPatient",
+                    "RescaleSlope", "RescaleIntercept"):
         delattr(dataset, keyword)
     dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], []
     for frame in range(frames):
@@ -412,6 +425,15 @@ def test_enhanced_multi_frame_dicom_is_read():
     scan = read_scan(zipped([enhanced()]))
     np.testing.assert_array_equal(scan.array[0, 0], [95, 195, 295, 395, 495])
     assert scan.affine[2, 2] == 3 and scan.affine[2, 3] == -12
+
+
+def test_a_series_is_read_within_three_times_its_size():
+    data = zipped(series(40, shape=(256, 256)))
+    tracemalloc.start()
+    scan = read_scan(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * scan.array.nbytes
 
 
 def test_mixed_series_are_refused_with_their_uids_and_counts():
@@ -463,6 +485,13 @@ def test_a_compressed_series_without_a_decoder_says_what_to_do(monkeypatch):
         dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
         dataset["PixelData"].is_undefined_length = True
     refused(zipped(slices), "JPEG 2000", "decompress the series")
+
+
+def test_deflated_dicom_is_refused_before_it_is_inflated():
+    slices = series()
+    for dataset in slices:
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    refused(zipped(slices), "deflated", "dcmconv")
 
 
 def test_rle_compressed_series_are_read():

@@ -1,5 +1,6 @@
 """Presets make the volume their contract promises; masks and boxes come back into the scan's own space."""
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -335,6 +336,19 @@ def test_auto_says_which_preset_and_why(modality, low, high, expected):
     prepared = prepare(Scan(array, np.eye(4), "dicom" if modality else "nifti", modality), SIZE)
     assert prepared.preset == expected
     assert expected in prepared.reason and (modality or f"{low:g} to {high:g}") in prepared.reason
+
+
+@pytest.mark.parametrize("preset", ["ct", "mr", "m3d-cap", "m3d-seg"])
+def test_large_scans_take_at_most_three_times_their_size_in_memory(preset):
+    array = np.random.default_rng(0).integers(-1000, 1000, (200, 256, 256), dtype=np.int16).transpose(2, 1, 0)
+    scan = Scan(array, np.eye(4), "nifti")
+    tracemalloc.start()
+    geometry = prepare(scan, (32, 128, 128), preset).geometry
+    mask = geometry.mask_to_scan(np.ones((32, 128, 128), np.float32))
+    geometry.mask_to_model(mask)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * array.nbytes
 
 
 def test_an_unknown_preset_is_refused_with_the_list_of_presets():
