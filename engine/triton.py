@@ -92,6 +92,8 @@ class Triton:
             *(part for model in models for part in ("--load-model", model)),
             *(part for name, port in ports.items() for part in (f"--{name}-port", str(port), f"--{name}-address", host)),
             "--http-restricted-api", secret, "--grpc-restricted-protocol", secret,
+            # The configurations are complete: to complete them, Triton would start every Python model twice.
+            "--disable-auto-complete-config",
             "--exit-timeout-secs", str(exit_timeout_s), "--allow-gpu-metrics", str(backends is None).lower(),
             "--backend-config", f"python,shm-region-prefix-name={shm_prefix}",
             "--backend-config", f"python,stub-timeout-seconds={STUB_TIMEOUT_S}",
