@@ -46,8 +46,8 @@ class Desk:
 
     def _queue(self, request, sender) -> None:
         if not self.places.acquire(blocking=False):
-            raise ResourceExhausted(f"{self.capacity} requests like this are in work or waiting, which is this server's "
-                                    f"limit: try again shortly")
+            raise ResourceExhausted(f"{self.capacity} requests like this are in work or waiting, which is this "
+                                    f"server's limit: try again shortly")
         self.pool.submit(self._work, request, sender)
 
     def _work(self, request, sender) -> None:

@@ -65,7 +65,8 @@ def _tokenizer(folder: Path, length: int) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         pad = json.loads((folder / "tokenizer_config.json").read_bytes()).get("pad_token") or "[PAD]"
     except Exception as error:  # tokenizers raises plain Exception
-        raise RepositoryError(f"the tokenizer in {folder} cannot be read ({error}): export the repository again") from None
+        raise RepositoryError(f"the tokenizer in {folder} cannot be read ({error}): "
+                              "export the repository again") from None
     pad = pad if isinstance(pad, str) else pad["content"]
     if tokenizer.token_to_id(pad) is None:
         raise RepositoryError(f"the tokenizer in {folder} does not know its padding token {pad!r}")

@@ -56,7 +56,7 @@ def response(**outputs) -> pb_utils.InferenceResponse:
 
 
 def error_response(error: Exception) -> pb_utils.InferenceResponse:
-    """Our own errors with their code and text; anything unexpected as a short INTERNAL, with its traceback in the log."""
+    """Our own errors with their code and text; anything unexpected as a short INTERNAL, its traceback in the log."""
     if not isinstance(error, M3DError):
         log_error("unexpected error", error)
         error = M3DError(f"unexpected {type(error).__name__}; the server's log has the details")

@@ -1,0 +1,110 @@
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from engine.contract import MODELS
+from engine.errors import InvalidInput, RepositoryError
+from engine.runtime.onnx_session import OnnxGraph, _options
+
+MODEL = MODELS["segmentation_head"]
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+
+
+def write_graph(path, features=("FEATURES", FLOAT, ["batch", 2, 3, 4, 4]), state=("SEG_STATE", FLOAT, ["batch", 6]),
+                logits=("MASK_LOGITS", FLOAT, ["batch", 1, 3, 4, 4]), external=False):
+    """MASK_LOGITS = sum of FEATURES over the channels + sum of SEG_STATE + a bias."""
+    nodes = [helper.make_node("Cast", [features[0]], ["f"], to=FLOAT),
+             helper.make_node("ReduceSum", ["f", "channel"], ["sum"], keepdims=1),
+             helper.make_node("Cast", [state[0]], ["s"], to=FLOAT),
+             helper.make_node("ReduceSum", ["s", "channel"], ["flat"], keepdims=1),
+             helper.make_node("Reshape", ["flat", "shape"], ["term"]),
+             helper.make_node("Add", ["sum", "term"], ["unbiased"]),
+             helper.make_node("Add", ["unbiased", "bias"], ["y"]),
+             helper.make_node("Cast", ["y"], [logits[0]], to=logits[1])]
+    tensors = [helper.make_tensor("channel", INT64, [1], [1]),
+               helper.make_tensor("shape", INT64, [5], [-1, 1, 1, 1, 1]),
+               onnx.numpy_helper.from_array(np.full((1, 1, 3, 4, 4), 7, np.float32), "bias")]
+    infos = [helper.make_tensor_value_info(name, dtype, shape) for name, dtype, shape in (features, state, logits)]
+    graph = helper.make_graph(nodes, "head", infos[:2], infos[2:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, path, save_as_external_data=external, location="weights.bin", size_threshold=0)
+    return path
+
+
+@pytest.fixture
+def graph(tmp_path):
+    return OnnxGraph(write_graph(tmp_path / "model.onnx"), MODEL, threads=1)
+
+
+def inputs(batch=2):
+    rng = np.random.default_rng(0)
+    return {"FEATURES": rng.random((batch, 2, 3, 4, 4), np.float32), "SEG_STATE": rng.random((batch, 6), np.float32)}
+
+
+def expected(batch):
+    return (batch["FEATURES"].sum(1, keepdims=True) + batch["SEG_STATE"].sum(1).reshape(-1, 1, 1, 1, 1) + 7)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_graph_is_a_function_of_named_batches(graph, batch):
+    outputs = graph(inputs(batch))
+    assert list(outputs) == ["MASK_LOGITS"]
+    np.testing.assert_allclose(outputs["MASK_LOGITS"], expected(inputs(batch)), rtol=1e-6)
+
+
+def test_a_memory_map_that_cannot_be_written_is_read_as_it_is(graph, tmp_path):
+    np.save(tmp_path / "features.npy", inputs()["FEATURES"])
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    outputs = graph({**inputs(), "FEATURES": mapped})
+    np.testing.assert_allclose(outputs["MASK_LOGITS"], expected(inputs()), rtol=1e-6)
+
+
+def test_weights_may_lie_beside_the_graph(tmp_path):
+    graph = OnnxGraph(write_graph(tmp_path / "model.onnx", external=True), MODEL, threads=1)
+    assert (tmp_path / "weights.bin").stat().st_size
+    np.testing.assert_allclose(graph(inputs())["MASK_LOGITS"], expected(inputs()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("other", [
+    {"features": ("IMAGE", FLOAT, ["batch", 2, 3, 4, 4])},
+    {"logits": ("LOGITS", FLOAT, ["batch", 1, 3, 4, 4])},
+    {"state": ("SEG_STATE", INT64, ["batch", 6])},
+    {"logits": ("MASK_LOGITS", TensorProto.DOUBLE, ["batch", 1, 3, 4, 4])},
+    {"state": ("SEG_STATE", FLOAT, ["batch", 3, 2])},
+    {"features": ("FEATURES", FLOAT, ["batch", 2, 3, 16])},
+], ids=str)
+def test_a_graph_that_is_not_what_the_contract_promises_is_refused(tmp_path, other):
+    path = write_graph(tmp_path / "model.onnx", **other)
+    with pytest.raises(RepositoryError, match="segmentation_head.*export the repository again"):
+        OnnxGraph(path, MODEL, threads=1)
+
+
+def test_a_missing_or_damaged_graph_names_itself_and_the_way_out(tmp_path):
+    with pytest.raises(RepositoryError, match="segmentation_head.*missing.*build_engines.py"):
+        OnnxGraph(tmp_path / "model.onnx", MODEL)
+    (tmp_path / "model.onnx").write_bytes(b"half a graph")
+    with pytest.raises(RepositoryError, match="(?s)segmentation_head.*cannot read.*build_engines.py"):
+        OnnxGraph(tmp_path / "model.onnx", MODEL)
+
+
+@pytest.mark.parametrize("change", [
+    {"SEG_STATE": np.zeros((2, 7), np.float32)},
+    {"SEG_STATE": np.zeros((2, 6), np.float64)},
+    {"SEG_STATE": np.zeros(6, np.float32)},
+    {"FEATURES": np.zeros((2, 2, 3, 4, 5), np.float32)},
+    {"FEATURES": np.zeros((0, 2, 3, 4, 4), np.float32)},
+], ids=lambda change: str({name: (array.dtype, array.shape) for name, array in change.items()}))
+def test_an_input_of_the_wrong_shape_or_type_is_the_callers_mistake(graph, change):
+    name = next(iter(change))
+    with pytest.raises(InvalidInput, match=f"segmentation_head: {name} must be FP32 any x "):
+        graph({**inputs(), **change})
+    np.testing.assert_allclose(graph(inputs())["MASK_LOGITS"], expected(inputs()), rtol=1e-6)
+
+
+def test_waiting_threads_do_not_spin_and_memory_is_given_back():
+    options = _options(0)
+    assert options.intra_op_num_threads >= 1
+    for pool in ("intra_op", "inter_op"):
+        assert options.get_session_config_entry(f"session.{pool}.allow_spinning") == "0"
+    assert not options.enable_cpu_mem_arena

@@ -1,0 +1,152 @@
+import io
+import threading
+
+import nibabel
+import numpy as np
+import pytest
+
+from engine.errors import InvalidInput, StudyNotFound, Unavailable
+from engine.limits import Limits
+from engine.runtime.study import ScanRequest, Studies, segmentation_features
+from engine.runtime.study_store import StudyStore
+from tests.unit.fake_models import SIZE, FakeModels, manifest
+
+
+@pytest.fixture
+def store(tmp_path):
+    with StudyStore(tmp_path / "store", 50_000_000) as store:
+        yield store
+
+
+@pytest.fixture
+def models():
+    return FakeModels()
+
+
+@pytest.fixture
+def studies(store, models):
+    return Studies(store, manifest(), models)
+
+
+def bytes_of(array) -> np.ndarray:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def volume(seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).random((1, *SIZE), np.float32)
+
+
+def upload(data, affine=None, preset=None) -> ScanRequest:
+    return ScanRequest(data, affine, preset, None)
+
+
+def by_handle(handle) -> ScanRequest:
+    return ScanRequest(None, None, None, handle)
+
+
+def test_a_scan_is_prepared_and_encoded_once_however_often_it_comes(studies, store, models):
+    handle, info = studies.open(upload(bytes_of(volume())))
+    again, info_again = studies.open(upload(bytes_of(volume())))
+    by, info_by = studies.open(by_handle(handle))
+    assert handle == again == by
+    assert models.calls == {"vision_encoder": 1}
+    assert [i["cached"] for i in (info, info_again, info_by)] == [False, True, True]
+    np.testing.assert_array_equal(store.get(handle, "image"), volume())
+    np.testing.assert_array_equal(store.get(handle, "visual_tokens"), models.tokens(volume()))
+    assert models.batches[0][1]["IMAGE"].shape == (1, 1, *SIZE)
+
+
+def test_the_client_hears_preset_reason_shape_spacing_and_orientation(studies):
+    image = nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 900, (20, 30, 10)).astype(np.int16),
+                                np.diag([-2, 1.5, 4, 1]))
+    _, info = studies.open(upload(np.frombuffer(image.to_bytes(), np.uint8), preset="mr"))
+    assert info.pop("reason")
+    assert info == {"preset": "mr", "shape": [20, 30, 10], "spacing_mm": [2, 1.5, 4], "orientation": "LAS",
+                    "cached": False}
+
+
+def test_scans_presets_affines_and_models_do_not_share_a_study(store, models):
+    studies = Studies(store, manifest(), models)
+    data = bytes_of(volume()[0])
+    handles = {studies.open(upload(data))[0],
+               studies.open(upload(bytes_of(volume(1)[0])))[0],
+               studies.open(upload(data, preset="m3d-cap"))[0],
+               studies.open(upload(data, affine=np.diag([1.0, 1, 2, 1])))[0],
+               Studies(store, manifest(checkpoint_sha256="1"), models).open(upload(data))[0]}
+    assert len(handles) == 5 == models.calls["vision_encoder"]
+
+
+def test_uploads_of_one_scan_at_the_same_time_encode_it_once(studies, models):
+    started, go = threading.Event(), threading.Event()
+    tokens = models.tokens
+
+    def slow(image):
+        started.set()
+        assert go.wait(30)
+        return tokens(image)
+
+    models.tokens = slow
+    opened = []
+
+    def open_it():
+        opened.append(studies.open(upload(bytes_of(volume()))))
+
+    threads = [threading.Thread(target=open_it) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert started.wait(30)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert len({handle for handle, _ in opened}) == 1 and len(opened) == 4
+    assert models.calls == {"vision_encoder": 1}
+
+
+def test_a_request_names_its_scan_once(studies):
+    with pytest.raises(InvalidInput, match="neither"):
+        ScanRequest(None, None, None, None)
+    with pytest.raises(InvalidInput, match="both"):
+        ScanRequest(bytes_of(volume()), None, None, "0" * 64)
+    for companion in ({"affine": np.eye(4), "preset": None}, {"affine": None, "preset": "ct"}):
+        with pytest.raises(InvalidInput, match="belong to VOLUME"):
+            ScanRequest(None, handle="0" * 64, **companion)
+
+
+def test_an_unknown_handle_says_so_and_runs_nothing(studies, models):
+    for use in (studies.is_ready, lambda handle: studies.open(by_handle(handle)), studies.encode_for_segmentation):
+        with pytest.raises(StudyNotFound, match="upload"):
+            use("0" * 64)
+    assert not models.calls
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\x1f\x8b truncated"])
+def test_a_scan_that_cannot_be_read_leaves_nothing_in_the_store(studies, store, models, data):
+    with pytest.raises(InvalidInput):
+        studies.open(upload(np.frombuffer(data, np.uint8)))
+    assert store.used_bytes == 0 and not models.calls
+
+
+def test_the_limits_are_those_of_the_settings(store, models):
+    studies = Studies(store, manifest(), models, Limits(max_voxels=10))
+    with pytest.raises(InvalidInput, match="10"):
+        studies.open(upload(bytes_of(volume())))
+
+
+def test_after_a_failed_encoding_the_next_request_encodes_again(studies, models):
+    tokens, models.tokens = models.tokens, lambda image: np.full((8, 6), np.nan, np.float32)
+    with pytest.raises(Unavailable, match="not finite"):
+        studies.open(upload(bytes_of(volume())))
+    models.tokens = tokens
+    handle, info = studies.open(upload(bytes_of(volume())))
+    assert studies.is_ready(handle) and info["cached"]
+    assert models.calls == {"vision_encoder": 2}
+
+
+def test_segmentation_features_are_encoded_once_and_only_when_asked_for(studies, store, models):
+    handle, _ = studies.open(upload(bytes_of(volume())))
+    assert "segmentation_encoder" not in models.calls
+    features = studies.encode_for_segmentation(handle)
+    np.testing.assert_array_equal(segmentation_features(store, models, handle), features)
+    assert models.calls["segmentation_encoder"] == 1
