@@ -73,7 +73,7 @@ def shrink(volume: np.ndarray, matrices: Sequence[np.ndarray],
         chosen = list(read)
         chosen[across] = chosen[across][part]
         slab = volume[np.ix_(*chosen)] if any(map(_has_gaps, chosen)) else volume[tuple(map(_span, chosen))]
-        slab = tone(np.ascontiguousarray(slab, np.float32))
+        slab = tone(np.array(slab, np.float32, order="C"))  # a copy: tones work in place, and the scan is the caller's
         result[(slice(None),) * across + (part,)] = apply(slab, matrices[first], first)
     for axis in rest:
         result = np.ascontiguousarray(apply(result, matrices[axis], axis))
