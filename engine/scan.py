@@ -20,6 +20,7 @@ from engine.nifti import header_class, read_gzipped_nifti, read_nifti, usable
 # inferior to superior, anterior to posterior, right to left.
 ARRAY_AFFINE = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], float)
 
+_LARGEST = 1e30  # intensities beyond it overflow float32 on the way
 FORMATS = "NIfTI (.nii, .nii.gz), a DICOM series as a folder or zip, or .npy"
 
 
@@ -151,10 +152,10 @@ def _checked_values(array: np.ndarray) -> np.ndarray:
         wanted = array.dtype.newbyteorder("=") if small else np.uint8 if array.dtype.kind == "b" else np.float32
         array = array.astype(wanted, order="K", copy=False)
     low, high = array.min(), array.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        bad = np.size(array) - sum(int(np.isfinite(part).sum()) for part in array)
-        raise InvalidInput(f"the scan has {bad:,} voxels that are not finite in 32 bits (NaN or infinity): replace "
-                           f"them, for example by the background value")
+    if not -_LARGEST < low <= high < _LARGEST:
+        bad = np.size(array) - sum(int((np.abs(part) < _LARGEST).sum()) for part in array)
+        raise InvalidInput(f"the scan has {bad:,} voxels that are NaN, infinite or beyond {_LARGEST:g}: replace them, "
+                           f"for example by the background value")
     if low == high:
         raise InvalidInput(f"every voxel of the scan is {low:g}: there is nothing to see; check the file or the export")
     array.flags.writeable = False

@@ -45,10 +45,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named way to make a model volume. doc: its contract, for users; run: what does it."""
+    """A named way to make a model volume. doc: its contract, for users. run: makes (image [D, H, W] in 0..1, geometry).
+
+    auto runs nothing itself: it chooses another one.
+    """
 
     doc: str
-    run: Callable[[Scan, Size], tuple[np.ndarray, Geometry]]  # -> image [D, H, W] in 0..1, geometry
+    run: Callable[[Scan, Size], tuple[np.ndarray, Geometry]] | None
 
 
 def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto") -> Prepared:
@@ -61,21 +64,16 @@ def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto")
     image_size = tuple(int(n) for n in image_size)
     reason = f"{preset} was asked for"
     if preset == "auto":
-        preset, reason = _choose(scan, image_size)
+        preset, reason = _auto(scan, image_size)
     image, geometry = PRESETS[preset].run(scan, image_size)
     return Prepared(image[None], geometry, preset, reason)
 
 
-def _auto(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
+def _auto(scan: Scan, image_size: Size) -> tuple[str, str]:
     """Chooses, and says why: raw for an .npy that already is a model volume (its size, float, 0..1); by DICOM's
     modality ct for CT and mr for all others; without a modality ct if the values look like Hounsfield units (some
     below -500, some above 100), else mr.
     """
-    return PRESETS[_choose(scan, image_size)[0]].run(scan, image_size)
-
-
-def _choose(scan: Scan, image_size: Size) -> tuple[str, str]:
-    """(preset, why) of `auto`."""
     low, high = float(scan.array.min()), float(scan.array.max())
     is_volume = scan.array.shape == image_size and scan.array.dtype.kind == "f" and 0 <= low and high <= 1
     if scan.kind == "npy" and is_volume:
@@ -120,9 +118,10 @@ def _mr(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
 
 def _m3d_cap(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     """As the reference prepared M3D-Cap: values scaled from their minimum and maximum to 0..1, cropped to the box of
-    all voxels above the minimum, resized trilinearly (align_corners=False, no antialiasing). It worked on stacks of grey
-    slices as a viewer displays them: an .npy without an affine is taken as that stack (D x H x W); a file or array
-    with an affine is turned to the axes of ct. The reference's slices were windowed for display; so should yours be.
+    all voxels above the minimum, resized trilinearly (align_corners=False, no antialiasing). It worked on stacks of
+    grey slices as a viewer displays them: an .npy without an affine is taken as that stack (D x H x W); a file or
+    array with an affine is turned to the axes of ct. The reference's slices were windowed for display; so should yours
+    be.
     """
     axes = ((0, 1, 2), (False,) * 3) if scan.kind == "npy" else canonical_axes(scan.affine)
     return _reference(scan, image_size, axes, float(scan.array.min()), float(scan.array.max()))
@@ -138,6 +137,9 @@ def _m3d_seg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     voxels = scan.array.ravel(order="K")
     bright = voxels[voxels > voxels.mean(dtype=np.float64)]
     low, high = np.percentile(bright, SEG_PERCENTILES, overwrite_input=True)
+    if high <= low:
+        raise InvalidInput(f"preset m3d-seg finds no contrast: the voxels above the mean all are {low:g}; choose "
+                           f"another preset, for example mr")
     return _reference(scan, image_size, axes, float(low), float(high))
 
 
@@ -156,16 +158,18 @@ def _raw(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     return np.ascontiguousarray(scan.array, np.float32), geometry
 
 
-PRESETS: dict[str, Preset] = {
-    name: Preset(" ".join(inspect.getdoc(run).split()), run) for name, run in (
-        ("auto", _auto), ("ct", _ct), ("mr", _mr), ("m3d-cap", _m3d_cap), ("m3d-seg", _m3d_seg), ("raw", _raw))
+def _contract(function: Callable) -> str:
+    return " ".join(inspect.getdoc(function).split())
+
+
+PRESETS: dict[str, Preset] = {"auto": Preset(_contract(_auto), None)} | {
+    name: Preset(_contract(run), run) for name, run in (
+        ("ct", _ct), ("mr", _mr), ("m3d-cap", _m3d_cap), ("m3d-seg", _m3d_seg), ("raw", _raw))
 }
 
 
 def _reference(scan: Scan, image_size: Size, axes: Axes, low: float, high: float) -> tuple[np.ndarray, Geometry]:
     """Scale low..high to 0..1, crop to what is above 0, resize: the steps that the reference's families share."""
-    high = max(high, low + 1e-8)
-
     def tone(values: np.ndarray) -> np.ndarray:
         np.clip(values, low, high, out=values)
         values -= np.float32(low)

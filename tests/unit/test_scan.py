@@ -176,10 +176,10 @@ def test_colour_and_complex_niftis_are_refused(dtype):
 def test_voxels_that_are_not_finite_are_counted_and_refused(bad):
     array = values(dtype=np.float32)
     array[1, 2, 3] = array[3, 2, 1] = bad
-    refused(nifti(array), "2 voxels", "not finite")
+    refused(nifti(array), "2 voxels", "NaN, infinite")
     array = values(dtype=np.float64)
-    array[0, 0, 0] = 1e300
-    refused(nifti(array), "1 voxels", "32 bits")
+    array[0, 0, 0] = -1e300
+    refused(nifti(array), "1 voxels", "beyond 1e+30")
 
 
 @pytest.mark.parametrize("value", [0, 7])

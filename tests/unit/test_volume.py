@@ -311,6 +311,13 @@ def test_m3d_seg_is_what_the_reference_does():
     np.testing.assert_allclose(prepared.image, monai_reference(image, SIZE), atol=1e-4)
 
 
+def test_m3d_seg_refuses_a_scan_of_two_values():
+    array = np.zeros((20, 20, 20), np.uint8)
+    array[5:15] = 1
+    with pytest.raises(InvalidInput, match="no contrast"):
+        prepare(Scan(array, np.eye(4), "nifti"), SIZE, "m3d-seg")
+
+
 def test_raw_passes_a_model_volume_untouched():
     volume = np.random.default_rng(0).random(SIZE, np.float32)
     prepared = prepare(Scan(volume, ARRAY_AFFINE, "npy"), SIZE)
