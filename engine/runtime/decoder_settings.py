@@ -1,6 +1,7 @@
 """How the decoder uses the machine: the `parameters` of model_repository/decoder's configuration."""
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -39,7 +40,7 @@ class DecoderSettings:
         for name, low in (("kv_cache_gib", 0), ("max_num_seqs", 1), ("max_waiting", 0), ("max_num_batched_tokens", 1),
                           ("block_size", 16), ("context_length", 0), ("tensor_parallel_size", 1), ("threads", 0),
                           ("restarts", 0)):
-            if getattr(self, name) < low:
+            if not low <= getattr(self, name) < math.inf:
                 raise RepositoryError(f"decoder: parameter {name} must be {low} or more, not {getattr(self, name)}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise RepositoryError("decoder: parameter gpu_memory_utilization must be above 0 and at most 1, not "

@@ -42,6 +42,7 @@ class LlmEngine:
         self._llm = None
         self._deaths: deque[float] = deque()
         self._tasks: set[asyncio.Task] = set()
+        self._restart_task: asyncio.Task | None = None
 
     # --- life --------------------------------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -54,7 +55,7 @@ class LlmEngine:
             await check_seg_states(self.folder, self.dtype, self._greedy, self.take_states)
         except BaseException:
             self._llm = None
-            await asyncio.to_thread(llm.shutdown)
+            await asyncio.to_thread(_shut_down, llm)
             raise
         self.health = "ready"
         self._spawn(self._watch(llm))
@@ -67,12 +68,17 @@ class LlmEngine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         llm, self._llm = self._llm, None
         if llm is not None:
-            await asyncio.to_thread(llm.shutdown)
+            await asyncio.to_thread(_shut_down, llm)
+
+    async def restarted(self) -> None:
+        """Wait for the restart in the background, if there is one."""
+        if self._restart_task is not None:
+            await self._restart_task
 
     @property
     def process_ids(self) -> list[int]:
         """The engine's own processes."""
-        return [] if self._llm is None else [p.pid for p in self._llm.engine_core.resources.engine_manager.processes]
+        return [] if self._llm is None else [process.pid for process in _processes(self._llm)]
 
     # --- work --------------------------------------------------------------------------------------------------------
     async def generate(self, rows: torch.Tensor, params, key: str, salt: str) -> AsyncIterator:
@@ -183,19 +189,20 @@ class LlmEngine:
             self.health = f"out of order (it stopped {len(self._deaths)} times within an hour; the server's log says why)"
         else:
             self.health = "restarting"
-            self._spawn(self._restart(llm))
+            self._restart_task = self._spawn(self._restart(llm))
 
     async def _restart(self, dead) -> None:
-        await asyncio.to_thread(dead.shutdown)
+        await asyncio.to_thread(_shut_down, dead)
         try:
             await self.start()
         except Exception as error:
             self.health = f"out of order (it did not start again: {error})"
 
-    def _spawn(self, work: Coroutine) -> None:
+    def _spawn(self, work: Coroutine) -> asyncio.Task:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
+        return task
 
     def _forget(self, task: asyncio.Task) -> None:
         self._tasks.discard(task)
@@ -203,3 +210,15 @@ class LlmEngine:
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(f"the language model is {self.health}: try again in a minute")
+
+
+def _processes(llm) -> list:
+    return llm.engine_core.resources.engine_manager.processes
+
+
+def _shut_down(llm) -> None:
+    """Returns when the engine's processes are gone; vLLM alone may leave one that it has just killed."""
+    processes = _processes(llm)
+    llm.shutdown()
+    for process in processes:
+        process.join()
