@@ -1,0 +1,214 @@
+"""Questions from Triton become answers on their senders: in order, once, and given up when nobody wants them."""
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+
+from engine.errors import ResourceExhausted
+from engine.runtime.decoder import AnswerInfo, Delta
+from engine.runtime.study_store import StudyStore
+from engine.volume import prepare
+from engine.scan import Scan
+
+FINAL = 1
+STUDY = "ab" * 32
+BOX = "[0.000, 0.000, 0.000, 0.500, 0.500, 0.500]"
+
+
+class Tensor:
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def as_numpy(self):
+        return self.value
+
+
+class Response:
+    def __init__(self, output_tensors=(), error=None):
+        self.outputs = {tensor.name: tensor.value for tensor in output_tensors}
+        self.error = error
+
+    def text(self, name):
+        return self.outputs[name][0].decode()
+
+
+class TritonError(Exception):
+    INVALID_ARG, NOT_FOUND, UNAVAILABLE, CANCELLED, INTERNAL = "INVALID_ARG", "NOT_FOUND", "UNAVAILABLE", "CANCELLED", "INTERNAL"
+
+    def __init__(self, message, code=INTERNAL):
+        super().__init__(message)
+        self.code = code
+
+
+class Sender:
+    """Collects responses. `gate`, if any, lets sends through one by one, as a slow client does."""
+
+    def __init__(self, gate=None):
+        self.sent, self.gate = [], gate
+        self.cancelled, self.ended = threading.Event(), threading.Event()
+
+    def is_cancelled(self):
+        return self.cancelled.is_set()
+
+    def send(self, response=None, flags=0):
+        assert not self.ended.is_set(), "nothing may follow the final response"
+        if self.gate:
+            self.gate.acquire()
+        self.sent.append(response)
+        if flags & FINAL:
+            self.ended.set()
+
+    def responses(self):
+        assert self.ended.wait(30)
+        return self.sent
+
+
+class Request:
+    def __init__(self, sender, **inputs):
+        self.sender = sender
+        self.inputs = {name: value if isinstance(value, np.ndarray) else np.array([value.encode()], object)
+                       for name, value in inputs.items()}
+
+    def get_response_sender(self):
+        return self.sender
+
+
+class FakeDecoder:
+    """Says `script`; "wait" in it waits for ever, an exception is raised. Joins nothing: `asked` counts its deltas."""
+
+    manifest = types.SimpleNamespace(llm_width=4)
+
+    def __init__(self):
+        self.script, self.closed, self.asked, self.stopped = [], threading.Event(), 0, False
+
+    async def start(self):
+        pass
+
+    async def stop(self):
+        self.stopped = True
+
+    async def answer(self, visual_tokens, question, sampling):
+        assert visual_tokens.shape == (3, 4)
+        try:
+            for item in self.script:
+                if item == "wait":
+                    await asyncio.Event().wait()
+                if isinstance(item, Exception):
+                    raise item
+                self.asked += 1
+                yield item
+        finally:
+            self.closed.set()
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    fake = types.ModuleType("triton_python_backend_utils")
+    fake.Tensor, fake.InferenceResponse, fake.TritonError = Tensor, Response, TritonError
+    fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
+    fake.get_input_tensor_by_name = lambda request, name: (
+        Tensor(name, request.inputs[name]) if name in request.inputs else None)
+    fake.Logger = types.SimpleNamespace(log_error=lambda text: None)
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    for name in ("engine.runtime.triton_io", "engine.runtime.answer_desk"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    from engine.runtime.answer_desk import AnswerDesk
+
+    store = StudyStore(tmp_path / "store")
+    array = np.random.default_rng(0).random((1, 4, 8, 8), dtype=np.float32)
+    prepared = prepare(Scan(array[0], np.eye(4), "npy", None), (4, 8, 8), "raw")
+    store.add(STUDY, {"geometry": prepared.geometry.to_dict()}, prepared.image)
+    store.put(STUDY, "visual_tokens", np.ones((3, 4), np.float32))
+    desk = AnswerDesk(FakeDecoder(), store)
+    desk.start()
+    yield desk
+    if not desk.decoder.stopped:
+        desk.close()
+    store.close()
+
+
+def ask(desk, sender=None, **inputs):
+    sender = sender or Sender()
+    desk.execute([Request(sender, **{"STUDY": STUDY, "QUESTION": "where?", **inputs})])
+    return sender
+
+
+STREAM = np.array([True])
+INFO = AnswerInfo(10, 4, 3, 0.1, 0.2)
+ANSWER = [Delta("at ", (5,)), Delta(BOX, (6, 7)), Delta(".", (2,), "stop", np.ones((2, 4), np.float32), INFO)]
+
+
+def test_a_stream_has_one_response_per_delta_and_the_rest_on_the_last(desk):
+    desk.decoder.script = ANSWER
+    responses = ask(desk, STREAM=STREAM).responses()
+    assert [response.text("TEXT") for response in responses] == ["at ", BOX, "."]
+    assert [response.outputs["TOKEN_IDS"].tolist() for response in responses] == [[5], [6, 7], [2]]
+    assert [response.text("FINISH_REASON") for response in responses] == ["", "", "stop"]
+    assert [len(response.outputs["BOXES"]) for response in responses] == [0, 0, 1]
+    assert [len(response.outputs["SEG_STATES"]) for response in responses] == [0, 0, 2]
+    assert [bool(response.text("ANSWER_INFO")) for response in responses] == [False, False, True]
+    assert json.loads(responses[-1].text("ANSWER_INFO"))["cached_tokens"] == 4
+    assert {response.text("STUDY") for response in responses} == {STUDY}
+
+
+def test_without_stream_there_is_one_response_in_all(desk):
+    desk.decoder.script = ANSWER
+    (response,) = ask(desk).responses()
+    assert response.text("TEXT") == f"at {BOX}."
+    assert response.outputs["TOKEN_IDS"].tolist() == [5, 6, 7, 2] and response.outputs["TOKEN_IDS"].dtype == np.int32
+    assert response.outputs["BOXES"].tolist() == [[0, 0, 0, 3, 5, 5]], "voxel edges of the scan's own array"
+
+
+@pytest.mark.parametrize("inputs, code, words", [
+    ({"STUDY": "cd" * 32}, "NOT_FOUND", "NOT_FOUND: unknown study"),
+    ({"SAMPLING": '{"temperature": 9}'}, "INVALID_ARG", "INVALID_ARGUMENT: temperature must be"),
+    ({"SAMPLING": "{"}, "INVALID_ARG", "INVALID_ARGUMENT: SAMPLING is not JSON"),
+])
+def test_a_bad_request_gets_its_error_and_the_next_one_its_answer(desk, inputs, code, words):
+    desk.decoder.script = ANSWER
+    (response,) = ask(desk, **inputs).responses()
+    assert response.error.code == code and str(response.error).startswith(words)
+    assert len(ask(desk).responses()[0].outputs["TOKEN_IDS"]) == 4
+
+
+@pytest.mark.parametrize("error, words", [(ResourceExhausted("full"), "RESOURCE_EXHAUSTED: full"),
+                                          (KeyError("secret"), "INTERNAL: unexpected KeyError")])
+def test_an_error_midway_ends_the_stream_with_its_kind(desk, error, words):
+    desk.decoder.script = [ANSWER[0], error]
+    first, last = ask(desk, STREAM=STREAM).responses()
+    assert first.text("TEXT") == "at " and str(last.error).startswith(words)
+
+
+@pytest.mark.parametrize("script", [["wait"], [ANSWER[0], "wait"]])
+def test_a_cancelled_request_stops_decoding_also_before_its_first_token(desk, script):
+    desk.decoder.script = script
+    sender = ask(desk, STREAM=STREAM)
+    sender.cancelled.set()
+    assert sender.responses()[-1].error.code == "CANCELLED"
+    assert desk.decoder.closed.is_set()
+
+
+def test_a_client_that_does_not_follow_holds_the_decoder_up(desk):
+    desk.decoder.script = [Delta("x", (i,)) for i in range(100)] + ANSWER[-1:]
+    gate = threading.Semaphore(0)
+    sender = ask(desk, Sender(gate), STREAM=STREAM)
+    gate.release(3)
+    other = Sender()
+    ask(desk, other, STUDY="cd" * 32).responses()  # the loop has had its turns
+    assert desk.decoder.asked <= 4 + 1
+    gate.release(1000)
+    assert [i for r in sender.responses() for i in r.outputs["TOKEN_IDS"].tolist()] == [*range(100), 2]
+
+
+def test_closing_ends_what_is_in_work(desk):
+    desk.decoder.script = ["wait"]
+    sender = ask(desk)
+    desk.close()
+    assert sender.responses()[-1].error.code == "CANCELLED"
+    assert desk.decoder.stopped and desk.decoder.closed.is_set()
