@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test clean
+.PHONY: help demo serve test train-demo clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -30,7 +30,7 @@ test: $(VENV)/testing  ## run the test suite (unit and functional, with a real T
 	@$(BIN)/python -m pytest
 
 train-demo: $(VENV)/testing  ## train the demo model again from the scans that packages carry (long)
-	@$(BIN)/python training/finetune.py --config training/demo/finetune.toml
+	@$(BIN)/python training/finetune.py training/demo/recipe.json --out training/demo
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(OUT) model_repository/manifest.json model_repository/*/1/model.onnx* \
