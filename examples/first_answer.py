@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel
+
 from engine.client import M3DClient
 from engine.errors import M3DError
-from engine.picture import save_montage
+from engine.picture import montage
 from engine.samples import write_sample
 from engine.server import Server, free_ports
 
@@ -39,7 +41,8 @@ def main(repository: Path, out: Path) -> None:
         if found.mask is None:
             raise M3DError("the model drew no mask")
         mask = found.save(out / "mask.nii.gz")
-        picture = save_montage(scan, found.mask, out / "mask.png", title=SEGMENT)
+        picture = montage(out / "mask.png", nibabel.load(scan).dataobj[:], found.affine, found.mask, SEGMENT,
+                          found.answer.text)
         say(f"mask in the scan's own space: {mask}")
         say(f"picture: {picture}")
     say("the server is stopped")

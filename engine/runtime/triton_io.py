@@ -104,8 +104,6 @@ def infer(model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
 # --- settings --------------------------------------------------------------------------------------------------------
 def parameter(args: dict, name: str, default: int) -> int:
     """A whole number from the `parameters` of a model's configuration. Raises RepositoryError for anything else."""
-    import json
-
     value = json.loads(args["model_config"])["parameters"].get(name, {}).get("string_value", "").strip()
     if not value:
         return default
