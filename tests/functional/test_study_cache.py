@@ -1,0 +1,233 @@
+"""What is known about a scan is computed once: Triton's own per-model statistics say what ran."""
+from __future__ import annotations
+
+import io
+import shutil
+import stat
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tritonclient.grpc import InferenceServerClient
+
+from engine import contract
+from engine.client import Study
+from engine.errors import InvalidInput, StudyNotFound
+from engine.wire import Connection, text_of
+from tests.tiny import IMAGE_SIZE, QUESTION
+
+ENCODERS = ("vision_encoder", "segmentation_encoder", "clip_image_encoder")
+
+
+@pytest.fixture(scope="module")
+def statistics(server):
+    """statistics(): how many inferences each model has run."""
+    triton = InferenceServerClient(server.url)
+    yield lambda: {name: triton.get_inference_statistics(name).model_stats[0].inference_count
+                   for name in contract.MODELS}
+    triton.close()
+
+
+@pytest.fixture(scope="module")
+def triton(server):
+    """Requests without the client library."""
+    connection = Connection(server.url)
+    yield connection
+    connection.close()
+
+
+def new_scan(seed: int) -> np.ndarray:
+    """A scan at the model's size that no other test sends."""
+    return np.random.default_rng([20, seed]).random((1, *IMAGE_SIZE), np.float32)
+
+
+def large_scan(seed: int) -> np.ndarray:
+    """One that takes a while to hash, crop and resize: 20 MB."""
+    return np.random.default_rng([30, seed]).integers(0, 1000, (60, 400, 400), np.int16)
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def ran(before: dict, after: dict, models=ENCODERS) -> dict:
+    """Which of `models` ran in between, and how often."""
+    return {name: after[name] - before[name] for name in models if after[name] != before[name]}
+
+
+def at_the_same_time(count: int, work) -> list:
+    """work(0), work(1), ... on a thread each; their results."""
+    results, barrier = [None] * count, threading.Barrier(count)
+
+    def one(i):
+        barrier.wait()
+        results[i] = work(i)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def folder_of(study: Study) -> Path:
+    folder, = Path("/dev/shm").glob(f"m3d-studies-*/{study.handle}")
+    return folder
+
+
+def test_a_second_question_runs_neither_preprocessing_nor_the_vision_encoder(client, statistics):
+    before = statistics()
+    study = client.upload(new_scan(0))
+    uploaded = statistics()
+    assert ran(before, uploaded) == {"vision_encoder": 1}
+    assert not study.info["cached"]
+    image = folder_of(study) / "image.npy"
+    prepared = image.stat()
+    first = client.ask(study, QUESTION, max_new_tokens=4)
+    second = client.ask(study, QUESTION, max_new_tokens=4)
+    assert first.token_ids == second.token_ids
+    assert ran(uploaded, statistics(), (*ENCODERS, "study", "decoder")) == {"study": 2, "decoder": 2}
+    assert image.stat().st_mtime_ns == prepared.st_mtime_ns and image.stat().st_ino == prepared.st_ino
+
+
+def test_the_same_scan_sent_again_is_recognised(client, statistics, triton):
+    study = client.upload(new_scan(1))
+    before = statistics()
+    again = client.upload(new_scan(1))
+    assert again.handle == study.handle and again.info["cached"]
+    inputs = {contract.VOLUME: npy(new_scan(1)), contract.QUESTION: QUESTION, contract.SAMPLING: '{"max_new_tokens": 2}'}
+    answer = next(triton.stream("m3d_chat", inputs, 60))
+    assert text_of(answer["STUDY_HANDLE"]) == study.handle
+    assert ran(before, statistics()) == {}
+
+
+def test_a_scan_uploaded_by_many_at_the_same_time_is_encoded_once(client, statistics):
+    before = statistics()
+    studies = at_the_same_time(8, lambda i: client.upload(new_scan(2)))
+    assert len({study.handle for study in studies}) == 1
+    assert sum(not study.info["cached"] for study in studies) == 1
+    assert ran(before, statistics()) == {"vision_encoder": 1}
+
+
+def test_cold_scans_do_not_hold_up_a_question_about_another_scan(client):
+    study = client.upload(new_scan(3))
+    alone = client.ask(study, QUESTION, max_new_tokens=1)
+    running = [threading.Thread(target=client.upload, args=(large_scan(i),)) for i in range(8)]
+    for upload in running:
+        upload.start()
+    answers = []
+    while any(upload.is_alive() for upload in running):
+        answer = client.ask(study, QUESTION, max_new_tokens=1)
+        if any(upload.is_alive() for upload in running):
+            answers.append(answer)
+    assert len(answers) >= 3
+    assert {answer.token_ids for answer in answers} == {alone.token_ids}
+
+
+def test_two_scans_asked_the_same_question_in_turns_are_not_mixed_up(client):
+    studies = [client.upload(new_scan(seed)) for seed in (4, 5)]
+    alone = [client.ask(study, QUESTION, max_new_tokens=24).token_ids for study in studies]
+    assert alone[0] != alone[1]
+    together = at_the_same_time(8, lambda i: client.ask(studies[i % 2], QUESTION, max_new_tokens=24).token_ids)
+    assert together == alone * 4
+
+
+@pytest.mark.parametrize("handle", ["0" * 64, "../../../etc/passwd", "not a handle"])
+def test_an_unknown_handle_is_an_error_at_once(triton, statistics, handle):
+    before = statistics()
+    named = {contract.STUDY_IN: handle}
+    with pytest.raises(StudyNotFound, match="upload the scan again"):
+        triton.infer("study", named, 60)
+    for model in ("m3d_chat", "m3d_segment"):
+        with pytest.raises(StudyNotFound, match="upload the scan again"):
+            next(triton.stream(model, named | {contract.QUESTION: QUESTION}, 60))
+    with pytest.raises(StudyNotFound, match="upload the scan again"):
+        triton.infer("m3d_retrieve", named | {contract.TEXTS: ["w1"]}, 60)
+    assert ran(before, statistics(), (*ENCODERS, "decoder", "segmentation", "retrieval")) == {}
+
+
+def test_an_evicted_study_is_not_found_by_handle_and_sent_again_by_the_client(client, triton, statistics):
+    study = client.upload(new_scan(6))
+    expected = client.ask(study, QUESTION, max_new_tokens=4)
+    shutil.rmtree(folder_of(study))
+    with pytest.raises(StudyNotFound):
+        triton.infer("study", {contract.STUDY_IN: study.handle}, 60)
+    before = statistics()
+    assert client.ask(study, QUESTION, max_new_tokens=4).token_ids == expected.token_ids
+    assert ran(before, statistics()) == {"vision_encoder": 1}
+
+
+def test_only_the_servers_user_can_read_studies(client):
+    folder = folder_of(client.upload(new_scan(7)))
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+
+
+def test_chatting_never_encodes_for_segmentation_and_a_hint_does_it_once(client, triton, statistics):
+    before = statistics()
+    study = client.upload(new_scan(8))
+    client.ask(study, QUESTION, max_new_tokens=4)
+    assert ran(before, statistics()) == {"vision_encoder": 1}
+    hinted = statistics()
+    triton.infer("study", {contract.STUDY_IN: study.handle, contract.SEGMENT_HINT: True}, 60)
+    # Whatever comes first, the early encoding or the mask, the other one finds its result.
+    states = np.ones((1, int(_llm_width(folder_of(study)))), np.float32)
+    masks = [triton.infer("segmentation", {contract.STUDY: study.handle, contract.SEG_STATES: states}, 60)["MASK"]
+             for _ in range(2)]
+    np.testing.assert_array_equal(*masks)
+    assert ran(hinted, statistics(), (*ENCODERS, "segmentation_head")) == {"segmentation_encoder": 1,
+                                                                          "segmentation_head": 2}
+
+
+def _llm_width(folder: Path) -> int:
+    return np.load(folder / "visual_tokens.npy", mmap_mode="r").shape[1]
+
+
+def test_an_answer_without_a_seg_token_draws_no_mask_and_runs_no_head(client, triton, statistics):
+    study = client.upload(new_scan(9))
+    before = statistics()
+    states = np.zeros((0, _llm_width(folder_of(study))), np.float32)
+    outputs = triton.infer("segmentation", {contract.STUDY: study.handle, contract.SEG_STATES: states}, 60)
+    assert outputs["MASK"].size == outputs["LOGITS"].size == 0 and not outputs["MASK_SHAPE"].any()
+    assert ran(before, statistics(), (*ENCODERS, "segmentation_head")) == {}
+
+
+def test_logits_come_only_if_asked_for_and_agree_with_the_mask(client, triton):
+    study = client.upload(new_scan(10))
+    states = np.random.default_rng(0).normal(size=(2, _llm_width(folder_of(study)))).astype(np.float32)
+    inputs = {contract.STUDY: study.handle, contract.SEG_STATES: states}
+    assert triton.infer("segmentation", inputs, 60)["LOGITS"].size == 0
+    outputs = triton.infer("segmentation", inputs | {contract.RETURN_LOGITS: True}, 60)
+    assert outputs["LOGITS"].shape == tuple(outputs["MASK_SHAPE"]) == IMAGE_SIZE
+    mask = np.unpackbits(outputs["MASK"]).reshape(IMAGE_SIZE).astype(bool)
+    np.testing.assert_array_equal(mask, outputs["LOGITS"] > 0)
+
+
+def test_ranking_embeds_a_scan_once(client, statistics):
+    study = client.upload(new_scan(11))
+    before = statistics()
+    texts = ["w7 w8", "w9 w10 w11", "w7 w8", *(f"w{i}" for i in range(100))]
+    scores = np.asarray(client.rank(study, texts).scores)
+    assert len(scores) == len(texts) and (np.abs(scores) <= 1).all() and scores[0] == pytest.approx(scores[2], abs=1e-6)
+    np.testing.assert_allclose(client.rank(study, texts[:3]).scores, scores[:3], atol=1e-6)
+    assert ran(before, statistics(), (*ENCODERS, "clip_text_encoder")) == {"clip_image_encoder": 1,
+                                                                          "clip_text_encoder": len(texts) + 3}
+
+
+@pytest.mark.parametrize("inputs, cause", [
+    ({}, "neither"),
+    ({contract.VOLUME: npy(new_scan(12)), contract.STUDY_IN: "0" * 64}, "both"),
+    ({contract.VOLUME: b"not an image at all"}, "not an image"),
+    ({contract.VOLUME: b""}, "empty|neither"),
+    ({contract.VOLUME: npy(np.full(IMAGE_SIZE, np.nan, np.float32))}, "NaN"),
+    ({contract.VOLUME: npy(new_scan(12)), contract.PRESET: "no-such-preset"}, "auto, ct"),
+    ({contract.VOLUME: npy(new_scan(12)), contract.AFFINE_IN: np.zeros((4, 4))}, "affine"),
+], ids=["no scan", "two scans", "text", "nothing", "nan", "preset", "affine"])
+def test_a_bad_scan_is_refused_with_its_cause_and_the_next_request_works(client, triton, inputs, cause):
+    with pytest.raises(InvalidInput, match=cause):
+        triton.infer("study", inputs, 60)
+    assert client.upload(new_scan(13)).info["preset"] == "raw"
