@@ -56,7 +56,8 @@ class TinyLlm:
         """fp32 [1, T, H]"""
         ids = [int(word[1:]) for word in question.split()]
         embed = self.model.get_input_embeddings()
-        return torch.cat([embed(torch.tensor([BOS])), torch.from_numpy(visual), embed(torch.tensor(ids))])[None].detach()
+        rows = torch.cat([embed(torch.tensor([BOS])), torch.from_numpy(visual), embed(torch.tensor(ids))])
+        return rows[None].detach()
 
     def generate(self, visual: np.ndarray, question: str, length: int, **settings) -> list[int]:
         """Greedy ids by transformers, with the final EOS."""

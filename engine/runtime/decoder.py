@@ -90,6 +90,7 @@ class Decoder:
         self._tokenizer = await asyncio.to_thread(_read_tokenizer, self.folder)
         self._prompt = Prompt(self._tokenizer, self.manifest.num_visual_tokens, self.context_length)
         self._bos = self._tokenizer.bos_token_id
+        # BOS as padding: it is in the prompt anyway, and no answer misses it when a repetition penalty is asked for.
         self.engine = LlmEngine(self.folder, self.dtype, self.context_length, self._bos, self.settings)
         await self.engine.start()
 
@@ -103,8 +104,9 @@ class Decoder:
 
     async def answer(self, visual_tokens: np.ndarray, question: str, sampling: Sampling = Sampling(),
                      cache_salt: str = "") -> AsyncIterator[Delta]:
-        """Deltas of the answer about a scan; a slow reader gets fewer and larger ones. Close the iterator, or cancel its
-        task, to stop decoding.
+        """Deltas of the answer about a scan; a slow reader gets fewer and larger ones.
+
+        To stop decoding, close the iterator or cancel its task.
 
         visual_tokens: [N, H] floats. cache_salt: names a tenant; tenants share no cached prefix. An explicit
         max_new_tokens that the context has no room for is refused; the default is cut to what is left.
@@ -160,8 +162,8 @@ class Decoder:
             raise InvalidInput(f"visual tokens must be floats of shape {expected}, not {tokens.dtype} {tokens.shape}")
         ids = self._prompt.question_ids(question)
         if not all(0 <= id_ < self.manifest.vocab_size for id_ in ids):
-            raise InvalidInput(f"the question has token {max(ids)}, the model knows 0 to {self.manifest.vocab_size - 1}: "
-                               "use another wording")
+            raise InvalidInput(f"the question has token {max(ids)}, the model knows 0 to "
+                               f"{self.manifest.vocab_size - 1}: use another wording")
         # A copy: the tokens are a read-only map of a file in the study store.
         visual = torch.from_numpy(np.array(tokens, np.float32)).to(self.dtype)
         # NaN would stay in blocks of the KV cache and spoil the answers of those who get them next.
@@ -173,8 +175,8 @@ class Decoder:
     def _max_new_tokens(self, sampling: Sampling, prompt_length: int) -> int:
         room = self.context_length - prompt_length  # at least 1, `Prompt` has seen to that
         if sampling.max_new_tokens > room and sampling.max_new_tokens != Sampling.max_new_tokens:
-            raise InvalidInput(f"max_new_tokens is {sampling.max_new_tokens}, but beside this prompt of {prompt_length} "
-                               f"tokens the context of {self.context_length} has room for {room}: ask for at most "
+            raise InvalidInput(f"max_new_tokens is {sampling.max_new_tokens}, but the context of {self.context_length} "
+                               f"tokens has room for {room} beside this prompt of {prompt_length}: ask for at most "
                                f"{room}, or shorten the question")
         return min(sampling.max_new_tokens, room)
 

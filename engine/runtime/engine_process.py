@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 def end_with(owner: int) -> None:
-    """End this process when the process `owner` ends, however it ends: vLLM's engine would live on and hold its memory."""
+    """End this process when the process `owner` ends, however it ends: an engine would live on and hold its memory."""
     descriptor = os.pidfd_open(owner)
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)

@@ -48,7 +48,12 @@ class LlmEngine:
     async def start(self) -> None:
         """Load the model and check its `[SEG]` states. Raises RepositoryError if they are off."""
         vllm_environment.prepare(self.settings.threads)
-        llm = await asyncio.to_thread(self._make)
+        making = asyncio.get_running_loop().run_in_executor(None, self._make)
+        try:
+            llm = await asyncio.shield(making)
+        except asyncio.CancelledError:  # stopped meanwhile: what is being made must not outlive this
+            await asyncio.to_thread(_shut_down, await making)
+            raise
         try:
             await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
             self._llm = llm
@@ -117,7 +122,7 @@ class LlmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         # None of these ids is embedded (is_token_ids). They keep vLLM's repetition penalty, which looks at the ids of
-        # the prompt, from reading those that another request has left in the batch.
+        # the prompt, from reading those that another request has left in the batch; it penalises the padding instead.
         prompt = embeds_input(rows, cache_salt=salt, prompt_token_ids=[self.padding_id] * len(rows),
                               is_token_ids=[False] * len(rows))
         llm = self._llm
@@ -186,7 +191,8 @@ class LlmEngine:
         while self._deaths[0] < now - RESTART_WINDOW_S:
             self._deaths.popleft()
         if len(self._deaths) > self.settings.restarts:
-            self.health = f"out of order (it stopped {len(self._deaths)} times within an hour; the server's log says why)"
+            self.health = (f"out of order (it stopped {len(self._deaths)} times within an hour; the server's log says "
+                           "why)")
         else:
             self.health = "restarting"
             self._restart_task = self._spawn(self._restart(llm))
@@ -220,5 +226,6 @@ def _shut_down(llm) -> None:
     """Returns when the engine's processes are gone; vLLM alone may leave one that it has just killed."""
     processes = _processes(llm)
     llm.shutdown()
+    llm.shutdown = lambda: None  # its finaliser would call it again, amid the ruins of a Python that ends
     for process in processes:
         process.join()

@@ -62,5 +62,5 @@ def _direct(folder: Path, dtype: torch.dtype, rows: torch.Tensor) -> torch.Tenso
 
 
 def _wrong(what: str) -> RepositoryError:
-    return RepositoryError(f"the decoder's [SEG] states failed the check at the start: {what}. Masks would be wrong; use "
-                           "the vLLM version that pyproject.toml pins, and export the repository again")
+    return RepositoryError(f"the decoder's [SEG] states failed the check at the start: {what}. Masks would be wrong; "
+                           "use the vLLM version that pyproject.toml pins, and export the repository again")

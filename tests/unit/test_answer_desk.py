@@ -39,7 +39,8 @@ class Response:
 
 
 class TritonError(Exception):
-    INVALID_ARG, NOT_FOUND, UNAVAILABLE, CANCELLED, INTERNAL = "INVALID_ARG", "NOT_FOUND", "UNAVAILABLE", "CANCELLED", "INTERNAL"
+    INVALID_ARG, NOT_FOUND, UNAVAILABLE, CANCELLED, INTERNAL = (
+        "INVALID_ARG", "NOT_FOUND", "UNAVAILABLE", "CANCELLED", "INTERNAL")
 
     def __init__(self, message, code=INTERNAL):
         super().__init__(message)

@@ -22,7 +22,8 @@ class Engine:
         self.states = {}
 
     async def generate(self, rows, length, key, watched):
-        said = self.model.generate(inputs_embeds=rows[None], max_new_tokens=length, min_new_tokens=length, do_sample=False)[0]
+        said = self.model.generate(inputs_embeds=rows[None], max_new_tokens=length, min_new_tokens=length,
+                                   do_sample=False)[0]
         rows = torch.cat([rows, self.model.get_input_embeddings()(said[:-1])])
         self.states[key] = self.model.model(inputs_embeds=rows[None]).last_hidden_state[0, -length:].detach().numpy()
         return said.tolist()

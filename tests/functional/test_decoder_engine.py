@@ -1,0 +1,331 @@
+"""A real vLLM on a tiny random LLaMA answers exactly as transformers does, whatever else it does at the same time."""
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+from engine.errors import InvalidInput, ResourceExhausted, Unavailable
+from engine.runtime.decoder import AnswerInfo, Decoder
+from engine.runtime.decoder_settings import DecoderSettings
+from engine.sampling import Sampling
+from tests.tiny_llm import BOS, CONTEXT, EOS, VISUAL_TOKENS, WIDTH, question, visual_tokens, write_tiny_llm
+
+AT_ONCE = 12
+# Twelve prompts do not fit a step, so that they are cut into chunks, nor twelve answers the cache, so that some are
+# preempted: the cache holds one context, a step as many rows.
+SETTINGS = DecoderSettings(kv_cache_gib=1e-6, max_num_seqs=AT_ONCE, max_waiting=AT_ONCE, max_num_batched_tokens=1,
+                           block_size=32, enforce_eager=True, threads=1, restarts=1)
+LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    ids: list[int]
+    finish_reason: str
+    states: np.ndarray
+    info: AnswerInfo
+
+
+class Running:
+    """A decoder on a loop of its own thread, asked from the test's thread."""
+
+    def __init__(self, repository):
+        self.decoder = Decoder(repository, SETTINGS)
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.run(self.decoder.start())
+
+    def run(self, work):
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    async def answer(self, visual, asked, salt="", **sampling) -> Answer:
+        deltas = [delta async for delta in self.decoder.answer(visual, asked, Sampling(**sampling), salt)]
+        last = deltas[-1]
+        assert all(delta.finish_reason is None for delta in deltas[:-1])
+        return Answer("".join(delta.text for delta in deltas), [id_ for delta in deltas for id_ in delta.token_ids],
+                      last.finish_reason, last.states, last.info)
+
+    def ask(self, visual, asked, **sampling) -> Answer:
+        return self.run(self.answer(visual, asked, **sampling))
+
+    def ask_all(self, *cases, **sampling) -> list[Answer]:
+        async def together():
+            return await asyncio.gather(*(self.answer(*case, **sampling) for case in cases))
+
+        return self.run(together())
+
+    def kept(self) -> dict[str, int]:
+        """Counts of the worker once the requests that it does not know to be over are gone."""
+        for _ in range(200):
+            counts = self.run(self.decoder.engine.count_states())
+            if not (counts["running"] or counts["pending"]):
+                break
+        return counts
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_llm(tmp_path_factory.mktemp("tiny") / "repository")
+
+
+@pytest.fixture(scope="module")
+def running(tiny):
+    running = Running(tiny.repository)
+    yield running
+    pids = running.decoder.engine.process_ids
+    running.run(running.decoder.stop())
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def case(i: int):
+    """Questions about 6 scans."""
+    return visual_tokens(i % 6), question(i)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    """Of each case: ids, and the states of its [SEG] tokens."""
+    def one(i):
+        ids = tiny.generate(*case(i), LENGTH)
+        return ids, tiny.states(*case(i), ids)[np.array(ids) == tiny.manifest.seg_token_id]
+
+    return [one(i) for i in range(2 * AT_ONCE)]
+
+
+def assert_equals(answer: Answer, expected) -> None:
+    ids, states = expected
+    assert answer.ids == ids
+    assert answer.states.shape == (len(states), WIDTH) and answer.states.dtype == np.float32
+    assert np.abs(answer.states - states).max(initial=0) < 2e-5
+
+
+def assert_nothing_is_kept(running: Running) -> None:
+    counts = running.kept()
+    assert {name: counts[name] for name in ("running", "requests", "rows", "pending")} == dict.fromkeys(
+        ("running", "requests", "rows", "pending"), 0)
+
+
+def test_the_cases_hold_what_the_tests_need(expected):
+    assert sum(len(states) for _, states in expected) > 12
+    assert any(len(states) > 1 for _, states in expected) and any(len(states) == 0 for _, states in expected)
+    assert any(ids[-1] == EOS for ids, _ in expected) and any(len(ids) == LENGTH for ids, _ in expected)
+
+
+def test_ids_text_and_states_are_those_of_transformers(running, expected):
+    for i in range(4):
+        answer = running.ask(*case(i), max_new_tokens=LENGTH)
+        assert_equals(answer, expected[i])
+        assert answer.text == running.decoder._tokenizer.decode(answer.ids, skip_special_tokens=True)
+        assert answer.finish_reason == ("stop" if answer.ids[-1] == EOS else "length")
+        assert answer.info.answer_tokens == len(answer.ids)
+        assert answer.info.prompt_tokens == 1 + VISUAL_TOKENS + len(case(i)[1].split())
+
+
+def test_they_stay_so_under_concurrency_chunked_prefill_and_preemption(running, expected):
+    before = running.kept()["preemptions"]
+    answers = running.ask_all(*map(case, range(2 * AT_ONCE)), max_new_tokens=LENGTH)
+    for answer, right in zip(answers, expected):
+        assert_equals(answer, right)
+    assert running.kept()["preemptions"] > before
+    assert_nothing_is_kept(running)
+
+
+def test_a_second_question_about_a_scan_finds_its_visual_prefix_cached(running, expected):
+    first = running.ask(*case(0), salt="cached", max_new_tokens=LENGTH)
+    second = running.ask(*case(6), salt="cached", max_new_tokens=LENGTH)  # the same scan
+    assert first.info.cached_tokens == 0 and second.info.cached_tokens == VISUAL_TOKENS
+    assert_equals(first, expected[0])
+    assert_equals(second, expected[6])
+
+
+def test_neither_another_scan_nor_another_tenant_finds_it(running):
+    running.ask(*case(0), salt="first tenant", max_new_tokens=1)
+    assert running.ask(visual_tokens(99), question(0), salt="first tenant", max_new_tokens=1).info.cached_tokens == 0
+    assert running.ask(*case(0), salt="second tenant", max_new_tokens=1).info.cached_tokens == 0
+    assert running.ask(*case(0), salt="first tenant", max_new_tokens=1).info.cached_tokens == VISUAL_TOKENS
+
+
+def test_answers_closed_midway_are_freed_and_the_others_stay_right(running, expected):
+    async def close_after(i, deltas):
+        async with aclosing(running.decoder.answer(*case(i), Sampling(max_new_tokens=LENGTH))) as answer:
+            async for _ in answer:
+                deltas -= 1
+                if deltas <= 0:
+                    return None
+
+    async def one(i):
+        return await (running.answer(*case(i), max_new_tokens=LENGTH) if i % 2 else close_after(i, i))
+
+    async def all_of_them():
+        return await asyncio.gather(*map(one, range(2 * AT_ONCE)))
+
+    for i, answer in enumerate(running.run(all_of_them())):
+        if i % 2:
+            assert_equals(answer, expected[i])
+    assert_nothing_is_kept(running)
+
+
+def test_answers_cancelled_at_random_moments_are_freed(running):
+    generator = random.Random(0)
+
+    async def cancelled(i):
+        task = asyncio.create_task(running.answer(*case(i), max_new_tokens=LENGTH))
+        await asyncio.wait([task], timeout=generator.random() / 10)
+        return not task.cancel() or await asyncio.gather(task, return_exceptions=True)
+
+    async def all_of_them():
+        return await asyncio.gather(*map(cancelled, range(2 * AT_ONCE)))
+
+    running.run(all_of_them())
+    assert_nothing_is_kept(running)
+    assert running.decoder._answering == 0
+
+
+def test_nothing_is_kept_after_a_thousand_answers(running):
+    async def short(i):
+        async with aclosing(running.decoder.answer(*case(i), Sampling(max_new_tokens=1 + i % 4))) as answer:
+            async for _ in answer:
+                if i % 3 == 0:
+                    return
+
+    async def batch(start):
+        await asyncio.gather(*map(short, range(start, start + AT_ONCE)))
+
+    for start in range(0, 1000, AT_ONCE):
+        running.run(batch(start))
+    assert_nothing_is_kept(running)
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(running, expected):
+    def words(ids):
+        return running.decoder._tokenizer.decode(ids, skip_special_tokens=True)
+
+    seg = running.decoder.manifest.seg_token_id
+    i, end, stop = next(
+        (i, end, stop) for i, (ids, _) in enumerate(expected) for end in range(2, len(ids) - 2)
+        if seg in ids[:end] and (stop := words(ids[end:end + 2])) not in words(ids[:end + 1]))
+    ids, _ = expected[i]
+    answer = running.ask(*case(i), max_new_tokens=LENGTH, stop=(stop, "never said"))
+    assert answer.text.strip() == words(ids[:end])
+    assert answer.finish_reason == "stop" and answer.ids == ids[:end + 2]
+    assert len(answer.states) == answer.ids.count(seg)
+    assert_nothing_is_kept(running)
+
+
+def test_a_seed_gives_the_same_answer_alone_and_among_others(running):
+    sampling = dict(max_new_tokens=LENGTH, temperature=1.5, top_p=0.9, top_k=40, seed=17)
+    alone = [running.ask(*case(i), **sampling) for i in range(AT_ONCE)]
+    together = running.ask_all(*map(case, range(AT_ONCE)), **sampling)  # their prompts are cut into chunks
+    assert [answer.ids for answer in together] == [answer.ids for answer in alone]
+    other = running.ask(*case(0), **{**sampling, "seed": 18})
+    assert other.ids != alone[0].ids
+
+
+class PenaltyWithBos(LogitsProcessor):
+    """transformers' penalty, which knows the answer only, and the prompt's BOS."""
+
+    def __call__(self, input_ids, scores):
+        ids = torch.cat([torch.tensor([[BOS]]), input_ids], dim=1)
+        return RepetitionPenaltyLogitsProcessor(1.3)(ids, scores)
+
+
+def test_the_repetition_penalty_sees_this_answer_only(running, tiny):
+    right = [tiny.generate(*case(i), LENGTH, logits_processor=[PenaltyWithBos()]) for i in range(AT_ONCE)]
+    answers = running.ask_all(*map(case, range(AT_ONCE)), max_new_tokens=LENGTH, repetition_penalty=1.3)
+    assert [answer.ids for answer in answers] == right
+
+
+def with_value(value):
+    visual = visual_tokens(0).copy()
+    visual[3, 5] = value
+    return visual
+
+
+@pytest.mark.parametrize("visual, asked, sampling, words", [
+    (visual_tokens(0)[:, :-1], "w5", {}, f"must be floats of shape .{VISUAL_TOKENS}, {WIDTH}., not float32 .64, 127."),
+    (visual_tokens(0)[:, :1], "w5", {}, "must be floats of shape"),
+    (visual_tokens(0)[:-1], "w5", {}, "must be floats of shape"),
+    (np.ones((VISUAL_TOKENS, WIDTH), np.int64), "w5", {}, "not int64"),
+    (with_value(np.nan), "w5", {}, "not finite"),
+    (with_value(np.inf), "w5", {}, "not finite"),
+    (visual_tokens(0), "  ", {}, "question is empty"),
+    (visual_tokens(0), "w5 " * CONTEXT, {}, "may have at most"),
+    (visual_tokens(0), "w5", {"max_new_tokens": CONTEXT}, f"room for {CONTEXT - VISUAL_TOKENS - 2}"),
+])
+def test_what_would_break_the_engine_is_refused_and_the_next_answer_is_right(running, expected, visual, asked, sampling,
+                                                                            words):
+    with pytest.raises(InvalidInput, match=words):
+        running.ask(visual, asked, **sampling)
+    assert_equals(running.ask(*case(1), max_new_tokens=LENGTH), expected[1])
+
+
+def test_the_default_length_is_cut_to_what_the_context_has_left(running):
+    answer = running.ask(visual_tokens(0), "w5 " * (CONTEXT - VISUAL_TOKENS - 1 - 4))
+    assert len(answer.ids) == 4 and answer.finish_reason == "length"
+
+
+def test_questions_beyond_the_limit_are_refused_at_once(running, expected):
+    async def fill_then_ask():
+        tasks = [asyncio.create_task(running.answer(*case(i), max_new_tokens=LENGTH)) for i in range(2 * AT_ONCE)]
+        await asyncio.wait(tasks, timeout=0)
+        try:
+            with pytest.raises(ResourceExhausted, match=f"{2 * AT_ONCE} questions"):
+                await running.answer(*case(0))
+        finally:
+            return await asyncio.gather(*tasks)
+
+    for answer, right in zip(running.run(fill_then_ask()), expected):
+        assert_equals(answer, right)
+
+
+def test_a_slow_reader_gets_fewer_and_larger_deltas(running, expected):
+    async def read_slowly():
+        deltas = []
+        async with aclosing(running.decoder.answer(*case(2), Sampling(max_new_tokens=LENGTH))) as answer:
+            async for delta in answer:
+                deltas.append(delta)
+                if len(deltas) == 1:  # until the engine has nothing more to do
+                    while (await running.decoder.engine.count_states())["running"]:
+                        pass
+        return deltas
+
+    deltas = running.run(read_slowly())
+    assert len(deltas) == 2
+    assert [id_ for delta in deltas for id_ in delta.token_ids] == expected[2][0]
+
+
+def test_an_engine_that_dies_fails_its_answers_and_comes_back_once(running, expected):
+    """Last: it uses up the restarts."""
+    async def kill_while_answering():
+        tasks = [asyncio.create_task(running.answer(*case(i), max_new_tokens=400)) for i in range(AT_ONCE)]
+        await asyncio.wait(tasks, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
+        os.kill(running.decoder.engine.process_ids[0], signal.SIGKILL)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    failed = [answer for answer in running.run(kill_while_answering()) if not isinstance(answer, Answer)]
+    assert failed and all(isinstance(error, Unavailable) for error in failed)
+    assert running.decoder.health == "restarting"
+    with pytest.raises(Unavailable, match="restarting: try again"):
+        running.ask(*case(0))
+
+    running.run(running.decoder.engine.restarted())
+    assert running.decoder.health == "ready"
+    assert_equals(running.ask(*case(0), max_new_tokens=LENGTH), expected[0])
+
+    os.kill(running.decoder.engine.process_ids[0], signal.SIGKILL)
+    while running.decoder.health == "ready":  # noticed without a request
+        running.run(asyncio.sleep(0.05))
+    with pytest.raises(Unavailable, match="out of order .it stopped 2 times"):
+        running.ask(*case(0))
