@@ -158,9 +158,11 @@ class Keeper:
 
     def _clean(self) -> None:
         ours = {os.path.basename(path) for prefix in self.shm_prefixes for path in glob.glob(f"{SHM}{prefix}*")}
-        # Python's and vLLM's shared memory has random names: what the tree had mapped and nobody else uses.
-        unnamed = self.shm_seen - self.shm_before
-        ours |= unnamed - shared_memory_of(everybody()) if unnamed else set()
+        # Python's and vLLM's shared memory has random names: what the tree had mapped and nobody else uses. A semaphore
+        # of multiprocessing that nobody has mapped is of no use to anybody.
+        new = set(os.listdir(SHM)) - self.shm_before
+        if unnamed := {name for name in new if name in self.shm_seen or name.startswith("sem.mp-")}:
+            ours |= unnamed - shared_memory_of(everybody())
         for path in [os.path.join(SHM, name) for name in ours] + self.remove:
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path, ignore_errors=True)

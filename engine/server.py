@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,9 +25,10 @@ from engine.packages import cache_folder
 from engine.runtime.study_store import FOLDER_PREFIX
 from engine.triton import Triton
 
-EXIT_TIMEOUT_S = 10  # Triton waits this long for requests in flight
-GRACE_S = 30  # then it unloads its models; after this all that is left gets killed
+EXIT_TIMEOUT_S = 20  # Triton's own limit for finishing requests and unloading models
+GRACE_S = 30  # after this all that is left gets killed
 ORPHANS_GRACE_S = 5  # for processes that outlive Triton, such as those that tidy up after killed ones
+START_ATTEMPTS = 3
 SHM_NEEDED = 256 << 20  # requests, answers and studies travel through shared memory
 _LOADING = re.compile(r'loading: (\w+):')
 _LOADED = re.compile(r"successfully loaded '(\w+)'")
@@ -87,26 +89,31 @@ class Server:
         manifest = self._check()
         triton = Triton.find(self.target)
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                self._launch(triton, manifest.models)
+                return self._wait_ready(manifest.models)
+            except BaseException:
+                self.stop()
+                if attempt == START_ATTEMPTS or not self._was_starved():
+                    raise
+                self.on_progress("the machine is too busy for Triton's start-up checks, starting again")
+
+    def _launch(self, triton: Triton, models: tuple[str, ...]) -> None:
         run_folder = Path(tempfile.mkdtemp(prefix="m3d-"))
         try:
             backends = triton.assemble_backends(run_folder) if triton.wheel else None
-            shm_prefix = f"m3d-{run_folder.name.removeprefix('m3d-')}-"
-            command = triton.command(self.repository, manifest.models, self.host, self.ports, backends, shm_prefix,
+            shm_prefix = f"{run_folder.name}-"
+            command = triton.command(self.repository, models, self.host, self.ports, backends, shm_prefix,
                                      EXIT_TIMEOUT_S)
-            spec = json.dumps({"command": command, "grace_s": GRACE_S,
-                               "orphans_grace_s": ORPHANS_GRACE_S, "remove": [str(run_folder)],
-                               "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"]})
+            spec = json.dumps({"command": command, "grace_s": GRACE_S, "orphans_grace_s": ORPHANS_GRACE_S,
+                               "remove": [str(run_folder)], "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"]})
             with open(self.log, "wb") as log:
                 self._keeper = subprocess.Popen(
                     [sys.executable, "-I", "-S", keeper.__file__, spec], stdin=subprocess.PIPE, stdout=log, stderr=log,
                     env=triton.environment(run_folder), start_new_session=True)
         except BaseException:
             shutil.rmtree(run_folder, ignore_errors=True)
-            raise
-        try:
-            self._wait_ready(manifest.models)
-        except BaseException:
-            self.stop()
             raise
 
     def is_ready(self) -> bool:
@@ -177,6 +184,15 @@ class Server:
             return f"loading {', '.join(loading)} ({len(loaded)} of {len(models)} ready)"
         return "opening the ports" if loaded else "starting Triton"
 
+    def _was_starved(self) -> bool:
+        """Triton 2.51 gives up a Python process that does not stir for a second while it loads, and aborts on the way.
+
+        That happens when other programs keep all cores; the next attempt often succeeds.
+        """
+        if self._keeper is None or self._keeper.returncode != 128 + signal.SIGABRT:
+            return False
+        return "lock_exception" in self._log_text()
+
     def _log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
@@ -184,6 +200,8 @@ class Server:
         """Why Triton ended, the first cause first, from its log."""
         text = self._log_text()
         # Triton escapes line ends in its log; where in the Python code it was stands there, too.
+        if self._was_starved():
+            return f"the machine is too busy for Triton's start-up checks; try again when it is quieter\n(log: {self.log})"
         failed = {model: words.rstrip('"').replace("\\n", "\n").partition("\n\nAt:")[0].strip()
                   for model, words in _FAILED.findall(text)}
         # An ensemble fails because a part of it did: the part is the cause.

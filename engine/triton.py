@@ -94,6 +94,8 @@ class Triton:
             "--http-restricted-api", secret, "--grpc-restricted-protocol", secret,
             # The configurations are complete: to complete them, Triton would start every Python model twice.
             "--disable-auto-complete-config",
+            # More at a time only compete: starting a model is all work and no waiting.
+            "--model-load-thread-count", str(max(2, len(os.sched_getaffinity(0)))),
             "--exit-timeout-secs", str(exit_timeout_s), "--allow-gpu-metrics", str(backends is None).lower(),
             "--backend-config", f"python,shm-region-prefix-name={shm_prefix}",
             "--backend-config", f"python,stub-timeout-seconds={STUB_TIMEOUT_S}",

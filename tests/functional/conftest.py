@@ -1,0 +1,44 @@
+"""One real Triton for all functional tests, on a tiny random checkpoint, and what is needed to ask it."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.client import M3DClient
+from engine.server import Server, free_ports
+from export.build_engines import export
+from tests.conftest import copy_repository
+from tests.tiny import volume, write_tiny_clip, write_tiny_lamed
+
+
+@pytest.fixture(scope="session")
+def fixture_checkpoint(tmp_path_factory):
+    """A M3D-LaMed folder in the published layout, small and random."""
+    return write_tiny_lamed(tmp_path_factory.mktemp("checkpoint") / "lamed")
+
+
+@pytest.fixture(scope="session")
+def repository(fixture_checkpoint, tmp_path_factory):
+    """A model repository with chat, segmentation and retrieval, exported in fp32."""
+    folder = tmp_path_factory.mktemp("repository")
+    repository = copy_repository(folder)
+    export(str(fixture_checkpoint), repository, clip_checkpoint=str(write_tiny_clip(folder / "clip")), precision="fp32")
+    return repository
+
+
+@pytest.fixture(scope="session")
+def server(repository, tmp_path_factory):
+    with Server(repository, **free_ports(), log=tmp_path_factory.mktemp("log") / "triton.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    with M3DClient(server.url, timeout=300) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def scans():
+    """Two patients: volumes at the model's size, 1 x D x H x W in 0..1."""
+    return volume("tiny"), np.ascontiguousarray(volume("other")[:, :, ::-1])
