@@ -1,0 +1,184 @@
+"""How the Python models answer Triton, with a stand-in for the module that exists inside its stubs only."""
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engine.errors import InvalidInput, StudyNotFound, Unavailable
+
+MODULES = ("engine.runtime.triton_io", "engine.runtime.desk")
+
+
+class Tensor(SimpleNamespace):
+    def __init__(self, name, array):
+        super().__init__(name=name, array=array)
+
+    def as_numpy(self):
+        return self.array
+
+
+class Request:
+    def __init__(self, cancelled=False, **inputs):
+        self.inputs = inputs
+        self.cancelled = cancelled
+        self.answers = []
+        self.answered = threading.Event()
+
+    def get_response_sender(self):
+        return self
+
+    def is_cancelled(self):
+        return self.cancelled
+
+    def send(self, response, flags):
+        assert flags == "final"
+        self.answers.append(response)
+        self.answered.set()
+
+    def answer(self):
+        assert self.answered.wait(30)
+        response, = self.answers
+        return response
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """The modules under test, on a fake `triton_python_backend_utils`. log: what was logged as an error."""
+    log, called = [], []
+    codes = ("INTERNAL", "INVALID_ARG", "NOT_FOUND", "UNAVAILABLE", "CANCELLED")
+
+    class Call(SimpleNamespace):
+        def exec(self):
+            return called.pop()
+
+    backend = SimpleNamespace(
+        Tensor=Tensor, PreferredMemory=lambda kind: kind, TRITONSERVER_MEMORY_CPU="cpu",
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL="final", Logger=SimpleNamespace(log_error=log.append), InferenceRequest=Call,
+        InferenceResponse=lambda outputs=(), error=None: SimpleNamespace(
+            outputs={tensor.name: tensor.array for tensor in outputs}, error=error, has_error=lambda: error is not None),
+        get_input_tensor_by_name=lambda request, name: request.inputs.get(name),
+        get_output_tensor_by_name=lambda response, name: Tensor(name, response.outputs[name]))
+    backend.TritonError = type("TritonError", (SimpleNamespace,), {code: code for code in codes} | {
+        "__init__": lambda self, message, code: SimpleNamespace.__init__(self, text=message, code=code)})
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    io, desk = map(importlib.import_module, MODULES)
+    yield SimpleNamespace(io=io, Desk=desk.Desk, log=log, called=called, backend=backend)
+    for name in MODULES:  # no other test shall find modules that hold on to the fake
+        del sys.modules[name]
+        delattr(sys.modules["engine.runtime"], name.rpartition(".")[2])
+
+
+def test_a_quick_request_is_answered_while_slow_ones_are_in_work(triton):
+    go = threading.Event()
+
+    def later(request):
+        assert go.wait(30)
+        return "slow"
+
+    desk = triton.Desk(lambda request: request.inputs.get("quick"), later, threads=2, waiting=8)
+    slow, quick = [Request() for _ in range(5)], Request(quick="quick")
+    assert desk.execute([*slow, quick]) is None
+    assert quick.answers == ["quick"] and not any(request.answers for request in slow)
+    go.set()
+    assert [request.answer() for request in slow] == ["slow"] * 5
+    desk.close()
+
+
+def test_more_slow_requests_than_there_are_places_are_refused_and_places_become_free_again(triton):
+    go = threading.Event()
+
+    def later(request):
+        assert go.wait(30)
+        return "slow"
+
+    desk = triton.Desk(lambda request: None, later, threads=1, waiting=2)
+    requests = [Request() for _ in range(4)]
+    desk.execute(requests)
+    error = requests[-1].answer().error
+    assert error.code == "UNAVAILABLE" and error.text.startswith("RESOURCE_EXHAUSTED: 3 requests")
+    go.set()
+    assert [request.answer() for request in requests[:-1]] == ["slow"] * 3
+    desk.close()
+    assert all(desk.places.acquire(blocking=False) for _ in range(3))
+
+
+def test_a_request_cancelled_while_it_waited_is_not_worked_on(triton):
+    worked = []
+    desk = triton.Desk(lambda request: None, worked.append, threads=1, waiting=1)
+    request = Request(cancelled=True)
+    desk.execute([request])
+    assert request.answer().error.code == "CANCELLED" and not worked
+    desk.close()
+
+
+@pytest.mark.parametrize("error, code, text", [
+    (InvalidInput("too large"), "INVALID_ARG", "INVALID_ARGUMENT: too large"),
+    (StudyNotFound("unknown"), "NOT_FOUND", "NOT_FOUND: unknown"),
+    (Unavailable("not loaded"), "UNAVAILABLE", "UNAVAILABLE: not loaded"),
+    (ZeroDivisionError("secret detail"), "INTERNAL", "INTERNAL: unexpected ZeroDivisionError; the server's log has the "
+                                                     "details"),
+])
+@pytest.mark.parametrize("slow", [False, True], ids=["at once", "later"])
+def test_an_error_reaches_the_client_with_its_code_and_the_desk_goes_on(triton, error, code, text, slow):
+    def fail(request):
+        if request.inputs.get("bad"):
+            raise error
+        return "fine"
+
+    desk = triton.Desk((lambda request: None) if slow else fail, fail, threads=1, waiting=4)
+    bad, good = Request(bad=True), Request()
+    desk.execute([bad, good])
+    assert (bad.answer().error.code, bad.answer().error.text) == (code, text)
+    assert good.answer() == "fine"
+    assert bool(triton.log) == (code == "INTERNAL")
+    if triton.log:
+        assert "secret detail" in triton.log[0] and "Traceback" in triton.log[0]
+    desk.close()
+
+
+def test_inputs_are_optional_and_texts_must_be_utf8(triton):
+    request = Request(TEXTS=Tensor("TEXTS", np.array(["ä".encode(), b"b"], object)), NO=Tensor("NO", np.array([False])),
+                      EMPTY=Tensor("EMPTY", np.array([b""], object)), BAD=Tensor("BAD", np.array([b"\xff"], object)))
+    io = triton.io
+    assert io.texts(request, "TEXTS") == ["ä", "b"] and io.texts(request, "absent") == []
+    assert io.text(request, "TEXTS") == "ä" and io.text(request, "EMPTY") is None and io.text(request, "absent") is None
+    assert not io.flag(request, "NO") and not io.flag(request, "absent") and io.array(request, "absent") is None
+    with pytest.raises(InvalidInput, match="BAD must be UTF-8"):
+        io.text(request, "BAD")
+
+
+def test_another_models_answer_is_copied_out_of_tritons_memory(triton):
+    tokens = np.ones((1, 2, 3), np.float32)
+    triton.called.append(triton.io.response(VISUAL_TOKENS=tokens))
+    answered = triton.io.infer("vision_encoder", IMAGE=np.zeros((1, 1, 2, 2, 2), np.float32))
+    tokens[:] = 0
+    assert answered["VISUAL_TOKENS"].all()
+
+
+@pytest.mark.parametrize("message, kind, text", [
+    ("INVALID_ARGUMENT: IMAGE must be FP32", InvalidInput, "IMAGE must be FP32"),
+    ("Stub process 'vision_encoder_0_0' is not healthy.", Unavailable, "vision_encoder cannot be run: Stub process"),
+])
+def test_another_models_error_is_raised_as_its_kind(triton, message, kind, text):
+    error = SimpleNamespace(message=lambda: message)
+    triton.called.append(SimpleNamespace(has_error=lambda: True, error=lambda: error))
+    with pytest.raises(kind, match=text):
+        triton.io.infer("vision_encoder", IMAGE=np.zeros((1, 1, 2, 2, 2), np.float32))
+
+
+def test_parameters_are_whole_numbers(triton):
+    def args(value):
+        return {"model_name": "study", "model_config": f'{{"parameters": {{"threads": {{"string_value": "{value}"}}}}}}'}
+
+    assert triton.io.parameter(args("3"), "threads", 1) == 3
+    assert triton.io.parameter(args(""), "threads", 1) == triton.io.parameter(args("3"), "other", 1) == 1
+    for value in ("-1", "two", "1.5"):
+        with pytest.raises(Exception, match="threads of study must be a whole number"):
+            triton.io.parameter(args(value), "threads", 1)
