@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import struct
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -27,16 +26,15 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import ResourceExhausted, StudyNotFound
+from engine.runtime.server_folder import ServerFolder
 
 PIECES = ("image", "visual_tokens", "segmentation_features", "clip_image")
-SHARED_MEMORY = Path("/dev/shm")
-FOLDER_PREFIX = "m3d-studies"
 DEFAULT_LIMIT_BYTES = 2 << 30
 SMALLEST_LIMIT_BYTES = 1 << 20
 
 _HANDLE = re.compile(r"[0-9a-f]{64}")
 _INFO = "info.json"
-_LOCKS, _USERS, _LIMIT = ".locks", ".users", ".limit"
+_LOCKS, _LIMIT = ".locks", ".limit"
 _UNFINISHED = ".unfinished"
 _BYTES_PER_STUDY = 16  # of the lock file: one per piece, with room for more pieces
 _WHOLE_STORE = 0
@@ -60,9 +58,9 @@ class StudyStore:
     ResourceExhausted if the folder's file system is too small for the limit.
     """
 
-    def __init__(self, root: Path | str, limit_bytes: int | None = None):
-        self.root = Path(root)
-        self._users = _join(self.root)
+    def __init__(self, root: Path | str | ServerFolder, limit_bytes: int | None = None):
+        self._folder_of_all = root if isinstance(root, ServerFolder) else ServerFolder(root)
+        self.root = self._folder_of_all.path
         if limit_bytes is not None:
             _check_limit(self.root, limit_bytes)
             with self._locked(_WHOLE_STORE, 1):
@@ -70,26 +68,12 @@ class StudyStore:
 
     @classmethod
     def of_server(cls, limit_bytes: int | None = None) -> "StudyStore":
-        """The store of the tritonserver that this process belongs to; the same folder in all of its processes.
-
-        Leftovers of servers that died without cleaning up are removed on the way.
-        """
-        sweep()
-        pid = _server_pid()
-        return cls(SHARED_MEMORY / f"{FOLDER_PREFIX}-{pid}-{_start_time(pid)}", limit_bytes)
+        """The store of the tritonserver that this process belongs to; the same in all of its processes."""
+        return cls(ServerFolder.of_server(), limit_bytes)
 
     def close(self) -> None:
         """Leave the store. The last process to leave removes it."""
-        if self._users is None:
-            return
-        try:
-            fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(self.root, ignore_errors=True)
-        except BlockingIOError:
-            pass  # others still use it
-        finally:
-            os.close(self._users)
-            self._users = None
+        self._folder_of_all.leave()
 
     def __enter__(self) -> "StudyStore":
         return self
@@ -253,20 +237,6 @@ class StudyStore:
             os.close(descriptor)
 
 
-def sweep() -> None:
-    """Remove this user's stores whose server is dead and which nobody has open."""
-    name = re.compile(rf"{FOLDER_PREFIX}-(\d+)-(\d+)")
-    for root in SHARED_MEMORY.iterdir():
-        server = name.fullmatch(root.name)
-        if not server or _start_time(int(server[1])) == int(server[2]):
-            continue
-        try:
-            # In a shared /dev/shm the server may live in another container, where its pid means nothing to us.
-            StudyStore(root).close()
-        except (OSError, ResourceExhausted):
-            continue
-
-
 def default_limit(folder: Path) -> int:
     """2 GiB, or half of a smaller file system."""
     return min(DEFAULT_LIMIT_BYTES, _file_system_bytes(folder) // 2)
@@ -280,52 +250,6 @@ def _check_limit(root: Path, limit: int) -> None:
             f"{_mb(SMALLEST_LIMIT_BYTES)} are needed: give it more (docker --shm-size), or set the parameter "
             f"study_store_mb of the model 'study'"
         )
-
-
-def _join(root: Path) -> int:
-    """Create the folder if need be and hold a shared lock on it; the descriptor of the lock."""
-    while True:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = root.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise PermissionError(f"{root} is not a private folder of this user: remove it")
-        try:
-            descriptor = os.open(root / _USERS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:
-            continue
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        try:
-            if os.path.samestat(os.fstat(descriptor), os.stat(root / _USERS)):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # the last user removed the folder in between: once more
-
-
-def _server_pid() -> int:
-    """The nearest ancestor that is a tritonserver, else the parent."""
-    pid = os.getppid()
-    while pid > 1:
-        name, parent, _ = _process(pid)
-        if name == "tritonserver":
-            return pid
-        pid = parent
-    return os.getppid()
-
-
-def _start_time(pid: int) -> int | None:
-    """Start of a process in clock ticks since boot, which tells apart processes that had the same pid; None if dead."""
-    try:
-        return _process(pid)[2]
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def _process(pid: int) -> tuple[str, int, int]:
-    """(name, parent, start time) from /proc, see proc(5)."""
-    head, tail = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)
-    fields = tail.split()
-    return head.split("(", 1)[1], int(fields[1]), int(fields[19])
 
 
 def _not_found(handle: str) -> StudyNotFound:

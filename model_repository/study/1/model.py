@@ -7,8 +7,9 @@ from engine.limits import Limits
 from engine.manifest import Manifest
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk
+from engine.runtime.server_folder import SHARED_MEMORY
 from engine.runtime.study import ScanRequest, Studies
-from engine.runtime.study_store import SHARED_MEMORY, StudyStore, default_limit
+from engine.runtime.study_store import StudyStore, default_limit
 
 
 class TritonPythonModel:
