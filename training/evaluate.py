@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
 import sys
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from training.recipe import Recipe  # noqa: E402
 # Apart from training's seeds, which begin with the recipe's.
 SEED = 7_000_000
 LARGE = 0.01
+LONG_VIEWS = 3
 
 
 class Answerer:
@@ -95,6 +99,15 @@ class Tally:
         self.dices, self.shares, self.boxes, self.refusals, self.described = (
             defaultdict(list), defaultdict(list), [], [], [])
 
+    def add(self, other: "Tally") -> None:
+        for name, mine in vars(self).items():
+            theirs = vars(other)[name]
+            if isinstance(mine, list):
+                mine += theirs
+            else:
+                for key, values in theirs.items():
+                    mine[key] += values
+
     def summary(self) -> dict:
         dices = {key: float(np.mean(values)) for key, values in self.dices.items()}
         large = {key for key, values in self.shares.items() if np.mean(values) > LARGE}
@@ -128,8 +141,9 @@ def _mean(values: list) -> float | None:
     return round(float(np.mean(values)), 4) if values else None
 
 
-def measure(answerer: Answerer, tally: Tally, view: View, rng: np.random.Generator, long_answers: bool) -> None:
+def measure(answerer: Answerer, view: View, seed: list[int], long_answers: bool) -> Tally:
     """Ask about one view: every closed task, every visible structure, and if `long_answers` boxes and a description."""
+    tally, rng = Tally(), np.random.default_rng(seed)
     closed = [ask(task, view, rng) for task in CLOSED for _ in range(3 if task == "presence" else 1)]
     worded = [ask(task, view, rng, "held_out") for task in CLOSED]
     closed, worded = ([q for q in questions if q] for questions in (closed, worded))
@@ -157,17 +171,35 @@ def measure(answerer: Answerer, tally: Tally, view: View, rng: np.random.Generat
                 tally.described.append(view.facts["part"] in answer and view.facts["modality"] in answer
                                        and view.facts["finding"].format(**view.facts) in answer)
             else:
-                found = parse_boxes(answer)
-                tally.boxes.append(box_iou(found[0], view.box(question.structure), answerer.size) if len(found) else 0.0)
+                found, truth = parse_boxes(answer), view.box(question.structure)
+                tally.boxes.append(box_iou(found[0], truth, answerer.size) if len(found) else 0.0)
+    return tally
 
 
-def measure_scans(answerer: Answerer, scans: list[LabelledScan], recipe: Recipe, views: int, stage: int) -> dict:
+_answerer: Answerer
+
+
+def _start_worker(folder: Path) -> None:
+    global _answerer
+    torch.set_num_threads(1)
+    _answerer = Answerer(folder)
+
+
+def _measure_in_worker(view: View, seed: list[int], long_answers: bool) -> Tally:
+    return measure(_answerer, view, seed, long_answers)
+
+
+def measure_scans(workers: ProcessPoolExecutor, scans: list[LabelledScan], recipe: Recipe, views: int) -> dict:
+    """Figures over `views` views of each scan: the scan as it is, and augmentations from the wider ranges."""
+    size, jobs = tuple(recipe.model["image_size"]), []
+    for k in range(views):
+        for scan in scans:
+            seed = [SEED + recipe.seed, k, sum(scan.name.encode())]
+            view = view_of(scan, recipe.held_out_augmentation if k else None, size, np.random.default_rng(seed))
+            jobs.append(workers.submit(_measure_in_worker, view, [*seed, 1], k < LONG_VIEWS))
     tally = Tally()
-    jobs = [(scan, k) for k in range(views) for scan in scans]
-    for scan, k in track(jobs, description=", ".join(scan.name for scan in scans)):
-        rng = np.random.default_rng([SEED + recipe.seed, stage, k, sum(scan.name.encode())])
-        view = view_of(scan, recipe.held_out_augmentation if k else None, answerer.size, rng)
-        measure(answerer, tally, view, rng, long_answers=k < 3)
+    for job in track(jobs, description=f"{len(scans)} scans"):
+        tally.add(job.result())
     return tally.summary()
 
 
@@ -176,18 +208,20 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--views", type=int, default=8, help="views of each scan; the first is the scan as it is")
+    parser.add_argument("--views", type=int, default=5, help="views of each scan; the first is the scan as it is")
     arguments = parser.parse_args()
     recipe = Recipe.read(arguments.recipe)
-    answerer = Answerer(arguments.checkpoint)
-    metrics = {
-        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "views_of_each_scan": arguments.views,
-        "held_out_augmentations": measure_scans(answerer, load_scans(tuple(recipe.train), recipe.fine_grid), recipe,
-                                                arguments.views, 1),
-        "held_out_scans": measure_scans(answerer, load_scans(recipe.held_out, recipe.fine_grid), recipe,
-                                        arguments.views, 2),
-    }
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with ProcessPoolExecutor(recipe.processes, multiprocessing.get_context("spawn"), _start_worker,
+                             (arguments.checkpoint,)) as workers:
+        metrics = {
+            "date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "views_of_each_scan": arguments.views,
+            "held_out_augmentations": measure_scans(
+                workers, load_scans(tuple(recipe.train), recipe.fine_grid), recipe, arguments.views),
+            "held_out_scans": {scan.name: measure_scans(workers, [scan], recipe, arguments.views)
+                               for scan in load_scans(recipe.held_out, recipe.fine_grid)},
+        }
     arguments.out.write_text(json.dumps(metrics, indent=1) + "\n")
 
 

@@ -3,8 +3,8 @@
     python training/finetune.py training/demo/recipe.json --out training/demo
 
 Three stages: `segmentation` (SegVol with taught prompts), `instruction` (language, boxes and masks together) and
-`refinement` (SegVol again, prompts fixed). An interrupted run goes on where it last saved itself; `training/evaluate.py`
-measures the result.
+`refinement` (SegVol again, prompts fixed). An interrupted run goes on where it last saved itself;
+`training/evaluate.py` measures the result.
 """
 from __future__ import annotations
 
@@ -55,10 +55,13 @@ class Report:
 def train(recipe: Recipe, out: Path, work: Path) -> None:
     """What each process does."""
     scans = load_scans(tuple(recipe.train), recipe.fine_grid)
-    log = work / "log.jsonl"
-    taught = segmentation.train(recipe, lamed_config(recipe), scans, work, Report("segmentation", recipe.segmentation, log))
-    model = instruction.train(recipe, scans, taught, out, work, Report("instruction", recipe.instruction, log))
-    segmentation.refine(recipe, taught, scans, work, Report("refinement", recipe.refinement, log))
+
+    def report(stage: str) -> Report:
+        return Report(stage, getattr(recipe, stage), work / "log.jsonl")
+
+    taught = segmentation.train(recipe, lamed_config(recipe), scans, work, report("segmentation"))
+    model = instruction.train(recipe, scans, taught, out, work, report("instruction"))
+    segmentation.refine(recipe, taught, scans, work, report("refinement"))
     model.lamed.seg_module.load_state_dict(taught.seg_module.state_dict())
     if workers.rank() == 0:
         model.write(out, recipe)
@@ -68,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--work", type=Path, default=Path("out/training"), help="folder for the log and resumable states")
+    parser.add_argument("--work", type=Path, default=Path("out/training"), help="for the log and resumable states")
     arguments = parser.parse_args()
     try:
         recipe = Recipe.read(arguments.recipe)

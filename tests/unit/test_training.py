@@ -146,7 +146,8 @@ def test_prompts_begin_with_bos_and_image_tokens(recipe):
     from engine.prompt import Prompt
 
     tokenizer = tokenizer_of(recipe)
-    assert Prompt(tokenizer, 4, 512).input_ids("Hi")[:6] == [257, 259, 259, 259, 259, tokenizer.convert_tokens_to_ids("H")]
+    letter = tokenizer.convert_tokens_to_ids("H")
+    assert Prompt(tokenizer, 4, 512).input_ids("Hi")[:6] == [257, 259, 259, 259, 259, letter]
     assert tokenizer.convert_tokens_to_ids("[SEG]") == config_json(recipe)["seg_token_id"] == 262
 
 

@@ -16,7 +16,7 @@ from training.recipe import Augmentation, Recipe
 from training.segmentation import filled_share
 
 SIZE = (16, 32, 32)
-STILL = Augmentation(rotate_degrees=0, zoom=0, shift=0, mirror=0, gamma=0, contrast=0, brightness=0, gradient=0, noise=0)
+STILL = Augmentation(**{field.name: 0 for field in dataclasses.fields(Augmentation)})
 MOVING = dataclasses.replace(STILL, rotate_degrees=10, zoom=0.15, shift=0.05)
 
 
@@ -31,8 +31,8 @@ def scan() -> LabelledScan:
     image[left], image[right], image[tumour] = 0.6, 0.3, 1.0
     parts = {"left lung": left, "right lung": right, "lung tumour": tumour}
     bits = sum(mask.astype(np.int64) << k for k, mask in enumerate(parts.values()))
-    facts = {"modality": "CT", "part": "chest", "view": "both lungs", "finding": "There is a tumour in the {tumour_side} lung.",
-             "tumour": "lung tumour", "tumour_side": "left"}
+    facts = {"modality": "CT", "part": "chest", "view": "both lungs",
+             "finding": "There is a tumour in the {tumour_side} lung.", "tumour": "lung tumour", "tumour_side": "left"}
     return LabelledScan("phantom", image, bits, tuple(parts), tuple(float(m.mean()) for m in parts.values()), facts)
 
 
@@ -68,8 +68,8 @@ def test_a_view_without_augmentation_is_the_scan_itself(scan):
 
 
 def test_what_has_left_the_view_is_not_asked_about(scan):
-    shifted = dataclasses.replace(scan, image=np.roll(scan.image, 24, 2), bits=np.where(np.arange(48) < 24, 0, scan.bits))
-    view = view_of(shifted, None, SIZE, rng())
+    halved = dataclasses.replace(scan, bits=np.where(np.arange(48) < 24, 0, scan.bits))
+    view = view_of(halved, None, SIZE, rng())
     assert view.visible == ("left lung", "lung tumour")
 
 
@@ -150,7 +150,8 @@ def _recipe() -> dict:
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"sede": 1}, "sede"), ({"seed": None}, "seed"), ({"seed": "1"}, "seed"), ({"seed": True}, "seed"), ({"seed": -1}, "seed"),
+    ({"sede": 1}, "sede"), ({"seed": None}, "seed"), ({"seed": "1"}, "seed"), ({"seed": True}, "seed"),
+    ({"seed": -1}, "seed"),
     ({"lora": {"r": 8}}, "lora.alpha"), ({"lora": {"r": 8, "alpha": 16, "dropout": 0}}, "lora.dropout"),
     ({"held_out": "chest-ct-2"}, "held_out"), ({"segmentation": 3}, "segmentation"),
 ])

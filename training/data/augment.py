@@ -95,7 +95,8 @@ def _nearest(bits: np.ndarray, places: torch.Tensor) -> np.ndarray:
     return padded.ravel()[flat.numpy()]
 
 
-def _visible(scan: LabelledScan, bits: np.ndarray, structures: tuple[str, ...], magnification: float) -> tuple[str, ...]:
+def _visible(scan: LabelledScan, bits: np.ndarray, structures: tuple[str, ...],
+             magnification: float) -> tuple[str, ...]:
     """Counted on every other row and column, which is exact enough."""
     seen = bits[:, ::2, ::2].ravel()
     visible = []

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,8 +17,8 @@ SHARES = {"modality": 4, "modality_yes": 4, "part": 4, "part_yes": 4, "presence"
           "side_yes": 6, "box_side": 4, "box": 10, "name_box": 5, "segment": 30, "segment_absent": 4, "describe": 6,
           "unknown": 3}
 # Tasks with a small set of right answers: how to tell them apart, and how often guessing is right.
-CLOSED = {"modality": 1 / 2, "modality_yes": 1 / 2, "part": 1 / 3, "part_yes": 1 / 2, "presence": 1 / 2, "tumour": 1 / 2,
-          "side": 1 / 2, "side_yes": 1 / 2, "box_side": 1 / 2}
+CLOSED = {"modality": 1 / 2, "modality_yes": 1 / 2, "part": 1 / 3, "part_yes": 1 / 2, "presence": 1 / 2,
+          "tumour": 1 / 2, "side": 1 / 2, "side_yes": 1 / 2, "box_side": 1 / 2}
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,10 @@ def ask(task: str, view: View, rng: np.random.Generator, wording: str = "train",
 
 def is_right(question: Question, answer: str) -> bool:
     """Whether an answer to a closed question names the right choice, and no other."""
-    found = [choice for choice in question.choices if choice.lower() in answer.lower().replace(",", " ").replace(".", " ")]
+    said = " " + re.sub(r"\W+", " ", answer.lower()) + " "
+    found = [choice for choice in question.choices if f" {choice.lower()} " in said]
     if question.choices == ("Yes", "No"):
-        return answer.strip().lower().startswith(question.key.lower())
+        return said.startswith(f" {question.key.lower()} ")
     return found == [question.key]
 
 

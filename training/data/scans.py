@@ -152,7 +152,7 @@ def _template(member: str, package: tuple[str, str], with_tissue: bool) -> tuple
     if with_tissue:
         paths = fetch(*package, [_NILEARN.format("wm")])
         masks["white matter"] = _nifti(paths[_NILEARN.format("wm")])[0] > 127
-    # Lobes are the cortex and whatever of the hemisphere lies nearest to it: the white matter below goes with its gyrus.
+    # A lobe is its cortex and the white matter that lies nearest to it.
     sides = {"left": {}, "right": {}}
     for side, add in (("left", 0), ("right", 1000)):
         white = labels == _WHITE_MATTER[side == "right"]
