@@ -36,7 +36,6 @@ class Report:
         self.bar = Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                             TextColumn("{task.fields[losses]}"), console=Console(stderr=True), disable=self.quiet)
         self.task = self.bar.add_task(name, total=stage.steps, losses="")
-        self.bar.start()
 
     def __call__(self, step: int, losses: dict[str, float]) -> None:
         self.recent.append(losses)
@@ -44,6 +43,8 @@ class Report:
             return
         means = {key: sum(entry[key] for entry in self.recent) / len(self.recent) for key in losses}
         self.recent.clear()
+        # Not before: a stage that was finished earlier reports nothing.
+        self.bar.start()
         self.bar.update(self.task, completed=step, losses="  ".join(f"{k} {v:.3f}" for k, v in means.items()))
         line = {"stage": self.name, "step": step, "seconds": round(time.monotonic() - self.started, 1)}
         with self.log.open("a") as file:
