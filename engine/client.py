@@ -26,6 +26,9 @@ from engine.sampling import Sampling
 from engine.wire import Connection, text_of
 
 DEFAULT_URL = "localhost:8001"
+# The second step of m3d_chat, asked by itself: Triton does not pass a cancellation on to a step of an ensemble that is
+# running, so that an answer nobody waits for any more would be decoded to its end.
+_CHAT = "decoder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,11 +192,11 @@ class M3DClient:
 
     def stream(self, study, question: str, *, timeout: float | None = None, **sampling) -> TextStream:
         """Ask, and read the answer as it is made. sampling: see engine.sampling.Sampling."""
-        return TextStream(self._ask("m3d_chat", study, question, sampling, {contract.STREAM: True}, timeout))
+        return TextStream(self._ask(_CHAT, study, question, sampling, {contract.STREAM: True}, timeout))
 
     def ask(self, study, question: str, *, timeout: float | None = None, **sampling) -> Answer:
         """Ask, and wait for the whole answer."""
-        return self._whole(self._ask("m3d_chat", study, question, sampling, {contract.STREAM: False}, timeout))[0]
+        return self._whole(self._ask(_CHAT, study, question, sampling, {contract.STREAM: False}, timeout))[0]
 
     def segment(self, study, question: str, return_logits: bool = False, *, timeout: float | None = None,
                 **sampling) -> Segmentation:

@@ -88,6 +88,7 @@ class Keeper:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.status: int | None = None
+        self.childless = False
         # Should the keeper itself be killed, the command at least gets a SIGTERM.
         self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL,
                                       preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)).pid
@@ -109,12 +110,13 @@ class Keeper:
             self._signal([self.child], signal.SIGTERM)
             self._wait(self.grace_s, lambda: self.status is not None)
         self._survey()
-        # What outlived the command: ask, then kill. Killing may take several rounds, as the tree may still grow.
+        # What outlived the command: ask, then kill. Killing may take several rounds, as the tree may still grow. Only
+        # having no child left proves that it is gone: a process whose parent just ended is missing in a list.
         self._signal(descendants(os.getpid()), signal.SIGTERM)
-        self._wait(self.orphans_grace_s, lambda: not descendants(os.getpid()))
-        while alive := descendants(os.getpid()):
-            self._signal(alive, signal.SIGKILL)
-            self._wait(1.0, lambda: not descendants(os.getpid()))
+        self._wait(self.orphans_grace_s, lambda: self.childless)
+        while not self.childless:
+            self._signal(descendants(os.getpid()), signal.SIGKILL)
+            self._wait(0.2, lambda: self.childless)
         self._clean()
         code = os.waitstatus_to_exitcode(self.status) if self.status is not None else -signal.SIGKILL
         return code if code >= 0 else 128 - code
@@ -150,6 +152,7 @@ class Keeper:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
+                self.childless = True
                 return
             if pid == 0:
                 return

@@ -22,7 +22,7 @@ from engine import keeper
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
 from engine.packages import cache_folder
-from engine.runtime.study_store import FOLDER_PREFIX
+from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
 from engine.triton import Triton
 
 EXIT_TIMEOUT_S = 20  # Triton's own limit for finishing requests and unloading models
@@ -66,6 +66,11 @@ class Server:
     @property
     def metrics_url(self) -> str:
         return f"http://{self._reachable_host}:{self.ports['metrics']}/metrics"
+
+    @property
+    def keeper_pid(self) -> int | None:
+        """Process id of the keeper above Triton and all that it starts; None before the start."""
+        return self._keeper.pid if self._keeper else None
 
     @property
     def _reachable_host(self) -> str:

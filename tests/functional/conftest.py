@@ -1,13 +1,19 @@
 """One real Triton for all functional tests, on a tiny random checkpoint, and what is needed to ask it."""
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from engine import contract
 from engine.client import M3DClient
+from engine.manifest import Manifest
 from engine.server import Server, free_ports
 from export.build_engines import export
 from tests.conftest import copy_repository
+from tests.functional.footprint import Footprint
 from tests.tiny import volume, write_tiny_clip, write_tiny_lamed
 
 
@@ -27,9 +33,21 @@ def repository(fixture_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def light_repository(repository, tmp_path_factory):
+    """The same repository, serving only `study` and what it needs: starts in seconds, without a language model."""
+    light = shutil.copytree(repository, tmp_path_factory.mktemp("light") / "model_repository", symlinks=True)
+    replace(Manifest.read(light), models=("study", "vision_encoder")).write(light)
+    return light
+
+
+@pytest.fixture(scope="session")
 def server(repository, tmp_path_factory):
+    """A running server. Its end is a test, too: nothing of it may be left."""
     with Server(repository, **free_ports(), log=tmp_path_factory.mktemp("log") / "triton.log") as server:
         yield server
+        footprint = Footprint(server.keeper_pid)
+        assert len(footprint.processes) > len(contract.MODELS) // 2 and footprint.shm
+    assert footprint.left() == []
 
 
 @pytest.fixture(scope="session")

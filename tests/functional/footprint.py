@@ -1,0 +1,47 @@
+"""What a running server occupies, and what of it is left later: processes, shared memory, its run folder."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from engine import keeper
+from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
+
+
+def _started(pid: int) -> str | None:
+    """A process's start time, which tells it from a later one of the same id; None if there is none but a zombie."""
+    try:
+        fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+class Footprint:
+    """Taken while the keeper `keeper_pid` runs; `left()` names what still exists of it.
+
+    Processes are known by their environment, too: whatever the server starts inherits the name of its run folder.
+    """
+
+    def __init__(self, keeper_pid: int):
+        tree = keeper.descendants(keeper_pid)
+        self.processes = {pid: _started(pid) for pid in (keeper_pid, *tree)}
+        self.triton_pid, = (pid for pid in tree if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver")
+        environment = Path(f"/proc/{self.triton_pid}/environ").read_bytes().split(b"\0")
+        self.run_folder, = (v[len(b"VLLM_RPC_BASE_PATH="):] for v in environment if v.startswith(b"VLLM_RPC_BASE_PATH="))
+        self.shm = keeper.shared_memory_of(tree) | {name for name in os.listdir(keeper.SHM) if self._is_ours(name)}
+
+    def _is_ours(self, name: str) -> bool:
+        return name.startswith((f"{FOLDER_PREFIX}-{self.triton_pid}-", f"{Path(os.fsdecode(self.run_folder)).name}-"))
+
+    def left(self) -> list[str]:
+        alive = [f"process {pid}" for pid, started in self.processes.items() if started and _started(pid) == started]
+        for pid in keeper.everybody():
+            try:
+                if self.run_folder in Path(f"/proc/{pid}/environ").read_bytes() and _started(pid):
+                    alive.append(f"process {pid} by its environment")
+            except OSError:
+                pass  # it ended meanwhile, or is another user's
+        shm = [name for name in os.listdir(keeper.SHM) if name in self.shm or self._is_ours(name)]
+        folder = [os.fsdecode(self.run_folder)] if os.path.exists(self.run_folder) else []
+        return alive + shm + folder

@@ -1,0 +1,124 @@
+"""The client on a real Triton: requests that end early free their place, slow readers hold up nobody."""
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+
+import pytest
+
+from engine import contract
+from engine.client import Study
+from engine.errors import Cancelled, DeadlineExceeded, M3DError, ResourceExhausted, StudyNotFound
+from engine.wire import Connection, text_of
+from tests.tiny import QUESTION
+
+LONG = 480  # tokens: seconds of decoding, nearly to the context's end
+BATCH, WAITING = 16, 64  # max_num_seqs and max_waiting of model_repository/decoder/configs/cpu.pbtxt
+PATIENCE_S = 120
+
+
+@pytest.fixture(scope="module")
+def study(client, scans):
+    return client.upload(scans[0])
+
+
+@pytest.fixture(scope="module")
+def long_answer(client, study):
+    answer = client.ask(study, QUESTION, max_new_tokens=LONG)
+    assert len(answer.token_ids) == LONG
+    return answer
+
+
+class Reader(threading.Thread):
+    """Reads a stream to its end, whatever that is."""
+
+    def __init__(self, stream):
+        super().__init__(daemon=True)
+        self.stream = stream
+        self.begun = threading.Event()
+        self.ended_by: M3DError | None = None
+        self.start()
+
+    def run(self):
+        try:
+            for _ in self.stream:
+                self.begun.set()
+        except M3DError as error:
+            self.ended_by = error
+
+
+def closed(stream):
+    stream.close()
+
+
+def past_its_deadline(stream):
+    with pytest.raises(DeadlineExceeded):
+        list(stream)
+
+
+@pytest.mark.parametrize("end", [closed, past_its_deadline], ids=lambda f: f.__name__)
+def test_a_request_that_ends_early_frees_its_place_in_the_batch(client, study, end):
+    """The decoder's batch is full, the last to come ends early, and one that waited begins before any other is done."""
+    with ExitStack() as stack:
+        def ask(timeout=None):
+            return stack.enter_context(client.stream(study, QUESTION, max_new_tokens=LONG, timeout=timeout))
+
+        readers = [Reader(ask()) for _ in range(BATCH - 1)]
+        assert all(reader.begun.wait(PATIENCE_S) for reader in readers)
+        last = ask(timeout=3.0 if end is past_its_deadline else None)
+        next(last)
+        waiting = Reader(ask())
+        end(last)
+        assert waiting.begun.wait(PATIENCE_S)
+        assert all(reader.is_alive() for reader in readers)
+    for reader in (*readers, waiting):
+        reader.join(PATIENCE_S)
+        assert isinstance(reader.ended_by, Cancelled)
+
+
+def test_questions_beyond_what_the_server_takes_are_refused_at_once(client, study):
+    with ExitStack() as stack:
+        for _ in range(BATCH + WAITING):
+            stack.enter_context(client.stream(study, QUESTION, max_new_tokens=LONG))
+        refused = Reader(stack.enter_context(client.stream(study, QUESTION, max_new_tokens=LONG)))
+        refused.join(PATIENCE_S)
+        assert isinstance(refused.ended_by, ResourceExhausted)
+    while True:  # the others were cancelled, so there is room soon
+        try:
+            assert client.ask(study, QUESTION, max_new_tokens=1).token_ids
+            break
+        except ResourceExhausted:
+            continue
+
+
+def test_a_reader_that_is_slow_holds_up_nobody_and_misses_nothing(client, study, long_answer):
+    stream = client.stream(study, QUESTION, max_new_tokens=LONG)
+    first = next(stream)
+    for _ in range(4):
+        assert client.ask(study, QUESTION, max_new_tokens=LONG).token_ids == long_answer.token_ids
+    assert first + "".join(stream) == long_answer.text
+    assert stream.answer.token_ids == long_answer.token_ids
+
+
+def test_the_ensemble_answers_like_the_client(server, study, long_answer):
+    """m3d_chat, for clients of other kinds."""
+    connection = Connection(server.url)
+    inputs = {contract.STUDY_IN: study.handle, contract.QUESTION: QUESTION, contract.STREAM: True,
+              contract.SAMPLING: f'{{"max_new_tokens": {LONG}}}'}
+    responses = list(connection.stream("m3d_chat", inputs, PATIENCE_S))
+    assert "".join(text_of(response["TEXT"]) for response in responses) == long_answer.text
+    assert text_of(responses[-1]["FINISH_REASON"]) == "length"
+    connection.close()
+
+
+def test_a_handle_of_nothing_is_not_found(client):
+    with pytest.raises(StudyNotFound):
+        client.ask(Study("0" * 64, {}), QUESTION)
+
+
+def test_a_mask_and_its_answer_are_those_of_a_plain_question(client, study):
+    found = client.segment(study, QUESTION, max_new_tokens=24)
+    asked = client.ask(study, QUESTION, max_new_tokens=24)
+    assert found.answer.token_ids == asked.token_ids
+    assert "[SEG]" in asked.text and found.mask is not None
+    assert list(found.mask.shape) == study.info["shape"]

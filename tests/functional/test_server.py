@@ -1,0 +1,189 @@
+"""The server starts, says why it cannot, and leaves nothing behind, however it ends."""
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from engine import keeper
+from engine.client import M3DClient
+from engine.errors import InvalidInput, RepositoryError, Unavailable
+from engine.server import Server, free_ports
+from tests.conftest import ROOT, copy_repository
+from tests.functional.footprint import Footprint
+from tests.tiny import QUESTION
+
+PATIENCE_S = 120
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "triton.log"
+
+
+def ended(pid: int) -> bool:
+    """Whether the process ends in time; it need not be a child."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], PATIENCE_S)[0])
+    finally:
+        os.close(descriptor)
+
+
+class Serving:
+    """`m3d serve` in a process of its own, ready."""
+
+    def __init__(self, repository: Path, log: Path):
+        ports = {f"--{name.replace('_', '-')}": str(port) for name, port in free_ports().items()}
+        self.url = f"127.0.0.1:{ports['--grpc-port']}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "engine.cli", "serve", "--repository", str(repository), "--log", str(log),
+             *(word for pair in ports.items() for word in pair)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.said = ""
+        while not re.search(r"^ready on", self.said, re.M):
+            line = self.process.stderr.readline()
+            assert line, self.said
+            self.said += line
+        self.keeper_pid, = (pid for pid in keeper.descendants(self.process.pid)
+                            if b"keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        self.footprint = Footprint(self.keeper_pid)
+
+
+@pytest.fixture
+def serving(light_repository, log):
+    serving = Serving(light_repository, log)
+    yield serving
+    serving.process.kill()
+    serving.process.communicate()
+    assert ended(serving.keeper_pid)
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_m3d_serve_stops_on_a_signal_and_leaves_nothing(serving, scans, number):
+    with M3DClient(serving.url) as client:
+        client.upload(scans[0])
+    serving.process.send_signal(number)
+    _, err = serving.process.communicate(timeout=PATIENCE_S)
+    assert serving.process.returncode == 0 and "Traceback" not in err
+    assert serving.footprint.left() == []
+
+
+def test_nothing_is_left_when_m3d_serve_is_killed(serving):
+    serving.process.kill()
+    assert ended(serving.keeper_pid)
+    assert serving.footprint.left() == []
+
+
+def test_m3d_serve_fails_when_triton_dies_and_leaves_nothing(serving):
+    os.kill(serving.footprint.triton_pid, signal.SIGKILL)
+    _, err = serving.process.communicate(timeout=PATIENCE_S)
+    assert serving.process.returncode == 1
+    assert "ended by itself (killed by signal 9)" in err and "Traceback" not in err
+    assert serving.footprint.left() == []
+
+
+def test_a_triton_killed_in_the_middle_of_an_answer_is_a_clear_error_and_leaves_nothing(repository, scans, log):
+    with Server(repository, **free_ports(), log=log) as server, M3DClient(server.url) as client:
+        footprint = Footprint(server.keeper_pid)
+        stream = client.stream(scans[0], QUESTION, max_new_tokens=480)
+        next(stream)
+        os.kill(footprint.triton_pid, signal.SIGKILL)
+        with pytest.raises(Unavailable, match=f"{server.url} went away"):
+            list(stream)
+        with pytest.raises(Unavailable, match="signal 9"):
+            server.wait()
+        with pytest.raises(Unavailable, match=server.url):
+            client.upload(scans[0])
+    assert footprint.left() == []
+
+
+# --- starts that fail ------------------------------------------------------------------------------------------------
+def test_a_repository_that_was_never_exported_is_refused_with_the_command(tmp_path, log):
+    with pytest.raises(RepositoryError, match="never exported.*build_engines.py --checkpoint"):
+        Server(copy_repository(tmp_path), **free_ports(), log=log).start()
+
+
+def test_a_repository_for_another_target_is_refused(light_repository, log):
+    with pytest.raises((RepositoryError, Unavailable), match="target cpu, not tensorrt"):
+        Server(light_repository, target="tensorrt", **free_ports(), log=log).start()
+
+
+def test_a_repository_without_a_model_of_its_manifest_is_refused(light_repository, tmp_path, log):
+    repository = shutil.copytree(light_repository, tmp_path / "model_repository")
+    shutil.rmtree(repository / "vision_encoder")
+    with pytest.raises(RepositoryError, match="lacks the models vision_encoder"):
+        Server(repository, **free_ports(), log=log).start()
+
+
+def test_a_port_in_use_is_named_with_its_option(light_repository, log):
+    ports = free_ports()
+    with socket.create_server(("127.0.0.1", ports["metrics_port"])):
+        with pytest.raises(Unavailable, match=f"metrics port {ports['metrics_port']}.*--metrics-port"):
+            Server(light_repository, **ports, log=log).start()
+
+
+def test_equal_ports_are_refused(light_repository, log):
+    with pytest.raises(InvalidInput, match="must differ"):
+        Server(light_repository, grpc_port=9001, http_port=9001, metrics_port=9002, log=log).start()
+
+
+def test_a_model_that_does_not_load_is_named_with_its_own_words_and_nothing_is_left(light_repository, tmp_path, log):
+    repository = shutil.copytree(light_repository, tmp_path / "model_repository")
+    (repository / "vision_encoder" / "1" / "model.onnx").write_bytes(b"not a graph")
+    before = set(os.listdir(keeper.SHM))
+    server = Server(repository, **free_ports(), log=log)
+    with pytest.raises(Unavailable, match=r"vision_encoder: .*\n?.*log: .*triton.log"):
+        server.start()
+    assert not server.is_running()
+    held = keeper.shared_memory_of(keeper.everybody())
+    assert not [name for name in set(os.listdir(keeper.SHM)) - before - held if name.startswith("m3d-")
+                and not os.path.exists(f"/proc/{name.split('-')[2]}")]
+
+
+# --- while it runs ---------------------------------------------------------------------------------------------------
+def test_it_reports_ready_and_metrics(server):
+    assert server.is_ready() and server.is_running()
+    assert b"nv_inference_count" in urllib.request.urlopen(server.metrics_url, timeout=30).read()
+
+
+def test_it_listens_on_this_machine_only(server):
+    listening = {line.split()[1] for name in ("tcp", "tcp6") if Path(f"/proc/net/{name}").exists()
+                 for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:] if line.split()[3] == "0A"}
+    for port in server.ports.values():
+        addresses = [address.split(":")[0] for address in listening if int(address.split(":")[1], 16) == port]
+        assert addresses == ["0100007F"]
+
+
+def test_clients_cannot_load_models(server):
+    """A model configuration from a client may carry code."""
+    client = InferenceServerClient(server.url)
+    with pytest.raises(InferenceServerException, match="restricted"):
+        client.load_model("study")
+    with pytest.raises(InferenceServerException, match="restricted"):
+        client.unload_model("decoder")
+    client.close()
+
+
+def test_two_servers_run_side_by_side(light_repository, server, scans, tmp_path):
+    with Server(light_repository, **free_ports(), log=tmp_path / "second.log") as second:
+        with M3DClient(second.url) as client:
+            assert client.upload(scans[0]).info["shape"]
+        footprint = Footprint(second.keeper_pid)
+    assert footprint.left() == []
+    assert server.is_ready()
