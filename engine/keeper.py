@@ -52,17 +52,24 @@ def descendants(root: int) -> list[int]:
     return found
 
 
-def shared_memory_of(pids) -> set[str]:
-    """Top-level names in /dev/shm that these processes have mapped and that still exist."""
-    names = set()
+def shared_memory_of(pids) -> set[int]:
+    """Inodes in /dev/shm that these processes have mapped.
+
+    Not names: glibc makes a semaphore under another name than the one it is opened by, and the maps show the first.
+    """
+    inodes = set()
     for pid in pids:
         try:
             lines = Path("/proc", str(pid), "maps").read_text().splitlines()
         except OSError:
             continue  # it ended meanwhile, or is another user's
-        names.update(line.partition(SHM)[2].split("/")[0] for line in lines
-                     if SHM in line and not line.endswith(" (deleted)"))
-    return names
+        inodes.update(int(line.split()[4]) for line in lines if SHM in line)
+    return inodes
+
+
+def shared_memory() -> dict[str, int]:
+    """Inode by name of everything at the top of /dev/shm."""
+    return {entry.name: entry.inode() for entry in os.scandir(SHM)}
 
 
 def everybody() -> list[int]:
@@ -75,8 +82,8 @@ class Keeper:
         self.grace_s = grace_s
         self.orphans_grace_s = orphans_grace_s
         self.remove = remove
-        self.shm_before = set(os.listdir(SHM))
-        self.shm_seen: set[str] = set()
+        self.shm_before = shared_memory()
+        self.shm_seen: set[int] = set()
         self.owner = os.getppid()
         self.wake_read, wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
@@ -96,7 +103,7 @@ class Keeper:
 
     def run(self) -> int:
         """Returns the command's exit status, as a shell would: 128 + n after signal n."""
-        known = self.shm_before
+        known = set(self.shm_before)
         while self.status is None and not self.stop_asked:
             if (names := set(os.listdir(SHM))) - known:
                 self._survey()
@@ -161,11 +168,12 @@ class Keeper:
 
     def _clean(self) -> None:
         ours = {os.path.basename(path) for prefix in self.shm_prefixes for path in glob.glob(f"{SHM}{prefix}*")}
-        # Python's and vLLM's shared memory has random names: what the tree had mapped and nobody else uses. A semaphore
-        # of multiprocessing that nobody has mapped is of no use to anybody.
-        new = set(os.listdir(SHM)) - self.shm_before
-        if unnamed := {name for name in new if name in self.shm_seen or name.startswith("sem.mp-")}:
-            ours |= unnamed - shared_memory_of(everybody())
+        # Python's and vLLM's shared memory has random names: what the tree had mapped and nobody else uses.
+        unnamed = {name: inode for name, inode in shared_memory().items()
+                   if name not in self.shm_before and inode in self.shm_seen}
+        if unnamed:
+            used = shared_memory_of(everybody())
+            ours |= {name for name, inode in unnamed.items() if inode not in used}
         for path in [os.path.join(SHM, name) for name in ours] + self.remove:
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path, ignore_errors=True)

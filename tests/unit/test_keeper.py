@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -48,7 +49,7 @@ def keeper_command(command: list[str], shm_prefixes: list[str], remove: list[Pat
 class Tree:
     """A keeper with COMMAND under it."""
 
-    def __init__(self, tmp_path: Path, command: str = COMMAND):
+    def __init__(self, tmp_path: Path, command: str = COMMAND, read_pids: bool = True):
         self.prefix, self.name = f"test-{uuid.uuid4().hex[:8]}", f"psm_{uuid.uuid4().hex[:8]}"
         self.folder = tmp_path / "run"
         self.folder.mkdir()
@@ -56,7 +57,7 @@ class Tree:
         self.process = subprocess.Popen(
             keeper_command([sys.executable, "-c", command, self.prefix, self.name, DEAF], shm_prefixes, [self.folder]),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, text=True)
-        self.pids = [int(word) for word in self.process.stdout.readline().split()]
+        self.pids = [int(word) for word in self.process.stdout.readline().split()] if read_pids else []
 
     def leftovers(self) -> list:
         shm = [name for name in os.listdir("/dev/shm") if name.startswith((self.prefix, self.name))]
@@ -106,6 +107,25 @@ def test_shared_memory_of_others_is_left_alone(tree):
         assert other.exists()
     finally:
         other.unlink()
+
+
+def test_semaphores_are_told_apart_by_who_has_them(tmp_path):
+    """The tree's own one is removed, and that of a bystander stays: both have names of the same random kind."""
+    semaphores = lambda: {name for name in os.listdir("/dev/shm") if name.startswith("sem.mp-")}  # noqa: E731
+    tree = Tree(tmp_path, """
+import multiprocessing, os, signal
+held = multiprocessing.get_context("spawn").Lock()
+print(held._semlock.name, flush=True)
+os.kill(multiprocessing.resource_tracker._resource_tracker._pid, signal.SIGKILL)
+signal.pause()
+""", read_pids=False)
+    name = f"sem.{tree.process.stdout.readline().strip().lstrip('/')}"
+    assert name in semaphores()
+    bystander = multiprocessing.get_context("spawn").Lock()
+    theirs = f"sem.{bystander._semlock.name.lstrip('/')}"
+    tree.process.stdin.close()
+    tree.process.wait(PATIENCE_S)
+    assert name not in semaphores() and theirs in semaphores()
 
 
 def test_the_tree_ends_with_its_owner():
