@@ -223,6 +223,15 @@ def test_a_mask_comes_back_in_the_orientation_the_scan_is_stored_in(codes):
         assert geometry.affine == tuple(map(tuple, scan.affine.tolist()))
 
 
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL"])
+def test_the_crop_lies_where_an_off_centre_body_is(codes):
+    array = np.full((40, 50, 60), -1000, np.int16)
+    array[5:20, 11:45, 2:33] = 40
+    scan = reoriented(Scan(array, np.eye(4), "nifti"), codes)
+    mask = prepare(scan, SIZE, "ct").geometry.mask_to_scan(np.ones(SIZE, np.float32))
+    np.testing.assert_array_equal(mask, scan.array == 40)
+
+
 def test_model_axes_run_up_back_and_left():
     world = np.zeros((20, 20, 20), np.float32)
     for axis in range(3):  # RAS
