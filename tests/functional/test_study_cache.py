@@ -18,6 +18,7 @@ from engine.errors import InvalidInput, StudyNotFound
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest, study_handle
 from engine.wire import Connection, text_of
+from tests.locks import waiting_for
 from tests.tiny import IMAGE_SIZE, QUESTION
 
 ENCODERS = ("vision_encoder", "segmentation_encoder", "clip_image_encoder")
@@ -133,13 +134,6 @@ def test_cold_scans_do_not_hold_up_a_question_about_another_scan(client, triton,
         assert all(upload.is_alive() for upload in uploads)
     for upload in uploads:
         upload.join()
-
-
-def waiting_for(store: StudyStore) -> int:
-    """How many wait for a lock of the store, as the kernel lists them."""
-    inode = (store.root / ".locks").stat().st_ino
-    return sum("->" in line and line.split()[-3].endswith(f":{inode}")
-               for line in Path("/proc/locks").read_text().splitlines())
 
 
 def test_two_scans_asked_the_same_question_in_turns_are_not_mixed_up(client):

@@ -7,8 +7,11 @@ import pytest
 
 from engine.errors import InvalidInput, StudyNotFound, Unavailable
 from engine.limits import Limits
+from engine.runtime import study
 from engine.runtime.study import ScanRequest, Studies, segmentation_features
 from engine.runtime.study_store import StudyStore
+from engine.volume import prepare
+from tests.locks import waiting_for
 from tests.unit.fake_models import SIZE, FakeModels, manifest
 
 
@@ -78,16 +81,16 @@ def test_scans_presets_affines_and_models_do_not_share_a_study(store, models):
     assert len(handles) == 5 == models.calls["vision_encoder"]
 
 
-def test_uploads_of_one_scan_at_the_same_time_encode_it_once(studies, models):
-    started, go = threading.Event(), threading.Event()
-    tokens = models.tokens
+def test_uploads_of_one_scan_at_the_same_time_prepare_and_encode_it_once(studies, store, models, monkeypatch):
+    started, go, prepared = threading.Event(), threading.Event(), []
 
-    def slow(image):
+    def slow(*args):
+        prepared.append(args)
         started.set()
         assert go.wait(30)
-        return tokens(image)
+        return prepare(*args)
 
-    models.tokens = slow
+    monkeypatch.setattr(study, "prepare", slow)
     opened = []
 
     def open_it():
@@ -97,11 +100,13 @@ def test_uploads_of_one_scan_at_the_same_time_encode_it_once(studies, models):
     for thread in threads:
         thread.start()
     assert started.wait(30)
+    while waiting_for(store) < 3:
+        assert len(prepared) == 1
     go.set()
     for thread in threads:
         thread.join()
     assert len({handle for handle, _ in opened}) == 1 and len(opened) == 4
-    assert models.calls == {"vision_encoder": 1}
+    assert len(prepared) == 1 and models.calls == {"vision_encoder": 1}
 
 
 def test_a_request_names_its_scan_once(studies):

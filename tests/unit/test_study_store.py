@@ -8,6 +8,7 @@ import pytest
 from engine.errors import ResourceExhausted, StudyNotFound
 from engine.runtime import study_store
 from engine.runtime.study_store import StudyStore, content_digest, study_handle
+from tests.locks import waiting_for
 
 MB = 1_000_000
 spawn = multiprocessing.get_context("spawn")
@@ -146,24 +147,24 @@ def test_only_the_user_can_read_the_store(store):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def _encode_once(root, handle, barrier, encoded):
-    store = StudyStore(root)
-    barrier.wait()
-
+def _encode_once(root, handle, encoded):
     def encode(image):
         encoded.put(os.getpid())
         return np.full((4, 4), os.getpid(), np.float32)
 
-    store.computed(handle, "visual_tokens", encode)
+    StudyStore(root).computed(handle, "visual_tokens", encode)
 
 
 def test_processes_that_want_the_same_piece_compute_it_once(store):
     handle = handle_of("scan")
     store.add(handle, {}, image_of(1))
-    barrier, encoded = spawn.Barrier(3), spawn.SimpleQueue()
-    workers = [spawn.Process(target=_encode_once, args=(store.root, handle, barrier, encoded)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
+    encoded = spawn.SimpleQueue()
+    workers = [spawn.Process(target=_encode_once, args=(store.root, handle, encoded)) for _ in range(3)]
+    with store.lock(handle, "visual_tokens"):  # until all have found it missing
+        for worker in workers:
+            worker.start()
+        while waiting_for(store) < 3:
+            assert encoded.empty()
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 3
