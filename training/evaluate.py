@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
+import pickle
 import platform
 import sys
+import tempfile
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from rich.progress import track  # noqa: E402
 
 from engine.models.checkpoint import load_lamed  # noqa: E402
 from engine.prompt import Prompt, parse_boxes  # noqa: E402
+from training import workers  # noqa: E402
 from training.data.augment import View, view_of  # noqa: E402
 from training.data.questions import CLOSED, Question, ask, is_right  # noqa: E402
-from training.data.scans import LabelledScan, load_scans  # noqa: E402
+from training.data.scans import load_scans  # noqa: E402
 from training.recipe import Recipe  # noqa: E402
 
 # Apart from training's seeds, which begin with the recipe's.
@@ -176,31 +177,18 @@ def measure(answerer: Answerer, view: View, seed: list[int], long_answers: bool)
     return tally
 
 
-_answerer: Answerer
-
-
-def _start_worker(folder: Path) -> None:
-    global _answerer
-    torch.set_num_threads(1)
-    _answerer = Answerer(folder)
-
-
-def _measure_in_worker(view: View, seed: list[int], long_answers: bool) -> Tally:
-    return measure(_answerer, view, seed, long_answers)
-
-
-def measure_scans(workers: ProcessPoolExecutor, scans: list[LabelledScan], recipe: Recipe, views: int) -> dict:
-    """Figures over `views` views of each scan: the scan as it is, and augmentations from the wider ranges."""
-    size, jobs = tuple(recipe.model["image_size"]), []
-    for k in range(views):
-        for scan in scans:
-            seed = [SEED + recipe.seed, k, sum(scan.name.encode())]
-            view = view_of(scan, recipe.held_out_augmentation if k else None, size, np.random.default_rng(seed))
-            jobs.append(workers.submit(_measure_in_worker, view, [*seed, 1], k < LONG_VIEWS))
-    tally = Tally()
-    for job in track(jobs, description=f"{len(scans)} scans"):
-        tally.add(job.result())
-    return tally.summary()
+def measure_share(recipe: Recipe, checkpoint: Path, names: tuple[str, ...], views: int, folder: Path) -> None:
+    """What one process measures of `views` views of each scan: the scan as it is, and augmentations from wider ranges."""
+    answerer, rank = Answerer(checkpoint), workers.rank()
+    scans = load_scans(names, recipe.fine_grid)
+    jobs = [(scan, k) for k in range(views) for scan in scans][rank::recipe.processes]
+    tallies = defaultdict(Tally)
+    for scan, k in track(jobs, description="measuring", disable=rank > 0):
+        seed = [SEED + recipe.seed, k, sum(scan.name.encode())]
+        ranges = recipe.held_out_augmentation if k else None
+        view = view_of(scan, ranges, answerer.size, np.random.default_rng(seed))
+        tallies[scan.name].add(measure(answerer, view, [*seed, 1], k < LONG_VIEWS))
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(dict(tallies)))
 
 
 def main() -> None:
@@ -211,17 +199,22 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=5, help="views of each scan; the first is the scan as it is")
     arguments = parser.parse_args()
     recipe = Recipe.read(arguments.recipe)
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    with ProcessPoolExecutor(recipe.processes, multiprocessing.get_context("spawn"), _start_worker,
-                             (arguments.checkpoint,)) as workers:
-        metrics = {
-            "date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "views_of_each_scan": arguments.views,
-            "held_out_augmentations": measure_scans(
-                workers, load_scans(tuple(recipe.train), recipe.fine_grid), recipe, arguments.views),
-            "held_out_scans": {scan.name: measure_scans(workers, [scan], recipe, arguments.views)
-                               for scan in load_scans(recipe.held_out, recipe.fine_grid)},
-        }
+    names = (*recipe.train, *recipe.held_out)
+    tallies = defaultdict(Tally)
+    with tempfile.TemporaryDirectory() as folder:
+        workers.run(recipe.processes, measure_share, recipe, arguments.checkpoint, names, arguments.views, Path(folder))
+        for file in sorted(Path(folder).glob("*.pickle")):
+            for name, tally in pickle.loads(file.read_bytes()).items():
+                tallies[name].add(tally)
+    together = Tally()
+    for name in recipe.train:
+        together.add(tallies[name])
+    metrics = {
+        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "views_of_each_scan": arguments.views,
+        "held_out_augmentations": together.summary(),
+        "held_out_scans": {name: tallies[name].summary() for name in recipe.held_out},
+    }
     arguments.out.write_text(json.dumps(metrics, indent=1) + "\n")
 
 
