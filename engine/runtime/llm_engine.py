@@ -20,6 +20,7 @@ from engine.runtime.seg_state_check import check_seg_states
 
 RESTART_WINDOW_S = 3600
 WATCH_INTERVAL_S = 1.0
+SHUTDOWN_S = 10.0  # until an engine that does not end by itself is killed
 
 
 class LlmEngine:
@@ -52,7 +53,7 @@ class LlmEngine:
         try:
             llm = await asyncio.shield(making)
         except asyncio.CancelledError:  # stopped meanwhile: what is being made must not outlive this
-            await asyncio.to_thread(_shut_down, await making)
+            await _end(await making)
             raise
         try:
             await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
@@ -60,7 +61,7 @@ class LlmEngine:
             await check_seg_states(self.folder, self.dtype, self._greedy, self.take_states)
         except BaseException:
             self._llm = None
-            await asyncio.to_thread(_shut_down, llm)
+            await _end(llm)
             raise
         self.health = "ready"
         self._spawn(self._watch(llm))
@@ -73,7 +74,7 @@ class LlmEngine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         llm, self._llm = self._llm, None
         if llm is not None:
-            await asyncio.to_thread(_shut_down, llm)
+            await _end(llm)
 
     async def restarted(self) -> None:
         """Wait for the restart in the background, if there is one."""
@@ -139,7 +140,7 @@ class LlmEngine:
             if not llm.errored:
                 raise
             self._died(llm)
-            raise Unavailable(f"the language model stopped while it answered and is {self.health}: ask again in a "
+            raise Unavailable(f"the language model stopped while it answered; it is {self.health} now: try again in a "
                               "minute") from error
 
     async def _greedy(self, rows: torch.Tensor, length: int, key: str, watched: list[int]) -> list[int]:
@@ -198,7 +199,7 @@ class LlmEngine:
             self._restart_task = self._spawn(self._restart(llm))
 
     async def _restart(self, dead) -> None:
-        await asyncio.to_thread(_shut_down, dead)
+        await _end(dead)
         try:
             await self.start()
         except Exception as error:
@@ -222,10 +223,15 @@ def _processes(llm) -> list:
     return llm.engine_core.resources.engine_manager.processes
 
 
-def _shut_down(llm) -> None:
+async def _end(llm) -> None:
     """Returns when the engine's processes are gone; vLLM alone may leave one that it has just killed."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     processes = _processes(llm)
-    llm.shutdown()
+    if llm.output_handler is not None:  # it would report the end as an error
+        llm.output_handler.cancel()
+        llm.output_processor.propagate_error(EngineDeadError())
+    await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
     llm.shutdown = lambda: None  # its finaliser would call it again, amid the ruins of a Python that ends
     for process in processes:
-        process.join()
+        await asyncio.to_thread(process.join)
