@@ -291,7 +291,6 @@ class _Asked(Iterator):
             if self._send_again is None:
                 raise
             study = self._send_again(evicted)
-            self._send_again = None
             self._responses = self._send(study)
             outputs = next(self._responses)
         self._send_again = None
