@@ -58,9 +58,11 @@ def triton(monkeypatch):
 
     backend = SimpleNamespace(
         Tensor=Tensor, PreferredMemory=lambda kind: kind, TRITONSERVER_MEMORY_CPU="cpu",
-        TRITONSERVER_RESPONSE_COMPLETE_FINAL="final", Logger=SimpleNamespace(log_error=log.append), InferenceRequest=Call,
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL="final", Logger=SimpleNamespace(log_error=log.append),
+        InferenceRequest=Call,
         InferenceResponse=lambda outputs=(), error=None: SimpleNamespace(
-            outputs={tensor.name: tensor.array for tensor in outputs}, error=error, has_error=lambda: error is not None),
+            outputs={tensor.name: tensor.array for tensor in outputs}, error=error,
+            has_error=lambda: error is not None),
         get_input_tensor_by_name=lambda request, name: request.inputs.get(name),
         get_output_tensor_by_name=lambda response, name: Tensor(name, response.outputs[name]))
     backend.TritonError = type("TritonError", (SimpleNamespace,), {code: code for code in codes} | {
@@ -122,8 +124,8 @@ def test_a_request_cancelled_while_it_waited_is_not_worked_on(triton):
     (InvalidInput("too large"), "INVALID_ARG", "INVALID_ARGUMENT: too large"),
     (StudyNotFound("unknown"), "NOT_FOUND", "NOT_FOUND: unknown"),
     (Unavailable("not loaded"), "UNAVAILABLE", "UNAVAILABLE: not loaded"),
-    (ZeroDivisionError("secret detail"), "INTERNAL", "INTERNAL: unexpected ZeroDivisionError; the server's log has the "
-                                                     "details"),
+    (ZeroDivisionError("secret detail"), "INTERNAL",
+     "INTERNAL: unexpected ZeroDivisionError; the server's log has the details"),
 ])
 @pytest.mark.parametrize("slow", [False, True], ids=["at once", "later"])
 def test_an_error_reaches_the_client_with_its_code_and_the_desk_goes_on(triton, error, code, text, slow):
@@ -144,7 +146,8 @@ def test_an_error_reaches_the_client_with_its_code_and_the_desk_goes_on(triton, 
 
 
 def test_inputs_are_optional_and_texts_must_be_utf8(triton):
-    request = Request(TEXTS=Tensor("TEXTS", np.array(["ä".encode(), b"b"], object)), NO=Tensor("NO", np.array([False])),
+    request = Request(TEXTS=Tensor("TEXTS", np.array(["ä".encode(), b"b"], object)),
+                      NO=Tensor("NO", np.array([False])),
                       EMPTY=Tensor("EMPTY", np.array([b""], object)), BAD=Tensor("BAD", np.array([b"\xff"], object)))
     io = triton.io
     assert io.texts(request, "TEXTS") == ["ä", "b"] and io.texts(request, "absent") == []
@@ -175,7 +178,8 @@ def test_another_models_error_is_raised_as_its_kind(triton, message, kind, text)
 
 def test_parameters_are_whole_numbers(triton):
     def args(value):
-        return {"model_name": "study", "model_config": f'{{"parameters": {{"threads": {{"string_value": "{value}"}}}}}}'}
+        config = f'{{"parameters": {{"threads": {{"string_value": "{value}"}}}}}}'
+        return {"model_name": "study", "model_config": config}
 
     assert triton.io.parameter(args("3"), "threads", 1) == 3
     assert triton.io.parameter(args(""), "threads", 1) == triton.io.parameter(args("3"), "other", 1) == 1
