@@ -53,6 +53,8 @@ class AnswerDesk:
         self.decoder = decoder
         self.store = store
         self._open: dict[asyncio.Task, object] = {}  # answers in work and their response senders
+        # Triton frees an answer's state with its last response; asking about it then, or meanwhile, is a segfault.
+        self._last_or_asking = threading.Lock()
         self._threads = ThreadPoolExecutor(SENDING_THREADS, "send-answers")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
@@ -97,7 +99,7 @@ class AnswerDesk:
             last = triton_io.error_response(error)
         finally:
             self._open.pop(task)
-        await self._send(sender, last, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        await self._in_thread(self._send_last, sender, last)
 
     async def _answer(self, asked: Asked, sender):
         """Sends all responses but the last one, which it returns."""
@@ -111,7 +113,7 @@ class AnswerDesk:
                 said += delta.text
                 deltas.append(delta)
                 if asked.stream and delta.finish_reason is None:
-                    await self._send(sender, self._response(asked, deltas))
+                    await self._in_thread(sender.send, self._response(asked, deltas))
                     deltas = []
         return self._response(asked, deltas, geometry.boxes_to_scan(parse_boxes(said)))
 
@@ -126,9 +128,13 @@ class AnswerDesk:
             SEG_STATES=no_states if last.states is None else last.states, STUDY=asked.study,
             RETURN_LOGITS=np.array([asked.return_logits]))
 
-    async def _send(self, sender, response, flags: int = 0) -> None:
-        """From a thread, as it may block; waits for it even when cancelled, so that responses keep their order."""
-        sending = self._loop.run_in_executor(self._threads, lambda: sender.send(response, flags=flags))
+    def _send_last(self, sender, response) -> None:
+        with self._last_or_asking:
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    async def _in_thread(self, send, *arguments) -> None:
+        """Sending may block. Waited for even when cancelled, so that responses keep their order and the last one goes."""
+        sending = self._loop.run_in_executor(self._threads, send, *arguments)
         try:
             await asyncio.shield(sending)
         except asyncio.CancelledError:
@@ -139,8 +145,16 @@ class AnswerDesk:
     async def _cancel_what_clients_cancelled(self) -> None:
         while True:
             await asyncio.sleep(CANCEL_INTERVAL_S)
-            for task in await self._loop.run_in_executor(self._threads, _cancelled, dict(self._open)):
+            for task in await self._loop.run_in_executor(self._threads, self._cancelled, list(self._open.items())):
                 task.cancel()
+
+    def _cancelled(self, answers: list) -> list[asyncio.Task]:
+        found = []
+        for task, sender in answers:
+            with self._last_or_asking:
+                if task in self._open and sender.is_cancelled():
+                    found.append(task)
+        return found
 
     async def _cancel_all(self) -> None:
         tasks = list(self._open)
@@ -156,7 +170,3 @@ class AnswerDesk:
         self._thread.join()
         self._loop.close()
         self._threads.shutdown()
-
-
-def _cancelled(answers: dict) -> list[asyncio.Task]:
-    return [task for task, sender in answers.items() if sender.is_cancelled()]
