@@ -87,6 +87,13 @@ def test_masks_stay_in_place_within_half_a_model_voxel(case):
     assert (np.abs(moved[list(geometry.axes)]) <= 0.5 * np.array(voxel)).all()
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(masks(smallest=4))
+def test_a_mask_on_the_way_to_the_model_keeps_its_volume(case):
+    geometry, mask = case
+    np.testing.assert_allclose(geometry.mask_to_model(mask).mean(), geometry.view(mask).mean(), rtol=1e-4)
+
+
 @settings(max_examples=60, deadline=None)
 @given(geometries(), st.data())
 def test_boxes_come_back_as_they_were(geometry, data):
