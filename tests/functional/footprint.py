@@ -29,7 +29,7 @@ class Footprint:
         self.triton_pid, = (pid for pid in tree if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver")
         environment = Path(f"/proc/{self.triton_pid}/environ").read_bytes().split(b"\0")
         self.run_folder, = (v[len(b"VLLM_RPC_BASE_PATH="):] for v in environment if v.startswith(b"VLLM_RPC_BASE_PATH="))
-        self.shm = keeper.shared_memory_of(tree) | {name for name in os.listdir(keeper.SHM) if self._is_ours(name)}
+        self.mapped = keeper.shared_memory_of(tree)
 
     def _is_ours(self, name: str) -> bool:
         return name.startswith((f"{FOLDER_PREFIX}-{self.triton_pid}-", f"{Path(os.fsdecode(self.run_folder)).name}-"))
@@ -42,6 +42,6 @@ class Footprint:
                     alive.append(f"process {pid} by its environment")
             except OSError:
                 pass  # it ended meanwhile, or is another user's
-        shm = [name for name in os.listdir(keeper.SHM) if name in self.shm or self._is_ours(name)]
+        shm = [name for name, inode in keeper.shared_memory().items() if inode in self.mapped or self._is_ours(name)]
         folder = [os.fsdecode(self.run_folder)] if os.path.exists(self.run_folder) else []
         return alive + shm + folder
