@@ -46,7 +46,7 @@ def server(repository, tmp_path_factory):
     with Server(repository, **free_ports(), log=tmp_path_factory.mktemp("log") / "triton.log") as server:
         yield server
         footprint = Footprint(server.keeper_pid)
-        assert len(footprint.processes) > len(contract.MODELS) // 2 and footprint.shm
+        assert len(footprint.processes) > len(contract.MODELS) // 2 and footprint.mapped
     assert footprint.left() == []
 
 
