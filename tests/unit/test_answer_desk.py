@@ -207,6 +207,32 @@ def test_a_client_that_does_not_follow_holds_the_decoder_up(desk):
     assert [i for r in sender.responses() for i in r.outputs["TOKEN_IDS"].tolist()] == [*range(100), 2]
 
 
+class Watched(Sender):
+    """Its first question about cancellation is not answered before the last response goes out, or time is up."""
+
+    def __init__(self, gate):
+        super().__init__(gate)
+        self.asked, self.ended_meanwhile = threading.Event(), None
+
+    def is_cancelled(self):
+        assert not self.ended.is_set(), "Triton has freed the answer"
+        if not self.asked.is_set():
+            self.asked.set()
+            self.ended_meanwhile = self.ended.wait(0.5)
+        return False
+
+
+def test_the_last_response_waits_while_triton_is_asked_about_the_answer(desk):
+    """Triton frees the answer with it, and a server that is asked then dies of a segfault."""
+    desk.decoder.script = ANSWER
+    gate = threading.Semaphore(0)
+    sender = ask(desk, Watched(gate), STREAM=STREAM)
+    assert sender.asked.wait(30)
+    gate.release(3)
+    assert len(sender.responses()) == 3
+    assert sender.ended_meanwhile is False
+
+
 def test_closing_ends_what_is_in_work(desk):
     desk.decoder.script = ["wait"]
     sender = ask(desk)
