@@ -41,7 +41,7 @@ def _sampling(**given) -> dict:
 def serve(
     repository: Annotated[Path, typer.Option(help="exported model repository")] = Path("model_repository"),
     target: Annotated[str, typer.Option(help="what it was exported for: cpu or tensorrt")] = "cpu",
-    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets other machines in, without a password")] =
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets anybody on the network in")] =
     "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(help="port of the client protocol")] = 8001,
     http_port: Annotated[int, typer.Option(help="port of Triton's HTTP protocol and health checks")] = 8000,
@@ -58,7 +58,8 @@ def serve(
                     metrics_port=metrics_port, log=log, start_timeout=start_timeout, on_progress=_progress)
     try:
         server.start()
-        notes.print(f"[green]ready[/] on {server.url} (gRPC), {server.http_url}, {server.metrics_url}; log: {server.log}")
+        notes.print(f"[green]ready[/] on {server.url} (gRPC), {server.http_url}, {server.metrics_url}; "
+                    f"log: {server.log}")
         notes.print(f'try: m3d ask SCAN "Describe the scan." --server {server.url}   (stop with Ctrl-C)')
         server.wait()
     except KeyboardInterrupt:
@@ -93,7 +94,7 @@ def ask(scan: ScanPath, question: Question, server: ServerUrl = "localhost:8001"
 @app.command()
 def segment(scan: ScanPath, question: Question,
             output: Annotated[Path, typer.Option("--output", "-o", help="mask, .nii or .nii.gz")] = Path("mask.nii.gz"),
-            picture: Annotated[Optional[Path], typer.Option(help="PNG of three planes (default: beside the mask)")] = None,
+            picture: Annotated[Optional[Path], typer.Option(help="PNG of three planes (default: by the mask)")] = None,
             server: ServerUrl = "localhost:8001", preset: Preset = "auto", max_new_tokens: MaxNewTokens = None,
             temperature: Temperature = None, top_p: TopP = None, top_k: TopK = None, seed: Seed = None,
             repetition_penalty: RepetitionPenalty = None, stop: Stop = None, timeout: Timeout = 600.0) -> None:
@@ -157,7 +158,9 @@ def sample(name: Annotated[str, typer.Argument(help="brain-mr, chest-ct or spine
 
 
 @app.command()
-def doctor(repository: Annotated[Path, typer.Option(help="model repository to look at")] = Path("model_repository")) -> None:
+def doctor(
+    repository: Annotated[Path, typer.Option(help="model repository to look at")] = Path("model_repository"),
+) -> None:
     """Say what this machine has, what is missing for serving, and how to get it."""
     from rich.table import Table
 

@@ -142,7 +142,7 @@ class M3DClient:
     """A connection to one server; use it from as many threads as you like.
 
     timeout: seconds until a call fails with DeadlineExceeded (and is cancelled on the server), None for no limit; each
-    method takes its own. All errors are of engine.errors. Where a method wants a study it also takes what `upload` does.
+    method takes its own. All errors are of engine.errors. A method that wants a study also takes what `upload` does.
     """
 
     def __init__(self, url: str = DEFAULT_URL, timeout: float | None = 600.0):

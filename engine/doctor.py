@@ -102,7 +102,8 @@ def _gpu() -> Finding:
     """Serving on the CPU does without; says only what there is."""
     smi, server = shutil.which("nvidia-smi"), shutil.which("tritonserver")
     if smi and server:
-        return Finding("note", "GPU", f"{smi} and {server} are here; target tensorrt has not been run by this project yet")
-    have = " and ".join(name for name, path in (("an NVIDIA driver", smi), ("tritonserver", server)) if path) or "neither"
+        return Finding("note", "GPU", f"{smi} and {server} are here; target tensorrt has not been run yet")
+    parts = (("an NVIDIA driver", smi), ("tritonserver", server))
+    have = " and ".join(name for name, path in parts if path) or "neither"
     return Finding("note", "GPU", "target tensorrt needs an NVIDIA driver and tritonserver on PATH (NVIDIA's Triton "
-                                  f"image); here is {have}. It has not been run by this project yet")
+                                  f"image); here is {have}. It has not been run yet")

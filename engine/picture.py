@@ -60,7 +60,8 @@ def montage(path: str | PathLike, scan: np.ndarray, affine: np.ndarray, mask: np
         _decorate(axes, marks, name)
         if column == 0:
             _scale_bar(axes, size[across])
-    figure.text(0.025, 1 - 0.2 / height, "\n".join(_lines(title, 110)), color=TEXT, fontsize=14, va="top", weight="bold")
+    figure.text(0.025, 1 - 0.2 / height, "\n".join(_lines(title, 110)), color=TEXT, fontsize=14, va="top",
+                weight="bold")
     figure.text(0.025, 1 - (0.3 + 0.24 * len(_lines(title, 110))) / height, "\n".join(_lines(subtitle, 150)),
                 color=QUIET, fontsize=10.5, va="top")
     if drawn:
@@ -73,7 +74,7 @@ def montage(path: str | PathLike, scan: np.ndarray, affine: np.ndarray, mask: np
 
 
 def window(scan: np.ndarray, mask: np.ndarray | None) -> tuple[float, float]:
-    """Lowest and highest value shown: a CT window that suits what the mask holds, else the 1st to the 99.8th percentile."""
+    """Lowest and highest value shown: a CT window that suits what the mask holds, else percentiles 1 to 99.8."""
     values = scan.ravel()[::max(1, scan.size // _SAMPLES)]
     if values.min() < -500 and values.max() > 100:
         inside = float(np.median(scan[mask])) if mask is not None else 0.0

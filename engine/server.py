@@ -160,7 +160,7 @@ class Server:
             _check_port(self.host, name, port)
         free = shutil.disk_usage(keeper.SHM).free
         if free < SHM_NEEDED:
-            raise Unavailable(f"{keeper.SHM} has {free >> 20} MiB free, the server needs {SHM_NEEDED >> 20} MiB or more: "
+            raise Unavailable(f"{keeper.SHM} has {free >> 20} MiB free, the server needs {SHM_NEEDED >> 20} or more: "
                               "in Docker give the container --shm-size 2g")
         return manifest
 
@@ -206,7 +206,7 @@ class Server:
         text = self._log_text()
         # Triton escapes line ends in its log; where in the Python code it was stands there, too.
         if self._was_starved():
-            return f"the machine is too busy for Triton's start-up checks; try again when it is quieter\n(log: {self.log})"
+            return f"the machine is too busy for Triton's start-up checks; try again in a while\n(log: {self.log})"
         failed = {model: words.rstrip('"').replace("\\n", "\n").partition("\n\nAt:")[0].strip()
                   for model, words in _FAILED.findall(text)}
         # An ensemble fails because a part of it did: the part is the cause.

@@ -90,7 +90,8 @@ class Triton:
         command = [
             str(self.binary), "--model-repository", str(repository), "--model-control-mode", "explicit",
             *(part for model in models for part in ("--load-model", model)),
-            *(part for name, port in ports.items() for part in (f"--{name}-port", str(port), f"--{name}-address", host)),
+            *(part for name, port in ports.items()
+              for part in (f"--{name}-port", str(port), f"--{name}-address", host)),
             "--http-restricted-api", secret, "--grpc-restricted-protocol", secret,
             # The configurations are complete: to complete them, Triton would start every Python model twice.
             "--disable-auto-complete-config",
@@ -109,7 +110,7 @@ class Triton:
         environment = {**os.environ, **QUIET, "VLLM_RPC_BASE_PATH": str(run_folder)}
         environment["PYTHONPATH"] = _joined(Path(__file__).parents[1], os.environ.get("PYTHONPATH"))
         if self.wheel is not None:
-            # The stub embeds Python: it finds the environment by the first python3 on PATH, libpython by LD_LIBRARY_PATH.
+            # The stub embeds Python: it finds the environment by the first python3 on PATH, libpython by its own path.
             environment["PATH"] = _joined(Path(sys.executable).parent, os.environ.get("PATH"))
             # The copied stub looks for the wheel's own libraries beside itself, where they are not.
             libraries = [Path(sysconfig.get_config_var("LIBDIR") or Path(sys.base_prefix) / "lib"),

@@ -39,7 +39,7 @@ _BY_STATUS = {
 
 
 def encode(tensor: Tensor, value) -> tuple[tuple[int, ...], bytes]:
-    """Shape and raw content of one input. BYTES takes one text or a sequence of texts, the others array-likes or bytes."""
+    """Shape and raw content of one input. BYTES takes a text or a sequence of them, the others arrays or bytes."""
     if tensor.dtype == "BYTES":
         texts = [value] if isinstance(value, (str, bytes)) else list(value)
         raw = [text.encode() if isinstance(text, str) else text for text in texts]
@@ -66,7 +66,7 @@ def decode(datatype: str, shape, content: bytes) -> np.ndarray:
 
 
 def request_of(model: str, inputs: Mapping[Tensor, object]) -> service_pb2.ModelInferRequest:
-    """A request with all outputs. Inputs whose value is None stay out. Raises InvalidInput if it is too large to send."""
+    """A request with all outputs. Inputs whose value is None stay out. Raises InvalidInput if it is too large."""
     request = service_pb2.ModelInferRequest(model_name=model)
     size = 0
     for tensor, value in inputs.items():

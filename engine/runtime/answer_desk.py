@@ -133,7 +133,7 @@ class AnswerDesk:
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     async def _in_thread(self, send, *arguments) -> None:
-        """Sending may block. Waited for even when cancelled, so that responses keep their order and the last one goes."""
+        """Sending may block. Waited for even when cancelled: responses keep their order, and the last one goes."""
         sending = self._loop.run_in_executor(self._threads, send, *arguments)
         try:
             await asyncio.shield(sending)

@@ -28,7 +28,8 @@ class Footprint:
         self.processes = {pid: _started(pid) for pid in (keeper_pid, *tree)}
         self.triton_pid, = (pid for pid in tree if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver")
         environment = Path(f"/proc/{self.triton_pid}/environ").read_bytes().split(b"\0")
-        self.run_folder, = (v[len(b"VLLM_RPC_BASE_PATH="):] for v in environment if v.startswith(b"VLLM_RPC_BASE_PATH="))
+        name = b"VLLM_RPC_BASE_PATH="
+        self.run_folder, = (variable[len(name):] for variable in environment if variable.startswith(name))
         self.mapped = keeper.shared_memory_of(tree)
 
     def _is_ours(self, name: str) -> bool:

@@ -188,7 +188,8 @@ def test_an_affine_that_cannot_be_one_is_refused(connection):
     buffer = io.BytesIO()
     np.save(buffer, values())
     with pytest.raises(InvalidInput, match="affine"):
-        connection.infer("study", {contract.VOLUME: buffer.getvalue(), contract.AFFINE_IN: np.zeros((4, 4))}, PATIENCE_S)
+        inputs = {contract.VOLUME: buffer.getvalue(), contract.AFFINE_IN: np.zeros((4, 4))}
+        connection.infer("study", inputs, PATIENCE_S)
 
 
 @pytest.mark.usefixtures("works_afterwards")

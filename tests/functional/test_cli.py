@@ -41,7 +41,8 @@ def test_ask_streams_what_the_client_gets(server, client, scan):
 def test_segment_writes_a_mask_in_the_scans_own_space_and_a_picture(server, client, scan, tmp_path):
     expected = client.segment(scan, QUESTION, max_new_tokens=24)
     assert expected.mask is not None
-    done = m3d("segment", scan, QUESTION, "-o", tmp_path / "mask.nii.gz", "--server", server.url, "--max-new-tokens", 24)
+    done = m3d("segment", scan, QUESTION, "-o", tmp_path / "mask.nii.gz", "--server", server.url,
+               "--max-new-tokens", 24)
     assert done.returncode == 0, done.stderr
     mask, original = nibabel.load(tmp_path / "mask.nii.gz"), nibabel.load(scan)
     assert mask.shape == original.shape

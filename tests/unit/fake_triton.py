@@ -29,7 +29,8 @@ def response(**tensors) -> service_pb2.ModelInferResponse:
 
 
 def inputs_of(request) -> dict[str, np.ndarray]:
-    return {i.name: decode(i.datatype, tuple(i.shape), raw) for i, raw in zip(request.inputs, request.raw_input_contents)}
+    return {i.name: decode(i.datatype, tuple(i.shape), raw)
+            for i, raw in zip(request.inputs, request.raw_input_contents)}
 
 
 def piece(text: str, ids: list[int], finish: str = "", boxes=np.zeros((0, 6)), info: str = "") -> dict:

@@ -1,4 +1,4 @@
-"""The client against a server that says what a test wants: streams, cancellation, deadlines, errors, re-sent studies."""
+"""The client against a server that says what a test wants: streams, cancellation, deadlines, errors, evictions."""
 from __future__ import annotations
 
 import gc
