@@ -17,6 +17,7 @@ from engine.manifest import LLM_FOLDER, Manifest
 
 VISUAL_TOKENS, WIDTH, VOCABULARY, CONTEXT = 64, 128, 320, 512
 BOS, EOS, IMAGE_TOKEN = 1, 2, 315
+QUESTION_WORDS = range(3, 160)  # never the word that becomes [SEG], which a tokenizer would not know as a word
 CONFIG = LlamaConfig(
     hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=False,
@@ -28,10 +29,10 @@ def visual_tokens(seed: int) -> np.ndarray:
     return 0.2 * np.random.default_rng(seed).standard_normal((VISUAL_TOKENS, WIDTH), dtype=np.float32)
 
 
-def question(seed: int) -> str:
-    """3 to 14 words."""
+def question(seed: int, words: int | None = None) -> str:
+    """3 to 14 words, or as many as asked for."""
     generator = np.random.default_rng(seed)
-    return " ".join(f"w{i}" for i in generator.integers(3, IMAGE_TOKEN, generator.integers(3, 15)))
+    return " ".join(f"w{i}" for i in generator.choice(QUESTION_WORDS, words or generator.integers(3, 15)))
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class TinyLlm:
         return self.model.model(inputs_embeds=rows[None]).last_hidden_state[0, -len(answer):].numpy()
 
 
-def write_tiny_llm(repository: Path, seed: str = "tiny-llm", **changes) -> TinyLlm:
+def write_tiny_llm(repository: Path, seed: str = "tiny-llm-2", **changes) -> TinyLlm:
     """A repository whose `[SEG]` is what the model says most often. changes: of the manifest."""
     folder = repository / LLM_FOLDER
     folder.mkdir(parents=True)
@@ -82,7 +83,7 @@ def write_tiny_llm(repository: Path, seed: str = "tiny-llm", **changes) -> TinyL
     model.save_pretrained(folder)
     tiny = TinyLlm(repository)
     said = Counter(id_ for i in range(8) for id_ in tiny.generate(visual_tokens(i), question(i), 48))
-    seg = next(id_ for id_, _ in said.most_common() if EOS < id_ < IMAGE_TOKEN)
+    seg = next(id_ for id_, _ in said.most_common() if QUESTION_WORDS.stop <= id_ < IMAGE_TOKEN)
     case = {"image_token_id": IMAGE_TOKEN, "seg_token_id": seg, "config": {"vocab_size": VOCABULARY}}
     (folder / "tokenizer.json").write_text(json.dumps(write_checkpoint.tokenizer(case)))
     (folder / "tokenizer_config.json").write_text(json.dumps(write_checkpoint.TOKENIZER_CONFIG))

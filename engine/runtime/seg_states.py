@@ -59,7 +59,7 @@ class SegStates:
         self._rows: dict[str, dict[int, object]] = {}  # by key, then position
         self._unclaimed: dict[str, None] = {}  # keys of finished requests with rows, oldest first
         self._pending: deque[Step | str] = deque()  # steps, and keys that finished after them
-        self.preemptions = 0
+        self.preemptions = self.cut_prompts = 0
 
     def begin(self, request_id: str, request: Request) -> None:
         if request_id not in self._running:  # V2 announces a preempted request again
@@ -102,10 +102,11 @@ class SegStates:
         self._unclaimed.pop(key, None)
 
     def counts(self) -> dict[str, int]:
-        """What is kept now, and how often the engine ran out of KV cache and put a request back."""
+        """What is kept now; and since the start, how often the engine ran out of KV cache and put a request back, and
+        how many prompts were computed in chunks."""
         return {"running": len(self._running), "requests": len(self._rows),
                 "rows": sum(map(len, self._rows.values())), "pending": len(self._pending),
-                "preemptions": self.preemptions}
+                "preemptions": self.preemptions, "cut_prompts": self.cut_prompts}
 
     def _keep_hits(self, step: Step) -> None:
         sampled = step.sampled()
@@ -139,6 +140,8 @@ class SegStateExtension:
         def execute_and_follow(scheduler_output, *args, **kwargs):
             if not kwargs.get("dummy_run"):
                 for new in scheduler_output.scheduled_new_reqs:
+                    computed = new.num_computed_tokens + scheduler_output.num_scheduled_tokens[new.req_id]
+                    states.cut_prompts += computed < new.prompt_len
                     wish = (new.sampling_params and new.sampling_params.extra_args or {}).get(EXTRA_ARG)
                     if wish:
                         states.begin(new.req_id, Request(wish[0], frozenset(wish[1:]), new.prompt_len))

@@ -22,8 +22,8 @@ from engine.sampling import Sampling
 from tests.tiny_llm import BOS, CONTEXT, EOS, VISUAL_TOKENS, WIDTH, question, visual_tokens, write_tiny_llm
 
 AT_ONCE = 12
-# Twelve prompts of about 75 rows fit the cache of 1250 rows, but not a step of 512: they are cut into chunks. Twelve
-# answers of 64 more rows do not fit the cache: some are preempted.
+# The cache of 1250 rows holds twelve prompts, but not their answers: some are preempted. A step has 512 rows: of two
+# long prompts one is cut into chunks.
 SETTINGS = DecoderSettings(kv_cache_gib=0.0012, max_num_seqs=AT_ONCE, max_waiting=AT_ONCE, max_num_batched_tokens=1,
                            block_size=32, enforce_eager=True, threads=1, restarts=1)
 LENGTH = 64
@@ -94,14 +94,20 @@ def case(i: int):
     return visual_tokens(i % 6), question(i)
 
 
+def long_case(i: int):
+    return visual_tokens(i % 6), question(i, words=300)
+
+
+def right_answer(tiny, case):
+    """ids, and the states of their [SEG] tokens"""
+    ids = tiny.generate(*case, LENGTH)
+    return ids, tiny.states(*case, ids)[np.array(ids) == tiny.manifest.seg_token_id]
+
+
 @pytest.fixture(scope="module")
 def expected(tiny):
-    """Of each case: ids, and the states of its [SEG] tokens."""
-    def one(i):
-        ids = tiny.generate(*case(i), LENGTH)
-        return ids, tiny.states(*case(i), ids)[np.array(ids) == tiny.manifest.seg_token_id]
-
-    return [one(i) for i in range(2 * AT_ONCE)]
+    """The right answers to the cases."""
+    return [right_answer(tiny, case(i)) for i in range(2 * AT_ONCE)]
 
 
 def assert_equals(answer: Answer, expected) -> None:
@@ -133,13 +139,21 @@ def test_ids_text_and_states_are_those_of_transformers(running, expected):
         assert answer.info.prompt_tokens == 1 + VISUAL_TOKENS + len(case(i)[1].split())
 
 
-def test_they_stay_so_under_concurrency_chunked_prefill_and_preemption(running, expected):
+def test_they_stay_so_under_concurrency_and_preemption(running, expected):
     before = running.kept()["preemptions"]
     answers = running.ask_all(*((*case(i), "crowd") for i in range(2 * AT_ONCE)), max_new_tokens=LENGTH)
     for answer, right in zip(answers, expected):
         assert_equals(answer, right)
     assert running.kept()["preemptions"] > before
     assert_nothing_is_kept(running)
+
+
+def test_they_stay_so_for_prompts_computed_in_chunks(running, tiny):
+    before = running.kept()["cut_prompts"]
+    answers = running.ask_all(*((*long_case(i), "chunks") for i in range(AT_ONCE)), max_new_tokens=LENGTH)
+    for i, answer in enumerate(answers):
+        assert_equals(answer, right_answer(tiny, long_case(i)))
+    assert running.kept()["cut_prompts"] > before
 
 
 def test_a_second_question_about_a_scan_finds_its_visual_prefix_cached(running, expected):
@@ -226,11 +240,12 @@ def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(running, expected):
 
 def test_a_seed_gives_the_same_answer_alone_and_among_others(running):
     sampling = dict(max_new_tokens=LENGTH, temperature=1.5, top_p=0.9, top_k=40, seed=17)
-    alone = [running.ask(*case(i), **sampling) for i in range(AT_ONCE)]
-    # Nothing is cached under a new salt, so that prompts are cut into chunks: vLLM alone dies of that with a seed.
-    together = running.ask_all(*((*case(i), "chunked") for i in range(AT_ONCE)), **sampling)
+    alone = [running.ask(*long_case(i), **sampling) for i in range(AT_ONCE)]
+    before = running.kept()["cut_prompts"]
+    together = running.ask_all(*((*long_case(i), "seeds") for i in range(AT_ONCE)), **sampling)
     assert [answer.ids for answer in together] == [answer.ids for answer in alone]
-    other = running.ask(*case(0), **{**sampling, "seed": 18})
+    assert running.kept()["cut_prompts"] > before, "which vLLM alone does not survive with a seed"
+    other = running.ask(*long_case(0), **{**sampling, "seed": 18})
     assert other.ids != alone[0].ids
 
 
