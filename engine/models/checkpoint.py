@@ -178,7 +178,8 @@ def build_lamed(config: LamedConfig, weights: Weights, dtype: torch.dtype, with_
     if not with_llm:
         model.llm = None
     names = {published: own for published, own in _own_names(expected).items() if with_llm or not own.startswith("llm.")}
-    return _fill(model, {own: weights[key] for key, own in names.items() if key in set(weights)}, dtype)
+    found = set(weights)
+    return _fill(model, {own: weights[key] for key, own in names.items() if key in found}, dtype)
 
 
 def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[M3DClip, Path]:
