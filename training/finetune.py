@@ -2,8 +2,8 @@
 
     python training/finetune.py training/demo/recipe.json --out training/demo
 
-Three stages: `segmentation` (SegVol with taught prompts), `instruction` (language, boxes and masks together) and
-`refinement` (SegVol again, prompts fixed). An interrupted run goes on where it last saved itself;
+Four stages: `segmentation` (SegVol with taught prompts), `alignment` (visual tokens brought to the language model's words),
+`instruction` (language, boxes and masks together) and `refinement` (SegVol again, prompts fixed). An interrupted run goes on where it last saved itself;
 `training/evaluate.py` measures the result.
 """
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 
 from engine.errors import M3DError  # noqa: E402
-from training import instruction, segmentation, workers  # noqa: E402
+from training import alignment, instruction, segmentation, workers  # noqa: E402
 from training.data.scans import load_scans  # noqa: E402
-from training.lamed import lamed_config  # noqa: E402
+from training.lamed import TrainedLamed, lamed_config  # noqa: E402
 from training.recipe import Recipe, Stage  # noqa: E402
 
 
@@ -61,7 +62,11 @@ def train(recipe: Recipe, out: Path, work: Path) -> None:
         return Report(stage, getattr(recipe, stage), work / "log.jsonl")
 
     taught = segmentation.train(recipe, lamed_config(recipe), scans, work, report("segmentation"))
-    model = instruction.train(recipe, scans, taught, out, work, report("instruction"))
+    torch.manual_seed(recipe.seed)
+    model = TrainedLamed(recipe)
+    model.start_from(taught)
+    alignment.train(recipe, model, scans, work, report("alignment"))
+    instruction.train(recipe, model, scans, taught, out, work, report("instruction"))
     segmentation.refine(recipe, taught, scans, work, report("refinement"))
     model.lamed.seg_module.load_state_dict(taught.seg_module.state_dict())
     if workers.rank() == 0:

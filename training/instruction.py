@@ -1,4 +1,4 @@
-"""Second stage: language, boxes and masks together (LM + Dice + BCE).
+"""Third stage: language, boxes and masks together (LM + Dice + BCE).
 
 Trained: LoRA, the added tokens, vision tower, projector and seg projector. The language model and SegVol stay as they
 are: the mask loss reaches the `[SEG]` states through SegVol's decoder.
@@ -23,18 +23,15 @@ from training.packing import pack, sequence
 from training.recipe import Recipe
 from training.segmentation import Sampler, TaughtSegVol, filled_share, images_of
 
-STAGE = 2
+STAGE = 3
 _SAVE_EVERY = 60
 _MASKS_PER_STEP = 4
 
 
-def train(recipe: Recipe, scans: list[LabelledScan], taught: TaughtSegVol, out: Path, work: Path,
-          report: Callable[[int, dict], None]) -> TrainedLamed:
+def train(recipe: Recipe, model: TrainedLamed, scans: list[LabelledScan], taught: TaughtSegVol, out: Path, work: Path,
+          report: Callable[[int, dict], None]) -> None:
     """Train, or go on from `work/instruction.pt`; the same in all processes. Writes the checkpoint to `out`."""
-    stage, state_file = recipe.instruction, work / "instruction.pt"
-    torch.manual_seed(recipe.seed)
-    model, tokenizer = TrainedLamed(recipe), tokenizer_of(recipe)
-    model.start_from(taught)
+    stage, state_file, tokenizer = recipe.instruction, work / "instruction.pt", tokenizer_of(recipe)
     model.lamed.seg_module.requires_grad_(False)
     taught.requires_grad_(False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -56,7 +53,6 @@ def train(recipe: Recipe, scans: list[LabelledScan], taught: TaughtSegVol, out: 
                                adam=optimizer.adam.state_dict(), step=step + 1)
             if workers.rank() == 0:
                 model.write(out, recipe)
-    return model
 
 
 def _step(model: TrainedLamed, tokenizer, taught: TaughtSegVol, recipe: Recipe, views: list[View],
@@ -72,7 +68,8 @@ def _step(model: TrainedLamed, tokenizer, taught: TaughtSegVol, recipe: Recipe, 
         bos = model.embed(torch.full((len(views), 1), tokenizer.bos_token_id))
         embeddings = torch.cat([bos, lamed.encode_images(images).float(), model.embed(batch.ids)], dim=1)
         hidden = model.hidden(embeddings, batch.mask, batch.positions)
-        language = language_loss(model.logits(hidden[batch.answer_rows, batch.answer_columns]), batch.answers)
+        language = language_loss(model.logits(hidden[batch.answer_rows, batch.answer_columns]), batch.answers,
+                                 batch.answer_weights)
         loss, losses = language, {"language": language.item(), "mask": 0.0, "prompt": 0.0}
         if segmenting:
             prompts = lamed.seg_projector(hidden[batch.state_rows, batch.state_columns]).float()

@@ -19,6 +19,6 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
     return dice_loss(logits, target) + F.binary_cross_entropy_with_logits(logits.float(), target.float())
 
 
-def language_loss(logits: Tensor, answers: Tensor) -> Tensor:
-    """Mean cross-entropy over the tokens of answers: logits [T, V] of the positions before them, answers [T]."""
-    return F.cross_entropy(logits.float(), answers)
+def language_loss(logits: Tensor, answers: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropy of answer tokens [T]: logits [T, V] of the positions before them, weights [T]."""
+    return (weights * F.cross_entropy(logits.float(), answers, reduction="none")).sum() / weights.sum()

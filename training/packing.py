@@ -27,6 +27,8 @@ class Pack:
 
     ids: [B, L]. mask: [B, P + L, P + L], True where a row may attend to a column. positions: [B, P + L].
     answer_rows, answer_columns, answers: [T], where each answer token is predicted (index into B and P + L) and its id.
+    answer_weights: [T], of each answer token in the loss: 1 / sqrt(length of its answer), so that the single words that
+    need a look at the scan do not drown in boxes and reports.
     state_rows, state_columns: [K], where the `[SEG]` token of each segmenting question is predicted, in order.
     """
 
@@ -36,6 +38,7 @@ class Pack:
     answer_rows: Tensor
     answer_columns: Tensor
     answers: Tensor
+    answer_weights: Tensor
     state_rows: Tensor
     state_columns: Tensor
 
@@ -57,7 +60,7 @@ def pack(groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token
     # Padding attends to itself, since a row without anything to attend to is not a number.
     mask = torch.eye(total, dtype=torch.bool).repeat(len(groups), 1, 1)
     mask[:, :prefix, :prefix] = torch.ones(prefix, prefix).tril().bool()
-    answers, states = [], []
+    answers, weights, states = [], [], []
     for row, group in enumerate(groups):
         start = 0
         for s in group:
@@ -70,9 +73,10 @@ def pack(groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token
             for k in range(s.answer_start, n):
                 before = (row, prefix + start + k - 1)
                 answers.append((*before, s.ids[k]))
+                weights.append((n - s.answer_start) ** -0.5)
                 if s.ids[k] == seg_token_id:
                     states.append(before)
             start += n
     rows, columns, tokens = torch.tensor(answers).T
     state_rows, state_columns = torch.tensor(states, dtype=torch.long).reshape(-1, 2).T
-    return Pack(ids, mask, positions, rows, columns, tokens, state_rows, state_columns)
+    return Pack(ids, mask, positions, rows, columns, tokens, torch.tensor(weights), state_rows, state_columns)

@@ -76,6 +76,7 @@ class Recipe:
     augmentation: Augmentation
     held_out_augmentation: Augmentation
     segmentation: Stage
+    alignment: Stage
     instruction: Stage
     refinement: Stage
     mask_loss_weight: float

@@ -1,7 +1,7 @@
-"""First and third stage: SegVol's encoder and decoder with one learned prompt a structure, without the language model.
+"""First and fourth stage: SegVol's encoder and decoder with one learned prompt a structure, without the language model.
 
-The prompts are teachers: in the second stage the language model's `[SEG]` states learn to take their place, so in the
-third they are fixed. Masks are compared at the decoder's own resolution, where targets are the share of each cell that
+The prompts are teachers: in the third stage the language model's `[SEG]` states learn to take their place, so in the
+fourth they are fixed. Masks are compared at the decoder's own resolution, where targets are the share of each cell that
 the structure fills.
 """
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.data.scans import LabelledScan
 from training.losses import mask_loss
 from training.recipe import Recipe, Stage
 
-STAGE, REFINEMENT_STAGE = 1, 3
+STAGE, REFINEMENT_STAGE = 1, 4
 _SAVE_EVERY = 100
 
 
@@ -80,7 +80,7 @@ def train(recipe: Recipe, config: LamedConfig, scans: list[LabelledScan], work: 
 
 def refine(recipe: Recipe, model: TaughtSegVol, scans: list[LabelledScan], work: Path,
            report: Callable[[int, dict], None]) -> None:
-    """The third stage: train SegVol further, with its prompts fixed (the `[SEG]` states were led to them) and noise on
+    """The fourth stage: train SegVol further, with its prompts fixed (the `[SEG]` states were led to them) and noise on
     them as large as what `[SEG]` states miss them by."""
     _run(recipe, recipe.refinement, REFINEMENT_STAGE, model, scans, work / "refinement.pt", report, recipe.prompt_noise)
 

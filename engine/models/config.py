@@ -64,7 +64,12 @@ class LamedConfig:
         """Visual tokens that one volume becomes, N."""
         if self.proj_pooling_type == "sequence":
             return self.vision.num_patches // self.proj_pooling_size ** 3
-        return math.prod(n // self.proj_pooling_size for n in self.vision.grid)
+        return math.prod(self.visual_grid)
+
+    @property
+    def visual_grid(self) -> tuple[int, ...]:
+        """(d, h, w) of the visual tokens under spatial pooling."""
+        return tuple(n // self.proj_pooling_size for n in self.vision.grid)
 
     @property
     def llm_width(self) -> int:
