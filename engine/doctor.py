@@ -9,11 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import keeper
+from engine.server import keeper
 from engine.errors import M3DError
 from engine.manifest import Manifest
 from engine.server import SHM_NEEDED
-from engine.triton import Triton
+from engine.server.triton import Triton
 
 PYTHONS = ((3, 11), (3, 12))
 # What serving on the CPU imports, and what it is for.

@@ -13,7 +13,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from engine.errors import Cancelled, StudyNotFound
-from engine.geometry import Geometry
+from engine.volume.geometry import Geometry
 from engine.prompt import parse_boxes
 from engine.runtime import triton_io
 from engine.runtime.decoder import Decoder, Delta

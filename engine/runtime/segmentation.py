@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import InvalidInput
-from engine.geometry import Geometry
+from engine.volume.geometry import Geometry
 from engine.runtime.study import Infer, segmentation_features
 from engine.runtime.study_store import StudyStore
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import InvalidInput, Unavailable
-from engine.limits import Limits
+from engine.scan.limits import Limits
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest, study_handle
 from engine.scan import read_scan

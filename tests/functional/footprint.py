@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from engine import keeper
+from engine.server import keeper
 from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
 
 

@@ -15,7 +15,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from engine import contract
 from engine.errors import CheckpointError, InvalidInput, M3DError, StudyNotFound
-from engine.wire import Connection, text_of
+from engine.client.wire import Connection, text_of
 from export.build_engines import export
 from tests.conftest import copy_repository
 from tests.tiny import QUESTION

@@ -11,7 +11,7 @@ import pytest
 from engine import contract
 from engine.client import Study
 from engine.errors import Cancelled, DeadlineExceeded, M3DError, ResourceExhausted, StudyNotFound
-from engine.wire import Connection, text_of
+from engine.client.wire import Connection, text_of
 from tests.tiny import QUESTION
 
 LONG = 480  # tokens: seconds of decoding, nearly to the context's end

@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from engine.errors import InvalidInput, ResourceExhausted, Unavailable
 from engine.runtime.decoder import AnswerInfo, Decoder
-from engine.runtime.decoder_settings import DecoderSettings
+from engine.runtime.decoder.settings import DecoderSettings
 from engine.sampling import Sampling
 from tests.tiny_llm import BOS, CONTEXT, EOS, VISUAL_TOKENS, WIDTH, question, visual_tokens, write_tiny_llm
 

@@ -16,7 +16,7 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from engine import keeper
+from engine.server import keeper
 from engine.client import M3DClient
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.server import Server, free_ports

@@ -17,7 +17,7 @@ from engine.client import Study
 from engine.errors import InvalidInput, StudyNotFound
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest, study_handle
-from engine.wire import Connection, text_of
+from engine.client.wire import Connection, text_of
 from tests.locks import waiting_for
 from tests.tiny import IMAGE_SIZE, QUESTION
 

@@ -11,7 +11,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from engine import contract
-from engine.wire import decode, encode
+from engine.client.wire import decode, encode
 
 ANSWER = ("The ", "liver ", "is ", "normal.")
 HANDLE = "ab" * 32

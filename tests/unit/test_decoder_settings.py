@@ -6,7 +6,7 @@ import re
 import pytest
 
 from engine.errors import RepositoryError
-from engine.runtime.decoder_settings import DecoderSettings
+from engine.runtime.decoder.settings import DecoderSettings
 from tests.conftest import ROOT
 
 

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from engine.runtime.detokenizer import Detokenizer
+from engine.runtime.decoder.detokenizer import Detokenizer
 
 TEXT = "Ein Gefäß, 37 °C, naïve café — 肺 🫁 <bx_start>[0.1, 0.2]<bx_end> [SEG] end </s>"
 

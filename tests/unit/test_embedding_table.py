@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.errors import RepositoryError
-from engine.runtime.embedding_table import EMBEDDINGS, HEAD, EmbeddingTable
+from engine.runtime.decoder.embedding_table import EMBEDDINGS, HEAD, EmbeddingTable
 
 ROWS = torch.arange(12, dtype=torch.float32).reshape(4, 3)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import keeper
+from engine.server import keeper
 
 PATIENCE_S = 60
 # A command with all that is hard to clean: a process in a session of its own that ignores SIGTERM, anonymous shared

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from engine.errors import RepositoryError
-from engine.runtime import seg_state_check
-from engine.runtime.seg_state_check import check_seg_states
+from engine.runtime.decoder import seg_state_check
+from engine.runtime.decoder.seg_state_check import check_seg_states
 from tests.tiny_llm import write_tiny_llm
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.runtime.seg_states import Request, SegStates, Step
+from engine.runtime.decoder.seg_states import Request, SegStates, Step
 
 SEG = 7
 

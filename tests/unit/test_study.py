@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidInput, StudyNotFound, Unavailable
-from engine.limits import Limits
+from engine.scan.limits import Limits
 from engine.runtime import study
 from engine.runtime.study import ScanRequest, Studies, segmentation_features
 from engine.runtime.study_store import StudyStore

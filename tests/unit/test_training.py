@@ -17,8 +17,8 @@ from engine.errors import InvalidInput
 from engine.models import base, checkpoint
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
-from training import instruction, segmentation, workers
-from training.data.augment import swap_sides
+from training import alignment, instruction, segmentation, workers
+from training.data.augment import swap_sides, view_of
 from training.data.questions import Question
 from training.data.scans import LabelledScan
 from training.lamed import TrainedLamed, config_json, lamed_config, tokenizer_of
@@ -59,6 +59,7 @@ def recipe(monkeypatch) -> Recipe:
     return dataclasses.replace(
         real, model=model, processes=1, train={"phantom": 1},
         segmentation=dataclasses.replace(real.segmentation, steps=2, batch=2, per_scan=2),
+        alignment=dataclasses.replace(real.alignment, steps=2, batch=2),
         instruction=dataclasses.replace(real.instruction, steps=2, batch=2, per_scan=3),
         refinement=dataclasses.replace(real.refinement, steps=2, batch=2, per_scan=2))
 
@@ -73,6 +74,13 @@ def scans() -> list[LabelledScan]:
              "tumour_side": ""}
     return [LabelledScan("phantom", image, masks[0] * 1 + masks[1] * np.int64(2), ("left lung", "right lung"),
                          tuple(float(m.mean()) for m in masks), facts)]
+
+
+def started(recipe: Recipe, taught: segmentation.TaughtSegVol) -> TrainedLamed:
+    torch.manual_seed(recipe.seed)
+    model = TrainedLamed(recipe)
+    model.start_from(taught)
+    return model
 
 
 def ignore(step: int, losses: dict) -> None:
@@ -97,10 +105,19 @@ def test_the_mask_loss_is_dice_plus_binary_cross_entropy():
     torch.testing.assert_close(mask_loss(logits, target), dice_loss(logits, target) + entropy)
 
 
-def test_the_language_loss_is_the_mean_over_answer_tokens():
-    logits, answers = torch.randn(5, 7), torch.tensor([0, 3, 6, 2, 2])
-    expected = -logits.log_softmax(-1)[torch.arange(5), answers].mean()
-    torch.testing.assert_close(language_loss(logits, answers), expected)
+def test_the_language_loss_is_the_weighted_mean_over_answer_tokens():
+    logits, answers, weights = torch.randn(5, 7), torch.tensor([0, 3, 6, 2, 2]), torch.rand(5)
+    each = -logits.log_softmax(-1)[torch.arange(5), answers]
+    torch.testing.assert_close(language_loss(logits, answers, weights), (each * weights / weights.sum()).sum())
+
+
+def test_a_long_answer_outweighs_a_short_one_by_the_root_of_its_length(recipe):
+    tokenizer = tokenizer_of(recipe)
+    sequences = [sequence(tokenizer, q, False) for q in QUESTIONS]
+    lengths = [len(s.ids) - s.answer_start for s in sequences]
+    assert len(set(lengths)) == 3
+    weights = pack([sequences], 3, 262, tokenizer.pad_token_id).answer_weights.split(lengths)
+    torch.testing.assert_close(torch.stack([w.sum() for w in weights]), torch.tensor(lengths).sqrt())
 
 
 QUESTIONS = [Question("segment", "Segment it.", "It is [SEG]."), Question("tumour", "Is there one?", "No."),
@@ -157,7 +174,9 @@ def test_the_same_seed_trains_the_same_model_bit_by_bit(recipe, scans, tmp_path)
         folder.mkdir()
         seeded = dataclasses.replace(recipe, seed=seed)
         taught = segmentation.train(seeded, lamed_config(seeded), scans, folder, ignore)
-        instruction.train(seeded, scans, taught, folder / "out", folder, ignore)
+        model = started(seeded, taught)
+        alignment.train(seeded, model, scans, folder, ignore)
+        instruction.train(seeded, model, scans, taught, folder / "out", folder, ignore)
         return {file.name: file.read_bytes() for file in (folder / "out").iterdir()}
 
     first, again, other = run("a", 1), run("b", 1), run("c", 2)
@@ -188,9 +207,9 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(recipe, scans, 
 
 def test_the_frozen_parts_stay_as_they_are_and_the_others_move(recipe, scans, tmp_path):
     taught = segmentation.train(recipe, lamed_config(recipe), scans, tmp_path, ignore)
-    torch.manual_seed(recipe.seed)
-    before = {name: p.detach().clone() for name, p in TrainedLamed(recipe).named_parameters()}
-    model = instruction.train(recipe, scans, taught, tmp_path, tmp_path, ignore)
+    model = started(recipe, taught)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    instruction.train(recipe, model, scans, taught, tmp_path, tmp_path, ignore)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     segvol = model.lamed.seg_module.state_dict()
     assert all(torch.equal(value, segvol[key]) for key, value in taught.seg_module.state_dict().items())
@@ -201,7 +220,8 @@ def test_the_frozen_parts_stay_as_they_are_and_the_others_move(recipe, scans, tm
 
 def test_a_written_checkpoint_loads_strictly_and_answers_as_it_did_in_training(recipe, scans, tmp_path):
     taught = segmentation.train(recipe, lamed_config(recipe), scans, tmp_path, ignore)
-    model = instruction.train(recipe, scans, taught, tmp_path / "out", tmp_path, ignore).eval()
+    model = started(recipe, taught).eval()
+    instruction.train(recipe, model, scans, taught, tmp_path / "out", tmp_path, ignore)
     loaded, tokenizer = checkpoint.load_lamed(tmp_path / "out")
     image = torch.rand(1, 1, 8, 32, 32)
     sequences = [sequence(tokenizer, QUESTIONS[0], False)]
@@ -225,6 +245,32 @@ def test_refinement_trains_the_masks_and_leaves_the_prompts(recipe, scans, tmp_p
     assert torch.equal(after["prompts.weight"], before["prompts.weight"])
     for part in ("image_encoder.norm.weight", "mask_decoder.mask_tokens.weight"):
         assert not torch.equal(after["seg_module." + part], before["seg_module." + part])
+
+
+def test_visual_tokens_are_led_to_the_words_of_the_scan_and_of_their_own_part(recipe, scans):
+    """The lens compares with every word; a token that is exactly the right mixture of words has the least loss."""
+    tokenizer, table = tokenizer_of(recipe), torch.randn(262, 64)
+    lens = alignment.Lens(["CT", "chest", "left lung", "right lung"], tokenizer, table)
+    view = view_of(scans[0], None, (8, 32, 32), np.random.default_rng(0))
+    target = alignment._words(view, lens, (1, 1, 2))
+    left, right, about = lens.row(["left lung"]), lens.row(["right lung"]), lens.row(["CT", "chest"])
+    # Seen from the front: the phantom's left lung lies on the higher columns.
+    np.testing.assert_allclose(target, np.stack([about + right, about + left]) / 2, atol=1e-6)
+    words = torch.eye(len(lens.ids)) @ lens.words_WH * lens.length + lens.mean
+    ids = [torch.tensor(target[None]).argmax(-1)]
+    best = lens.loss(words[ids[0]], torch.eye(len(lens.ids))[ids[0]])
+    assert best < lens.loss(words[(ids[0] + 1) % len(lens.ids)], torch.eye(len(lens.ids))[ids[0]])
+    assert best < lens.loss(3 * words[ids[0]], torch.eye(len(lens.ids))[ids[0]])
+
+
+def test_alignment_trains_the_tower_and_the_projector_only_and_lowers_its_loss(recipe, scans, tmp_path):
+    longer = dataclasses.replace(recipe, alignment=dataclasses.replace(recipe.alignment, steps=30, learning_rate=3e-3))
+    model, losses = started(longer, segmentation.TaughtSegVol(lamed_config(longer), scans)), []
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    alignment.train(longer, model, scans, tmp_path, lambda step, values: losses.append(values["loss"]))
+    moved = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"vision_tower", "mm_projector"}
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
 def test_towers_of_different_size_cannot_start_from_each_other(recipe, scans):

@@ -10,8 +10,8 @@ from scipy.ndimage import center_of_mass
 from scipy.spatial.transform import Rotation
 
 from engine.errors import InvalidInput
-from engine.geometry import Geometry, canonical_axes
-from engine.resample import shrink, weights
+from engine.volume.geometry import Geometry, canonical_axes
+from engine.volume.resample import shrink, weights
 from engine.scan import ARRAY_AFFINE, Scan
 from engine.volume import PRESETS, prepare
 
@@ -178,7 +178,7 @@ def test_linear_resizing_is_that_of_torch(size):
 
 
 def test_shrink_does_not_care_how_the_volume_lies_in_memory(monkeypatch):
-    monkeypatch.setattr("engine.resample.SLAB_BYTES", 1000)
+    monkeypatch.setattr("engine.volume.resample.SLAB_BYTES", 1000)
     volume = np.random.default_rng(0).random((12, 20, 18), np.float32)
     matrices = [weights(12, 5), weights(20, 30), weights(18, 4, "input")]
     expected = np.einsum("dhw,ad,bh,cw->abc", volume, *matrices)

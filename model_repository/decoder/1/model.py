@@ -4,7 +4,7 @@ from pathlib import Path
 
 from engine.runtime.answer_desk import AnswerDesk
 from engine.runtime.decoder import Decoder
-from engine.runtime.decoder_settings import DecoderSettings
+from engine.runtime.decoder.settings import DecoderSettings
 from engine.runtime.study_store import StudyStore
 
 

@@ -3,7 +3,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from engine.limits import Limits
+from engine.scan.limits import Limits
 from engine.manifest import Manifest
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk

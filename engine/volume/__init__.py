@@ -1,6 +1,6 @@
 """From a scan to the model's volume: named preprocessing presets, each a documented contract.
 
-The way back (masks and boxes into the scan's own space) is `engine.geometry.Geometry`, which every preset returns.
+The way back (masks and boxes into the scan's own space) is `engine.volume.geometry.Geometry`, which every preset returns.
 """
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from scipy import ndimage
 
 from engine.errors import InvalidInput
-from engine.geometry import Geometry, canonical_axes, oriented
-from engine.resample import shrink, slabs, weights
+from engine.volume.geometry import Geometry, canonical_axes, oriented
+from engine.volume.resample import shrink, slabs, weights
 from engine.scan import Scan
 
 __all__ = ["Geometry", "PRESETS", "Prepared", "Preset", "prepare"]

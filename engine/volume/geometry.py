@@ -12,7 +12,7 @@ import numpy as np
 from nibabel.orientations import io_orientation
 
 from engine.errors import InvalidInput
-from engine.resample import apply, cheapest_order, shrink, slabs, weights
+from engine.volume.resample import apply, cheapest_order, shrink, slabs, weights
 
 # World axis (0 right-left, 1 anterior-posterior, 2 inferior-superior) and its sign in RAS+ for D, H and W:
 # D from inferior to superior, H from anterior to posterior, W from right to left.

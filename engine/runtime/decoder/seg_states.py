@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from engine.runtime import engine_process
+from engine.runtime.decoder import engine_process
 
 EXTRA_ARG = "seg_states"
 WORKER_EXTENSION = f"{__name__}.SegStateExtension"

@@ -23,7 +23,7 @@ from engine import contract
 from engine.contract import Tensor
 from engine.errors import Cancelled, InvalidInput, M3DError, StudyNotFound, Unavailable
 from engine.sampling import Sampling
-from engine.wire import Connection, text_of
+from engine.client.wire import Connection, text_of
 
 DEFAULT_URL = "localhost:8001"
 # The second step of m3d_chat, asked by itself: Triton does not pass a cancellation on to a step of an ensemble that is

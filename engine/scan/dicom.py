@@ -12,8 +12,8 @@ import numpy as np
 import pydicom
 
 from engine.errors import InvalidInput
-from engine.limits import Limits
-from engine.nifti import rescale
+from engine.scan.limits import Limits
+from engine.scan.nifti import rescale
 
 _LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # pydicom would inflate such a file whole, however large it gets

@@ -8,7 +8,7 @@ import numpy as np
 from isal import isal_zlib  # zlib's interface, at least twice as fast: gunzip is most of the time a large CT takes
 
 from engine.errors import InvalidInput
-from engine.limits import Limits
+from engine.scan.limits import Limits
 
 _CHUNK = 1 << 20
 _MAX_HEADER = 16 << 20  # header and extensions in front of the voxels

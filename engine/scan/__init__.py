@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from nibabel.orientations import aff2axcodes
 
-from engine.dicom import read_dicom_zip
+from engine.scan.dicom import read_dicom_zip
 from engine.errors import InvalidInput
-from engine.limits import Limits
-from engine.nifti import header_class, read_gzipped_nifti, read_nifti, usable
+from engine.scan.limits import Limits
+from engine.scan.nifti import header_class, read_gzipped_nifti, read_nifti, usable
 
 # Without an affine an array is taken as slices x rows x columns, 1 mm apart, as the model's own volumes are: from
 # inferior to superior, anterior to posterior, right to left.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.errors import RepositoryError
-from engine.runtime.embedding_table import EmbeddingTable
+from engine.runtime.decoder.embedding_table import EmbeddingTable
 
 PROMPT_LENGTH, ANSWER_LENGTH = 24, 3
 SMALL_MODEL_BYTES = 1 << 30
