@@ -92,6 +92,10 @@ class TrainingSet(Dataset):
         self._epoch[0] = epoch
 
     def __getitem__(self, index: int) -> Sample:
+        return self.read(index)
+
+    def read(self, index: int, read_image: Callable[[Path, Size], np.ndarray] = read_image) -> Sample:
+        """Sample `index`; read_image may remember images that many samples share. Raises BrokenSample."""
         rng = np.random.default_rng([self.seed, int(self._epoch), zlib.crc32(self.task.encode()), index])
         files = self.files(index)
         change = draw_change(rng, self.image_size) if self.jitter else Change()
@@ -112,9 +116,10 @@ class TrainingSet(Dataset):
         """A file of the set under the root. Raises InvalidInput naming what was looked for, and where."""
         path = self.root.joinpath(*parts)
         if not path.is_file():
-            there = sorted(child.name for child in self.root.iterdir())
-            raise InvalidInput(f"the data root lacks the set for {self.task}: {path} was looked for and is not there; "
-                               f"{self.root} holds {', '.join(there[:12]) or 'nothing'}{', ...' * (len(there) > 12)}")
+            folder = next(parent for parent in path.parents if parent.is_dir())
+            there = sorted(child.name for child in folder.iterdir())
+            raise InvalidInput(f"the data root lacks what {self.task} is read from: {path} was looked for; {folder} "
+                               f"holds {', '.join(there[:12]) or 'nothing'}{', ...' * (len(there) > 12)}")
         return path
 
     def _probe(self) -> None:
@@ -213,6 +218,8 @@ class Structures(TrainingSet):
     An empty mask is a structure that is not in the scan; it is asked for, and the answer says so.
     """
 
+    KINDS = ("segmentation", "rec", "reg")
+
     def __init__(self, root, split, image_size: Size = (32, 256, 256), *, code: str, kind: str, **settings):
         self.code, self.task = code, kind
         super().__init__(root, split, image_size, **settings)
@@ -291,10 +298,12 @@ class Referring(TrainingSet):
         question, answer = (self.rows[index][column].strip().replace("<SEG>", SEG_TOKEN)
                             for column in ("Question", "Answer"))
         if not question or SEG_TOKEN not in answer:
-            raise BrokenSample(self.index, f"row {index + 1} has {'no ' + SEG_TOKEN + ' in its answer' if question else 'no question'}")
+            missing = f"{SEG_TOKEN} in its answer" if question else "question"
+            raise BrokenSample(self.index, f"row {index + 1} has no {missing}")
         if not mask.any():
             files = self.files(index)
-            raise BrokenSample([files.mask, self.index], f"no voxel of the mask is {files.label}, which row {index + 1} means")
+            raise BrokenSample([files.mask, self.index],
+                               f"no voxel of the mask is {files.label}, which row {index + 1} means")
         return question, answer
 
 
@@ -348,7 +357,7 @@ TASKS: dict[str, Callable[..., list[TrainingSet]]] = {
     "vqa_closed": lambda *args, **settings: [ClosedVqa(*args, **settings)],
     "vqa_open": lambda *args, **settings: [Vqa(*args, **settings)],
     "vqa_yes_no": lambda *args, **settings: [YesNoVqa(*args, **settings)],
-    "segmentation": _structures("segmentation"), "rec": _structures("rec"), "reg": _structures("reg"),
+    **{kind: _structures(kind) for kind in Structures.KINDS},
     "refseg": lambda *args, **settings: [Referring(*args, **settings)],
 }
 
