@@ -6,10 +6,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from scipy import sparse
@@ -226,6 +229,32 @@ def _die(item: int) -> int:
 def test_a_worker_that_dies_is_a_clear_error():
     with pytest.raises(M3DError, match="worker processes died.*fewer --workers"):
         list(jobs.parallel(_die, range(3), 2))
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path):
+    def interrupted(folder: Path):
+        raise KeyboardInterrupt
+
+    source = tmp_path / "source"
+    source.mkdir()
+    made = jobs.Job("one", (source,), tmp_path / "out/one", {}, lambda folder: [])
+    with pytest.raises(M3DError, match="interrupted; complete cases are kept"):
+        jobs.do_all([made, jobs.Job("two", (source,), tmp_path / "out/two", {}, interrupted)], 1, "test")
+    assert jobs.do(made).state == "kept"
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = ("import os, sys; sys.path.insert(0, sys.argv[1]); from training.data.jobs import parallel\n"
+              "if __name__ == '__main__':\n"
+              "    for _, pid in parallel(eval, ['__import__(\"os\").getpid()', '__import__(\"time\").sleep(600)'], 2):\n"
+              "        print(pid, flush=True)\n")
+    (tmp_path / "script.py").write_text(script)
+    root = str(Path(jobs.__file__).parents[2])
+    parent = subprocess.Popen([sys.executable, tmp_path / "script.py", root], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    worker.wait(timeout=60)
 
 
 def test_several_workers_make_the_same(seg_raw, tmp_path):

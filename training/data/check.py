@@ -154,8 +154,6 @@ def main() -> None:
         typer.run(check)
     except M3DError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from engine.errors import InvalidInput, M3DError
+from engine.errors import Cancelled, InvalidInput, M3DError
 
 _STAMP = "prepared.json"
 
@@ -88,7 +89,10 @@ def do(job: Job) -> Outcome:
 
 def do_all(jobs: Sequence[Job], workers: int, title: str) -> list[Outcome]:
     """The outcomes of all jobs, in their order, with a progress bar on a terminal."""
-    outcomes = dict(progress(parallel(do, jobs, workers), len(jobs), title))
+    try:
+        outcomes = dict(progress(parallel(do, jobs, workers), len(jobs), title))
+    except M3DError as error:
+        raise type(error)(f"{error}; complete cases are kept, the same command goes on from there") from None
     return [outcomes[number] for number in range(len(jobs))]
 
 
@@ -96,24 +100,26 @@ def parallel(function: Callable, items: Sequence, workers: int, prepare: Callabl
              *given) -> Iterator[tuple[int, object]]:
     """(number, function(item)) as they are done, by `workers` processes; prepare(*given) runs in each of them first.
 
-    Raises M3DError if a process dies.
+    Raises M3DError if a process dies, Cancelled on Ctrl-C, when what is running has ended.
     """
-    if workers <= 1:
-        if prepare:
-            prepare(*given)
-        yield from ((number, function(item)) for number, item in enumerate(items))
-        return
     # Each worker is a core: threads inside would only fight for them.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     pool = ProcessPoolExecutor(min(workers, len(items) or 1), multiprocessing.get_context("spawn"), _start,
                                (prepare, given))
     try:
-        numbers = {pool.submit(function, item): number for number, item in enumerate(items)}
-        for future in as_completed(numbers):
-            yield numbers.pop(future), future.result()
+        if workers == 1:
+            if prepare:
+                prepare(*given)
+            yield from ((number, function(item)) for number, item in enumerate(items))
+        else:
+            numbers = {pool.submit(function, item): number for number, item in enumerate(items)}
+            for future in as_completed(numbers):
+                yield numbers.pop(future), future.result()
     except BrokenProcessPool:
-        raise M3DError(f"one of {workers} worker processes died, perhaps for lack of memory; what is complete is kept: "
-                       f"run the command again with fewer --workers") from None
+        raise M3DError(f"one of {workers} worker processes died, perhaps for lack of memory: use fewer --workers"
+                       ) from None
+    except KeyboardInterrupt:
+        raise Cancelled("interrupted") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -143,6 +149,9 @@ def write_text(path: Path, text: str) -> None:
 
 def _start(prepare: Callable | None, given: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it lets the running cases finish
+    # A parent that is killed takes its workers along; they would wait for work for ever.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     if prepare:
         prepare(*given)
 

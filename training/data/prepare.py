@@ -185,8 +185,6 @@ def main() -> None:
         app()
     except M3DError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: what is complete is kept, the same command goes on from there")
 
 
 if __name__ == "__main__":
