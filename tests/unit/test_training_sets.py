@@ -144,6 +144,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(complete):
     for other in (opened(seed=2), opened(epoch=1)):
         assert not all(same(first[k], other[k]) for k in range(len(first)))
         assert len({first[k].question for k in range(len(first))}) > 3
+    assert all(same(first.at(1, k), other[k]) for k in range(len(first)))
     again.set_epoch(1)
     assert all(same(again[k], other[k]) for k in range(len(first)))
 

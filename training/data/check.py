@@ -79,7 +79,7 @@ def _examine(chunk: tuple[int, list[int]]) -> Findings:
     part, found, read = _held[chunk[0]], Findings(), lru_cache(maxsize=1)(read_image)
     for index in chunk[1]:
         try:
-            sample = part.read(index, read)
+            sample = part.at(0, index, read)
         except BrokenSample as broken:
             found.broken[broken.paths, broken.cause] += 1
             continue

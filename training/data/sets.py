@@ -92,11 +92,11 @@ class TrainingSet(Dataset):
         self._epoch[0] = epoch
 
     def __getitem__(self, index: int) -> Sample:
-        return self.read(index)
+        return self.at(int(self._epoch), index)
 
-    def read(self, index: int, read_image: Callable[[Path, Size], np.ndarray] = read_image) -> Sample:
-        """Sample `index`; read_image may remember images that many samples share. Raises BrokenSample."""
-        rng = np.random.default_rng([self.seed, int(self._epoch), zlib.crc32(self.task.encode()), index])
+    def at(self, epoch: int, index: int, read_image: Callable[[Path, Size], np.ndarray] = read_image) -> Sample:
+        """Sample `index` of any epoch; read_image may remember images that many samples share. Raises BrokenSample."""
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(self.task.encode()), index])
         files = self.files(index)
         change = draw_change(rng, self.image_size) if self.jitter else Change()
         image = read_image(files.image, self.image_size)
@@ -310,22 +310,31 @@ class Referring(TrainingSet):
 class Mixture(Dataset):
     """Several sets one after the other: an epoch has each sample of each set once."""
 
-    def __init__(self, sets: Sequence[Dataset]):
+    def __init__(self, sets: Sequence[TrainingSet]):
         self.sets = tuple(sets)
         self._ends = tuple(accumulate(map(len, self.sets)))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = bisect_right(self._ends, index)
-        return self.sets[number][index - (self._ends[number - 1] if number else 0)]
-
     def set_epoch(self, epoch: int) -> None:
         for part in self.sets:
             part.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> Sample:
+        part, index = self._place(index)
+        return part[index]
+
+    def at(self, epoch: int, index: int) -> Sample:
+        """Sample `index` of any epoch."""
+        part, index = self._place(index)
+        return part.at(epoch, index)
+
+    def _place(self, index: int) -> tuple[TrainingSet, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        return self.sets[number], index - (self._ends[number - 1] if number else 0)
 
 
 def open_sets(tasks: Iterable[str], root: Path | str, split: str, image_size: Size = (32, 256, 256),
