@@ -320,6 +320,12 @@ def test_pairs_are_split_as_the_raw_json_says_and_other_folders_pairs_stay(tmp_p
     for _ in range(2):
         for name in ("ct_case", "ct_quizze"):
             run("cap", tmp_path / name, tmp_path / "root", *SIZED, "--test-share", 0)
+    # Both families at once, from the folder that holds them, lie where the published questions look for them.
+    run("cap", tmp_path, tmp_path / "root", *SIZED, "--test-share", 0)
+    both = json.loads((tmp_path / "root/M3D_Cap_npy/M3D_Cap.json").read_text())
+    assert sorted(pair["image"][12:] for pair in both["train"]) == [
+        f"{name}/{number}/s.npy" for name in ("ct_case", "ct_quizze") for number in "12"]
+    run("cap", tmp_path / "ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
     index = json.loads((tmp_path / "root/M3D_Cap_npy/M3D_Cap.json").read_text())
     assert {split: sorted(pair["image"][12:] for pair in pairs) for split, pairs in index.items() if pairs} == {
         "train": ["ct_case/1/s.npy", "ct_quizze/1/s.npy", "ct_quizze/2/s.npy"], "test500": ["ct_case/2/s.npy"]}

@@ -144,6 +144,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(complete):
     for other in (opened(seed=2), opened(epoch=1)):
         assert not all(same(first[k], other[k]) for k in range(len(first)))
         assert len({first[k].question for k in range(len(first))}) > 3
+    assert len({first[k].question for k in range(len(first)) if first[k].task == "caption"}) > 1
     assert all(same(first.at(1, k), other[k]) for k in range(len(first)))
     again.set_epoch(1)
     assert all(same(again[k], other[k]) for k in range(len(first)))
@@ -380,8 +381,10 @@ def test_a_referring_row_that_cannot_be_taught_is_broken(root, change, cause):
     rows = list(csv.DictReader(path.open()))
     rows[1].update(change)
     write_csv(path, rows[0].keys(), [row.values() for row in rows])
+    referring = Referring(root, "train", SIZE)
     with pytest.raises(BrokenSample, match=cause):
-        Referring(root, "train", SIZE)[1]
+        referring[1]
+    assert referring[0].mask.any()
 
 
 def test_broken_samples_survive_the_way_between_processes():

@@ -54,24 +54,22 @@ def cap(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = 
         test_share: TestShare = 0.02) -> None:
     """Image-text pairs: folders with one .txt and series as folders of slices, DICOM folders or NIfTI files."""
     began = _begin(raw, preset)
-    name = raw.resolve().name
-    jobs, others = cap_jobs(raw, out / CAP / name, image_size, preset)
+    jobs, others = cap_jobs(raw, out / CAP, image_size, preset)
     outcomes = do_all(jobs, workers, "M3D-Cap")
-    given = _given_pairs(raw)
+    given, names = _given_pairs(raw), {job.name for job in jobs}
     index: dict[str, list] = {split: [] for split in ("train", "validation", "test", *given.values())}
-    if (out / CAP / "M3D_Cap.json").is_file():  # pairs of other raw folders stay
+    if (out / CAP / "M3D_Cap.json").is_file():  # the pairs of other raw folders stay
         for split, pairs in read_json(out / CAP / "M3D_Cap.json").items():
-            index.setdefault(split, []).extend(p for p in pairs if not p["image"].startswith(f"{CAP}/{name}/"))
+            kept = [pair for pair in pairs if Path(pair["image"]).parent.relative_to(CAP).as_posix() not in names]
+            index.setdefault(split, []).extend(kept)
     for case in _usable(outcomes):
         for path in sorted(case.target.glob("*.npy")):
             image = path.relative_to(out).as_posix()
-            pair = {"image": image, "text": (case.target / "text.txt").relative_to(out).as_posix()}
-            split = given.get(f"{case.target.name}/{path.name}") if given else \
-                _drawn(case.name, test_share, ("test", "validation"))
+            split = given.get(_pair(image)) if given else _drawn(case.name, test_share, ("test", "validation"))
             if split:
-                index[split].append(pair)
+                index[split].append({"image": image, "text": (case.target / "text.txt").relative_to(out).as_posix()})
             else:
-                others.append(LeftOut(str(case.target / path.name), "M3D_Cap.json of the raw folder does not list it"))
+                others.append(LeftOut(str(path), "M3D_Cap.json of the raw folder does not list it"))
     _finish(out / CAP, "cap", began, raw, image_size, preset, outcomes, others)
     write_json(out / CAP / "M3D_Cap.json", index)
 
@@ -138,12 +136,16 @@ def _begin(raw: Path, preset: str) -> float:
 
 
 def _given_pairs(raw: Path) -> dict[str, str]:
-    """The split of each pair (case/series.npy), where RAW has M3D-Cap's own JSON."""
+    """The split of each pair, where RAW has M3D-Cap's own JSON."""
     path = raw / "M3D_Cap.json"
     if not path.is_file():
         return {}
-    return {"/".join(Path(pair["image"]).parts[-2:]): split
-            for split, pairs in read_json(path).items() for pair in pairs}
+    return {_pair(pair["image"]): split for split, pairs in read_json(path).items() for pair in pairs}
+
+
+def _pair(image: str) -> str:
+    """family/case/series.npy of a path, whatever stands before."""
+    return "/".join(Path(image).parts[-3:])
 
 
 def _drawn(name: str, share: float, held_out: tuple[str, ...]) -> str:

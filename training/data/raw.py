@@ -44,9 +44,12 @@ def cap_jobs(raw: Path, target: Path, size: Size, preset: str) -> tuple[list[Job
         folder = Path(path)
         texts = sorted(name for name in files if name.endswith(".txt"))
         if texts and folder != raw:
+            # Published as M3D_Cap_npy/ct_case/000006: the family's folder may be RAW itself or one inside it.
+            case = folder.relative_to(raw)
+            case = case if len(case.parts) > 1 else raw.resolve().name / case
             sources = (folder / texts[0], *sorted(folder / name for name in [*folders, *files] if name not in texts))
-            jobs.append(Job(str(folder.relative_to(raw)), sources, target / folder.relative_to(raw),
-                            {"size": size, "preset": preset}, partial(_make_cap, folder, texts, size, preset)))
+            jobs.append(Job(case.as_posix(), sources, target / case, {"size": size, "preset": preset},
+                            partial(_make_cap, folder, texts, size, preset)))
             folders.clear()
         elif any(name.lower().endswith((*_SLICES, *_NIFTI)) for name in files):
             without_text.append(LeftOut(str(folder), "there are images but no .txt in the folder above or in this one"))

@@ -10,6 +10,7 @@ import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -124,12 +125,15 @@ class TrainingSet(Dataset):
 
     def _probe(self) -> None:
         """Looks at the headers of a few images: a wrong root or size shows before training, not as broken samples."""
-        step = max(1, len(self) // _PROBED)
-        paths = [self.files(index).image for index in range(0, len(self), step)]
+        paths = []
+        for index in range(0, len(self), max(1, len(self) // _PROBED)):
+            with suppress(BrokenSample):
+                paths.append(self.files(index).image)
         shapes = [stored_shape(path) for path in paths]
         if not any(shapes):
-            raise InvalidInput(f"none of {len(paths)} images that {self.index} names can be read, for example "
-                               f"{paths[0]}; paths in it count from {self._base}")
+            example = f", for example {paths[0]}" if paths else ""
+            raise InvalidInput(f"none of {len(paths)} images that {self.index} names can be read{example}; "
+                               f"paths in it count from {self._base}")
         wanted = (1, *self.image_size)
         if all(shape not in (None, wanted) for shape in shapes):
             raise InvalidInput(f"the images of {self.task} have shape {' x '.join(map(str, shapes[0]))} ({paths[0]}), "

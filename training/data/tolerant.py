@@ -51,6 +51,7 @@ class Tolerant(Dataset):
         if not 0 <= limit < 1:
             raise InvalidInput(f"the share of broken samples must be at least 0 and below 1, not {limit}")
         self.dataset, self.record, self.limit, self.minimum = dataset, Path(record), limit, minimum
+        self.record.parent.mkdir(parents=True, exist_ok=True)
         # A row for this process and for each worker: none writes to another's, so nothing is lost without locks.
         self._counts = torch.zeros(1 + _WORKERS, 2, dtype=torch.int64).share_memory_()
 
