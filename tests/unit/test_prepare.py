@@ -313,19 +313,19 @@ def test_slices_that_do_not_fit_are_left_out_and_named(tmp_path):
 def test_pairs_are_split_as_the_raw_json_says_and_other_folders_pairs_stay(tmp_path):
     for name in ("ct_case", "ct_quizze"):
         for number in "12":
-            slices(tmp_path / name / number / "s", seed=int(number))
-            (tmp_path / name / number / "text.txt").write_text("Findings.")
-    (tmp_path / "ct_case" / "M3D_Cap.json").write_text(json.dumps({
+            slices(tmp_path / "raw" / name / number / "s", seed=int(number))
+            (tmp_path / "raw" / name / number / "text.txt").write_text("Findings.")
+    (tmp_path / "raw/ct_case" / "M3D_Cap.json").write_text(json.dumps({
         "train": [{"image": "M3D_Cap_npy/ct_case/1/s.npy"}], "test500": [{"image": "M3D_Cap_npy/ct_case/2/s.npy"}]}))
     for _ in range(2):
         for name in ("ct_case", "ct_quizze"):
-            run("cap", tmp_path / name, tmp_path / "root", *SIZED, "--test-share", 0)
+            run("cap", tmp_path / "raw" / name, tmp_path / "root", *SIZED, "--test-share", 0)
     # Both families at once, from the folder that holds them, lie where the published questions look for them.
-    run("cap", tmp_path, tmp_path / "root", *SIZED, "--test-share", 0)
+    run("cap", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
     both = json.loads((tmp_path / "root/M3D_Cap_npy/M3D_Cap.json").read_text())
     assert sorted(pair["image"][12:] for pair in both["train"]) == [
         f"{name}/{number}/s.npy" for name in ("ct_case", "ct_quizze") for number in "12"]
-    run("cap", tmp_path / "ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
+    run("cap", tmp_path / "raw/ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
     index = json.loads((tmp_path / "root/M3D_Cap_npy/M3D_Cap.json").read_text())
     assert {split: sorted(pair["image"][12:] for pair in pairs) for split, pairs in index.items() if pairs} == {
         "train": ["ct_case/1/s.npy", "ct_quizze/1/s.npy", "ct_quizze/2/s.npy"], "test500": ["ct_case/2/s.npy"]}
@@ -357,6 +357,7 @@ def test_raw_folders_without_a_usable_case_are_refused(tmp_path):
     (tmp_path / "raw").mkdir()
     run("seg", tmp_path / "none", tmp_path / "root", refused="is not a folder")
     run("seg", tmp_path / "raw", tmp_path / "root", refused="none was found")
+    run("seg", tmp_path / "raw", tmp_path / "raw" / "root", refused="lies inside")
     run("cap", tmp_path / "raw", tmp_path / "root", "--preset", "x-ray", refused="no preset 'x-ray'")
     run("refseg", tmp_path / "raw", tmp_path / "root", refused="M3D_RefSeg.csv cannot be read")
     write_csv(tmp_path / "raw/M3D_RefSeg.csv", ("Image", "Mask"), [])

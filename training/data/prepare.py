@@ -53,7 +53,7 @@ _SHOWN = 10
 def cap(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = "m3d-cap", workers: Workers = _CORES,
         test_share: TestShare = 0.02) -> None:
     """Image-text pairs: folders with one .txt and series as folders of slices, DICOM folders or NIfTI files."""
-    began = _begin(raw, preset)
+    began = _begin(raw, out, preset)
     jobs, others = cap_jobs(raw, out / CAP, image_size, preset)
     outcomes = do_all(jobs, workers, "M3D-Cap")
     given, names = _given_pairs(raw), {job.name for job in jobs}
@@ -78,7 +78,7 @@ def cap(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = 
 def seg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = "m3d-seg", workers: Workers = _CORES,
         test_share: TestShare = 0.2) -> None:
     """Masks of structures: RAW/NNNN/CASE with image.nii.gz and label.nii.gz, or one mask file per class."""
-    began = _begin(raw, preset)
+    began = _begin(raw, out, preset)
     codes = sorted(path.name for path in raw.iterdir() if path.is_dir() and not path.name.startswith("."))
     listed = {code: seg_jobs(raw, out / SEG, code, image_size, preset) for code in codes}
     outcomes = do_all([job for jobs, _, _ in listed.values() for job in jobs], workers, "M3D-Seg")
@@ -101,7 +101,7 @@ def seg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = 
 def refseg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = "m3d-refseg",
            workers: Workers = _CORES) -> None:
     """Referring questions: RAW/CASE with ct.nii.gz and mask.nii.gz, and M3D_RefSeg.csv (and M3D_RefSeg_test.csv)."""
-    began = _begin(raw, preset)
+    began = _begin(raw, out, preset)
     tables = {name: read_table(raw / name, ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Answer"))
               for name in ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv")
               if name == "M3D_RefSeg.csv" or (raw / name).is_file()}
@@ -127,11 +127,13 @@ def refseg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset
         write_text(out / REFSEG / name, text.getvalue())
 
 
-def _begin(raw: Path, preset: str) -> float:
+def _begin(raw: Path, out: Path, preset: str) -> float:
     if not raw.is_dir():
         raise InvalidInput(f"{raw} is not a folder with raw data")
     if preset not in PRESETS:
         raise InvalidInput(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    if out.resolve().is_relative_to(raw.resolve()):
+        raise InvalidInput(f"{out} lies inside {raw}, and would be taken for raw data the next time: write elsewhere")
     return time.monotonic()
 
 
