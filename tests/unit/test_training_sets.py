@@ -164,7 +164,7 @@ def test_workers_hear_of_a_new_epoch(complete, persistent):
 def test_image_mask_and_box_change_together(complete):
     segmentation = Structures(complete, "train", SIZE, code="0010", kind="segmentation", jitter=True)
     rec = Structures(complete, "train", SIZE, code="0010", kind="rec", jitter=True)
-    placed = set()
+    placed, tones = set(), set()
     for epoch in range(30):
         segmentation.set_epoch(epoch), rec.set_epoch(epoch)
         sample = segmentation[0]
@@ -172,11 +172,12 @@ def test_image_mask_and_box_change_together(complete):
         # The liver is of one intensity, and nothing else has it.
         assert np.ptp(bright) < 1e-6 and (np.abs(sample.image - bright[0]) < 1e-6).sum() == sample.mask.sum()
         placed.add(sample.mask.tobytes())
+        tones.add(float(bright[0]))
         sample = rec[0]
         (x1, y1, z1, x2, y2, z2), = np.round(parse_boxes(sample.answer) * np.tile(SIZE, 2)).astype(int)
         inside = sample.image[0, x1:x2 + 1, y1:y2 + 1, z1:z2 + 1]
         assert np.ptp(inside) < 1e-6 and inside.size == mask(LIVER).sum()
-    assert len(placed) > 5
+    assert len(placed) > 5 and len(tones) > 10
 
 
 def test_a_change_is_what_monai_does(complete):
