@@ -9,7 +9,8 @@ import pytest
 
 from engine.errors import InvalidInput
 from engine.prompt import parse_boxes
-from training.data.augment import swap_sides, view_of
+from training.data.augment import view_of
+from training.data.jitter import swap_sides
 from training.data.questions import CLOSED, SHARES, ask, draw, is_right, words
 from training.data.scans import SOURCES, LabelledScan, facts_of
 from training.recipe import Augmentation, Recipe

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from training.data.jitter import swap_sides
 from training.data.scans import LabelledScan
 
 _VISIBLE_SHARE, _VISIBLE_VOXELS = 0.4, 16
@@ -57,11 +58,6 @@ class View:
         mask = self.mask(structure)
         spans = [np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         return np.array([[span[0] for span in spans], [span[-1] for span in spans]]).ravel() / np.tile(mask.shape, 2)
-
-
-def swap_sides(text: str) -> str:
-    """`text` with left and right exchanged."""
-    return text.replace("left", "\0").replace("right", "left").replace("\0", "right")
 
 
 def view_of(scan: LabelledScan, ranges: Augmentation | None, size: tuple[int, int, int],

@@ -1,0 +1,387 @@
+"""The sets of M3D-Data, read in their published layout under one data root (see README.md in this folder).
+
+Each is a map-style data set of `Sample`s that depend on (seed, epoch, index) only, so that a resumed run, or one with
+other workers, sees the same. What is wrong with a whole set is found when it is opened; what is wrong with one sample
+raises BrokenSample when that one is read.
+"""
+from __future__ import annotations
+
+import re
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from engine.errors import InvalidInput
+from engine.prompt import SEG_TOKEN, format_box
+from training.data.jitter import Change, draw_change, swap_sides
+from training.data.reading import read_image, read_json, read_mask, read_split, read_table, read_text, stored_shape
+from training.data.sample import BrokenSample, Sample
+from training.data.wording import choose, class_names, descriptions, templates
+
+CAP, VQA, SEG, REFSEG = "M3D_Cap_npy", "M3D-VQA", "M3D_Seg_npy", "M3D_RefSeg_npy"
+SPLITS = ("train", "validation", "test")
+_PROBED = 8
+_SEG_SPLITS = {"validation": "test"}
+_MASK = re.compile(r"mask_(\d+)\.npy")
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a sample is read from. label: the value in the mask that is meant; None: all that is not 0."""
+
+    image: Path
+    mask: Path | None = None
+    label: int | None = None
+
+
+class TrainingSet(Dataset):
+    """What all sets have in common.
+
+    root: the data root. split: train, validation or test; M3D-Cap has the splits that its JSON has.
+    image_size: (D, H, W) of the model. seed: of everything that is drawn. jitter: whether the recipe's random changes
+    are made. wording: `train` or `held_out` questions.
+    Raises InvalidInput if the root lacks the set, or its index or images are not as the model needs them.
+    """
+
+    task: str
+    space = True
+
+    def __init__(self, root: Path | str, split: str, image_size: Size = (32, 256, 256), *, seed: int = 0,
+                 jitter: bool = False, wording: str = "train"):
+        self.root, self.split, self.image_size = Path(root), split, tuple(image_size)
+        self.seed, self.jitter, self.wording = seed, jitter, wording
+        # In shared memory: DataLoader workers that outlive an epoch hear of the next one.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        if not self.root.is_dir():
+            raise InvalidInput(f"the data root {self.root} is not a folder")
+        self.rows = self._open()
+        if not len(self):
+            raise InvalidInput(f"{self.index} has no entries for {self.task} in split {split!r}")
+        self._probe()
+
+    @property
+    def index(self) -> Path:
+        """The file that lists the samples."""
+        raise NotImplementedError
+
+    def _open(self) -> Sequence:
+        raise NotImplementedError
+
+    def files(self, index: int) -> Files:
+        """Where sample `index` is read from."""
+        raise NotImplementedError
+
+    def _words(self, index: int, mask: np.ndarray | None, rng: np.random.Generator) -> tuple[str, str]:
+        """(question, answer); mask: bool [1, D, H, W], as it lies in the sample."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on samples are drawn as in this epoch; the Trainer calls it."""
+        self._epoch[0] = epoch
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.default_rng([self.seed, int(self._epoch), zlib.crc32(self.task.encode()), index])
+        files = self.files(index)
+        change = draw_change(rng, self.image_size) if self.jitter else Change()
+        image = read_image(files.image, self.image_size)
+        mask = None
+        if files.mask is not None:
+            mask = read_mask(files.mask, files.image, image.shape, files.label)
+            mask = np.ascontiguousarray(change.place(mask))
+        question, answer = self._words(index, mask, rng)
+        if change.mirrored:
+            question, answer = swap_sides(question), swap_sides(answer)
+        return Sample(
+            image=np.ascontiguousarray(change.tone(change.place(image))) if self.jitter else image,
+            question=question, answer=answer, mask=mask if SEG_TOKEN in answer else None,
+            space=self.space, task=self.task, source=str(files.image))
+
+    def _found(self, *parts: str) -> Path:
+        """A file of the set under the root. Raises InvalidInput naming what was looked for, and where."""
+        path = self.root.joinpath(*parts)
+        if not path.is_file():
+            there = sorted(child.name for child in self.root.iterdir())
+            raise InvalidInput(f"the data root lacks the set for {self.task}: {path} was looked for and is not there; "
+                               f"{self.root} holds {', '.join(there[:12]) or 'nothing'}{', ...' * (len(there) > 12)}")
+        return path
+
+    def _probe(self) -> None:
+        """Looks at the headers of a few images: a wrong root or size shows before training, not as broken samples."""
+        step = max(1, len(self) // _PROBED)
+        paths = [self.files(index).image for index in range(0, len(self), step)]
+        shapes = [stored_shape(path) for path in paths]
+        if not any(shapes):
+            raise InvalidInput(f"none of {len(paths)} images that {self.index} names can be read, for example "
+                               f"{paths[0]}; paths in it count from {self._base}")
+        wanted = (1, *self.image_size)
+        if all(shape not in (None, wanted) for shape in shapes):
+            raise InvalidInput(f"the images of {self.task} have shape {' x '.join(map(str, shapes[0]))} ({paths[0]}), "
+                               f"the model takes {' x '.join(map(str, wanted))}: prepare them at that size")
+
+    @property
+    def _base(self) -> Path:
+        """What the paths in the index are relative to."""
+        return self.root
+
+
+class Captions(TrainingSet):
+    """M3D-Cap: an image and its report. ask: whether a question comes before it; pairs for M3D-CLIP have none."""
+
+    task, space = "caption", False
+
+    def __init__(self, *args, ask: bool = True, **settings):
+        self.ask = ask
+        super().__init__(*args, **settings)
+
+    @property
+    def index(self) -> Path:
+        return self._found(CAP, "M3D_Cap.json")
+
+    def _open(self) -> Sequence:
+        return read_split(self.index, self.split, ("image", "text"))
+
+    def files(self, index: int) -> Files:
+        return Files(self.root / self.rows[index]["image"])
+
+    def _words(self, index, mask, rng):
+        answer = " ".join(read_text(self.root / self.rows[index]["text"]).split())
+        return (choose(rng, templates()["caption"][self.wording]) if self.ask else ""), answer
+
+
+class Vqa(TrainingSet):
+    """M3D-VQA: a question and its answer; open ones by default."""
+
+    task = "vqa_open"
+    columns: tuple[str, ...] = ("Image Path", "Question", "Answer")
+    _stem = "M3D_VQA"
+
+    @property
+    def index(self) -> Path:
+        return self._found(VQA, f"{self._stem}_{_split({'validation': 'val'}, self.split)}.csv")
+
+    def _open(self) -> Sequence:
+        return read_table(self.index, self.columns)
+
+    def files(self, index: int) -> Files:
+        return Files(self.root / self.rows[index]["Image Path"])
+
+    def _words(self, index, mask, rng):
+        row = {column: text.strip() for column, text in self.rows[index].items()}
+        if empty := [column for column in self.columns if not row[column]]:
+            raise BrokenSample(self.index, f"row {index + 1} has no {' and no '.join(empty)}")
+        return self._asked(row, index)
+
+    def _asked(self, row: dict[str, str], index: int) -> tuple[str, str]:
+        return row["Question"], row["Answer"]
+
+
+class ClosedVqa(Vqa):
+    """M3D-VQA with choices: they stand behind the question, and the answer begins with the letter of the right one."""
+
+    task = "vqa_closed"
+    columns = (*Vqa.columns, *(f"Choice {letter}" for letter in "ABCD"), "Answer Choice")
+
+    def _asked(self, row, index):
+        if row["Answer Choice"] not in ("A", "B", "C", "D"):
+            raise BrokenSample(self.index, f"row {index + 1} has Answer Choice {row['Answer Choice']!r}, not A to D")
+        choices = " ".join(f"{letter}. {row[f'Choice {letter}']}" for letter in "ABCD")
+        return f"{row['Question']} Choices: {choices}", f"{row['Answer Choice']}. {row['Answer']}"
+
+
+class YesNoVqa(Vqa):
+    """M3D-VQA's questions for yes or no."""
+
+    task, _stem = "vqa_yes_no", "M3D_VQA_yn"
+
+
+class Structures(TrainingSet):
+    """M3D-Seg: the structures of one data set, each asked for twice: by its name and by a description.
+
+    code: of the data set, NNNN. kind: segmentation, rec (answer with a box) or reg (name what a box holds).
+    An empty mask is a structure that is not in the scan; it is asked for, and the answer says so.
+    """
+
+    def __init__(self, root, split, image_size: Size = (32, 256, 256), *, code: str, kind: str, **settings):
+        self.code, self.task = code, kind
+        super().__init__(root, split, image_size, **settings)
+
+    @property
+    def index(self) -> Path:
+        return self._found(SEG, self.code, f"{self.code}.json")
+
+    @property
+    def _base(self) -> Path:
+        return self.root / SEG
+
+    def _open(self) -> Sequence:
+        self.names = names_of(self.index, self.code)
+        rows = read_split(self.index, _split(_SEG_SPLITS, self.split), ("image", "label"))
+        for number, row in enumerate(rows):
+            found = _MASK.fullmatch(Path(row["label"]).name)
+            if not found:
+                raise InvalidInput(f"{self.index}: the label {row['label']!r} of entry {number} is not called "
+                                   f"mask_<class id>.npy")
+            if int(found[1]) >= len(self.names):
+                raise InvalidInput(f"{self.index}: the label {row['label']!r} of entry {number} is of class "
+                                   f"{int(found[1])}, but data set {self.code} has {len(self.names)} classes, from 0")
+        return rows
+
+    def __len__(self) -> int:
+        return 2 * len(self.rows)
+
+    def files(self, index: int) -> Files:
+        row = self.rows[index // 2]
+        return Files(self._base / row["image"], self._base / row["label"])
+
+    def name(self, index: int) -> str:
+        """Of the structure that sample `index` is about."""
+        return self.names[int(_MASK.fullmatch(Path(self.rows[index // 2]["label"]).name)[1])]
+
+    def _words(self, index, mask, rng):
+        slots = {"name": self.name(index)}
+        told = descriptions().get(slots["name"])
+        style = "by_description" if index % 2 and told else "by_name"
+        if style == "by_description":
+            slots["description"] = choose(rng, told)
+        present = bool(mask.any())
+        # What is not there has no box to ask about.
+        asked = templates()[self.task if present or self.task != "reg" else "rec"][style]
+        if present and self.task != "segmentation":
+            slots["box"] = format_box(box_of(mask[0]))
+        answers = asked["answer" if present else "absent"]
+        return choose(rng, asked[self.wording]).format(**slots), choose(rng, answers).format(**slots)
+
+
+class Referring(TrainingSet):
+    """M3D-RefSeg: questions that describe or reason, answered with the mask of what they mean."""
+
+    task = "refseg"
+
+    @property
+    def index(self) -> Path:
+        name = _split({"train": "M3D_RefSeg.csv", "validation": "M3D_RefSeg_test.csv", "test": "M3D_RefSeg_test.csv"},
+                      self.split)
+        return self._found(REFSEG, name)
+
+    def _open(self) -> Sequence:
+        return read_table(self.index, ("Image", "Mask", "Mask_ID", "Question", "Answer"))
+
+    def files(self, index: int) -> Files:
+        row = self.rows[index]
+        try:
+            label = int(float(row["Mask_ID"]))
+        except ValueError:
+            raise BrokenSample(self.index, f"row {index + 1} has Mask_ID {row['Mask_ID']!r}, not a number") from None
+        return Files(self.root / row["Image"], self.root / row["Mask"], label)
+
+    def _words(self, index, mask, rng):
+        # The published answers were written by a language model, which now and then changed the brackets.
+        question, answer = (self.rows[index][column].strip().replace("<SEG>", SEG_TOKEN)
+                            for column in ("Question", "Answer"))
+        if not question or SEG_TOKEN not in answer:
+            raise BrokenSample(self.index, f"row {index + 1} has {'no ' + SEG_TOKEN + ' in its answer' if question else 'no question'}")
+        if not mask.any():
+            files = self.files(index)
+            raise BrokenSample([files.mask, self.index], f"no voxel of the mask is {files.label}, which row {index + 1} means")
+        return question, answer
+
+
+class Mixture(Dataset):
+    """Several sets one after the other: an epoch has each sample of each set once."""
+
+    def __init__(self, sets: Sequence[Dataset]):
+        self.sets = tuple(sets)
+        self._ends = tuple(accumulate(map(len, self.sets)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        return self.sets[number][index - (self._ends[number - 1] if number else 0)]
+
+    def set_epoch(self, epoch: int) -> None:
+        for part in self.sets:
+            part.set_epoch(epoch)
+
+
+def open_sets(tasks: Iterable[str], root: Path | str, split: str, image_size: Size = (32, 256, 256),
+              **settings) -> Mixture:
+    """The sets of `tasks` (see TASKS) under a data root, as one; settings: seed, jitter and wording of each.
+
+    M3D-Seg's tasks take all its data sets that are under the root. Raises InvalidInput for an unknown task or a root
+    that lacks a set.
+    """
+    sets: list[TrainingSet] = []
+    for task in tasks:
+        if task not in TASKS:
+            raise InvalidInput(f"there is no task {task!r}: choose from {', '.join(TASKS)}")
+        sets += TASKS[task](root, split, image_size, **settings)
+    return Mixture(sets)
+
+
+def _structures(kind: str) -> Callable[..., list[TrainingSet]]:
+    def opened(root, split, image_size, **settings):
+        # Some published data sets have no test cases.
+        return [Structures(root, split, image_size, code=code, kind=kind, **settings) for code in codes_of(root)
+                if read_json(Path(root) / SEG / code / f"{code}.json").get(_SEG_SPLITS.get(split, split)) != []]
+    return opened
+
+
+TASKS: dict[str, Callable[..., list[TrainingSet]]] = {
+    "pair": lambda *args, **settings: [Captions(*args, ask=False, **settings)],
+    "caption": lambda *args, **settings: [Captions(*args, **settings)],
+    "vqa_closed": lambda *args, **settings: [ClosedVqa(*args, **settings)],
+    "vqa_open": lambda *args, **settings: [Vqa(*args, **settings)],
+    "vqa_yes_no": lambda *args, **settings: [YesNoVqa(*args, **settings)],
+    "segmentation": _structures("segmentation"), "rec": _structures("rec"), "reg": _structures("reg"),
+    "refseg": lambda *args, **settings: [Referring(*args, **settings)],
+}
+
+
+def codes_of(root: Path | str) -> list[str]:
+    """The codes of the data sets of M3D-Seg under a data root. Raises InvalidInput if there is none."""
+    folder = Path(root) / SEG
+    codes = sorted(path.parent.name for path in folder.glob("*/*.json") if path.stem == path.parent.name)
+    if not codes:
+        raise InvalidInput(f"the data root lacks M3D-Seg: {folder}/NNNN/NNNN.json was looked for and there is none")
+    return codes
+
+
+def names_of(index: Path, code: str) -> tuple[str, ...]:
+    """The class names of a data set of M3D-Seg: as published, or for one's own what its JSON says under `labels`."""
+    if code in class_names():
+        return class_names()[code]
+    labels = read_json(index).get("labels")
+    try:
+        return tuple(labels[str(number)] for number in range(1, len(labels)))
+    except (KeyError, TypeError):
+        raise InvalidInput(f"{index} must name its classes, as {code} is none of M3D-Seg's data sets: "
+                           f'"labels": {{"0": "background", "1": "name of mask_0", ...}}') from None
+
+
+def box_of(mask: np.ndarray) -> np.ndarray:
+    """[6] first and last voxel of a mask [D, H, W] along each axis, divided by its length: what format_box takes."""
+    spans = [np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    return np.array([[span[0] for span in spans], [span[-1] for span in spans]]).ravel() / np.tile(mask.shape, 2)
+
+
+def _split(names: dict[str, str], split: str) -> str:
+    """What a set's files call a split."""
+    if split not in SPLITS:
+        raise InvalidInput(f"there is no split {split!r}: choose one of {', '.join(SPLITS)}")
+    return names.get(split, split)
