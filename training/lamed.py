@@ -36,7 +36,7 @@ from training.trainer import StageModel
 # What may be trained beside LoRA; `added_tokens` are the rows of the added tokens alone, the rest of the table frozen.
 TRAINABLE = ("vision_tower", "mm_projector", "embeddings", "lm_head", "added_tokens", "seg_module", "seg_projector")
 # Parts of SegVol that a text prompt never reaches: they load and are written, but have no gradient.
-_UNREACHED = ("prompt_encoder.point_embeddings", "prompt_encoder.not_a_point_embed", "prompt_encoder.mask_downscaling",
+UNREACHED = ("prompt_encoder.point_embeddings", "prompt_encoder.not_a_point_embed", "prompt_encoder.mask_downscaling",
               "mask_decoder.iou_prediction_head", *(f"mask_decoder.output_hypernetworks_mlps.{k}" for k in (1, 2, 3)))
 _OWN_KEYS = {"image_size", "patch_size", "image_channel", "vision_config", "seg_config", "mm_hidden_size",
              "proj_layer_type", "proj_layer_num", "proj_pooling_type", "proj_pooling_size", "segmentation_module",
@@ -126,9 +126,9 @@ class TrainedLamed(StageModel):
             raise InvalidInput(f"start.dtype {start.dtype!r} is not known; known: float32, bfloat16")
         source = open_language_model(start.language_model)
         self.start, self.weights, self.train_parts = start, weights, train
-        self.config_json, segmentation = _config_json(source, start, segmentation, "added_tokens" in train)
-        self.tokenizer = prepare_tokenizer(source, self.config_json["max_position_embeddings"])
-        self.config_json["seg_token_id"] = self.tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+        self.tokenizer = prepare_tokenizer(source)
+        self.config_json = _config_json(source, start, self.tokenizer, segmentation, "added_tokens" in train)
+        self.tokenizer.model_max_length = self.config_json["max_position_embeddings"]
         parts = parts_config(self.config_json)
         self.lamed = Lamed(parts, with_llm=False)
         self.num_visual_tokens = parts.num_visual_tokens
@@ -228,7 +228,7 @@ class TrainedLamed(StageModel):
                 modules[name].float().requires_grad_(True)
         if lamed.seg_module is not None:
             for name, parameter in lamed.seg_module.named_parameters():
-                if name.startswith(_UNREACHED):
+                if name.startswith(UNREACHED):
                     parameter.requires_grad_(False)
 
     def gradient_checkpointing_enable(self, **kwargs) -> None:
@@ -353,6 +353,8 @@ class TrainedLamed(StageModel):
     def _trained_embeddings(self) -> dict[str, str]:
         """Key in Lamed's state -> name in model.safetensors, of those embeddings that the base model has not."""
         llm = self.lamed.llm
+        if not self.lora and not {"embeddings", "lm_head", "added_tokens"} & set(self.train_parts):
+            return {}
         if isinstance(llm.model.embed_tokens, GrownEmbedding):
             return {"llm.model.embed_tokens.added": base.ADDED_TOKENS}
         names = {"llm." + _TABLE: _TABLE}
@@ -393,44 +395,37 @@ def _check_train(train: tuple[str, ...], segmentation: bool) -> None:
         raise InvalidInput("train names seg_module or seg_projector, but this model has no segmentation")
 
 
-def _config_json(source: LanguageModel, start: Start, segmentation: bool, rows_only: bool) -> tuple[dict, bool]:
-    """config.json of what is written, and whether the model segments."""
+def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: bool, rows_only: bool) -> dict:
+    """config.json of what is written."""
     given = start.model or {}
     unknown = sorted(set(given) - _OWN_KEYS)
     if unknown:
         raise InvalidInput(f"start.model: unknown {', '.join(unknown)}; known: {', '.join(sorted(_OWN_KEYS))}")
     if source.lamed:
-        config = {**source.config, **given}
+        config = {"max_position_embeddings": 2048, **source.config, **given}
     else:
-        family = source.config["model_type"]
-        model_type, architecture = FAMILIES[family]
-        skipped = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path",
-                   "quantization_config", "use_cache", "auto_map", "name_or_path"}
+        model_type, architecture = FAMILIES[source.config["model_type"]]
         config = {
-            "architectures": [architecture], "model_type": model_type,
-            **{key: value for key, value in source.config.items() if key not in skipped and value is not None},
+            **source.config, "architectures": [architecture], "model_type": model_type,
             "vision_tower": "vit3d", "mm_projector_type": "spp", "proj_layer_type": "mlp", "proj_layer_num": 2,
-            "proj_pooling_type": "spatial", "proj_pooling_size": 2, "image_channel": 1,
-            "mm_hidden_size": (given.get("vision_config") or {}).get("hidden_size", 768),
-            **({"segmentation_module": "segvol"} if segmentation else {}), **given}
+            "proj_pooling_type": "spatial", "proj_pooling_size": 2, "image_channel": 1, "segmentation_module": "segvol",
+            "mm_hidden_size": (given.get("vision_config") or {}).get("hidden_size", 768), **given}
+    if not segmentation:
+        config["segmentation_module"] = None
     missing = [key for key in ("image_size", "patch_size") if key not in config]
     if missing:
         raise InvalidInput(f"start.model lacks {', '.join(missing)}")
     spec = start.language_model
     config["base_model"] = asdict(spec) if isinstance(spec, PackagedModel) else {"path": spec}
-    rows = len(source.state[_TABLE])
-    if not source.lamed:
-        # Base models may have spare rows; the added tokens take the ids behind their tokenizer's last.
-        needed = len(source.tokenizer) + len(set(ADDED_TOKENS) - set(source.tokenizer.get_vocab()))
-        if rows_only:
-            if not config.get("tie_word_embeddings"):
-                raise InvalidInput(f"train: added_tokens needs a language model with tied embeddings, {source.name} has "
-                                   "not: train embeddings and lm_head")
-            if len(source.tokenizer) != rows:
-                raise InvalidInput(f"train: added_tokens needs as many embeddings ({rows}) as tokens "
-                                   f"({len(source.tokenizer)}): train embeddings")
-        rows = max(rows, needed)
-    elif rows_only:
-        raise InvalidInput(f"train: {source.name} has rows for the added tokens among its embeddings: train embeddings")
-    config["vocab_size"] = rows
-    return config, bool(config.get("segmentation_module"))
+    ids, rows = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS)), len(source.state[_TABLE])
+    if rows_only:
+        if not config.get("tie_word_embeddings"):
+            raise InvalidInput(f"train: added_tokens needs a language model with tied embeddings, {source.name} has not: "
+                               "train embeddings and lm_head")
+        if ids != list(range(rows, rows + len(ids))):
+            raise InvalidInput(f"train: added_tokens needs {source.name} to have no rows for the added tokens yet, but "
+                               f"they are {ids} of {rows}: train embeddings")
+    # Base models may have spare rows.
+    config["vocab_size"] = max(rows, max(ids) + 1)
+    config["seg_token_id"] = ids[-1]
+    return config

@@ -28,6 +28,10 @@ ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
 FAMILIES = {"llama": ("lamed_llama", "LamedLlamaForCausalLM"), "phi3": ("lamed_phi3", "LamedPhi3ForCausalLM")}
 LAMED = {published: family for family, (published, _) in FAMILIES.items()}
 _EMBEDDINGS = "model.embed_tokens.weight"
+_TOLD = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "hidden_act", "vocab_size",
+         "max_position_embeddings", "tie_word_embeddings", "attention_bias", "bos_token_id", "eos_token_id",
+         "pad_token_id"}
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ def open_language_model(source: str | PackagedModel) -> LanguageModel:
     from transformers import AutoConfig
 
     weights = Weights.open(folder)
-    whole = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    return LanguageModel(str(source), whole, {key: weights[key] for key in weights}, load_tokenizer(folder), False)
+    whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return LanguageModel(str(source), _told(whole), {key: weights[key] for key in weights}, load_tokenizer(folder), False)
 
 
 def _packaged(source: PackagedModel) -> LanguageModel:
@@ -95,11 +99,19 @@ def _packaged(source: PackagedModel) -> LanguageModel:
 
     spec = {"package": source.package, "version": source.version, "file": source.file}
     gguf = base.base_file(spec)
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).to_dict()
-    return LanguageModel(source.package, config, base.load_base(spec), base.load_base_tokenizer(spec), False)
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    return LanguageModel(source.package, _told(config), base.load_base(spec), base.load_base_tokenizer(spec), False)
 
 
-def prepare_tokenizer(model: LanguageModel, context_length: int):
+def _told(config) -> dict:
+    """A transformers configuration as config.json should tell it: the sizes, and what is not as usual."""
+    usual = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "quantization_config",
+             "use_cache", "auto_map"}
+    told = set(config.to_diff_dict()) - usual | _TOLD
+    return {key: value for key, value in config.to_dict().items() if key in told and value is not None}
+
+
+def prepare_tokenizer(model: LanguageModel):
     """Its tokenizer with our tokens, with BOS put in front and something to pad with.
 
     Raises CheckpointError where a checkpoint's own tokenizer names tokens that its embeddings have no rows for.
@@ -127,7 +139,6 @@ def prepare_tokenizer(model: LanguageModel, context_length: int):
 
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, bos)])
-    tokenizer.model_max_length = context_length
     return tokenizer
 
 

@@ -30,7 +30,10 @@ _STAGING = ".writing"
 
 
 class StageData(Protocol):
-    """A map-style data set: `data[epoch, index]` depends on nothing but the seed it was made with, epoch and index."""
+    """A map-style data set: `data[epoch, index]` depends on nothing but the seed it was made with, epoch and index.
+
+    It may have `callbacks`, which join the trainer's.
+    """
 
     def __len__(self) -> int: ...
 
@@ -139,7 +142,8 @@ class StageTrainer(Trainer):
         self._sums: dict[str, float] = defaultdict(float)
         self._steps_summed = 0
         self._staging: Path | None = None
-        self.add_callback(_Clock(self))
+        for callback in (_Clock(self), *getattr(data, "callbacks", ())):
+            self.add_callback(callback)
         self.add_callback(_Board(self, settings.sample_every))
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
@@ -190,7 +194,7 @@ class StageTrainer(Trainer):
             staging, self._staging = self._staging, None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            _place(staging / name, out / name)
+            place(staging / name, out / name)
             staging.rmdir()
             rotate_checkpoints(output_dir=str(out), save_total_limit=self.args.save_total_limit, use_mtime=False)
         self.accelerator.wait_for_everyone()
@@ -215,7 +219,7 @@ class StageTrainer(Trainer):
         self.save_model(str(staging), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            _place(staging, out / FINAL)
+            place(staging, out / FINAL)
         self.accelerator.wait_for_everyone()
 
 
@@ -259,7 +263,7 @@ def main(description: str, cls: type[StageSettings], train: Callable[[StageSetti
             torch.distributed.destroy_process_group()
 
 
-def _place(source: Path, target: Path) -> None:
+def place(source: Path, target: Path) -> None:
     """Move a folder to its place once everything in it is on the disk."""
     for file in source.rglob("*"):
         if file.is_file():
