@@ -20,7 +20,7 @@ notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _SCAN = "scan: NIfTI, .npy, a DICOM folder, or a zip of one"
 ServerUrl = Annotated[str, typer.Option("--server", envvar="M3D_SERVER", help="gRPC address of the server")]
-Preset = Annotated[str, typer.Option(help="preprocessing: auto, ct, mr, m3d-cap, m3d-seg or raw")]
+Preset = Annotated[str, typer.Option(help="preprocessing: auto, ct, mr, m3d-cap, m3d-seg, m3d-refseg or raw")]
 Timeout = Annotated[float, typer.Option(help="seconds until the request is given up")]
 ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help=_SCAN)]
 Question = Annotated[str, typer.Argument(help="what to ask")]

@@ -22,6 +22,7 @@ CT_WINDOW = (-1000.0, 1000.0)
 CT_BODY = -500.0
 MR_PERCENTILES = (0.5, 99.5)
 SEG_PERCENTILES = (0.05, 99.95)
+REFSEG_PERCENTILES = (0.5, 99.5)
 _COARSE = 128      # longest axis of the grid on which foreground is looked for
 _SMALL_PART = 0.1  # pieces of foreground below this share of the largest one are left out of the crop
 
@@ -143,6 +144,20 @@ def _m3d_seg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     return _reference(scan, image_size, axes, float(low), float(high))
 
 
+def _m3d_refseg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
+    """As the reference prepared M3D-RefSeg: values clipped to the 0.5 to 99.5 percentiles of all voxels, scaled to
+    0..1, cropped to the box of voxels above the lower end, resized trilinearly (align_corners=False, no antialiasing).
+    It put the last axis of the NIfTI array first (i, j, k become H, W, D) whatever its orientation, and so does this
+    preset; an .npy without an affine is taken as D x H x W.
+    """
+    axes = ((0, 1, 2) if scan.kind == "npy" else (2, 0, 1), (False,) * 3)
+    low, high = np.percentile(scan.array, REFSEG_PERCENTILES)
+    if high <= low:
+        raise InvalidInput(f"preset m3d-refseg finds no contrast: 99 % of the voxels are {low:g}; choose another "
+                           f"preset, for example mr")
+    return _reference(scan, image_size, axes, float(low), float(high))
+
+
 def _raw(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     """Nothing is changed: for arrays that already are D x H x W (or 1 x D x H x W) at the model's size, in 0..1,
     prepared by other means, as the reference takes them. Anything else is refused.
@@ -164,7 +179,8 @@ def _contract(function: Callable) -> str:
 
 PRESETS: dict[str, Preset] = {"auto": Preset(_contract(_auto), None)} | {
     name: Preset(_contract(run), run) for name, run in (
-        ("ct", _ct), ("mr", _mr), ("m3d-cap", _m3d_cap), ("m3d-seg", _m3d_seg), ("raw", _raw))
+        ("ct", _ct), ("mr", _mr), ("m3d-cap", _m3d_cap), ("m3d-seg", _m3d_seg),
+        ("m3d-refseg", _m3d_refseg), ("raw", _raw))
 }
 
 

@@ -223,7 +223,7 @@ def test_the_same_scan_stored_in_another_orientation_gives_the_same_volume(prese
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL", "ILA"])
 def test_a_mask_comes_back_in_the_orientation_the_scan_is_stored_in(codes):
     scan = reoriented(phantom(), codes)
-    for preset in ("ct", "mr", "m3d-cap", "m3d-seg"):
+    for preset in ("ct", "mr", "m3d-cap", "m3d-seg", "m3d-refseg"):
         geometry = prepare(scan, SIZE, preset).geometry
         mask = np.abs(scan.array - 1500.0) < 100
         assert dice(mask, there_and_back(geometry, mask)) > 0.85
@@ -334,6 +334,23 @@ def test_m3d_seg_refuses_a_scan_of_two_values():
         prepare(Scan(array, np.eye(4), "nifti"), SIZE, "m3d-seg")
 
 
+def test_m3d_refseg_is_what_the_reference_does():
+    import monai.transforms as mtf
+
+    nifti = phantom(noise=150).array.astype(np.float32)  # i, j, k
+    scale = mtf.ScaleIntensityRangePercentiles(lower=0.5, upper=99.5, b_min=0, b_max=1, clip=True)
+    image = np.asarray(scale(nifti.transpose(2, 0, 1)))
+    prepared = prepare(phantom(noise=150), SIZE, "m3d-refseg")
+    np.testing.assert_allclose(prepared.image, monai_reference(image, SIZE), atol=1e-4)
+
+
+def test_m3d_refseg_refuses_a_scan_that_is_almost_all_one_value():
+    array = np.zeros((20, 20, 20), np.uint8)
+    array[5, 5, 5] = 1
+    with pytest.raises(InvalidInput, match="no contrast"):
+        prepare(Scan(array, np.eye(4), "nifti"), SIZE, "m3d-refseg")
+
+
 def test_raw_passes_a_model_volume_untouched():
     volume = np.random.default_rng(0).random(SIZE, np.float32)
     prepared = prepare(Scan(volume, ARRAY_AFFINE, "npy"), SIZE)
@@ -361,7 +378,7 @@ def test_auto_says_which_preset_and_why(modality, low, high, expected):
     assert expected in prepared.reason and (modality or f"{low:g} to {high:g}") in prepared.reason
 
 
-@pytest.mark.parametrize("preset", ["ct", "mr", "m3d-cap", "m3d-seg"])
+@pytest.mark.parametrize("preset", ["ct", "mr", "m3d-cap", "m3d-seg", "m3d-refseg"])
 def test_large_scans_take_at_most_three_times_their_size_in_memory(preset):
     array = np.random.default_rng(0).integers(-1000, 1000, (200, 256, 256), dtype=np.int16).transpose(2, 1, 0)
     scan = Scan(array, np.eye(4), "nifti")
@@ -380,5 +397,5 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
 
 
 def test_every_preset_has_a_documented_contract():
-    assert {"auto", "ct", "mr", "m3d-cap", "m3d-seg", "raw"} == set(PRESETS)
+    assert {"auto", "ct", "mr", "m3d-cap", "m3d-seg", "m3d-refseg", "raw"} == set(PRESETS)
     assert all(len(preset.doc) > 80 for preset in PRESETS.values())

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, get_worker_info
-from transformers import TrainerCallback
 
 from engine.errors import InvalidInput, M3DError
 from training.data.sample import BrokenSample, Sample
@@ -45,7 +44,7 @@ class Tolerant(Dataset):
     samples at least, so that the first few do not stop a run.
 
     Reading only counts, in memory shared with the DataLoader's workers; `check` judges. It must be called by all ranks
-    alike, as it sums over them, so that they stop together: BrokenSampleCheck does so for a Trainer.
+    alike, as it sums over them, so that they stop together; training/data/watch.py does so for a Trainer.
     """
 
     def __init__(self, dataset: Dataset, record: Path | str, limit: float = 0.01, minimum: int = 300):
@@ -106,23 +105,6 @@ class Tolerant(Dataset):
             os.write(descriptor, (json.dumps(entry) + "\n").encode())
         finally:
             os.close(descriptor)
-
-
-class BrokenSampleCheck(TrainerCallback):
-    """Stops a Trainer on too many broken samples, on all ranks at the same step, and sums up at the end."""
-
-    def __init__(self, dataset: Tolerant):
-        self.dataset = dataset
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.dataset.check()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        entries = self.dataset.report()
-        if entries and state.is_world_process_zero:
-            _log.warning("%s were broken and left out; all are in %s, the first:\n%s",
-                         f"{len(entries):,} sample{'s' * (len(entries) > 1)}", self.dataset.record,
-                         "\n".join(f"  {' and '.join(e.paths)}: {e.cause} ({e.times} times)" for e in entries[:20]))
 
 
 def present(batch: Iterable[Sample | None]) -> list[Sample]:

@@ -1,0 +1,79 @@
+"""A small data root in the layout of M3D-Data, made of phantoms: what readers, checks and preparation are tested on."""
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+
+SIZE = (8, 32, 32)
+VQA_COLUMNS = ("Image Path", "Text", "Question Type", "Question", "Choice A", "Choice B", "Choice C", "Choice D",
+               "Answer", "Answer Choice")
+REFSEG_COLUMNS = ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Answer")
+LIVER, RIGHT_KIDNEY = (slice(1, 5), slice(4, 16), slice(2, 12)), (slice(2, 4), slice(18, 26), slice(5, 10))
+
+
+def image(seed: int) -> np.ndarray:
+    """float32 [1, D, H, W]: dim noise with the liver and the right kidney brighter."""
+    volume = np.random.default_rng(seed).random((1, *SIZE), dtype=np.float32) * 0.3
+    volume[0][LIVER], volume[0][RIGHT_KIDNEY] = 0.7, 0.9
+    return volume
+
+
+def mask(*boxes) -> np.ndarray:
+    volume = np.zeros((1, *SIZE), bool)
+    for box in boxes:
+        volume[0][box] = True
+    return volume
+
+
+def save(path: Path, array: np.ndarray) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, array)
+    return str(path)
+
+
+def write_csv(path: Path, columns, rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def write_root(root: Path) -> Path:
+    """All four sets: 6 image-text pairs, 4 questions of each kind, 2 data sets of M3D-Seg, 2 referring questions."""
+    pairs = []
+    for k in range(6):
+        case = f"M3D_Cap_npy/ct_case/{k:06}"
+        save(root / case / "Axial.npy", image(k))
+        (root / case / "text.txt").write_text(f"Finding {k}.\nThe left lung is clear.")
+        pairs.append({"image": f"{case}/Axial.npy", "text": f"{case}/text.txt"})
+    index = {"train": pairs[:4], "validation": pairs[4:5], "test": pairs[5:]}
+    (root / "M3D_Cap_npy" / "M3D_Cap.json").write_text(json.dumps(index))
+    for split, chosen in (("train", pairs[:4]), ("val", pairs[4:5]), ("test", pairs[5:])):
+        closed = [(p["image"], "a, b", 1, "Which plane?", "Axial", "Coronal", "Sagittal", "None", "Axial", "A")
+                  for p in chosen]
+        write_csv(root / f"M3D-VQA/M3D_VQA_{split}.csv", VQA_COLUMNS, closed)
+        yes_no = [(p["image"], "", 4, "Is there a mass?", "", "", "", "", "No", "") for p in chosen]
+        write_csv(root / f"M3D-VQA/M3D_VQA_yn_{split}.csv", VQA_COLUMNS, yes_no)
+    seg = root / "M3D_Seg_npy"
+    for code, classes in (("0010", {0: LIVER, 1: RIGHT_KIDNEY}), ("0000", {0: LIVER})):
+        entries = []
+        for case in ("a", "b"):
+            save(seg / code / case / "image.npy", image(7))
+            for number, box in classes.items():
+                label = f"{code}/{case}/masks/mask_{number}.npy"
+                save(seg / label, mask(box))
+                entries.append({"image": f"{code}/{case}/image.npy", "label": label})
+        half = len(entries) // 2
+        (seg / code / f"{code}.json").write_text(json.dumps({"train": entries[:half], "test": entries[half:]}))
+    case = "M3D_RefSeg_npy/s0000"
+    save(root / case / "ct.npy", image(9))
+    save(root / case / "mask.npy", (mask(LIVER) + 2.0 * mask(RIGHT_KIDNEY)).astype(np.float32))
+    rows = [(f"{case}/ct.npy", f"{case}/mask.npy", number, 0, f"Segment lesion {number}.", "It is [SEG] on the right.")
+            for number in (1, 2)]
+    for name in ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv"):
+        write_csv(root / "M3D_RefSeg_npy" / name, REFSEG_COLUMNS, rows)
+    return root

@@ -1,0 +1,397 @@
+"""What the readers of M3D-Data promise: the published layout, samples that depend on nothing but (seed, epoch, index),
+and clear words about whatever is wrong.
+"""
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from engine.errors import InvalidInput
+from engine.prompt import BOX_START, SEG_TOKEN, parse_boxes
+from tests.m3d_data import LIVER, RIGHT_KIDNEY, SIZE, VQA_COLUMNS, image, mask, save, write_csv, write_root
+from training.data.jitter import Change, draw_change, swap_sides
+from training.data.reading import Table
+from training.data.sample import BrokenSample
+from training.data.sets import (TASKS, Captions, ClosedVqa, Mixture, Referring, Structures, Vqa, YesNoVqa, box_of,
+                                open_sets)
+from training.data.wording import class_names, descriptions, templates
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> Path:
+    return write_root(tmp_path_factory.mktemp("data") / "root")
+
+
+@pytest.fixture
+def root(complete, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(complete, tmp_path / "root")
+
+
+def same(a, b) -> bool:
+    return a.question == b.question and a.answer == b.answer and np.array_equal(a.image, b.image) and (
+        a.mask is b.mask is None or np.array_equal(a.mask, b.mask))
+
+
+# --- what samples hold -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("split, count", [("train", 4), ("validation", 1), ("test", 1)])
+def test_captions_are_reports_on_one_line_behind_a_question_without_a_space(complete, split, count):
+    captions = Captions(complete, split, SIZE)
+    assert len(captions) == count
+    sample = captions[0]
+    assert sample.image.shape == (1, *SIZE) and sample.image.dtype == np.float32
+    assert sample.answer.endswith(". The left lung is clear.") and "\n" not in sample.answer
+    assert sample.question in templates()["caption"]["train"]
+    assert (sample.task, sample.space, sample.mask) == ("caption", False, None)
+    assert Captions(complete, split, SIZE, ask=False)[0].question == ""
+    assert Path(sample.source).is_file()
+
+
+def test_the_choices_of_a_closed_question_stand_behind_it(complete):
+    sample = ClosedVqa(complete, "train", SIZE)[1]
+    assert sample.question == "Which plane? Choices: A. Axial B. Coronal C. Sagittal D. None"
+    assert sample.answer == "A. Axial" and sample.space and sample.task == "vqa_closed"
+    sample = Vqa(complete, "validation", SIZE)[0]
+    assert (sample.question, sample.answer, sample.task) == ("Which plane?", "Axial", "vqa_open")
+    sample = YesNoVqa(complete, "test", SIZE)[0]
+    assert (sample.question, sample.answer, sample.task) == ("Is there a mass?", "No", "vqa_yes_no")
+
+
+def test_structures_are_asked_for_by_name_and_by_description(complete):
+    structures = Structures(complete, "train", SIZE, code="0010", kind="segmentation")
+    assert len(structures) == 4
+    samples = [structures[k] for k in range(4)]
+    for sample, name, box in zip(samples, ("liver", "liver", "right kidney", "right kidney"),
+                                 (LIVER, LIVER, RIGHT_KIDNEY, RIGHT_KIDNEY)):
+        assert SEG_TOKEN in sample.answer and sample.space
+        np.testing.assert_array_equal(sample.mask, mask(box))
+    assert "liver" in samples[0].question and "right kidney" in samples[2].question
+    assert "liver" not in samples[1].question and any(text in samples[1].question for text in descriptions()["liver"])
+    assert "liver" in samples[1].answer
+
+
+def test_boxes_in_answers_and_questions_are_those_of_the_mask(complete):
+    for kind, where in (("rec", "answer"), ("reg", "question")):
+        structures = Structures(complete, "train", SIZE, code="0010", kind=kind)
+        for k in range(len(structures)):
+            sample = structures[k]
+            box = box_of(mask(LIVER if k < 2 else RIGHT_KIDNEY)[0])
+            np.testing.assert_allclose(parse_boxes(getattr(sample, where)), [box], atol=5e-4)
+            assert sample.mask is None and structures.name(k) in (sample.answer if kind == "reg" or k % 2 else sample.question)
+    np.testing.assert_allclose(box_of(mask(LIVER)[0]), [1 / 8, 4 / 32, 2 / 32, 4 / 8, 15 / 32, 11 / 32])
+
+
+def test_a_structure_that_is_not_in_the_scan_is_denied(root):
+    save(root / "M3D_Seg_npy/0010/a/masks/mask_0.npy", np.zeros((1, *SIZE), bool))
+    for kind in ("segmentation", "rec", "reg"):
+        structures = Structures(root, "train", SIZE, code="0010", kind=kind)
+        for k in (0, 1):
+            sample = structures[k]
+            assert sample.mask is None and SEG_TOKEN not in sample.answer and "liver" in sample.answer
+            assert BOX_START not in sample.question + sample.answer
+
+
+def test_a_referring_question_means_the_voxels_with_its_mask_id(complete):
+    referring = Referring(complete, "train", SIZE)
+    np.testing.assert_array_equal(referring[0].mask, mask(LIVER))
+    np.testing.assert_array_equal(referring[1].mask, mask(RIGHT_KIDNEY))
+    assert referring[1].question == "Segment lesion 2." and referring[1].task == "refseg" and referring[1].space
+
+
+def test_one_s_own_data_set_names_its_classes_in_its_json(root):
+    folder = root / "M3D_Seg_npy"
+    (folder / "0000").rename(folder / "mine")
+    index = json.loads((folder / "mine" / "0000.json").read_text().replace("0000/", "mine/"))
+    (folder / "mine" / "0000.json").unlink()
+    (folder / "mine" / "mine.json").write_text(json.dumps(index))
+    with pytest.raises(InvalidInput, match="must name its classes"):
+        Structures(root, "train", SIZE, code="mine", kind="segmentation")
+    (folder / "mine" / "mine.json").write_text(json.dumps(index | {"labels": {"0": "background", "1": "wing bone"}}))
+    structures = Structures(root, "train", SIZE, code="mine", kind="segmentation")
+    # Without a description it is asked for by its name both times.
+    assert "wing bone" in structures[0].question and "wing bone" in structures[1].question
+
+
+def test_all_tasks_open_from_one_root_as_one_set(complete):
+    mixture = open_sets(TASKS, complete, "train", SIZE, jitter=True)
+    tasks = Counter(mixture[k].task for k in range(len(mixture)))
+    assert tasks == {"caption": 8, "vqa_closed": 4, "vqa_open": 4, "vqa_yes_no": 4, "segmentation": 6, "rec": 6,
+                     "reg": 6, "refseg": 2}
+    with pytest.raises(IndexError):
+        mixture[len(mixture)]
+
+
+# --- determinism -----------------------------------------------------------------------------------------------------
+def test_a_sample_depends_on_seed_epoch_and_index_only(complete):
+    def opened(seed=1, epoch=0):
+        mixture = open_sets(["rec", "segmentation", "caption"], complete, "train", SIZE, seed=seed, jitter=True)
+        mixture.set_epoch(epoch)
+        return mixture
+
+    first, again = opened(), opened()
+    backwards = {k: again[k] for k in reversed(range(len(again)))}
+    assert all(same(first[k], backwards[k]) for k in range(len(first)))
+    for other in (opened(seed=2), opened(epoch=1)):
+        assert not all(same(first[k], other[k]) for k in range(len(first)))
+        assert len({first[k].question for k in range(len(first))}) > 3
+    again.set_epoch(1)
+    assert all(same(again[k], other[k]) for k in range(len(first)))
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_hear_of_a_new_epoch(complete, persistent):
+    mixture = open_sets(["caption", "rec"], complete, "train", SIZE, jitter=True)
+    loader = DataLoader(mixture, batch_size=None, num_workers=2, persistent_workers=persistent)
+    for epoch in (0, 1):
+        mixture.set_epoch(epoch)
+        samples = list(loader)
+        assert all(same(sample, mixture[k]) for k, sample in enumerate(samples))
+
+
+# --- random changes --------------------------------------------------------------------------------------------------
+def test_image_mask_and_box_change_together(complete):
+    segmentation = Structures(complete, "train", SIZE, code="0010", kind="segmentation", jitter=True)
+    rec = Structures(complete, "train", SIZE, code="0010", kind="rec", jitter=True)
+    placed = set()
+    for epoch in range(30):
+        segmentation.set_epoch(epoch), rec.set_epoch(epoch)
+        sample = segmentation[0]
+        bright = sample.image[sample.mask]
+        # The liver is of one intensity, and nothing else has it.
+        assert np.ptp(bright) < 1e-6 and (np.abs(sample.image - bright[0]) < 1e-6).sum() == sample.mask.sum()
+        placed.add(sample.mask.tobytes())
+        sample = rec[0]
+        (x1, y1, z1, x2, y2, z2), = np.round(parse_boxes(sample.answer) * np.tile(SIZE, 2)).astype(int)
+        inside = sample.image[0, x1:x2 + 1, y1:y2 + 1, z1:z2 + 1]
+        assert np.ptp(inside) < 1e-6 and inside.size == mask(LIVER).sum()
+    assert len(placed) > 5
+
+
+def test_a_change_is_what_monai_does(complete):
+    from monai.transforms import Flip, Rotate90
+
+    volume = image(3)
+    for turns, flips in ((1, (0, 0, 1)), (3, (1, 1, 0)), (2, (0, 0, 0)), (0, (1, 1, 1))):
+        expected = volume
+        if turns:
+            expected = Rotate90(turns, spatial_axes=(1, 2))(expected)
+        for axis in np.flatnonzero(flips):
+            expected = Flip(int(axis))(expected)
+        change = Change(turns, tuple(map(bool, flips)), 0.05, -0.02)
+        np.testing.assert_array_equal(change.place(volume), np.asarray(expected))
+        np.testing.assert_allclose(change.tone(volume), np.clip(volume * 1.05 - 0.02, 0, 1), rtol=1e-6)
+
+
+def test_changes_are_as_frequent_as_the_recipe_says():
+    rng = np.random.default_rng(0)
+    changes = [draw_change(rng, SIZE) for _ in range(4000)]
+    assert np.mean([c.turns > 0 for c in changes]) == pytest.approx(0.5, abs=0.03)
+    assert Counter(c.turns for c in changes if c.turns).most_common()[-1][1] > 550
+    np.testing.assert_allclose(np.mean([c.flips for c in changes], axis=0), 0.1, atol=0.02)
+    for values in ([c.scale for c in changes], [c.shift for c in changes]):
+        assert np.mean(np.array(values) != 0) == pytest.approx(0.5, abs=0.03) and 0.09 < np.max(np.abs(values)) <= 0.1
+    assert all(draw_change(rng, (8, 32, 16)).turns in (0, 2) for _ in range(50))
+
+
+def test_in_a_mirrored_body_the_words_left_and_right_change_places(complete):
+    captions = Captions(complete, "train", SIZE, jitter=True)
+    plain = Captions(complete, "train", SIZE)[0].image
+    seen = set()
+    for epoch in range(80):
+        captions.set_epoch(epoch)
+        sample = captions[0]
+        # Of all placements the likest one tells whether the image is mirrored.
+        placements = [Change(turns, flips) for turns in range(4) for flips in np.ndindex(2, 2, 2)]
+        likest = max(placements, key=lambda c: np.corrcoef(c.place(plain).ravel(), sample.image.ravel())[0, 1])
+        assert ("The right lung is clear" in sample.answer) == likest.mirrored != ("The left lung" in sample.answer)
+        seen.add(likest.mirrored)
+    assert seen == {True, False}
+
+
+def test_only_whole_words_swap_sides():
+    assert swap_sides("Left-sided, bright cleft; RIGHT, left") == "Right-sided, bright cleft; LEFT, right"
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+def test_every_class_has_descriptions_that_do_not_name_it():
+    import re
+
+    for name in {name for names in class_names().values() for name in names}:
+        told = descriptions()[name]
+        assert 2 <= len(told) <= 4
+        for text in told:
+            assert not re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE), (name, text)
+            assert not text.endswith(".") and "{" not in text
+
+
+def test_descriptions_of_two_sides_say_which():
+    for name in (n for names in class_names().values() for n in names if {"left", "right"} & set(n.split())):
+        side, other = ("left", "right") if "left" in name.split() else ("right", "left")
+        if swap_sides(name) in descriptions():
+            # A description that fits both sides would teach to guess.
+            assert not set(descriptions()[name]) & set(descriptions()[swap_sides(name)])
+            assert all(side in text or other not in text for text in descriptions()[name])
+
+
+def test_templates_have_the_slots_that_are_filled():
+    for task, slots in (("segmentation", {}), ("rec", {}), ("reg", {})):
+        for style in ("by_name", "by_description"):
+            texts = templates()[task][style]
+            assert not set(texts["train"]) & set(texts["held_out"])
+            asked = "{box}" if task == "reg" else "{name}" if style == "by_name" else "{description}"
+            assert all(text.count(asked) == 1 for text in texts["train"] + texts["held_out"])
+            given = {"segmentation": SEG_TOKEN, "rec": "{box}", "reg": "{name}"}[task]
+            assert all(text.count(given) == 1 for text in texts["answer"])
+            assert all("{name}" in text and given != "{name}" and given not in text for text in texts.get("absent", []))
+
+
+def test_held_out_wordings_are_asked_where_wanted(complete):
+    captions = Captions(complete, "test", SIZE, wording="held_out")
+    assert captions[0].question in templates()["caption"]["held_out"]
+
+
+# --- bad input that stops a run before it starts ---------------------------------------------------------------------
+@pytest.mark.parametrize("task, gone", [("caption", "M3D_Cap_npy"), ("vqa_closed", "M3D-VQA"), ("rec", "M3D_Seg_npy"),
+                                        ("refseg", "M3D_RefSeg_npy")])
+def test_a_root_that_lacks_a_set_is_refused_with_what_was_looked_for(root, task, gone):
+    shutil.rmtree(root / gone)
+    with pytest.raises(InvalidInput, match="lacks") as refused:
+        open_sets([task], root, "train", SIZE)
+    assert gone in str(refused.value) and str(root) in str(refused.value)
+
+
+def test_missing_columns_are_named(root):
+    path = root / "M3D-VQA" / "M3D_VQA_train.csv"
+    rows = list(csv.reader(path.open()))
+    write_csv(path, [{"Choice C": "C", "Answer Choice": "right"}.get(name, name) for name in rows[0]], rows[1:])
+    with pytest.raises(InvalidInput, match="lacks the columns Choice C, Answer Choice; it has Image Path, "):
+        ClosedVqa(root, "train", SIZE)
+    assert len(Vqa(root, "train", SIZE)) == 4  # which needs none of them
+
+
+def test_a_missing_split_is_named_with_those_that_there_are(root):
+    with pytest.raises(InvalidInput, match="no split 'test500'; it has train, validation, test"):
+        Captions(root, "test500", SIZE)
+    with pytest.raises(InvalidInput, match="no split 'dev': choose one of train, validation, test"):
+        Vqa(root, "dev", SIZE)
+    index = root / "M3D_Seg_npy" / "0000" / "0000.json"
+    index.write_text(json.dumps({"test": []}))
+    with pytest.raises(InvalidInput, match="no split 'train'; it has test"):
+        open_sets(["rec"], root, "train", SIZE)
+
+
+def test_images_of_another_size_than_the_model_s_are_refused_at_once(complete):
+    for task in TASKS:
+        with pytest.raises(InvalidInput, match="1 x 8 x 32 x 32.*the model takes 1 x 8 x 32 x 16"):
+            open_sets([task], complete, "train", (8, 32, 16))
+
+
+@pytest.mark.parametrize("label, said", [("0000/a/masks/liver.npy", "mask_<class id>.npy"),
+                                         ("0000/a/masks/mask_1.npy", "1 classes, from 0")])
+def test_a_label_without_a_known_class_is_refused(root, label, said):
+    index = root / "M3D_Seg_npy" / "0000" / "0000.json"
+    index.write_text(json.dumps({"train": [{"image": "0000/a/image.npy", "label": label}]}))
+    with pytest.raises(InvalidInput, match=said):
+        Structures(root, "train", SIZE, code="0000", kind="rec")
+
+
+@pytest.mark.parametrize("content, said", [("{", "is not JSON"), ("[]", "no split"),
+                                           ('{"train": [{"image": "a.npy"}]}', "has no text"),
+                                           ('{"train": []}', "no entries")])
+def test_an_unusable_index_is_refused(root, content, said):
+    (root / "M3D_Cap_npy" / "M3D_Cap.json").write_text(content)
+    with pytest.raises(InvalidInput, match=said):
+        Captions(root, "train", SIZE)
+
+
+def test_paths_that_lead_nowhere_are_refused_at_once(root):
+    shutil.rmtree(root / "M3D_Cap_npy" / "ct_case")
+    with pytest.raises(InvalidInput, match="none of 4 images .* can be read"):
+        Vqa(root, "train", SIZE)
+
+
+def test_an_unknown_task_is_refused(complete):
+    with pytest.raises(InvalidInput, match="no task 'vqa': choose from"):
+        open_sets(["vqa"], complete, "train", SIZE)
+
+
+# --- broken samples --------------------------------------------------------------------------------------------------
+def damage_nan(path):
+    save(path, np.full((1, *SIZE), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("damage, cause", [
+    (Path.unlink, "No such file"),
+    (lambda path: path.write_bytes(path.read_bytes()[:500]), "not a whole .npy"),
+    (lambda path: path.write_bytes(b"hello"), "not a whole .npy"),
+    (lambda path: path.write_bytes(b""), "not a whole .npy"),
+    (lambda path: save(path, np.array([{}], dtype=object)), "not a whole .npy"),
+    (lambda path: save(path, image(0)[:, :4]), "1 x 4 x 32 x 32, the model takes 1 x 8 x 32 x 32"),
+    (lambda path: save(path, image(0) * 255), "wanted are 0 to 1"),
+    (damage_nan, "not finite"),
+    (lambda path: save(path, np.zeros((1, *SIZE), np.float32)), "every voxel"),
+])
+def test_a_broken_image_is_named_with_its_cause(root, damage, cause):
+    path = root / "M3D_Cap_npy/ct_case/000001/Axial.npy"
+    damage(path)
+    captions = Captions(root, "train", SIZE)
+    with pytest.raises(BrokenSample, match=cause) as broken:
+        captions[1]
+    assert broken.value.paths == (str(path),) and str(path) in str(broken.value)
+    assert captions[0].answer and captions[2].answer
+
+
+def test_a_mask_of_another_shape_than_its_image_is_broken(root):
+    path = root / "M3D_Seg_npy/0010/a/masks/mask_1.npy"
+    save(path, np.zeros((1, 8, 32, 16), bool))
+    structures = Structures(root, "train", SIZE, code="0010", kind="rec")
+    with pytest.raises(BrokenSample, match="mask has shape 1 x 8 x 32 x 16, its image 1 x 8 x 32 x 32") as broken:
+        structures[2]
+    assert broken.value.paths == (str(path), str(root / "M3D_Seg_npy/0010/a/image.npy"))
+    assert structures[0].answer
+
+
+def test_broken_words_are_named_with_their_row(root):
+    rows = [("M3D_Cap_npy/ct_case/000000/Axial.npy", "", 1, "Which?", "a", "b", "c", "d", "a", answer)
+            for answer in ("A", "E", "")] + [("M3D_Cap_npy/ct_case/000000/Axial.npy", "", 1)]
+    write_csv(root / "M3D-VQA/M3D_VQA_train.csv", VQA_COLUMNS, rows)
+    closed = ClosedVqa(root, "train", SIZE)
+    assert closed[0].answer == "A. a"
+    for index, cause in ((1, "row 2 has Answer Choice 'E'"), (2, "row 3 has no Answer Choice"),
+                         (3, "row 4 has no Question and no Answer")):
+        with pytest.raises(BrokenSample, match=cause):
+            closed[index]
+    (root / "M3D_Cap_npy/ct_case/000000/text.txt").write_text(" \n")
+    with pytest.raises(BrokenSample, match="the text is empty"):
+        Captions(root, "train", SIZE)[0]
+
+
+@pytest.mark.parametrize("change, cause", [({"Mask_ID": "7"}, "no voxel of the mask is 7"),
+                                           ({"Mask_ID": "x"}, "Mask_ID 'x'"), ({"Answer": "There."}, r"no \[SEG\]")])
+def test_a_referring_row_that_cannot_be_taught_is_broken(root, change, cause):
+    path = root / "M3D_RefSeg_npy/M3D_RefSeg.csv"
+    rows = list(csv.DictReader(path.open()))
+    rows[1].update(change)
+    write_csv(path, rows[0].keys(), [row.values() for row in rows])
+    with pytest.raises(BrokenSample, match=cause):
+        Referring(root, "train", SIZE)[1]
+
+
+def test_broken_samples_survive_the_way_between_processes():
+    broken = pickle.loads(pickle.dumps(BrokenSample(["a", "b"], "cut off")))
+    assert (broken.paths, broken.cause, str(broken)) == (("a", "b"), "cut off", "a and b: cut off")
+
+
+def test_a_table_gives_back_its_rows():
+    rows = [{"a": "ü", "b": "x" * k} for k in range(5)]
+    table = Table(rows)
+    assert list(table) == rows and len(table) == 5
+    assert len(Mixture([])) == 0
