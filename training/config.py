@@ -65,6 +65,24 @@ def training_arguments(settings: StageSettings, **defaults):
     from transformers import TrainingArguments
 
     given = settings.trainer
+    check_trainer(given)
+    # One process has no group; several on CPUs talk through gloo.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    backend = {"ddp_backend": None if alone else given.get("ddp_backend", "gloo" if given.get("use_cpu") else None)}
+    try:
+        return TrainingArguments(**{
+            # No batch is padded by repeating samples, and every parameter that is trained is reached by every step.
+            "dataloader_drop_last": True, "ddp_find_unused_parameters": False, "report_to": "none",
+            "save_total_limit": 2, **defaults, **given, **backend, "output_dir": str(settings.out), "seed": settings.seed,
+            "data_seed": settings.seed, "remove_unused_columns": False})
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise InvalidInput(f"trainer: {error}") from None
+
+
+def check_trainer(given: dict) -> None:
+    """Raise InvalidInput for what cannot stand under `trainer`, before anything is loaded."""
+    from transformers import TrainingArguments
+
     managed = sorted(set(given) & set(MANAGED))
     if managed:
         instead = ", ".join(f"{name}" + (f" (use `{MANAGED[name]}`)" if MANAGED[name] else "") for name in managed)
@@ -78,17 +96,6 @@ def training_arguments(settings: StageSettings, **defaults):
     for name, value in given.items():
         if not _fits(hints[name], value):
             raise InvalidInput(f"trainer.{name} must be {_name(hints[name])}, not {value!r}")
-    # One process has no group; several on CPUs talk through gloo.
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    backend = {"ddp_backend": None if alone else given.get("ddp_backend", "gloo" if given.get("use_cpu") else None)}
-    try:
-        return TrainingArguments(**{
-            # No batch is padded by repeating samples, and every parameter that is trained is reached by every step.
-            "dataloader_drop_last": True, "ddp_find_unused_parameters": False, "report_to": "none",
-            "save_total_limit": 2, **defaults, **given, **backend, "output_dir": str(settings.out), "seed": settings.seed,
-            "data_seed": settings.seed, "remove_unused_columns": False})
-    except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise InvalidInput(f"trainer: {error}") from None
 
 
 def as_json(settings: Any) -> Any:

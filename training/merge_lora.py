@@ -51,7 +51,7 @@ def merge(settings: Settings) -> Path:
     if settings.dtype not in DTYPES:
         raise InvalidInput(f"dtype {settings.dtype!r} is not known; known: {', '.join(DTYPES)}")
     if settings.out.exists():
-        raise InvalidInput(f"{settings.out} is already there: remove it, or give another `out`")
+        raise InvalidInput(f"{settings.out} is already there: remove it to merge again, or give another `out`")
     trained = settings.trained
     if not (trained / "config.json").is_file() or not (trained / "model.safetensors").is_file():
         raise CheckpointError(f"{trained} holds no trained model (config.json and model.safetensors). A checkpoint of "
@@ -138,7 +138,9 @@ def main() -> None:
     parser.add_argument("configuration", type=Path, help="a JSON file, e.g. from training/configs")
     try:
         settings = read(Settings, parser.parse_args().configuration)
-        print(f"wrote {merge(settings)}")
+        # As in the other stages: what is finished is left as it is.
+        done = settings.out.is_dir()
+        print(f"{settings.out} is already there: nothing to do" if done else f"wrote {merge(settings)}")
     except M3DError as error:
         sys.exit(f"error: {error}")
 

@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from engine.errors import M3DError
 from training import record
-from training.config import StageSettings, as_json, read, training_arguments
+from training.config import StageSettings, as_json, check_trainer, read, training_arguments
 
 FINAL = "final"
 _STAGING = ".writing"
@@ -252,8 +252,7 @@ def main(description: str, cls: type[StageSettings], train: Callable[[StageSetti
         if (settings.out / FINAL).is_dir():
             print(f"{settings.out / FINAL} is already there: nothing to do (remove {settings.out} to train again)")
             return
-        if int(os.environ.get("OMP_NUM_THREADS", 0)):
-            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        check_trainer(settings.trainer)
         torch.manual_seed(settings.seed)
         train(settings)
     except M3DError as error:
