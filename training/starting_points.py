@@ -91,7 +91,7 @@ def open_language_model(source: str | PackagedModel) -> LanguageModel:
 
     weights = Weights.open(folder)
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return LanguageModel(str(source), _told(whole), {key: weights[key] for key in weights}, load_tokenizer(folder), False)
+    return LanguageModel(str(source), told(whole), {key: weights[key] for key in weights}, load_tokenizer(folder), False)
 
 
 def _packaged(source: PackagedModel) -> LanguageModel:
@@ -100,10 +100,10 @@ def _packaged(source: PackagedModel) -> LanguageModel:
     spec = {"package": source.package, "version": source.version, "file": source.file}
     gguf = base.base_file(spec)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return LanguageModel(source.package, _told(config), base.load_base(spec), base.load_base_tokenizer(spec), False)
+    return LanguageModel(source.package, told(config), base.load_base(spec), base.load_base_tokenizer(spec), False)
 
 
-def _told(config) -> dict:
+def told(config) -> dict:
     """A transformers configuration as config.json should tell it: the sizes, and what is not as usual."""
     usual = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "quantization_config",
              "use_cache", "auto_map"}
