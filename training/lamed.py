@@ -30,7 +30,7 @@ from training.losses import language_loss, mask_loss
 from training.record import write_json
 from training.starting_points import (ADDED_TOKENS, FAMILIES, LAMED, LanguageModel, PackagedModel, check_added_rows,
                                       check_shapes, load_projector, load_segvol, load_vision_tower,
-                                      open_language_model, open_part, prepare_tokenizer)
+                                      open_language_model, prepare_tokenizer)
 from training.trainer import StageModel
 
 # What may be trained beside LoRA; `added_tokens` are the rows of the added tokens alone, the rest of the table frozen.
@@ -121,7 +121,7 @@ class TrainedLamed(StageModel):
     def __init__(self, start: Start, train: tuple[str, ...], lora: Lora | None = None,
                  weights: LossWeights = LossWeights(), segmentation: bool = True):
         super().__init__()
-        _check_train(train, segmentation)
+        _check_train(train)
         if start.dtype not in ("float32", "bfloat16"):
             raise InvalidInput(f"start.dtype {start.dtype!r} is not known; known: float32, bfloat16")
         source = open_language_model(start.language_model)
@@ -130,6 +130,8 @@ class TrainedLamed(StageModel):
         self.config_json = _config_json(source, start, self.tokenizer, segmentation, "added_tokens" in train)
         self.tokenizer.model_max_length = self.config_json["max_position_embeddings"]
         parts = parts_config(self.config_json)
+        if parts.segmentation is None and {"seg_module", "seg_projector"} & set(train):
+            raise InvalidInput("train names seg_module or seg_projector, but this model has no segmentation")
         self.lamed = Lamed(parts, with_llm=False)
         self.num_visual_tokens = parts.num_visual_tokens
         Prompt(self.tokenizer, self.num_visual_tokens, self.config_json["max_position_embeddings"])
@@ -176,10 +178,10 @@ class TrainedLamed(StageModel):
             nn.init.trunc_normal_(encoder.patch_embedding.position_embeddings, std=0.02)
         nn.init.trunc_normal_(lamed.vision_tower.vision_tower.cls_token, std=0.02)
         if source.lamed:
-            tensors = open_part(start.language_model)
             for published, own in PARTS.items():
                 module = getattr(lamed, own[:-1])
-                found = {key.removeprefix(published): value for key, value in tensors.items() if key.startswith(published)}
+                found = {key.removeprefix(published): value for key, value in source.parts.items()
+                         if key.startswith(published)}
                 # A checkpoint without segmentation learns it here.
                 if module is not None and (found or own != "seg_module." and own != "seg_projector."):
                     check_shapes(own[:-1], source.name, found, module.state_dict())
@@ -256,8 +258,8 @@ class TrainedLamed(StageModel):
         mask: [B, 1 + N + L, 1 + N + L], True where a row may attend to a column; None: causal.
         """
         llm = self.lamed.llm
-        embed = llm.get_input_embeddings()
-        embeddings = torch.cat([embed(bos), visual_BNH.to(embed(bos).dtype), embed(ids)], dim=1)
+        begin, rest = (llm.get_input_embeddings()(part) for part in (bos, ids))
+        embeddings = torch.cat([begin, visual_BNH.to(begin.dtype), rest], dim=1)
         with disable_input_dtype_casting(llm):
             return llm.model(inputs_embeds=embeddings, attention_mask=None if mask is None else mask[:, None],
                              position_ids=positions, use_cache=False).last_hidden_state
@@ -267,13 +269,14 @@ class TrainedLamed(StageModel):
         processes must reach the same parameters."""
         lamed, owners = self.lamed, batch["state_owner"]
         none = len(batch["masks"]) == 0
-        states = hidden[batch["state_rows"], batch["state_columns"]] if not none else hidden[:1, -1]
-        prompts = lamed.seg_projector(states).float()
-        if not none:
+        if none:
+            states = hidden[:1, -1]
+        else:
             # Several [SEG] in one answer: the mean of their states makes one prompt.
-            mean = torch.zeros(int(owners.max()) + 1, hidden.shape[-1], device=hidden.device, dtype=torch.float32)
-            counts = torch.bincount(owners).clamp(min=1)[:, None]
-            prompts = lamed.seg_projector((mean.index_add(0, owners, states.float()) / counts).to(states.dtype)).float()
+            found = hidden[batch["state_rows"], batch["state_columns"]].float()
+            counts = torch.bincount(owners)[:, None]
+            states = (found.new_zeros(len(counts), found.shape[1]).index_add(0, owners, found) / counts).to(hidden.dtype)
+        prompts = lamed.seg_projector(states).float()
         target = batch["masks"] if not none else images.new_zeros(1, *batch["masks"].shape[1:])
         rows = batch["mask_rows"] if not none else batch["mask_rows"].new_zeros(1)
         scans, which = rows.unique(return_inverse=True)
@@ -385,14 +388,12 @@ def _name(start: Start) -> str:
     return source.package if isinstance(source, PackagedModel) else source
 
 
-def _check_train(train: tuple[str, ...], segmentation: bool) -> None:
+def _check_train(train: tuple[str, ...]) -> None:
     unknown = [name for name in train if name not in TRAINABLE]
     if unknown:
         raise InvalidInput(f"train names {', '.join(unknown)}; known: {', '.join(TRAINABLE)}")
     if "added_tokens" in train and {"embeddings", "lm_head"} & set(train):
         raise InvalidInput("train: added_tokens are rows of embeddings and lm_head; name one or the other")
-    if not segmentation and {"seg_module", "seg_projector"} & set(train):
-        raise InvalidInput("train names seg_module or seg_projector, but this model has no segmentation")
 
 
 def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: bool, rows_only: bool) -> dict:

@@ -86,7 +86,7 @@ class TaughtSegVol(trainer.StageModel):
     def collate(self, items: list[tuple[View, np.random.Generator]], per_view: int) -> dict:
         """Up to `per_view` of the structures in each view."""
         chosen = [(k, str(name)) for k, (view, rng) in enumerate(items)
-                  for name in rng.permutation(view.visible)[:per_view]]
+                  for name in rng.permutation(view.visible or view.structures[:1])[:per_view]]
         grid = self.seg_module.config.grid
         masks = [filled_share(items[k][0].mask(name), grid) for k, name in chosen]
         return {"images": torch.from_numpy(np.stack([view.image for view, _ in items]))[:, None],

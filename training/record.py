@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "token
 FREE = {"trainer." + name for name in (
     "logging_steps", "logging_strategy", "logging_first_step", "save_steps", "save_strategy", "save_total_limit",
     "disable_tqdm", "log_level", "report_to", "run_name", "dataloader_num_workers", "dataloader_prefetch_factor",
-    "dataloader_persistent_workers", "dataloader_pin_memory")} | {"sample_every", "out"}
+    "dataloader_persistent_workers", "dataloader_pin_memory")} | {"sample_every", "out", "data.m3d.root"}
 
 
 def begin(folder: Path, stage: str, settings: dict, data: dict, world_size: int) -> None:

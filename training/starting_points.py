@@ -59,15 +59,19 @@ class PackagedModel:
 class LanguageModel:
     """A causal language model to start from. name: what LoRA files call it. config: config.json's keys.
 
-    state: by the keys of its own architecture. lamed: whether it is the language model of an M3D-LaMed checkpoint (then
-    its tokenizer and its embeddings have the added tokens already).
+    state: by the keys of its own architecture. parts: of an M3D-LaMed checkpoint, by their published keys; its tokenizer
+    and its embeddings have the added tokens already. None: it is a language model alone.
     """
 
     name: str
     config: dict
     state: dict[str, Tensor]
     tokenizer: object
-    lamed: bool
+    parts: dict[str, Tensor] | None = None
+
+    @property
+    def lamed(self) -> bool:
+        return self.parts is not None
 
 
 def open_language_model(source: str | PackagedModel) -> LanguageModel:
@@ -82,8 +86,9 @@ def open_language_model(source: str | PackagedModel) -> LanguageModel:
                               "it first (training/merge_lora.py)")
     if model_type in LAMED:
         weights = Weights.open(folder)
-        state = {key: weights[key] for key in weights if not key.startswith(tuple(PARTS))}
-        return LanguageModel(str(source), config, state, load_tokenizer(folder), True)
+        parts = {key: weights[key] for key in weights if key.startswith(tuple(PARTS))}
+        state = {key: weights[key] for key in weights if key not in parts}
+        return LanguageModel(str(source), config, state, load_tokenizer(folder), parts)
     if model_type not in FAMILIES:
         raise CheckpointError(f"{source} is a {model_type!r}; language models that can be trained are of the families "
                               f"{', '.join(FAMILIES)} (LLaMA-2, LLaMA-3, Phi-3), or M3D-LaMed checkpoints on them")
@@ -91,7 +96,7 @@ def open_language_model(source: str | PackagedModel) -> LanguageModel:
 
     weights = Weights.open(folder)
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return LanguageModel(str(source), told(whole), {key: weights[key] for key in weights}, load_tokenizer(folder), False)
+    return LanguageModel(str(source), told(whole), {key: weights[key] for key in weights}, load_tokenizer(folder))
 
 
 def _packaged(source: PackagedModel) -> LanguageModel:
@@ -100,7 +105,7 @@ def _packaged(source: PackagedModel) -> LanguageModel:
     spec = {"package": source.package, "version": source.version, "file": source.file}
     gguf = base.base_file(spec)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return LanguageModel(source.package, told(config), base.load_base(spec), base.load_base_tokenizer(spec), False)
+    return LanguageModel(source.package, told(config), base.load_base(spec), base.load_base_tokenizer(spec))
 
 
 def told(config) -> dict:

@@ -227,11 +227,12 @@ def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Ca
     """Train, or go on from the last whole checkpoint in `settings.out`; returns its `final`."""
     arguments = training_arguments(settings, **defaults)
     trainer = StageTrainer(model, settings, data, collate, arguments)
-    trainer.can_return_loss = True
     out = settings.out
     if arguments.process_index == 0:
         out.mkdir(parents=True, exist_ok=True)
-        record.begin(out, type(settings).__module__.rpartition(".")[2], as_json(settings), data.fingerprint(),
+        # Not the module's name: that is __main__ for a command.
+        stage = Path(sys.modules[type(settings).__module__].__file__).stem
+        record.begin(out, stage, as_json(settings), data.fingerprint(),
                      arguments.world_size)
         # What a kill left behind.
         shutil.rmtree(out / _STAGING, ignore_errors=True)

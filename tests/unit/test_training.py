@@ -46,7 +46,7 @@ def packaged(monkeypatch) -> starting_points.PackagedModel:
     monkeypatch.setattr(base, "load_base", lambda spec: {key: value.clone() for key, value in state.items()})
     monkeypatch.setattr(starting_points, "_packaged", lambda source: starting_points.LanguageModel(
         source.package, starting_points.told(config), {key: value.clone() for key, value in state.items()},
-        toy.byte_tokenizer(), False))
+        toy.byte_tokenizer()))
     return starting_points.PackagedModel(**PACKAGE)
 
 
@@ -85,11 +85,11 @@ def run(module, values: dict) -> Path:
     return module.train(settings)
 
 
-def small(packaged, **changes) -> TrainedLamed:
+def small(packaged, lora: Lora = Lora(4, 8, 0.0), **changes) -> TrainedLamed:
     """The demo's way of training, on the toy: rows for the added tokens, frozen language model."""
     start = Start(packaged, {**toy.PARTS, "max_position_embeddings": 512}, **changes)
     torch.manual_seed(3)
-    return TrainedLamed(start, ("added_tokens", "vision_tower", "mm_projector", "seg_projector"), Lora(4, 8, 0.0))
+    return TrainedLamed(start, ("added_tokens", "vision_tower", "mm_projector", "seg_projector"), lora)
 
 
 def asked(task: str, question: str, answer: str, space: bool = False) -> Sample:
@@ -217,7 +217,7 @@ def test_the_demo_s_stages_run_in_order_and_end_in_a_checkpoint_that_the_engine_
     merge = build(merge_lora.Settings, json.loads((CONFIGS / "5_merge_lora.json").read_text().replace(
         "out/training/demo/", f"{tmp_path}/")))
     lamed, tokenizer = checkpoint.load_lamed(merge_lora.merge(merge))
-    trained = small(packaged, dtype="float32")
+    trained = small(packaged, lora=Lora(8, 16, 0.0))
     trained.restore(tmp_path / "4_finetune" / "final")
     trained.eval()
     image, s = torch.rand(1, 1, *SIZE), sequence(tokenizer, QUESTIONS[0])

@@ -46,6 +46,7 @@ class M3DSamples:
     def __init__(self, settings: M3DSettings, run: StageSettings, size: tuple[int, int, int]):
         self.sets = open_sets(settings.tasks, settings.root, settings.split, size, seed=run.seed, jitter=settings.jitter)
         run.out.mkdir(parents=True, exist_ok=True)
+        self.root = settings.root
         self.samples = Tolerant(self.sets, run.out / "broken.jsonl", settings.broken)
         self.callbacks = [BrokenSampleCheck(self.samples)]
 
@@ -59,8 +60,8 @@ class M3DSamples:
 
     def fingerprint(self) -> dict[str, str]:
         """Of the indexes; hashing the volumes themselves would take hours."""
-        return {"samples": str(len(self)), **{str(file): sha256(file) for file in
-                                              sorted({part.index for part in self.sets.sets})}}
+        files = sorted({part.index for part in self.sets.sets})
+        return {"samples": str(len(self)), **{str(file.relative_to(self.root)): sha256(file) for file in files}}
 
 
 class M3DQuestions(M3DSamples):
