@@ -73,8 +73,8 @@ def training_arguments(settings: StageSettings, **defaults):
         return TrainingArguments(**{
             # No batch is padded by repeating samples, and every parameter that is trained is reached by every step.
             "dataloader_drop_last": True, "ddp_find_unused_parameters": False, "report_to": "none",
-            "save_total_limit": 2, **defaults, **given, **backend, "output_dir": str(settings.out), "seed": settings.seed,
-            "data_seed": settings.seed, "remove_unused_columns": False})
+            "save_total_limit": 2, **defaults, **given, **backend, "output_dir": str(settings.out),
+            "seed": settings.seed, "data_seed": settings.seed, "remove_unused_columns": False})
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise InvalidInput(f"trainer: {error}") from None
 

@@ -1,8 +1,8 @@
 """M3D-LaMed in training: LoRA on its language model, losses on text and masks, and what is written of it.
 
 What is written is a folder that holds everything that was trained on top of a base language model (see
-`engine.models.base`): config.json with `base_model`; model.safetensors with our parts under their published keys and the
-trained embeddings; LoRA as peft writes it; the tokenizer. `training/merge_lora.py` makes a whole checkpoint of it.
+`engine.models.base`): config.json with `base_model`; model.safetensors with our parts under their published keys and
+the trained embeddings; LoRA as peft writes it; the tokenizer. `training/merge_lora.py` makes a whole checkpoint of it.
 """
 from __future__ import annotations
 
@@ -252,7 +252,8 @@ class TrainedLamed(StageModel):
                 parts["prompt"], loss = prompt, loss + self.weights.prompt * prompt
         return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
 
-    def hidden(self, visual_BNH: Tensor, bos: Tensor, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+    def hidden(self, visual_BNH: Tensor, bos: Tensor, ids: Tensor, positions: Tensor | None,
+               mask: Tensor | None) -> Tensor:
         """Final hidden states [B, 1 + N + L, H] after the last norm: BOS, visual tokens, `ids` [B, L].
 
         mask: [B, 1 + N + L, 1 + N + L], True where a row may attend to a column; None: causal.
@@ -275,7 +276,8 @@ class TrainedLamed(StageModel):
             # Several [SEG] in one answer: the mean of their states makes one prompt.
             found = hidden[batch["state_rows"], batch["state_columns"]].float()
             counts = torch.bincount(owners)[:, None]
-            states = (found.new_zeros(len(counts), found.shape[1]).index_add(0, owners, found) / counts).to(hidden.dtype)
+            sums = found.new_zeros(len(counts), found.shape[1]).index_add(0, owners, found)
+            states = (sums / counts).to(hidden.dtype)
         prompts = lamed.seg_projector(states).float()
         target = batch["masks"] if not none else images.new_zeros(1, *batch["masks"].shape[1:])
         rows = batch["mask_rows"] if not none else batch["mask_rows"].new_zeros(1)
@@ -377,7 +379,7 @@ def causal_lm(config: dict) -> nn.Module:
 
 
 def parts_config(config: dict) -> LamedConfig:
-    """The engine's view of a checkpoint's config.json; for training it may be on another family than the engine serves."""
+    """The engine's view of a checkpoint's config.json, which may be on another family than the engine serves."""
     if config.get("model_type") not in LAMED:
         raise CheckpointError(f"architecture {config.get('model_type')!r} cannot be trained; known: {', '.join(LAMED)}")
     return LamedConfig.from_dict({**config, "model_type": "lamed_llama"})
@@ -421,8 +423,8 @@ def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: b
     ids, rows = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS)), len(source.state[_TABLE])
     if rows_only:
         if not config.get("tie_word_embeddings"):
-            raise InvalidInput(f"train: added_tokens needs a language model with tied embeddings, {source.name} has not: "
-                               "train embeddings and lm_head")
+            raise InvalidInput(f"train: added_tokens needs a language model with tied embeddings, {source.name} has "
+                               "not: train embeddings and lm_head")
         if ids != list(range(rows, rows + len(ids))):
             raise InvalidInput(f"train: added_tokens needs {source.name} to have no rows for the added tokens yet, but "
                                f"they are {ids} of {rows}: train embeddings")

@@ -1,4 +1,4 @@
-"""The losses: LM + Dice + BCE of instruction tuning, and the contrastive one of M3D-CLIP (paper, sections 3.1 and 3.3)."""
+"""The losses: LM + Dice + BCE of instruction tuning, and the contrastive one of M3D-CLIP."""
 from __future__ import annotations
 
 import torch
@@ -50,7 +50,7 @@ def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor, kept_B: T
 
 
 class _Gathered(torch.autograd.Function):
-    """The rows of all processes, one after the other; their gradients are summed and go back to where they came from."""
+    """The rows of all processes, one after the other; their gradients are summed and go back where they came from."""
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
     python training/merge_lora.py training/configs/paper/merge_lora.json
 
-The result has the published key names and is read strictly by `engine.models.checkpoint`; what is incomplete is refused,
-and the folder appears whole or not at all. With `keep_base` the language model is left out: the folder holds what was
+The result has the published key names and is read strictly by `engine.models.checkpoint`; what is incomplete is
+refused, and the folder appears whole or not at all. With `keep_base` the language model is left out: the folder holds what was
 trained, and the engine composes it with the package that carries the base model.
 """
 from __future__ import annotations
@@ -26,7 +26,8 @@ from engine.models.lamed import Lamed  # noqa: E402
 from training.config import build, read  # noqa: E402
 from training.lamed import causal_lm, parts_config  # noqa: E402
 from training.record import write_json  # noqa: E402
-from training.starting_points import PackagedModel, check_shapes, open_language_model, open_part, read_adapter  # noqa: E402
+from training.starting_points import (PackagedModel, check_shapes, open_language_model, open_part,  # noqa: E402
+                                      read_adapter)
 from training.trainer import place  # noqa: E402
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,7 +48,7 @@ class Settings:
 
 
 def merge(settings: Settings) -> Path:
-    """Write the merged checkpoint; returns its folder. Raises CheckpointError for what does not fit or is incomplete."""
+    """Write the merged checkpoint; returns its folder. CheckpointError: something does not fit or is incomplete."""
     if settings.dtype not in DTYPES:
         raise InvalidInput(f"dtype {settings.dtype!r} is not known; known: {', '.join(DTYPES)}")
     if settings.out.exists():
@@ -55,8 +56,8 @@ def merge(settings: Settings) -> Path:
     trained = settings.trained
     if not (trained / "config.json").is_file() or not (trained / "model.safetensors").is_file():
         raise CheckpointError(f"{trained} holds no trained model (config.json and model.safetensors). A checkpoint of "
-                              "ZeRO-3 has none unless stage3_gather_16bit_weights_on_model_save is set: join its shards "
-                              "with DeepSpeed's zero_to_fp32.py")
+                              "ZeRO-3 has none unless stage3_gather_16bit_weights_on_model_save is set: join its "
+                              "shards with DeepSpeed's zero_to_fp32.py")
     config = read_config(trained)
     if "base_model" not in config:
         raise CheckpointError(f"{trained} names no base_model: it is a whole checkpoint already")
@@ -116,7 +117,7 @@ def _language_model(source: str | PackagedModel, trained: Path, adapter: dict[st
             raise CheckpointError(f"the LoRA in {trained} was trained on {named}, not on {model.name}")
         a_count = sum(".lora_A." in key for key in adapter)
         if 2 * a_count != len(adapter) or any(value.numel() == 0 for value in adapter.values()):
-            raise CheckpointError(f"the LoRA in {trained} is incomplete: {a_count} of lora_A in {len(adapter)} tensors, "
+            raise CheckpointError(f"the LoRA in {trained} is incomplete: {a_count} lora_A in {len(adapter)} tensors, "
                                   f"{sum(value.numel() == 0 for value in adapter.values())} of them empty")
         state = {key: value.float() if key.startswith("model.layers.") else value for key, value in state.items()}
         base.merge_lora(state, settings, adapter)

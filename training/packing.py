@@ -34,9 +34,10 @@ class Pack:
     """Questions about several scans, padded to one length L behind the prefix of P positions.
 
     ids: [B, L]. mask: [B, P + L, P + L], True where a row may attend to a column, and positions: [B, P + L]; both None
-    where every scan has one question, since then the ordinary causal ones do. answer_rows, answer_columns, answers: [T],
-    where each answer token is predicted (index into B and P + L) and its id. answer_weights: [T], of each answer token in
-    the loss. state_rows, state_columns, state_owners: where the `[SEG]` tokens are predicted, and in which question (counted through all groups).
+    where every scan has one question, since then the ordinary causal ones do. answer_rows, answer_columns, answers:
+    [T], where each answer token is predicted (index into B and P + L) and its id. answer_weights: [T], of each answer
+    token in the loss. state_rows, state_columns, state_owners: [S], where the `[SEG]` tokens are predicted, and in
+    which question (counted through all groups).
     """
 
     ids: Tensor
@@ -71,8 +72,8 @@ def pack(groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token
          weighting: str = "tokens") -> Pack:
     """Pack one group of sequences for each scan behind `prefix` positions.
 
-    weighting: `tokens`, all answer tokens alike (the reference), or `root`, each 1 / sqrt(length of its answer), so that
-    the single words that need a look at the scan do not drown in boxes and reports.
+    weighting: `tokens`, all answer tokens alike (the reference), or `root`, each 1 / sqrt(length of its answer), so
+    that the single words that need a look at the scan do not drown in boxes and reports.
     """
     length = max(sum(len(s.ids) for s in group) for group in groups)
     total = prefix + length
@@ -118,9 +119,9 @@ class Packer:
     """Collates groups of Samples about one scan each for `TrainedLamed`.
 
     num_visual_tokens, image_size: of the model. max_length: of BOS, visual tokens, question and answer together.
-    weighting: see `pack`. grid: SegVol's patches (D, H, W), None for a model without segmentation; masks are compared at
-    the model's volume, or if `at_decoder_grid` at four times that grid. mask_limit: of masks in a batch, None for all.
-    taught: the structures that a teacher has prompts for, in order.
+    weighting: see `pack`. grid: SegVol's patches (D, H, W), None for a model without segmentation; masks are compared
+    at the model's volume, or if `at_decoder_grid` at four times that grid. mask_limit: of masks in a batch, None for
+    all. taught: the structures that a teacher has prompts for, in order.
     """
 
     def __init__(self, tokenizer, num_visual_tokens: int, image_size: tuple[int, int, int], seg_token_id: int,

@@ -97,7 +97,8 @@ class ContrastiveClip(trainer.StageModel):
     def sample_text(self) -> str:
         batch = self.collate(self.shown)
         device = self.clip.logit_scale.device
-        logits = self.clip.logits_per_image(*(batch[key].to(device) for key in ("images", "input_ids", "attention_mask")))
+        inputs = (batch[key].to(device) for key in ("images", "input_ids", "attention_mask"))
+        logits = self.clip.logits_per_image(*inputs)
         lines = []
         for sample, row in zip(self.shown, logits):
             best = self.shown[int(row.argmax())].answer

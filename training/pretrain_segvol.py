@@ -50,8 +50,7 @@ class Vision:
 @dataclass(frozen=True, kw_only=True)
 class Settings(StageSettings):
     """start: `final` of another run of this stage. train_prompts: whether the prompts are learned, or stay as they
-    started. prompt_noise: standard deviation of the noise on prompts: as large as what `[SEG]` states will miss them by.
-    """
+    started. prompt_noise: standard deviation of the noise on prompts, as large as what `[SEG]` states miss them by."""
 
     vision: Vision
     start: str | None = None

@@ -59,8 +59,8 @@ class PackagedModel:
 class LanguageModel:
     """A causal language model to start from. name: what LoRA files call it. config: config.json's keys.
 
-    state: by the keys of its own architecture. parts: of an M3D-LaMed checkpoint, by their published keys; its tokenizer
-    and its embeddings have the added tokens already. None: it is a language model alone.
+    state: by the keys of its own architecture. parts: of an M3D-LaMed checkpoint, by their published keys; its
+    tokenizer and its embeddings have the added tokens already. None: it is a language model alone.
     """
 
     name: str
@@ -132,8 +132,8 @@ def prepare_tokenizer(model: LanguageModel):
         raise CheckpointError(f"the tokenizer of {model.name} does not know {', '.join(absent)}")
     homeless = [f"{token} ({k})" for token, k in ids.items() if k >= rows]
     if homeless and model.lamed:
-        raise CheckpointError(f"the tokenizer of {model.name} has no room for {', '.join(homeless)}: the embeddings have "
-                              f"{rows} rows. Is it the tokenizer that was saved with these weights?")
+        raise CheckpointError(f"the tokenizer of {model.name} has no room for {', '.join(homeless)}: the embeddings "
+                              f"have {rows} rows. Is it the tokenizer that was saved with these weights?")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     bos = tokenizer.bos_token_id
@@ -185,8 +185,8 @@ def load_projector(projector: nn.Module, source: str) -> Tensor | None:
     """Fill a projector from `mm_projector.bin` or a checkpoint; returns the embeddings that were trained with it: all
     rows, those of the added tokens, or None."""
     tensors = open_part(source)
-    _fill(projector, {key.split("mm_projector.", 1)[1]: value for key, value in tensors.items() if "mm_projector." in key},
-          source, "projector")
+    found = {key.split("mm_projector.", 1)[1]: value for key, value in tensors.items() if "mm_projector." in key}
+    _fill(projector, found, source, "projector")
     return tensors.get(base.ADDED_TOKENS, tensors.get(_EMBEDDINGS))
 
 
@@ -215,8 +215,8 @@ def check_shapes(what: str, source: str, found: dict[str, Tensor], expected: dic
                       if problem == "of another shape" else key for key in sorted(names)]
             problems.append(f"{len(listed)} {problem} ({', '.join(listed[:4])}{', ...' if len(listed) > 4 else ''})")
     if any(value.numel() == 0 for value in found.values()):
-        problems.append("some hold nothing, as ZeRO-3's placeholders do: save with stage3_gather_16bit_weights_on_model_"
-                        "save, or join the shards with DeepSpeed's zero_to_fp32.py")
+        problems.append("some hold nothing, as ZeRO-3's placeholders do: save with "
+                        "stage3_gather_16bit_weights_on_model_save, or join the shards with zero_to_fp32.py")
     if problems:
         raise CheckpointError(f"{source} does not fit the {what}: {'; '.join(problems)}")
 
@@ -248,5 +248,5 @@ def read_adapter(folder: Path) -> dict:
 def check_added_rows(rows: Tensor, table: Tensor, count: int, source: str) -> None:
     """Raise InvalidInput unless `rows` are a whole embedding table or the rows of `count` added tokens."""
     if rows.shape[1] != table.shape[1] or len(rows) not in (len(table), count):
-        raise InvalidInput(f"{source} has embeddings {list(rows.shape)}; wanted are all {list(table.shape)} or the rows of "
-                           f"the {count} added tokens")
+        raise InvalidInput(f"{source} has embeddings {list(rows.shape)}; wanted are all {list(table.shape)} or the "
+                           f"rows of the {count} added tokens")

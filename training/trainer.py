@@ -81,7 +81,7 @@ class EpochSampler(Sampler):
 
 
 class _Clock(TrainerCallback):
-    """Tells the sampler its epoch, and seeds each step by itself: a resumed run draws what an uninterrupted one does."""
+    """Tells the sampler its epoch, and seeds each step by itself: a resumed run draws what a whole one does."""
 
     def __init__(self, trainer: "StageTrainer"):
         self.trainer = trainer
@@ -132,7 +132,7 @@ class _Board(TrainerCallback):
 class StageTrainer(Trainer):
     """Trainer whose losses are exact over processes and accumulation, and whose checkpoints appear whole or not at all.
 
-    `checkpoint-N` holds what `StageModel.write` writes, in full precision, beside optimizer, schedule and random states.
+    `checkpoint-N` holds what `StageModel.write` writes, in full precision, and optimizer, schedule and random states.
     """
 
     def __init__(self, model: StageModel, settings: StageSettings, data: StageData, collate: Callable, arguments):

@@ -228,7 +228,8 @@ def test_the_demo_s_stages_run_in_order_and_end_in_a_checkpoint_that_the_engine_
         hidden, answers, _ = _hidden(trained, [[s]], tokens)
         ids = torch.tensor([[tokenizer.bos_token_id, *[0] * tokens.shape[1], *s.ids]])
         out = lamed.llm(inputs_embeds=lamed.prompt_embeddings(ids, tokens)).logits
-        torch.testing.assert_close(out[0, -len(answers) - 1:-1], trained.lamed.llm.lm_head(hidden), atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(out[0, -len(answers) - 1:-1], trained.lamed.llm.lm_head(hidden), atol=2e-2,
+                                   rtol=2e-2)
 
 
 def test_the_demo_s_clip_runs(scans, tmp_path):
@@ -290,8 +291,8 @@ def test_published_parts_load_as_the_reference_loads_them(packaged, tmp_path):
         theirs = getattr(source.lamed, part).state_dict()
         assert all(torch.equal(value, theirs[key]) for key, value in getattr(model.lamed, part).state_dict().items())
     assert torch.equal(found, rows)
-    assert torch.equal(small(packaged, mm_projector=str(tmp_path / "mm_projector.bin")).lamed.llm.model.embed_tokens.added,
-                       rows)
+    started = small(packaged, mm_projector=str(tmp_path / "mm_projector.bin"))
+    assert torch.equal(started.lamed.llm.model.embed_tokens.added, rows)
 
 
 def test_a_file_of_another_model_or_with_code_in_it_is_refused(packaged, tmp_path):

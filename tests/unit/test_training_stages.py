@@ -252,8 +252,8 @@ def test_the_merged_checkpoint_loads_in_the_engine_strictly_and_answers_as_in_tr
 
 def test_lora_reaches_every_linear_layer_and_the_parts_named_by_train_move(tmp_path, tuned, data, llm):
     adapter = load_file(tuned / base.ADAPTER_WEIGHTS)
-    layers = {key.split(".lora_")[0].removeprefix(base.LORA_PREFIX + "model.layers.0.") for key in adapter if ".0." in key}
-    assert {layer for layer in layers if not layer.startswith("model")} == {
+    first = base.LORA_PREFIX + "model.layers.0."
+    assert {key.split(".lora_")[0].removeprefix(first) for key in adapter if key.startswith(first)} == {
         *(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))}
     assert all(value.abs().max() > 0 for key, value in adapter.items() if "lora_B" in key)
     torch.manual_seed(1)
@@ -261,9 +261,9 @@ def test_lora_reaches_every_linear_layer_and_the_parts_named_by_train_move(tmp_p
     (tmp_path / "start").mkdir()
     model.write(tmp_path / "start", model.state_dict())
     start, end = load_file(tmp_path / "start" / "model.safetensors"), load_file(tuned / "model.safetensors")
-    moved = {part for key in end for part in ("vision_tower", "mm_projector", "embed_tokens", "lm_head", "seg_projector",
-                                              "image_encoder", "mask_decoder") if part in key and not torch.equal(start[key], end[key])}
-    assert len(moved) == 7
+    parts = {"vision_tower", "mm_projector", "embed_tokens", "lm_head", "seg_projector", "image_encoder",
+             "mask_decoder"}
+    assert {part for key in end for part in parts if part in key and not torch.equal(start[key], end[key])} == parts
 
 
 def test_a_merged_checkpoint_starts_the_next_training_with_nothing_lost(tmp_path, tuned, data):
@@ -344,7 +344,8 @@ def _spoiled(tuned: Path, folder: Path, file: str, change) -> Path:
 
 @pytest.mark.parametrize("file, change, named", [
     ("model.safetensors", lambda t: t.pop("model.mm_projector.projector.0.weight"), "missing.*projector.0.weight"),
-    ("model.safetensors", lambda t: t.update({"model.mm_projector.projector.0.weight": torch.zeros(0)}), "hold nothing.*ZeRO-3"),
+    ("model.safetensors", lambda t: t.update({"model.mm_projector.projector.0.weight": torch.zeros(0)}),
+     "hold nothing.*ZeRO-3"),
     ("model.safetensors", lambda t: t.update({"lm_head.weight": torch.zeros(3, 3)}), r"lm_head.weight \[3, 3\]"),
     ("model.safetensors", lambda t: t["model.seg_projector.0.weight"].fill_(float("nan")), "not finite.*seg_projector"),
     (base.ADAPTER_WEIGHTS, lambda t: t.pop(next(key for key in t if "lora_B" in key)), "incomplete"),
@@ -384,9 +385,10 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
     ({"data": {}}, "data must have either"), ({"data": {"m3d": {"root": "x"}}}, "missing setting data.m3d.tasks"),
     ({"mask_grid": "patches"}, "mask_grid"), ({"answer_weights": "equal"}, "answer_weights"),
     ({"train": ["tower"]}, "train names tower"), ({"train": ["added_tokens"]}, "tied embeddings"),
-    ({"max_length": 3}, "max_length 3 leaves no room"), ({"max_length": 4096}, "more than the language model's context"),
+    ({"max_length": 3}, "max_length 3 leaves no room"),
+    ({"max_length": 4096}, "more than the language model's context"),
 ])
-def test_a_configuration_with_a_wrong_setting_is_refused_by_name(tmp_path, data, llm, change, named, monkeypatch, capsys):
+def test_a_configuration_with_a_wrong_setting_is_refused_by_name(tmp_path, data, llm, change, named, monkeypatch):
     values = {**toy.finetune_configuration(tmp_path / "run", data, llm), **change}
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(toy.written(values, tmp_path / "c.json"))])
     with pytest.raises(SystemExit) as stopped:
@@ -409,8 +411,9 @@ def test_every_configuration_in_the_repository_is_whole(file):
     from training import evaluate, pretrain_segvol
     from training.config import check_trainer
 
-    modules = {"align_projector": align_projector, "finetune": finetune, "pretrain_clip": pretrain_clip, "merge_lora": merge_lora,
-               "pretrain_segvol": pretrain_segvol, "refine_segvol": pretrain_segvol, "evaluate": evaluate}
+    modules = {"align_projector": align_projector, "finetune": finetune, "pretrain_clip": pretrain_clip,
+               "merge_lora": merge_lora, "pretrain_segvol": pretrain_segvol, "refine_segvol": pretrain_segvol,
+               "evaluate": evaluate}
     settings = read(modules[file.stem.lstrip("1234567_")].Settings, file)
     if hasattr(settings, "trainer"):
         check_trainer(settings.trainer)

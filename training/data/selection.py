@@ -44,7 +44,8 @@ class M3DSamples:
     """Sets of M3D-Data: [epoch, index] -> Sample, None if it is broken."""
 
     def __init__(self, settings: M3DSettings, run: StageSettings, size: tuple[int, int, int]):
-        self.sets = open_sets(settings.tasks, settings.root, settings.split, size, seed=run.seed, jitter=settings.jitter)
+        self.sets = open_sets(settings.tasks, settings.root, settings.split, size, seed=run.seed,
+                              jitter=settings.jitter)
         run.out.mkdir(parents=True, exist_ok=True)
         self.root = settings.root
         self.samples = Tolerant(self.sets, run.out / "broken.jsonl", settings.broken)
