@@ -51,6 +51,13 @@ def test_broken_samples_are_left_out_counted_and_recorded_whoever_reads(tmp_path
         ((f"{k}.npy", f"mask_{k}.npy"), "cut off", 2) for k in (3, 17, 40)}
 
 
+def test_a_sample_of_another_epoch_is_counted_alike(tmp_path):
+    data = Tolerant(open_sets(["caption"], write_root(tmp_path / "root"), "train", SIZE), tmp_path / "broken.jsonl")
+    save(tmp_path / "root/M3D_Cap_npy/ct_case/000001/Axial.npy", image(0)[:, :4])
+    assert data.at(3, 0).question == data.dataset.at(3, 0).question and data.at(3, 1) is None
+    assert data.counts() == (2, 1)
+
+
 def test_a_broken_sample_is_logged_with_path_and_cause(tmp_path, caplog):
     data = Tolerant(Numbers(4, {1}), tmp_path / "broken.jsonl")
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""The recipe's random changes to an example: quarter turns and flips of image and mask together, and its intensities."""
+"""The recipe's random changes to an example: quarter turns and flips of image and mask together, and intensities."""
 from __future__ import annotations
 
 import re
@@ -12,7 +12,7 @@ _SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Change:
-    """One drawn change. turns: quarter turns from H to W. flips: of D, H, W. scale, shift: image * (1 + scale) + shift."""
+    """One drawn change. turns: quarter turns from H to W. flips: of D, H, W. image * (1 + scale) + shift."""
 
     turns: int = 0
     flips: tuple[bool, bool, bool] = (False, False, False)

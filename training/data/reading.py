@@ -19,7 +19,7 @@ _MAX_CELL = 1 << 24
 
 
 class Table(Sequence):
-    """Rows that many DataLoader workers share: kept as one block of bytes, as Python objects would be copied to each."""
+    """Rows that DataLoader workers share: one block of bytes, as Python objects would be copied to each of them."""
 
     def __init__(self, rows: Iterable):
         encoded = [json.dumps(row).encode() for row in rows]

@@ -55,9 +55,7 @@ class M3DSamples:
         return len(self.samples)
 
     def __getitem__(self, place: tuple[int, int]) -> Sample | None:
-        epoch, index = place
-        self.samples.set_epoch(epoch)
-        return self.samples[index]
+        return self.samples.at(*place)
 
     def fingerprint(self) -> dict[str, str]:
         """Of the indexes; hashing the volumes themselves would take hours."""

@@ -10,6 +10,7 @@ import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -92,7 +93,11 @@ class TrainingSet(Dataset):
         self._epoch[0] = epoch
 
     def __getitem__(self, index: int) -> Sample:
-        rng = np.random.default_rng([self.seed, int(self._epoch), zlib.crc32(self.task.encode()), index])
+        return self.at(int(self._epoch), index)
+
+    def at(self, epoch: int, index: int, read_image: Callable[[Path, Size], np.ndarray] = read_image) -> Sample:
+        """Sample `index` of any epoch; read_image may remember images that many samples share. Raises BrokenSample."""
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(self.task.encode()), index])
         files = self.files(index)
         change = draw_change(rng, self.image_size) if self.jitter else Change()
         image = read_image(files.image, self.image_size)
@@ -112,19 +117,23 @@ class TrainingSet(Dataset):
         """A file of the set under the root. Raises InvalidInput naming what was looked for, and where."""
         path = self.root.joinpath(*parts)
         if not path.is_file():
-            there = sorted(child.name for child in self.root.iterdir())
-            raise InvalidInput(f"the data root lacks the set for {self.task}: {path} was looked for and is not there; "
-                               f"{self.root} holds {', '.join(there[:12]) or 'nothing'}{', ...' * (len(there) > 12)}")
+            folder = next(parent for parent in path.parents if parent.is_dir())
+            there = sorted(child.name for child in folder.iterdir())
+            raise InvalidInput(f"the data root lacks what {self.task} is read from: {path} was looked for; {folder} "
+                               f"holds {', '.join(there[:12]) or 'nothing'}{', ...' * (len(there) > 12)}")
         return path
 
     def _probe(self) -> None:
         """Looks at the headers of a few images: a wrong root or size shows before training, not as broken samples."""
-        step = max(1, len(self) // _PROBED)
-        paths = [self.files(index).image for index in range(0, len(self), step)]
+        paths = []
+        for index in range(0, len(self), max(1, len(self) // _PROBED)):
+            with suppress(BrokenSample):
+                paths.append(self.files(index).image)
         shapes = [stored_shape(path) for path in paths]
         if not any(shapes):
-            raise InvalidInput(f"none of {len(paths)} images that {self.index} names can be read, for example "
-                               f"{paths[0]}; paths in it count from {self._base}")
+            example = f", for example {paths[0]}" if paths else ""
+            raise InvalidInput(f"none of {len(paths)} images that {self.index} names can be read{example}; "
+                               f"paths in it count from {self._base}")
         wanted = (1, *self.image_size)
         if all(shape not in (None, wanted) for shape in shapes):
             raise InvalidInput(f"the images of {self.task} have shape {' x '.join(map(str, shapes[0]))} ({paths[0]}), "
@@ -213,6 +222,8 @@ class Structures(TrainingSet):
     An empty mask is a structure that is not in the scan; it is asked for, and the answer says so.
     """
 
+    KINDS = ("segmentation", "rec", "reg")
+
     def __init__(self, root, split, image_size: Size = (32, 256, 256), *, code: str, kind: str, **settings):
         self.code, self.task = code, kind
         super().__init__(root, split, image_size, **settings)
@@ -291,32 +302,43 @@ class Referring(TrainingSet):
         question, answer = (self.rows[index][column].strip().replace("<SEG>", SEG_TOKEN)
                             for column in ("Question", "Answer"))
         if not question or SEG_TOKEN not in answer:
-            raise BrokenSample(self.index, f"row {index + 1} has {'no ' + SEG_TOKEN + ' in its answer' if question else 'no question'}")
+            missing = f"{SEG_TOKEN} in its answer" if question else "question"
+            raise BrokenSample(self.index, f"row {index + 1} has no {missing}")
         if not mask.any():
             files = self.files(index)
-            raise BrokenSample([files.mask, self.index], f"no voxel of the mask is {files.label}, which row {index + 1} means")
+            raise BrokenSample([files.mask, self.index],
+                               f"no voxel of the mask is {files.label}, which row {index + 1} means")
         return question, answer
 
 
 class Mixture(Dataset):
     """Several sets one after the other: an epoch has each sample of each set once."""
 
-    def __init__(self, sets: Sequence[Dataset]):
+    def __init__(self, sets: Sequence[TrainingSet]):
         self.sets = tuple(sets)
         self._ends = tuple(accumulate(map(len, self.sets)))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = bisect_right(self._ends, index)
-        return self.sets[number][index - (self._ends[number - 1] if number else 0)]
-
     def set_epoch(self, epoch: int) -> None:
         for part in self.sets:
             part.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> Sample:
+        part, index = self._place(index)
+        return part[index]
+
+    def at(self, epoch: int, index: int) -> Sample:
+        """Sample `index` of any epoch."""
+        part, index = self._place(index)
+        return part.at(epoch, index)
+
+    def _place(self, index: int) -> tuple[TrainingSet, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        return self.sets[number], index - (self._ends[number - 1] if number else 0)
 
 
 def open_sets(tasks: Iterable[str], root: Path | str, split: str, image_size: Size = (32, 256, 256),
@@ -348,7 +370,7 @@ TASKS: dict[str, Callable[..., list[TrainingSet]]] = {
     "vqa_closed": lambda *args, **settings: [ClosedVqa(*args, **settings)],
     "vqa_open": lambda *args, **settings: [Vqa(*args, **settings)],
     "vqa_yes_no": lambda *args, **settings: [YesNoVqa(*args, **settings)],
-    "segmentation": _structures("segmentation"), "rec": _structures("rec"), "reg": _structures("reg"),
+    **{kind: _structures(kind) for kind in Structures.KINDS},
     "refseg": lambda *args, **settings: [Referring(*args, **settings)],
 }
 

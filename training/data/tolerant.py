@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class BrokenFile:
 class Tolerant(Dataset):
     """A set whose broken samples are None, for a collator that leaves them out (`present`).
 
-    dataset: a map-style set that raises BrokenSample. record: a file to which each broken sample is appended as one
+    dataset: a TrainingSet or Mixture, which raises BrokenSample. record: a file to which each broken sample is appended as one
     JSON line; processes may share it. limit: share of the samples read that may be broken, counted over `minimum`
     samples at least, so that the first few do not stop a run.
 
@@ -51,6 +51,7 @@ class Tolerant(Dataset):
         if not 0 <= limit < 1:
             raise InvalidInput(f"the share of broken samples must be at least 0 and below 1, not {limit}")
         self.dataset, self.record, self.limit, self.minimum = dataset, Path(record), limit, minimum
+        self.record.parent.mkdir(parents=True, exist_ok=True)
         # A row for this process and for each worker: none writes to another's, so nothing is lost without locks.
         self._counts = torch.zeros(1 + _WORKERS, 2, dtype=torch.int64).share_memory_()
 
@@ -61,11 +62,18 @@ class Tolerant(Dataset):
         self.dataset.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> Sample | None:
+        return self._read(index, lambda: self.dataset[index])
+
+    def at(self, epoch: int, index: int) -> Sample | None:
+        """Sample `index` of any epoch."""
+        return self._read(index, lambda: self.dataset.at(epoch, index))
+
+    def _read(self, index: int, read: Callable[[], Sample]) -> Sample | None:
         worker = get_worker_info()
         count = self._counts[0 if worker is None else 1 + worker.id]
         count[_READ] += 1
         try:
-            return self.dataset[index]
+            return read()
         except BrokenSample as broken:
             count[_BROKEN] += 1
             _log.warning("sample %d is broken and left out: %s", index, broken)

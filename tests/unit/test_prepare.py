@@ -1,0 +1,423 @@
+"""What the preparation promises: raw folders become the published layout, whole or not at all, and nothing is skipped
+in silence. And what the check of a data root says.
+"""
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from scipy import sparse
+from typer.testing import CliRunner
+
+import training.data.jobs as jobs
+from engine.errors import InvalidInput, M3DError
+from engine.scan import ARRAY_AFFINE, Scan, read_scan
+from engine.volume import prepare
+from tests.m3d_data import REFSEG_COLUMNS, SIZE, image, save, write_csv, write_root
+from training.data import check, raw
+from training.data.prepare import app
+from training.data.sets import Captions, Referring, Structures, open_sets
+
+AFFINE = np.diag([-2.0, -2.0, 5.0, 1.0])
+SHAPE = (40, 36, 20)  # i, j, k
+SIZED = ["--image-size", *map(str, SIZE), "--workers", "1"]
+
+
+def run(*arguments, refused: str | None = None) -> None:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if refused:
+        assert isinstance(result.exception, M3DError), result.output
+        assert refused in str(result.exception)
+    else:
+        assert result.exception is None, (result.exception, result.output)
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "preparation.json").read_text())
+
+
+def scan_array(seed: int = 0) -> np.ndarray:
+    array = np.random.default_rng(seed).integers(-900, -700, SHAPE).astype(np.int16)
+    array[5:35, 4:30, 2:18] += 800
+    return array + np.arange(SHAPE[2], dtype=np.int16)
+
+
+def labels() -> np.ndarray:
+    """1 liver, 2 right kidney, 3 a spleen of a single voxel."""
+    array = np.zeros(SHAPE, np.uint8)
+    array[6:20, 6:20, 3:12], array[22:30, 10:20, 6:12], array[30, 25, 15] = 1, 2, 3
+    return array
+
+
+def nifti(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+def slices(folder: Path, count: int = 12, shape: tuple[int, int] = (30, 40), seed: int = 0) -> np.ndarray:
+    folder.mkdir(parents=True)
+    stack = np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+    for number, plane in enumerate(stack):
+        Image.fromarray(plane).save(folder / f"{number}.png")
+    return stack
+
+
+# --- M3D-Seg ---------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def seg_raw(tmp_path) -> Path:
+    for case in ("a", "b"):
+        nifti(tmp_path / "raw/0010" / case / "image.nii.gz", scan_array())
+        nifti(tmp_path / "raw/0010" / case / "label.nii.gz", labels())
+    return tmp_path / "raw"
+
+
+def test_prepared_structures_are_what_the_presets_make_of_scan_and_label(seg_raw, tmp_path):
+    run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0)
+    prepared = prepare(read_scan((seg_raw / "0010/a/image.nii.gz").read_bytes()), SIZE, "m3d-seg")
+    structures = Structures(tmp_path / "root", "train", SIZE, code="0010", kind="segmentation")
+    assert [structures.name(k) for k in range(0, len(structures), 2)] == ["liver", "right kidney"] * 2
+    for k, value in ((0, 1), (2, 2)):
+        np.testing.assert_array_equal(structures[k].image, prepared.image)
+        # By hand: each voxel of the model is filled by as much as the finer voxels that it covers.
+        crop = tuple(slice(*prepared.geometry.crop[axis]) for axis in (2, 1, 0))
+        fine = (labels() == value)[crop].transpose(2, 1, 0)
+        for axis, size in enumerate(SIZE):
+            fine = np.repeat(fine, size, axis=axis).astype(float)
+            fine = np.stack([part.mean(axis) for part in np.split(fine, size, axis=axis)], axis=axis)
+        np.testing.assert_array_equal(structures[k].mask[0], fine >= 0.5 - 1e-6)
+    (lost,) = {entry["cause"] for entry in report(tmp_path / "root/M3D_Seg_npy")["left_out"]}
+    assert lost == "spleen fills no voxel of the model by half"
+
+
+def test_one_label_image_one_file_per_class_and_the_published_arrays_give_the_same(seg_raw, tmp_path):
+    folder = seg_raw / "0010"
+    (folder / "b" / "label.nii.gz").unlink()
+    for value, name in ((1, "liver"), (2, "right_kidney"), (0, "spleen")):
+        nifti(folder / "b" / "masks" / f"{name}.nii.gz", (labels() == value).astype(np.uint8) * bool(value))
+    array, masks = scan_array().astype(np.float64), labels()
+    bright = array[array > array.mean()]
+    array = (np.clip(array, *np.percentile(bright, (0.05, 99.95))) - bright.mean()) / bright.std()
+    save(folder / "c" / "image.npy", array[None])
+    stack = np.stack([masks == 1, masks == 2])
+    sparse.save_npz(folder / "c" / f"mask_{stack.shape}", sparse.csr_matrix(stack.reshape(2, -1).astype(np.int32)))
+    run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0)
+    made = tmp_path / "root/M3D_Seg_npy/0010"
+    for case in ("b", "c"):
+        np.testing.assert_allclose(np.load(made / case / "image.npy"), np.load(made / "a" / "image.npy"), atol=1e-5)
+        assert sorted(path.name for path in (made / case / "masks").iterdir()) == ["mask_0.npy", "mask_1.npy"]
+        for name in ("mask_0.npy", "mask_1.npy"):
+            np.testing.assert_array_equal(np.load(made / case / "masks" / name), np.load(made / "a" / "masks" / name))
+
+
+def test_one_s_own_classes_are_named_by_their_mask_files(tmp_path):
+    nifti(tmp_path / "raw/9000/x/ct.nii.gz", scan_array())
+    nifti(tmp_path / "raw/9000/x/segmentations/wing_bone.nii.gz", (labels() == 1).astype(np.uint8))
+    run("seg", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
+    structures = Structures(tmp_path / "root", "train", SIZE, code="9000", kind="rec")
+    assert structures.names == ("wing bone",) and "wing bone" in structures[0].question
+
+
+def test_cases_are_held_out_by_their_name_or_as_the_raw_json_says(seg_raw, tmp_path):
+    for number in range(12):
+        shutil.copytree(seg_raw / "0010/a", seg_raw / "0010" / f"{number:02}")
+    run("seg", seg_raw, tmp_path / "one", *SIZED, "--test-share", 0.4)
+    shutil.rmtree(seg_raw / "0010/03")
+    run("seg", seg_raw, tmp_path / "two", *SIZED, "--test-share", 0.4)
+
+    def cases(root, split):
+        index = json.loads((root / "M3D_Seg_npy/0010/0010.json").read_text())
+        return {Path(entry["image"]).parent.name for entry in index[split]}
+
+    assert cases(tmp_path / "one", "test") - {"03"} == cases(tmp_path / "two", "test")
+    assert cases(tmp_path / "one", "test") and cases(tmp_path / "one", "train")
+    (seg_raw / "0010/0010.json").write_text(json.dumps({
+        "train": [{"image": "0010/a/image.npy"}], "test": [{"image": "0010/b/image.npy"}]}))
+    run("seg", seg_raw, tmp_path / "two", *SIZED, "--test-share", 0)
+    assert cases(tmp_path / "two", "test") == {"b"}
+
+
+def test_what_is_skipped_is_reported_with_its_cause(seg_raw, tmp_path):
+    folder = seg_raw / "0010"
+    nifti(folder / "shape" / "image.nii.gz", scan_array())
+    nifti(folder / "shape" / "label.nii.gz", labels()[:-1])
+    nifti(folder / "place" / "image.nii.gz", scan_array())
+    nifti(folder / "place" / "label.nii.gz", labels(), AFFINE + np.diag([0, 0, 1, 0]))
+    nifti(folder / "class" / "image.nii.gz", scan_array())
+    nifti(folder / "class" / "label.nii.gz", labels() * 20)
+    nifti(folder / "unlabelled" / "image.nii.gz", scan_array())
+    nifti(folder / "empty" / "image.nii.gz", scan_array())
+    nifti(folder / "empty" / "label.nii.gz", labels() * 0)
+    nifti(folder / "cut" / "label.nii.gz", labels())
+    cut = nifti(folder / "cut" / "image.nii.gz", scan_array())
+    cut.write_bytes(cut.read_bytes()[:1000])
+    (folder / "nothing").mkdir()
+    run("seg", seg_raw, tmp_path / "root", *SIZED)
+    said = report(tmp_path / "root/M3D_Seg_npy")
+    assert said["made"] == 2
+    causes = {Path(entry["path"]).name: entry["cause"] for entry in said["skipped"]}
+    for case, cause in (("shape", "has shape 39 x 36 x 20, its image 40 x 36 x 20"), ("place", "affines differ"),
+                        ("class", "from 0 to 13"), ("unlabelled", "no labels"), ("empty", "no class"),
+                        ("cut", "truncated"), ("nothing", "no image")):
+        assert cause in causes.pop(case)
+    assert not causes
+    assert not [path for path in (tmp_path / "root").rglob("*") if "partial" in path.name]
+    listed = json.loads((tmp_path / "root/M3D_Seg_npy/0010/0010.json").read_text())
+    assert {Path(entry["image"]).parent.name for split in ("train", "test") for entry in listed[split]} == {"a", "b"}
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+def test_complete_cases_are_kept_and_changed_ones_made_again(seg_raw, tmp_path):
+    root = tmp_path / "root"
+    run("seg", seg_raw, root, *SIZED)
+    made = root / "M3D_Seg_npy/0010/a/image.npy"
+    before = made.stat().st_mtime_ns
+    run("seg", seg_raw, root, *SIZED)
+    assert (report(root / "M3D_Seg_npy")["kept"], made.stat().st_mtime_ns) == (2, before)
+    assert report(root / "M3D_Seg_npy")["left_out"]  # still known, though nothing was done
+    nifti(seg_raw / "0010/a/image.nii.gz", scan_array(1))
+    run("seg", seg_raw, root, *SIZED)
+    assert [report(root / "M3D_Seg_npy")[key] for key in ("made", "kept")] == [1, 1]
+    assert made.stat().st_mtime_ns != before
+    run("seg", seg_raw, root, *SIZED, "--preset", "ct")
+    assert report(root / "M3D_Seg_npy")["made"] == 2
+
+
+def test_a_case_that_is_interrupted_leaves_nothing_that_looks_complete(tmp_path):
+    target = tmp_path / "out" / "case"
+
+    def interrupted(folder: Path):
+        (folder / "image.npy").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    job = jobs.Job("case", (tmp_path,), target, {}, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.do(job)
+    assert not target.exists()
+    # As a killed process leaves it:
+    partial = target.with_name(".case.partial")
+    partial.mkdir(parents=True)
+    (partial / "old.npy").write_bytes(b"half")
+    assert jobs.do(jobs.Job("case", (tmp_path,), target, {}, lambda folder: [])).state == "made"
+    assert sorted(path.name for path in target.iterdir()) == ["prepared.json"] and not partial.exists()
+
+
+def test_a_folder_of_somebody_else_s_is_never_overwritten(seg_raw, tmp_path):
+    theirs = tmp_path / "root/M3D_Seg_npy/0010/a"
+    theirs.mkdir(parents=True)
+    (theirs / "image.npy").write_bytes(b"precious")
+    run("seg", seg_raw, tmp_path / "root", *SIZED)
+    (skipped,) = report(tmp_path / "root/M3D_Seg_npy")["skipped"]
+    assert "was not made by this command" in skipped["cause"]
+    assert (theirs / "image.npy").read_bytes() == b"precious"
+
+
+def _die(item: int) -> int:
+    import os
+    os._exit(1)
+
+
+def test_a_worker_that_dies_is_a_clear_error():
+    with pytest.raises(M3DError, match="worker processes died.*fewer --workers"):
+        list(jobs.parallel(_die, range(3), 2))
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path):
+    def interrupted(folder: Path):
+        raise KeyboardInterrupt
+
+    source = tmp_path / "source"
+    source.mkdir()
+    made = jobs.Job("one", (source,), tmp_path / "out/one", {}, lambda folder: [])
+    with pytest.raises(M3DError, match="interrupted; complete cases are kept"):
+        jobs.do_all([made, jobs.Job("two", (source,), tmp_path / "out/two", {}, interrupted)], 1, "test")
+    assert jobs.do(made).state == "kept"
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = ("import os, sys; sys.path.insert(0, sys.argv[1]); from training.data.jobs import parallel\n"
+              "if __name__ == '__main__':\n"
+              "    for _, pid in parallel(eval, ['__import__(\"os\").getpid()', '__import__(\"time\").sleep(600)'], 2):\n"
+              "        print(pid, flush=True)\n")
+    (tmp_path / "script.py").write_text(script)
+    root = str(Path(jobs.__file__).parents[2])
+    parent = subprocess.Popen([sys.executable, tmp_path / "script.py", root], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    worker.wait(timeout=60)
+
+
+def test_several_workers_make_the_same(seg_raw, tmp_path):
+    run("seg", seg_raw, tmp_path / "one", *SIZED)
+    run("seg", seg_raw, tmp_path / "two", *SIZED[:-1], 2)
+    for path in (tmp_path / "one").rglob("*.npy"):
+        np.testing.assert_array_equal(np.load(path), np.load(tmp_path / "two" / path.relative_to(tmp_path / "one")))
+    assert report(tmp_path / "two/M3D_Seg_npy")["made"] == 2
+
+
+# --- M3D-Cap ---------------------------------------------------------------------------------------------------------
+def test_slices_and_texts_become_pairs(tmp_path):
+    case = tmp_path / "ct_case" / "000001"
+    stack = slices(case / "Axial_Pöschl")
+    (case / "text.txt").write_text("title: x\nstudy_findings: A nodule\nin the lung.\n")
+    nifti(case / "delayed.nii.gz", scan_array())
+    run("cap", tmp_path / "ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
+    captions = Captions(tmp_path / "root", "train", SIZE, ask=False)
+    assert [Path(captions[k].source).name for k in range(2)] == ["Axial_Poschl.npy", "delayed.npy"]
+    assert captions[0].answer == captions[1].answer == "A nodule in the lung."
+    expected = prepare(Scan(stack, ARRAY_AFFINE, "npy"), SIZE, "m3d-cap").image
+    np.testing.assert_array_equal(captions[0].image, expected)
+    # Slice 10 comes after slice 9, not after slice 1.
+    assert captions[0].source.endswith("M3D_Cap_npy/ct_case/000001/Axial_Poschl.npy")
+
+
+@pytest.mark.parametrize("text, said", [
+    ("a\nstudy_findings: Clear lungs.\ndiscussion: b", "Clear lungs. discussion: b"),
+    ("study_findings: \n", "study_findings:"), ("x discussion: All is well.", "All is well."),
+    ("study_findings: -\ndiscussion: none", "- discussion: none"), ("Plain\ntext", "Plain text"), (" \n", "")])
+def test_the_findings_of_a_text_are_taken(text, said):
+    assert raw.findings(text) == said
+
+
+def test_slices_that_do_not_fit_are_left_out_and_named(tmp_path):
+    case = tmp_path / "ct_case" / "1"
+    slices(case / "good")
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(case / "good" / "12.png")
+    (case / "good" / "13.png").write_bytes(b"not a picture")
+    slices(case / "bad", count=1)
+    (case / "text.txt").write_text("Findings.")
+    slices(tmp_path / "ct_case" / "2" / "series")  # without a text
+    slices(tmp_path / "ct_case" / "3" / "series", count=1)
+    (tmp_path / "ct_case" / "3" / "text.txt").write_text("Findings.")
+    run("cap", tmp_path / "ct_case", tmp_path / "root", *SIZED)
+    said = report(tmp_path / "root/M3D_Cap_npy")
+    causes = {Path(entry["path"]).relative_to(tmp_path / "ct_case").as_posix(): entry["cause"]
+              for entry in said["left_out"]}
+    for path, cause in (("1/good/12.png", "5 x 5 pixels"), ("1/good/13.png", "cannot be read"),
+                        ("1/bad", "only 1 of 1 slices"), ("2/series", "no .txt")):
+        assert cause in causes.pop(path)
+    assert not causes and said["made"] == 1
+    assert "no series can be used: series: only 1 of 1" in said["skipped"][0]["cause"]
+
+
+def test_pairs_are_split_as_the_raw_json_says_and_other_folders_pairs_stay(tmp_path):
+    for name in ("ct_case", "ct_quizze"):
+        for number in "12":
+            slices(tmp_path / "raw" / name / number / "s", seed=int(number))
+            (tmp_path / "raw" / name / number / "text.txt").write_text("Findings.")
+    (tmp_path / "raw/ct_case" / "M3D_Cap.json").write_text(json.dumps({
+        "train": [{"image": "M3D_Cap_npy/ct_case/1/s.npy"}], "test500": [{"image": "M3D_Cap_npy/ct_case/2/s.npy"}]}))
+    for _ in range(2):
+        for name in ("ct_case", "ct_quizze"):
+            run("cap", tmp_path / "raw" / name, tmp_path / "root", *SIZED, "--test-share", 0)
+    # Both families at once, from the folder that holds them, lie where the published questions look for them.
+    run("cap", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
+    both = json.loads((tmp_path / "root/M3D_Cap_npy/M3D_Cap.json").read_text())
+    assert sorted(pair["image"][12:] for pair in both["train"]) == [
+        f"{name}/{number}/s.npy" for name in ("ct_case", "ct_quizze") for number in "12"]
+    run("cap", tmp_path / "raw/ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
+    index = json.loads((tmp_path / "root/M3D_Cap_npy/M3D_Cap.json").read_text())
+    assert {split: sorted(pair["image"][12:] for pair in pairs) for split, pairs in index.items() if pairs} == {
+        "train": ["ct_case/1/s.npy", "ct_quizze/1/s.npy", "ct_quizze/2/s.npy"], "test500": ["ct_case/2/s.npy"]}
+
+
+# --- M3D-RefSeg ------------------------------------------------------------------------------------------------------
+def test_referring_questions_keep_their_masks(tmp_path):
+    nifti(tmp_path / "raw/s0000/ct.nii.gz", scan_array())
+    nifti(tmp_path / "raw/s0000/mask.nii.gz", labels())
+    nifti(tmp_path / "raw/s0001/ct.nii.gz", scan_array())
+    rows = [(f"M3D_RefSeg/{case}/ct.nii.gz", f"M3D_RefSeg/{case}/mask.nii.gz", number, 0, f"Segment {number}.", "[SEG].")
+            for case, number in (("s0000", 1), ("s0000", 2), ("s0000", 3), ("s0001", 1), ("s0002", 1))]
+    write_csv(tmp_path / "raw/M3D_RefSeg.csv", REFSEG_COLUMNS, rows)
+    run("refseg", tmp_path / "raw", tmp_path / "root", *SIZED)
+    referring = Referring(tmp_path / "root", "train", SIZE)
+    assert [referring[k].question for k in range(len(referring))] == ["Segment 1.", "Segment 2."]
+    prepared = prepare(read_scan((tmp_path / "raw/s0000/ct.nii.gz").read_bytes()), SIZE, "m3d-refseg")
+    np.testing.assert_array_equal(referring[1].mask[0], prepared.geometry.mask_to_model(labels() == 2) >= 0.5)
+    said = report(tmp_path / "root/M3D_RefSeg_npy")
+    assert [entry["cause"] for entry in said["skipped"]] == [
+        "ct.nii.gz and mask.nii.gz are looked for, and at least one is missing"]
+    causes = [entry["cause"] for entry in said["left_out"]]
+    assert causes == ["mask 3 fills no voxel of the model by half", "s0000 has no mask 3",
+                      "its case 's0001' is not prepared", "its case 's0002' is not prepared"]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+def test_raw_folders_without_a_usable_case_are_refused(tmp_path):
+    (tmp_path / "raw").mkdir()
+    run("seg", tmp_path / "none", tmp_path / "root", refused="is not a folder")
+    run("seg", tmp_path / "raw", tmp_path / "root", refused="none was found")
+    run("seg", tmp_path / "raw", tmp_path / "raw" / "root", refused="lies inside")
+    run("cap", tmp_path / "raw", tmp_path / "root", "--preset", "x-ray", refused="no preset 'x-ray'")
+    run("refseg", tmp_path / "raw", tmp_path / "root", refused="M3D_RefSeg.csv cannot be read")
+    write_csv(tmp_path / "raw/M3D_RefSeg.csv", ("Image", "Mask"), [])
+    run("refseg", tmp_path / "raw", tmp_path / "root", refused="lacks the columns Mask_ID, Question_Type")
+    (tmp_path / "raw/9000/x").mkdir(parents=True)
+    run("seg", tmp_path / "raw", tmp_path / "root", refused="its classes must be named")
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+def checked(root: Path, *arguments) -> tuple[int, str, dict]:
+    import typer
+
+    command = typer.Typer()
+    command.command()(check.check)
+    target = root.parent / "check.json"
+    result = CliRunner().invoke(command, [str(a) for a in (root, *SIZED, "--report", target, *arguments)])
+    if isinstance(result.exception, InvalidInput):
+        raise result.exception
+    return result.exit_code, result.output, json.loads(target.read_text())
+
+
+def test_a_sound_root_passes_with_its_counts(tmp_path):
+    code, output, said = checked(write_root(tmp_path / "root"))
+    assert code == 0 and not said["problems"]
+    assert {(part["task"], part["split"]): part["samples"] for part in said["sets"] if part["task"] != "segmentation"
+            } == {**{(task, split): 4 if split == "train" else 1 for split in ("train", "validation", "test")
+                     for task in ("caption", "vqa_closed", "vqa_yes_no")}, ("refseg", "train"): 2, ("refseg", "test"): 2}
+    assert all(0 <= part["low"] < part["high"] <= 1 and not part["broken"] for part in said["sets"])
+    assert "M3D_VQA_train.csv" in output
+
+
+def test_the_check_finds_what_training_would_stumble_over(tmp_path):
+    root = write_root(tmp_path / "root")
+    bad_mask = root / "M3D_Seg_npy/0010/b/masks/mask_0.npy"
+    save(bad_mask, np.zeros((1, 8, 16, 32), bool))
+    bad_image = root / "M3D_Cap_npy/ct_case/000002/Axial.npy"
+    save(bad_image, image(0) * 7)
+    (root / "M3D-VQA/M3D_VQA_yn_val.csv").write_text("Image Path,Question\n")
+    (root / "M3D-VQA/M3D_VQA_yn_test.csv").unlink()
+    code, output, said = checked(root)
+    assert code == 1
+    assert [problem["cause"].split("; ")[0].split("/")[-1] for problem in said["problems"]] == [
+        "M3D_VQA_yn_val.csv lacks the column Answer",
+        "M3D_VQA_yn_test.csv was looked for"]
+    broken = {(part["task"], part["split"]): {tuple(e["paths"]) for e in part["broken"]}
+              for part in said["sets"] if part["broken"]}
+    assert broken == {("caption", "train"): {(str(bad_image),)}, ("vqa_closed", "train"): {(str(bad_image),)},
+                      ("vqa_yes_no", "train"): {(str(bad_image),)},
+                      ("segmentation", "test"): {(str(bad_mask), str(root / "M3D_Seg_npy/0010/b/image.npy"))}}
+    assert "mask has shape 1 x 8 x 16 x 32" in output and str(bad_mask) in output
+    assert checked(root, "--task", "refseg")[0] == 0
+    with pytest.raises(InvalidInput, match="holds no set"):
+        checked(tmp_path)
+
+
+def test_an_image_that_many_samples_share_is_read_once(tmp_path, monkeypatch):
+    root = write_root(tmp_path / "root")
+    rows = list(csv.reader((root / "M3D-VQA/M3D_VQA_train.csv").open()))
+    write_csv(root / "M3D-VQA/M3D_VQA_train.csv", rows[0], rows[1:] * 6)
+    read, plain = [], check.read_image
+    monkeypatch.setattr(check, "read_image", lambda path, size: read.append(path) or plain(path, size))
+    (found,) = check.examine(open_sets(["vqa_open"], root, "train", SIZE).sets, 1)
+    assert len(read) == 4 and not found.broken

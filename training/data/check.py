@@ -1,0 +1,160 @@
+"""Check a data root before training: every sample is read once, and what is broken is listed with its cause.
+
+    python training/data/check.py ROOT
+"""
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import typer  # noqa: E402
+from rich.box import SIMPLE  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from engine.errors import InvalidInput, M3DError  # noqa: E402
+from training.data.jobs import parallel, progress, write_json  # noqa: E402
+from training.data.reading import read_image  # noqa: E402
+from training.data.sample import BrokenSample  # noqa: E402
+from training.data.sets import CAP, REFSEG, SEG, SPLITS, TASKS, VQA, Structures, TrainingSet, open_sets  # noqa: E402
+
+_FOLDERS = {"pair": CAP, "caption": CAP, "vqa_closed": VQA, "vqa_open": VQA, "vqa_yes_no": VQA, "segmentation": SEG,
+            "rec": SEG, "reg": SEG, "refseg": REFSEG}
+# The others read the same files.
+_DEFAULT = ("caption", "vqa_closed", "vqa_yes_no", "segmentation", "refseg")
+_CHUNK, _SHOWN = 64, 20
+
+
+@dataclass
+class Findings:
+    """What reading samples of one set has shown. broken: how often by (paths, cause)."""
+
+    low: float = float("inf")
+    high: float = float("-inf")
+    masks: int = 0
+    broken: Counter = field(default_factory=Counter)
+
+    def __iadd__(self, other: "Findings") -> "Findings":
+        self.low, self.high, self.masks = min(self.low, other.low), max(self.high, other.high), self.masks + other.masks
+        self.broken += other.broken
+        return self
+
+
+def examine(sets: Sequence[TrainingSet], workers: int) -> list[Findings]:
+    """Reads every sample of every set; samples that share an image follow each other, so that it is read once."""
+    chunks = []
+    for number, part in enumerate(sets):
+        order = sorted(range(len(part)), key=lambda index: _image(part, index))
+        chunks += [(number, order[start:start + _CHUNK]) for start in range(0, len(order), _CHUNK)]
+    results = [Findings() for _ in sets]
+    for k, found in progress(parallel(_examine, chunks, workers, _hold, sets), len(chunks), "checking"):
+        results[chunks[k][0]] += found
+    return results
+
+
+def _image(part: TrainingSet, index: int) -> str:
+    try:
+        return str(part.files(index).image)
+    except BrokenSample:
+        return ""
+
+
+_held: list[TrainingSet] = []
+
+
+def _hold(sets: Sequence[TrainingSet]) -> None:
+    """Keeps the sets in a worker, which would else get them anew with each chunk."""
+    _held[:] = sets
+
+
+def _examine(chunk: tuple[int, list[int]]) -> Findings:
+    part, found, read = _held[chunk[0]], Findings(), lru_cache(maxsize=1)(read_image)
+    for index in chunk[1]:
+        try:
+            sample = part.at(0, index, read)
+        except BrokenSample as broken:
+            found.broken[broken.paths, broken.cause] += 1
+            continue
+        found.low = min(found.low, float(sample.image.min()))
+        found.high = max(found.high, float(sample.image.max()))
+        found.masks += sample.mask is not None
+    return found
+
+
+def check(
+    root: Annotated[Path, typer.Argument(help="the data root")],
+    tasks: Annotated[Optional[list[str]], typer.Option("--task", help=f"of {', '.join(TASKS)}; may be given several "
+                                                       "times (default: all sets that are there)")] = None,
+    image_size: Annotated[tuple[int, int, int], typer.Option("--image-size", min=1, help="of the model: D, H, W")] =
+    (32, 256, 256),
+    limit: Annotated[float, typer.Option(min=0, max=1, help="share of broken samples that training accepts")] = 0.01,
+    workers: Annotated[int, typer.Option(min=1, help="processes (default: one per core)")] = os.cpu_count() or 1,
+    report: Annotated[Optional[Path], typer.Option(help="write all findings to this JSON file, too")] = None,
+) -> None:
+    """Read every sample of a data root: counts by set and split, ranges, and what is broken."""
+    if not root.is_dir():
+        raise InvalidInput(f"the data root {root} is not a folder")
+    if not tasks:
+        tasks = [task for task in _DEFAULT if (root / _FOLDERS[task]).is_dir()]
+        if not tasks:
+            raise InvalidInput(f"{root} holds no set: {', '.join(dict.fromkeys(_FOLDERS.values()))} were looked for")
+    sets, problems = [], []
+    for task in tasks:
+        for split in SPLITS:
+            if task in ("refseg", *Structures.KINDS) and split == "validation":
+                continue  # the same files as test
+            try:
+                sets += open_sets([task], root, split, tuple(image_size)).sets
+            except InvalidInput as error:
+                problems.append({"task": task, "split": split, "cause": str(error)})
+    results = examine(sets, workers)
+    _show(sets, results, problems)
+    if report:
+        write_json(report, {"problems": problems, "sets": [
+            {"task": part.task, "index": str(part.index), "split": part.split, "samples": len(part),
+             "low": found.low, "high": found.high, "masks": found.masks,
+             "broken": [{"paths": paths, "cause": cause, "times": times}
+                        for (paths, cause), times in found.broken.most_common()]}
+            for part, found in zip(sets, results)]})
+    samples, broken = sum(map(len, sets)), sum(found.broken.total() for found in results)
+    if problems or broken > limit * samples:
+        sys.exit(f"error: {len(problems)} sets cannot be opened and {broken:,} of {samples:,} samples are broken "
+                 f"(accepted: {limit:.1%})")
+
+
+def _show(sets: Sequence[TrainingSet], results: Sequence[Findings], problems: Sequence[dict]) -> None:
+    table = Table(box=SIMPLE)
+    for column in ("task", "index", "split", "samples", "masks", "values", "broken"):
+        table.add_column(column, no_wrap=True)
+    for part, found in zip(sets, results):
+        values = f"{found.low:.2g} to {found.high:.2g}" if found.low <= found.high else "none read"
+        table.add_row(part.task, part.index.name, part.split, f"{len(part):,}", f"{found.masks:,}", values,
+                      f"{found.broken.total():,}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for problem in problems:
+        console.print(f"{problem['task']}, {problem['split']}: {problem['cause']}", markup=False)
+    broken = sum((found.broken for found in results), Counter())
+    for (paths, cause), times in broken.most_common(_SHOWN):
+        console.print(f"broken: {' and '.join(paths)}: {cause}" + f" ({times} samples)" * (times > 1), markup=False)
+    if len(broken) > _SHOWN:
+        console.print(f"and {len(broken) - _SHOWN:,} more; --report lists them all")
+
+
+def main() -> None:
+    try:
+        typer.run(check)
+    except M3DError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

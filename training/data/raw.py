@@ -1,0 +1,301 @@
+"""Raw folders as they are downloaded, turned into the cases of M3D-Data with the engine's presets.
+
+What is accepted stands in README.md of this folder. Each `*_jobs` lists the cases of one family; each `_make_*` writes
+one of them.
+"""
+from __future__ import annotations
+
+import ast
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import sparse
+
+from engine.errors import InvalidInput
+from engine.scan import ARRAY_AFFINE, Scan, pack_scan, read_scan
+from engine.scan.limits import Limits
+from engine.scan.nifti import read_gzipped_nifti, read_nifti
+from engine.volume import Geometry, prepare
+from training.data.jobs import Job, LeftOut
+from training.data.reading import read_json
+from training.data.wording import class_names
+
+_NIFTI = (".nii.gz", ".nii")
+_SLICES = (".png", ".jpg", ".jpeg")
+_FINDINGS, _DISCUSSION, _FEWEST = "study_findings:", "discussion:", 5
+_IMAGES, _LABELS, _MASK_FOLDERS = ("image", "ct"), ("label",), ("masks", "segmentations")
+_SPARSE = re.compile(r"mask_(\(.*\))\.npz")
+
+Size = tuple[int, int, int]
+
+
+# --- M3D-Cap ---------------------------------------------------------------------------------------------------------
+def cap_jobs(raw: Path, target: Path, size: Size, preset: str) -> tuple[list[Job], list[LeftOut]]:
+    """The cases under `raw`, at any depth: folders with one .txt and their series; and what lacks a text."""
+    jobs, without_text = [], []
+    for path, folders, files in os.walk(raw):
+        folder = Path(path)
+        texts = sorted(name for name in files if name.endswith(".txt"))
+        if texts and folder != raw:
+            # Published as M3D_Cap_npy/ct_case/000006: the family's folder may be RAW itself or one inside it.
+            case = folder.relative_to(raw)
+            case = case if len(case.parts) > 1 else raw.resolve().name / case
+            sources = (folder / texts[0], *sorted(folder / name for name in [*folders, *files] if name not in texts))
+            jobs.append(Job(case.as_posix(), sources, target / case, {"size": size, "preset": preset},
+                            partial(_make_cap, folder, texts, size, preset)))
+            folders.clear()
+        elif any(name.lower().endswith((*_SLICES, *_NIFTI)) for name in files):
+            without_text.append(LeftOut(str(folder), "there are images but no .txt in the folder above or in this one"))
+    return sorted(jobs, key=lambda job: job.name), without_text
+
+
+def _make_cap(case: Path, texts: Sequence[str], size: Size, preset: str, folder: Path) -> list[LeftOut]:
+    if len(texts) > 1:
+        raise InvalidInput(f"there are {len(texts)} texts ({', '.join(texts)}), one is wanted")
+    try:
+        text = findings((case / texts[0]).read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise InvalidInput(f"{texts[0]} cannot be read: {error.strerror}") from None
+    if not text:
+        raise InvalidInput(f"{texts[0]} is empty")
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    left_out, series = [], 0
+    for path in sorted(case.iterdir()):
+        if not path.is_dir() and not path.name.endswith(_NIFTI):
+            continue
+        try:
+            scan, dropped = _series(path)
+            image = prepare(scan, size, preset).image
+        except InvalidInput as error:
+            left_out.append(LeftOut(str(path), str(error)))
+            continue
+        left_out += dropped
+        np.save(_free(folder, _ascii(path.name.split(".nii")[0])), image)
+        series += 1
+    if not series:
+        causes = "; ".join(f"{Path(entry.path).name}: {entry.cause}" for entry in left_out)
+        raise InvalidInput(f"no series can be used{': ' + causes if causes else ', there is none'}")
+    return left_out
+
+
+def findings(text: str) -> str:
+    """What a case's text says about the images, on one line: its findings, else its discussion, else all of it."""
+    for heading in (_FINDINGS, _DISCUSSION, ""):
+        _, found, part = text.partition(heading) if heading else ("", True, text)
+        if found and len("".join(part.split())) >= _FEWEST:
+            return " ".join(part.split())
+    return " ".join(text.split())
+
+
+def _series(path: Path) -> tuple[Scan, list[LeftOut]]:
+    """A folder of grey slices, a DICOM series or a NIfTI file; and the slices that do not fit."""
+    if not path.is_dir():
+        return _nifti_scan(path), []
+    slices = sorted((p for p in path.iterdir() if p.suffix.lower() in _SLICES), key=_natural)
+    if not slices:
+        return read_scan(pack_scan(path)[0]), []
+    planes, left_out = {}, []
+    for plane in slices:
+        try:
+            with Image.open(plane) as picture:
+                planes[plane] = np.asarray(picture.convert("L"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            left_out.append(LeftOut(str(plane), f"the slice cannot be read: {error}"))
+    usual = Counter(plane.shape for plane in planes.values()).most_common(1)
+    stack = [plane for plane in planes.values() if plane.shape == usual[0][0]] if usual else []
+    left_out += [LeftOut(str(path), f"the slice has {' x '.join(map(str, plane.shape))} pixels, most have "
+                                    f"{' x '.join(map(str, usual[0][0]))}")
+                 for path, plane in planes.items() if plane.shape != usual[0][0]]
+    if 2 * len(stack) <= len(slices) or len(stack) < 2:
+        raise InvalidInput(f"only {len(stack)} of {len(slices)} slices can be read and have one size")
+    volume = np.stack(stack)
+    if volume.min() == volume.max():
+        raise InvalidInput(f"every pixel of all slices is {volume.min()}")
+    return Scan(volume, ARRAY_AFFINE, "npy"), left_out
+
+
+# --- M3D-Seg ---------------------------------------------------------------------------------------------------------
+def seg_jobs(raw: Path, target: Path, code: str, size: Size, preset: str) -> tuple[list[Job], tuple[str, ...], dict]:
+    """(cases, class names, split by case where the raw folder's JSON says so) of one data set."""
+    folder, index = raw / code, {}
+    if (folder / f"{code}.json").is_file():
+        index = read_json(folder / f"{code}.json")
+    cases = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = class_names().get(code) or _own_names(code, index, cases)
+    splits = {Path(entry["image"]).parent.name: split for split in ("train", "test") for entry in index.get(split, [])}
+    settings = {"size": size, "preset": preset, "names": list(names)}
+    jobs = [Job(f"{code}/{case.name}", (case, *sorted(p for p in case.rglob("*") if p.is_file())),
+                target / code / case.name, settings, partial(_make_seg, case, names, size, preset)) for case in cases]
+    return jobs, names, splits
+
+
+def _own_names(code: str, index: dict, cases: Sequence[Path]) -> tuple[str, ...]:
+    if isinstance(labels := index.get("labels"), dict):
+        return tuple(labels[key] for key in sorted(labels, key=int) if int(key) > 0)
+    names = sorted({_class_of(path) for case in cases for path in _mask_files(case)})
+    if not names:
+        raise InvalidInput(f"{code} is none of M3D-Seg's data sets, so its classes must be named: in "
+                           f'{code}/{code}.json ("labels": {{"0": "background", "1": "liver", ...}}) or by one mask file per class')
+    return tuple(names)
+
+
+def _make_seg(case: Path, names: Sequence[str], size: Size, preset: str, folder: Path) -> list[LeftOut]:
+    left_out: list[LeftOut] = []
+    if (case / "image.npy").is_file():
+        scan, masks = _published(case, names)
+        preset = "m3d-cap"  # the published arrays are normalised; what remains is to scale, crop and resize them
+    else:
+        image = _one_of(case, _IMAGES)
+        if image is None:
+            raise InvalidInput(f"there is no image: {' or '.join(_IMAGES)} with {' or '.join(_NIFTI)} is looked for")
+        scan = _nifti_scan(image)
+        masks = _labelled(case, scan, names, left_out)
+    prepared = prepare(scan, size, preset)
+    (folder / "masks").mkdir()
+    np.save(folder / "image.npy", prepared.image)
+    written = 0
+    for number, mask in masks:
+        small = _in_model(prepared.geometry, mask)
+        if small.any():
+            np.save(folder / "masks" / f"mask_{number}.npy", small)
+            written += 1
+        elif mask.any():
+            left_out.append(LeftOut(str(case), f"{names[number]} fills no voxel of the model by half"))
+    if not written:
+        raise InvalidInput("no class of the data set is in the image")
+    return left_out
+
+
+def _labelled(case: Path, scan: Scan, names: Sequence[str], left_out: list[LeftOut]):
+    """(class id, mask) of the classes in a label image, or in one mask file per class."""
+    if label := _one_of(case, _LABELS):
+        labels = _label_image(label, scan)
+        found = np.unique(labels)
+        if (found != np.round(found)).any() or found[0] < 0 or found[-1] > len(names):
+            raise InvalidInput(f"{label.name} holds {_some(found)}; whole numbers from 0 to {len(names)} are wanted, "
+                               f"one for each class of the data set")
+        return ((int(value) - 1, labels == value) for value in found if value > 0)
+    files = _mask_files(case)
+    if not files:
+        raise InvalidInput(f"there are no labels: {_LABELS[0]}.nii.gz, or a folder {' or '.join(_MASK_FOLDERS)} with "
+                           f"one file per class is looked for")
+    known = {_plain(name): number for number, name in enumerate(names)}
+    left_out += [LeftOut(str(path), f"the data set has no class {_class_of(path)!r}") for path in files
+                 if _plain(_class_of(path)) not in known]
+    return ((known[_plain(_class_of(path))], _label_image(path, scan) > 0) for path in files
+            if _plain(_class_of(path)) in known)
+
+
+def _published(case: Path, names: Sequence[str]):
+    """M3D-Seg as it is downloaded: image.npy [1, i, j, k], normalised, and sparse masks in mask_(C, i, j, k).npz."""
+    files = [(path, found) for path in case.iterdir() if (found := _SPARSE.fullmatch(path.name))]
+    if len(files) != 1:
+        raise InvalidInput(f"beside image.npy one mask_(C, W, H, D).npz is wanted, there are {len(files)}")
+    path, found = files[0]
+    scan = read_scan((case / "image.npy").read_bytes())
+    try:
+        shape = tuple(int(n) for n in ast.literal_eval(found[1]))
+        rows = sparse.load_npz(path).tocsr()
+    except Exception as error:  # a damaged archive raises whatever its parser stumbles over
+        raise InvalidInput(f"{path.name} cannot be read: {error}") from None
+    if shape[1:] != scan.array.shape or rows.shape != (shape[0], scan.array.size):
+        raise InvalidInput(f"{path.name} does not fit the image, which has {scan.array.shape}")
+    if shape[0] > len(names):
+        raise InvalidInput(f"{path.name} has {shape[0]} classes, the data set has {len(names)}")
+    masks = ((number, (rows[number].toarray() > 0).reshape(shape[1:]).T) for number in range(shape[0]))
+    return Scan(scan.array.T, ARRAY_AFFINE, "npy"), masks
+
+
+# --- M3D-RefSeg ------------------------------------------------------------------------------------------------------
+def refseg_jobs(raw: Path, target: Path, size: Size, preset: str) -> list[Job]:
+    """The cases under `raw`: folders with ct.nii.gz and mask.nii.gz."""
+    cases = sorted(path for path in raw.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [Job(case.name, (case, *sorted(p for p in case.iterdir() if p.is_file())), target / case.name,
+                {"size": size, "preset": preset}, partial(_make_refseg, case, size, preset)) for case in cases]
+
+
+def _make_refseg(case: Path, size: Size, preset: str, folder: Path) -> list[LeftOut]:
+    image, label = _one_of(case, ("ct",)), _one_of(case, ("mask",))
+    if image is None or label is None:
+        raise InvalidInput("ct.nii.gz and mask.nii.gz are looked for, and at least one is missing")
+    scan = _nifti_scan(image)
+    labels = _label_image(label, scan)
+    found = np.unique(labels)
+    if (found != np.round(found)).any() or found[0] < 0 or found[-1] >= 1 << 16:
+        raise InvalidInput(f"{label.name} holds {_some(found)}; whole numbers are wanted, 0 for none")
+    prepared = prepare(scan, size, preset)
+    mask, left_out = np.zeros((1, *size), np.uint16), []
+    for value in found[found > 0]:
+        small = _in_model(prepared.geometry, labels == value)
+        mask[small] = value
+        if not small.any():
+            left_out.append(LeftOut(str(label), f"mask {int(value)} fills no voxel of the model by half"))
+    np.save(folder / "ct.npy", prepared.image)
+    np.save(folder / "mask.npy", mask)
+    return left_out
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+def _in_model(geometry: Geometry, mask: np.ndarray) -> np.ndarray:
+    """bool [1, D, H, W]: the voxels of the model that the mask fills by half or more."""
+    return geometry.mask_to_model(mask)[None] >= 0.5
+
+
+def _nifti_scan(path: Path) -> Scan:
+    return read_scan(pack_scan(path)[0])
+
+
+def _label_image(path: Path, scan: Scan) -> np.ndarray:
+    """A label image on the scan's own grid. Unlike a scan it may be all zero."""
+    data = memoryview(pack_scan(path)[0])
+    labels, affine = (read_gzipped_nifti if bytes(data[:2]) == b"\x1f\x8b" else read_nifti)(data, Limits())
+    if labels.shape != scan.array.shape:
+        raise InvalidInput(f"{path.name} has shape {' x '.join(map(str, labels.shape))}, its image "
+                           f"{' x '.join(map(str, scan.array.shape))}")
+    if not np.allclose(affine, scan.affine, atol=0.05):
+        raise InvalidInput(f"{path.name} lies elsewhere than its image: their affines differ")
+    return labels
+
+
+def _one_of(case: Path, stems: Sequence[str]) -> Path | None:
+    return next((path for stem in stems for suffix in _NIFTI if (path := case / (stem + suffix)).is_file()), None)
+
+
+def _mask_files(case: Path) -> list[Path]:
+    return sorted(path for name in _MASK_FOLDERS for path in (case / name).glob("*.nii*") if path.name.endswith(_NIFTI))
+
+
+def _class_of(path: Path) -> str:
+    return path.name.split(".nii")[0].replace("_", " ")
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").split())
+
+
+def _some(values: np.ndarray) -> str:
+    return ", ".join(f"{value:g}" for value in values[:6]) + ", ..." * (len(values) > 6)
+
+
+def _natural(path: Path) -> list:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.stem)]
+
+
+def _ascii(name: str) -> str:
+    """Without diacritics, as the published names are."""
+    return "".join(c for c in unicodedata.normalize("NFD", name) if unicodedata.category(c) != "Mn")
+
+
+def _free(folder: Path, stem: str) -> Path:
+    path, number = folder / f"{stem}.npy", 2
+    while path.exists():
+        path, number = folder / f"{stem}_{number}.npy", number + 1
+    return path
+
