@@ -3,8 +3,8 @@
     python training/merge_lora.py training/configs/paper/merge_lora.json
 
 The result has the published key names and is read strictly by `engine.models.checkpoint`; what is incomplete is
-refused, and the folder appears whole or not at all. With `keep_base` the language model is left out: the folder holds what was
-trained, and the engine composes it with the package that carries the base model.
+refused, and the folder appears whole or not at all. With `keep_base` the language model is left out: the folder holds
+what was trained, and the engine composes it with the package that carries the base model.
 """
 from __future__ import annotations
 
