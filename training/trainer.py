@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from engine.errors import M3DError
@@ -212,11 +213,14 @@ class StageTrainer(Trainer):
         else:
             self.model.restore(Path(resume_from_checkpoint))
 
-    def save_final(self) -> None:
-        """Write what the stage is for: `final`, whole or not at all."""
+    def save_final(self, unwrapped: bool = False) -> None:
+        """Write what the stage is for: `final`, whole or not at all. unwrapped: the model was never put into shards."""
         out = Path(self.args.output_dir)
         staging = out / _STAGING
-        self.save_model(str(staging), _internal_call=True)
+        if not unwrapped:
+            self.save_model(str(staging), _internal_call=True)
+        elif self.args.should_save:
+            self._save(str(staging))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             place(staging, out / FINAL)
@@ -238,8 +242,14 @@ def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Ca
         shutil.rmtree(out / _STAGING, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     whole = sort_checkpoints(output_dir=str(out))
-    trainer.train(resume_from_checkpoint=whole[-1] if whole else None)
-    trainer.save_final()
+    state = TrainerState.load_from_json(Path(whole[-1]) / TRAINER_STATE_NAME) if whole else None
+    # A run that was killed between its last checkpoint and `final`; the Trainer would take one step more.
+    finished = state is not None and state.global_step >= state.max_steps
+    if finished:
+        model.restore(Path(whole[-1]))
+    else:
+        trainer.train(resume_from_checkpoint=whole[-1] if whole else None)
+    trainer.save_final(unwrapped=finished)
     return out / FINAL
 
 

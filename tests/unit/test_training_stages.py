@@ -122,6 +122,11 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path, 
     assert same_bits(run(pretrain_clip, values), pretrained_clip)
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_step_more(tmp_path, data, llm, tuned):
+    shutil.copytree(tuned.parent, tmp_path / "run", ignore=shutil.ignore_patterns("final"))
+    assert same_bits(run(finetune, toy.finetune_configuration(tmp_path / "run", data, llm)), tuned)
+
+
 def test_another_seed_trains_another_model(tmp_path, data, encoder, pretrained_clip):
     values = {**toy.clip_configuration(tmp_path / "run", data, encoder), "seed": 2}
     assert not same_bits(run(pretrain_clip, values), pretrained_clip)
