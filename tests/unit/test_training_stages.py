@@ -178,7 +178,7 @@ def test_two_processes_train_what_one_does_on_the_joined_batch(tmp_path, data, l
     before = weights(run(module, values("still", 4, rate=0.0)))
     one, two = weights(run(module, values("one", 4))), weights(tmp_path / "two" / "final")
     assert one.keys() == two.keys()
-    assert max((value - before[key]).abs().max().item() for key, value in one.items()) > 1e-2
+    assert max((value - before[key]).abs().max().item() for key, value in one.items()) > 1e-3
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, atol=2e-5, rtol=1e-4, msg=key)
 
