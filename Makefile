@@ -29,8 +29,19 @@ serve: $(VENV)/serving  ## export the demo model and serve it until Ctrl-C
 test: $(VENV)/testing  ## run the test suite (unit and functional, with a real Triton)
 	@$(BIN)/python -m pytest
 
-train-demo: $(VENV)/testing  ## train the demo model again from the scans that packages carry (long)
-	@$(BIN)/python training/finetune.py training/demo/recipe.json --out training/demo
+# Processes of one thread each are faster on a CPU than one of several threads: nothing spins at barriers.
+TRAIN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
+DEMO := training/configs/demo
+
+train-demo: $(VENV)/testing  ## train the demo model again, all stages, going on where it stopped; then measure it (long)
+	@$(TRAIN) training/pretrain_segvol.py $(DEMO)/1_pretrain_segvol.json
+	@$(TRAIN) training/pretrain_segvol.py $(DEMO)/2_refine_segvol.json
+	@$(TRAIN) training/align_projector.py $(DEMO)/3_align_projector.json
+	@$(TRAIN) training/finetune.py $(DEMO)/4_finetune.json
+	@$(BIN)/python training/merge_lora.py $(DEMO)/5_merge_lora.json
+	@$(TRAIN) training/pretrain_clip.py $(DEMO)/6_pretrain_clip.json
+	@cp $(OUT)/training/demo/5_merged/* training/demo/
+	@$(TRAIN) training/evaluate.py $(DEMO)/7_evaluate.json
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(OUT) model_repository/manifest.json model_repository/*/1/model.onnx* \

@@ -1,6 +1,6 @@
 """Measure a demonstration checkpoint on augmentations it was not trained on, and on scans it never saw.
 
-    python training/evaluate.py training/demo --recipe training/demo/recipe.json --out training/demo/metrics.json
+    torchrun --nproc-per-node 2 training/evaluate.py training/configs/demo/7_evaluate.json
 
 Everything goes the long way: the saved checkpoint is read back, questions are answered greedily, and masks come from
 the `[SEG]` states of those answers at the model's full volume. An answer without `[SEG]` counts as Dice 0.
@@ -8,13 +8,11 @@ the `[SEG]` states of those answers at the model's full volume. An answer withou
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import pickle
 import platform
 import sys
-import tempfile
 from collections import defaultdict
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -22,20 +20,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from accelerate.utils import gather_object  # noqa: E402
 from rich.progress import track  # noqa: E402
 
+from engine.errors import M3DError  # noqa: E402
 from engine.models.checkpoint import load_lamed  # noqa: E402
 from engine.prompt import Prompt, parse_boxes  # noqa: E402
-from training import workers  # noqa: E402
-from training.data.augment import View, view_of  # noqa: E402
+from training.config import read  # noqa: E402
+from training.data.augment import Augmentation, View, view_of  # noqa: E402
 from training.data.questions import CLOSED, Question, ask, is_right  # noqa: E402
 from training.data.scans import load_scans  # noqa: E402
-from training.recipe import Recipe  # noqa: E402
+from training.record import write_json  # noqa: E402
 
 # Apart from training's seeds, which begin with the recipe's.
 SEED = 7_000_000
 LARGE = 0.01
 LONG_VIEWS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """train, held_out: scans. augmentation: of their views beside the first, which is the scan as it is. out: a JSON
+    file."""
+
+    checkpoint: Path
+    out: Path
+    seed: int
+    views: int
+    fine_grid: tuple[int, int, int]
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+    augmentation: Augmentation
 
 
 class Answerer:
@@ -177,46 +193,45 @@ def measure(answerer: Answerer, view: View, seed: list[int], long_answers: bool)
     return tally
 
 
-def measure_share(recipe: Recipe, checkpoint: Path, names: tuple[str, ...], views: int, folder: Path) -> None:
-    """What one process measures of `views` views of each scan: augmentations from wider ranges than training's, and
-    as its first view a scan that was held out whole as it is."""
-    answerer, rank = Answerer(checkpoint), workers.rank()
-    scans = load_scans(names, recipe.fine_grid)
-    jobs = [(scan, k) for k in range(views) for scan in scans][rank::recipe.processes]
+def measure_share(settings: Settings, rank: int, processes: int) -> dict[str, Tally]:
+    """What one process measures: augmentations of each scan from wider ranges than training's, and as its first view
+    a scan that was held out whole as it is."""
+    answerer = Answerer(settings.checkpoint)
+    scans = load_scans((*settings.train, *settings.held_out), settings.fine_grid)
+    jobs = [(scan, k) for k in range(settings.views) for scan in scans][rank::processes]
     tallies = defaultdict(Tally)
     for scan, k in track(jobs, description="measuring", disable=rank > 0):
-        seed = [SEED + recipe.seed, k, sum(scan.name.encode())]
-        ranges = None if k == 0 and scan.name in recipe.held_out else recipe.held_out_augmentation
+        seed = [SEED + settings.seed, k, sum(scan.name.encode())]
+        ranges = None if k == 0 and scan.name in settings.held_out else settings.augmentation
         view = view_of(scan, ranges, answerer.size, np.random.default_rng(seed))
         tallies[scan.name].add(measure(answerer, view, [*seed, 1], k < LONG_VIEWS))
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(dict(tallies)))
+    return dict(tallies)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--recipe", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--views", type=int, default=4, help="views of each scan")
-    arguments = parser.parse_args()
-    recipe = Recipe.read(arguments.recipe)
-    names = (*recipe.train, *recipe.held_out)
+    parser.add_argument("configuration", type=Path, help="a JSON file, e.g. from training/configs")
+    try:
+        settings = read(Settings, parser.parse_args().configuration)
+        state = PartialState(cpu=True)
+        shares = gather_object([measure_share(settings, state.process_index, state.num_processes)])
+    except M3DError as error:
+        sys.exit(f"error: {error}")
+    if not state.is_main_process:
+        return
     tallies = defaultdict(Tally)
-    with tempfile.TemporaryDirectory() as folder:
-        workers.run(recipe.processes, measure_share, recipe, arguments.checkpoint, names, arguments.views, Path(folder))
-        for file in sorted(Path(folder).glob("*.pickle")):
-            for name, tally in pickle.loads(file.read_bytes()).items():
-                tallies[name].add(tally)
+    for share in shares:
+        for name, tally in share.items():
+            tallies[name].add(tally)
     together = Tally()
-    for name in recipe.train:
+    for name in settings.train:
         together.add(tallies[name])
-    metrics = {
+    write_json(settings.out, {
         "date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "views_of_each_scan": arguments.views,
+        "views_of_each_scan": settings.views,
         "held_out_augmentations": together.summary(),
-        "held_out_scans": {name: tallies[name].summary() for name in recipe.held_out},
-    }
-    arguments.out.write_text(json.dumps(metrics, indent=1) + "\n")
+        "held_out_scans": {name: tallies[name].summary() for name in settings.held_out},
+    })
 
 
 if __name__ == "__main__":

@@ -1,92 +1,95 @@
-"""Train the embedded demonstration model from packaged scans: one command, reproducible by the recipe's seed.
+"""Instruction tuning of M3D-LaMed: LoRA on the language model, everything around it trained, text and masks together.
 
-    python training/finetune.py training/demo/recipe.json --out training/demo
+    python training/finetune.py training/configs/paper/finetune.json
+    torchrun --nproc-per-node 8 training/finetune.py training/configs/paper/finetune.json
 
-Four stages: `segmentation` (SegVol with taught prompts), `alignment` (visual tokens brought to the language model's words),
-`instruction` (language, boxes and masks together) and `refinement` (SegVol again, prompts fixed). An interrupted run goes on where it last saved itself;
-`training/evaluate.py` measures the result.
+`final` holds what was trained; `training/merge_lora.py` makes a whole checkpoint of it.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
-from engine.errors import M3DError  # noqa: E402
-from training import alignment, instruction, segmentation, workers  # noqa: E402
-from training.data.scans import load_scans  # noqa: E402
-from training.lamed import TrainedLamed, lamed_config  # noqa: E402
-from training.recipe import Recipe, Stage  # noqa: E402
+from engine.errors import CheckpointError, InvalidInput  # noqa: E402
+from training import trainer  # noqa: E402
+from training.config import StageSettings  # noqa: E402
+from training.data.selection import open_questions, shown  # noqa: E402
+from training.lamed import LossWeights, Lora, Start, TrainedLamed  # noqa: E402
+from training.packing import Packer  # noqa: E402
 
-
-class Report:
-    """A progress bar on a terminal, and one JSON line every tenth step in `log` (first process only)."""
-
-    def __init__(self, name: str, stage: Stage, log: Path):
-        self.log, self.started, self.recent = log, time.monotonic(), []
-        self.name, self.steps = name, stage.steps
-        self.quiet = workers.rank() > 0
-        self.bar = Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                            TextColumn("{task.fields[losses]}"), console=Console(stderr=True), disable=self.quiet)
-        self.task = self.bar.add_task(name, total=stage.steps, losses="")
-
-    def __call__(self, step: int, losses: dict[str, float]) -> None:
-        self.recent.append(losses)
-        if self.quiet or step % 10 and step < self.steps:
-            return
-        means = {key: sum(entry[key] for entry in self.recent) / len(self.recent) for key in losses}
-        self.recent.clear()
-        # Not before: a stage that was finished earlier reports nothing.
-        self.bar.start()
-        self.bar.update(self.task, completed=step, losses="  ".join(f"{k} {v:.3f}" for k, v in means.items()))
-        line = {"stage": self.name, "step": step, "seconds": round(time.monotonic() - self.started, 1)}
-        with self.log.open("a") as file:
-            file.write(json.dumps({**line, **{key: round(value, 4) for key, value in means.items()}}) + "\n")
-        if step == self.steps:
-            self.bar.stop()
+_SHOWN = 4
+MASK_GRIDS = ("volume", "decoder")
 
 
-def train(recipe: Recipe, out: Path, work: Path) -> None:
-    """What each process does."""
-    scans = load_scans(tuple(recipe.train), recipe.fine_grid)
+@dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
+    """train: see `lamed.TRAINABLE`. max_length: tokens of BOS, scan, question and answer. answer_weights: see
+    `packing.pack`. mask_grid: where masks are compared, at the model's volume or at the decoder's own resolution.
+    mask_limit: masks a batch. teacher: `final` of pretrain_segvol, whose prompts the `[SEG]` states are led to."""
 
-    def report(stage: str) -> Report:
-        return Report(stage, getattr(recipe, stage), work / "log.jsonl")
-
-    taught = segmentation.train(recipe, lamed_config(recipe), scans, work, report("segmentation"))
-    torch.manual_seed(recipe.seed)
-    model = TrainedLamed(recipe)
-    model.start_from(taught)
-    alignment.train(recipe, model, scans, work, report("alignment"))
-    instruction.train(recipe, model, scans, taught, out, work, report("instruction"))
-    segmentation.refine(recipe, taught, scans, work, report("refinement"))
-    model.lamed.seg_module.load_state_dict(taught.seg_module.state_dict())
-    if workers.rank() == 0:
-        model.write(out, recipe)
+    start: Start
+    lora: Lora
+    train: tuple[str, ...]
+    max_length: int
+    losses: LossWeights = LossWeights()
+    answer_weights: str = "tokens"
+    mask_grid: str = "volume"
+    mask_limit: int | None = None
+    teacher: str | None = None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--work", type=Path, default=Path("out/training"), help="for the log and resumable states")
-    arguments = parser.parse_args()
+def build(settings: Settings) -> tuple[TrainedLamed, Packer]:
+    """The model before its first step, and its collator. Raises M3DError for what cannot be trained."""
+    if settings.mask_grid not in MASK_GRIDS:
+        raise InvalidInput(f"mask_grid {settings.mask_grid!r} is not known; known: {', '.join(MASK_GRIDS)}")
+    check_precision(settings, settings.start)
+    model = TrainedLamed(settings.start, settings.train, settings.lora, settings.losses)
+    config, names = model.lamed.config, ()
+    if settings.teacher:
+        names = learn_from(model, settings.teacher)
+    packer = Packer(model.tokenizer, model.num_visual_tokens, config.vision.image_size,
+                    model.config_json["seg_token_id"], settings.max_length, weighting=settings.answer_weights,
+                    grid=config.segmentation.grid if config.segmentation else None,
+                    at_decoder_grid=settings.mask_grid == "decoder", mask_limit=settings.mask_limit, taught=names)
+    if settings.max_length > model.config_json["max_position_embeddings"]:
+        raise InvalidInput(f"max_length {settings.max_length} is more than the language model's context of "
+                           f"{model.config_json['max_position_embeddings']} tokens")
+    return model, packer
+
+
+def check_precision(settings: StageSettings, start: Start) -> None:
+    if start.dtype == "bfloat16" and not settings.trainer.get("bf16"):
+        raise InvalidInput("start.dtype bfloat16 needs trainer.bf16: the trained parts stay in float32 beside it")
+
+
+def learn_from(model: TrainedLamed, teacher: str) -> tuple[str, ...]:
+    """Give the model the prompts that SegVol learned for structures; returns their names."""
+    folder = Path(teacher)
     try:
-        recipe = Recipe.read(arguments.recipe)
-        for folder in (arguments.out, arguments.work):
-            folder.mkdir(parents=True, exist_ok=True)
-        workers.run(recipe.processes, train, recipe, arguments.out, arguments.work)
-    except M3DError as error:
-        sys.exit(f"error: {error}")
+        names = tuple(json.loads((folder / "prompts.json").read_text()))
+        table = load_file(folder / "model.safetensors")["prompts.weight"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"teacher {teacher} is no `final` of pretrain_segvol: {error}") from None
+    width = model.lamed.config.segmentation.hidden_size if model.lamed.config.segmentation else None
+    if table.shape != (len(names), width):
+        raise CheckpointError(f"teacher {teacher} has prompts {list(table.shape)}, wanted are {[len(names), width]}")
+    model.teacher = torch.nn.Embedding.from_pretrained(table)
+    return names
+
+
+def train(settings: Settings) -> Path:
+    model, packer = build(settings)
+    questions = open_questions(settings, model.lamed.config.vision.image_size)
+    model.shown = shown(questions, _SHOWN) if settings.sample_every else []
+    return trainer.fit(model, settings, questions, packer)
 
 
 if __name__ == "__main__":
-    main()
+    trainer.main(__doc__.splitlines()[0], Settings, train)

@@ -1,140 +1,434 @@
-"""The model in training: Lamed with LoRA on a frozen language model and trained rows for the added tokens."""
+"""M3D-LaMed in training: LoRA on its language model, losses on text and masks, and what is written of it.
+
+What is written is a folder that holds everything that was trained on top of a base language model (see
+`engine.models.base`): config.json with `base_model`; model.safetensors with our parts under their published keys and
+the trained embeddings; LoRA as peft writes it; the tokenizer. `training/merge_lora.py` makes a whole checkpoint of it.
+"""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.errors import InvalidInput
-from engine.models.base import ADDED_TOKENS as ADDED_ROWS, base_file, load_base, load_base_tokenizer
+from engine.errors import CheckpointError, InvalidInput
+from engine.models import base
 from engine.models.checkpoint import PARTS
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
-from engine.prompt import SEG_TOKEN, SPECIAL_TOKENS
-from training.recipe import Recipe
-from training.segmentation import TaughtSegVol
+from engine.prompt import SEG_TOKEN, Prompt
+from training.data.sample import Sample
+from training.losses import language_loss, mask_loss
+from training.record import write_json
+from training.starting_points import (ADDED_TOKENS, FAMILIES, LAMED, LanguageModel, PackagedModel, check_added_rows,
+                                      check_shapes, load_projector, load_segvol, load_vision_tower,
+                                      open_language_model, prepare_tokenizer)
+from training.trainer import StageModel
 
-# Of the base model's 8192: a scan, a question and an answer need less, and a small machine can hold it.
-CONTEXT_LENGTH = 2048
-ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
-
-
-def _llama_keys(spec: dict) -> dict:
-    gguf = base_file(spec)
-    return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).to_dict()
-
-
-def config_json(recipe: Recipe) -> dict:
-    """config.json of the checkpoint: the base model's LLaMA keys, ours, and where the base model comes from."""
-    llama = _llama_keys(recipe.base_model)
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "head_dim", "rms_norm_eps", "rope_parameters", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id")
-    vocab = llama["vocab_size"]
-    return {
-        "architectures": ["LamedLlamaForCausalLM"], "model_type": "lamed_llama",
-        **{key: llama[key] for key in keys if llama.get(key) is not None},
-        "max_position_embeddings": CONTEXT_LENGTH, "vocab_size": vocab + len(ADDED_TOKENS),
-        "tie_word_embeddings": True, "attention_bias": False,
-        "vision_tower": "vit3d", "mm_projector_type": "spp", "proj_layer_type": "mlp", "proj_layer_num": 2,
-        "proj_pooling_type": "spatial", "segmentation_module": "segvol", "seg_token_id": vocab + len(ADDED_TOKENS) - 1,
-        "mm_hidden_size": recipe.model["vision_config"]["hidden_size"], **recipe.model,
-        "base_model": recipe.base_model,
-    }
+# What may be trained beside LoRA; `added_tokens` are the rows of the added tokens alone, the rest of the table frozen.
+TRAINABLE = ("vision_tower", "mm_projector", "embeddings", "lm_head", "added_tokens", "seg_module", "seg_projector")
+# Parts of SegVol that a text prompt never reaches: they load and are written, but have no gradient.
+UNREACHED = ("prompt_encoder.point_embeddings", "prompt_encoder.not_a_point_embed", "prompt_encoder.mask_downscaling",
+              "mask_decoder.iou_prediction_head", *(f"mask_decoder.output_hypernetworks_mlps.{k}" for k in (1, 2, 3)))
+_OWN_KEYS = {"image_size", "patch_size", "image_channel", "vision_config", "seg_config", "mm_hidden_size",
+             "proj_layer_type", "proj_layer_num", "proj_pooling_type", "proj_pooling_size", "segmentation_module",
+             "max_position_embeddings"}
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def lamed_config(recipe: Recipe) -> LamedConfig:
-    return LamedConfig.from_dict(config_json(recipe))
+@dataclass(frozen=True)
+class Start:
+    """Where the model starts from.
+
+    language_model: a folder, Hugging Face id or package; an M3D-LaMed checkpoint brings its other parts along.
+    model: config.json's keys for our parts, where the language model is no M3D-LaMed. vision_tower, mm_projector,
+    seg_module: files or checkpoints (see `starting_points`), else what the language model brought, else random.
+    dtype: of the frozen language model, float32 or bfloat16.
+    """
+
+    language_model: str | PackagedModel
+    model: dict | None = None
+    vision_tower: str | None = None
+    mm_projector: str | None = None
+    seg_module: str | None = None
+    dtype: str = "float32"
 
 
-def tokenizer_of(recipe: Recipe):
-    """The base model's tokenizer, with our tokens added and BOS put in front as LLaMA's does."""
-    from tokenizers.processors import TemplateProcessing
+@dataclass(frozen=True)
+class Lora:
+    """LoRA on every linear layer of the language model (not its head)."""
 
-    tokenizer = load_base_tokenizer(recipe.base_model)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
-    tokenizer.add_tokens([SEG_TOKEN])
-    bos = tokenizer.bos_token
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
-    tokenizer.model_max_length = CONTEXT_LENGTH
-    return tokenizer
+    r: int
+    alpha: int
+    dropout: float
 
 
-class TrainedLamed(nn.Module):
-    """Lamed whose language model is frozen in bf16, with LoRA and with rows of its own for the added tokens."""
+@dataclass(frozen=True)
+class LossWeights:
+    """Of Dice + BCE, and of the distance between a `[SEG]` prompt and its teacher's, beside the language loss."""
 
-    def __init__(self, recipe: Recipe):
+    mask: float = 1.0
+    prompt: float = 0.0
+
+
+class GrownEmbedding(nn.Module):
+    """A frozen embedding table [V, H] with trained rows for the tokens added behind it."""
+
+    def __init__(self, table: nn.Embedding, count: int):
         super().__init__()
-        self.config = lamed_config(recipe)
-        self.lamed = Lamed(self.config)
-        base = load_base(recipe.base_model)
-        table = base.pop("model.embed_tokens.weight")
-        llm = self.lamed.llm
-        llm.load_state_dict(base, strict=False)
-        llm.to(torch.bfloat16).requires_grad_(False)
-        # The whole table stays frozen; the added rows live outside, tied between input and output like the others.
-        llm.model.embed_tokens = nn.Embedding.from_pretrained(table.to(torch.bfloat16))
-        llm.lm_head = nn.Identity()
-        noise = torch.randn(len(ADDED_TOKENS), table.shape[1])
-        self.added_tokens = nn.Parameter(table.mean(0) + 0.5 * table.std(0) * noise)
-        self.adapter = get_peft_model(llm, LoraConfig(
-            r=recipe.lora.r, lora_alpha=recipe.lora.alpha, lora_dropout=0.0, bias="none",
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
-        for layer in (self.lamed.vision_tower.vision_tower, self.lamed.seg_module.image_encoder):
-            nn.init.trunc_normal_(layer.patch_embedding.position_embeddings, std=0.02)
+        self.table = table.requires_grad_(False)
+        rows = table.weight.detach().float()
+        self.added = nn.Parameter(rows.mean(0) + 0.5 * rows.std(0) * torch.randn(count, rows.shape[1]))
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """[..., H_llm] in fp32."""
+    @property
+    def weight(self) -> Tensor:
+        return self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        added = ids - self.table.num_embeddings
+        own = self.added[added.clamp(min=0)]
+        known = self.table(ids.clamp(max=self.table.num_embeddings - 1)).to(own.dtype)
+        return torch.where((added >= 0)[..., None], own, known)
+
+
+class GrownHead(nn.Module):
+    """The output layer tied to a GrownEmbedding."""
+
+    def __init__(self, embedding: GrownEmbedding):
+        super().__init__()
+        # A list hides the module: its parameters belong to the embedding.
+        self._embedding = [embedding]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        table, added = self._embedding[0].table.weight, self._embedding[0].added
+        return torch.cat([hidden @ table.T.to(hidden.dtype), hidden @ added.T.to(hidden.dtype)], dim=-1)
+
+
+class TrainedLamed(StageModel):
+    """M3D-LaMed with the losses of its stages.
+
+    lora: None trains no part of the language model's layers. train: of TRAINABLE.
+    """
+
+    def __init__(self, start: Start, train: tuple[str, ...], lora: Lora | None = None,
+                 weights: LossWeights = LossWeights(), segmentation: bool = True):
+        super().__init__()
+        _check_train(train)
+        if start.dtype not in ("float32", "bfloat16"):
+            raise InvalidInput(f"start.dtype {start.dtype!r} is not known; known: float32, bfloat16")
+        source = open_language_model(start.language_model)
+        self.start, self.weights, self.train_parts = start, weights, train
+        self.tokenizer = prepare_tokenizer(source)
+        self.config_json = _config_json(source, start, self.tokenizer, segmentation, "added_tokens" in train)
+        self.tokenizer.model_max_length = self.config_json["max_position_embeddings"]
+        parts = parts_config(self.config_json)
+        if parts.segmentation is None and {"seg_module", "seg_projector"} & set(train):
+            raise InvalidInput("train names seg_module or seg_projector, but this model has no segmentation")
+        self.lamed = Lamed(parts, with_llm=False)
+        self.num_visual_tokens = parts.num_visual_tokens
+        Prompt(self.tokenizer, self.num_visual_tokens, self.config_json["max_position_embeddings"])
+        self._load_language_model(source, "added_tokens" in train, getattr(torch, start.dtype))
+        self._load_parts(source, start)
+        self.requires_grad_(False)
+        self.lora = lora
+        if lora:
+            self._inject(lora)
+        self._choose_trained(train)
+        self.shown: list[Sample] = []
+        self.teacher: Callable[[Tensor], Tensor] | None = None
+
+    # --- building ---------------------------------------------------------------------------------------------------
+    def _load_language_model(self, source: LanguageModel, rows_only: bool, dtype: torch.dtype) -> None:
+        llm, state, config = causal_lm(self.config_json), dict(source.state), self.config_json
+        rows, tied = config["vocab_size"], config.get("tie_word_embeddings", False)
+        if tied:
+            state.pop(_HEAD, None)
+        # The reference begins new rows with the mean of the old ones, in the input and in the output.
+        for key in (_TABLE, _HEAD):
+            if key in state and len(state[key]) < rows and not rows_only:
+                old = state[key]
+                new = old.float().mean(0).to(old.dtype).expand(rows - len(old), -1)
+                state[key] = torch.cat([old, new])
+        if rows_only:
+            known = len(state[_TABLE])
+            llm.model.embed_tokens = nn.Embedding(known, config["hidden_size"])
+            llm.lm_head = nn.Linear(config["hidden_size"], known, bias=False)
+            llm.lm_head.weight = llm.model.embed_tokens.weight
+        expected = {key: value for key, value in llm.state_dict().items() if not (tied and key == _HEAD)}
+        check_shapes("language model that its config.json describes", source.name, state, expected)
+        llm.load_state_dict(state, strict=False)
+        llm.to(dtype)
+        if rows_only:
+            llm.model.embed_tokens = GrownEmbedding(llm.model.embed_tokens, rows - known)
+            llm.lm_head = GrownHead(llm.model.embed_tokens)
+        self.lamed.llm = llm
+
+    def _load_parts(self, source: LanguageModel, start: Start) -> None:
+        lamed = self.lamed
+        encoders = [lamed.vision_tower.vision_tower] + ([lamed.seg_module.image_encoder] if lamed.seg_module else [])
+        for encoder in encoders:
+            nn.init.trunc_normal_(encoder.patch_embedding.position_embeddings, std=0.02)
+        nn.init.trunc_normal_(lamed.vision_tower.vision_tower.cls_token, std=0.02)
+        if source.lamed:
+            for published, own in PARTS.items():
+                module = getattr(lamed, own[:-1])
+                found = {key.removeprefix(published): value for key, value in source.parts.items()
+                         if key.startswith(published)}
+                # A checkpoint without segmentation learns it here.
+                if module is not None and (found or own != "seg_module." and own != "seg_projector."):
+                    check_shapes(own[:-1], source.name, found, module.state_dict())
+                    module.load_state_dict(found)
+        if start.vision_tower:
+            load_vision_tower(lamed.vision_tower.vision_tower, start.vision_tower)
+        if start.seg_module:
+            if lamed.seg_module is None:
+                raise InvalidInput("start.seg_module is given, but this model has no segmentation")
+            load_segvol(lamed.seg_module, start.seg_module)
+        if start.mm_projector:
+            embeddings = load_projector(lamed.mm_projector, start.mm_projector)
+            if embeddings is not None:
+                self._take_embeddings(embeddings, start.mm_projector)
+
+    def _take_embeddings(self, rows: Tensor, source: str) -> None:
         table = self.lamed.llm.model.embed_tokens
-        added = ids - table.num_embeddings
-        own = self.added_tokens[added.clamp(min=0)]
-        return torch.where((added >= 0)[..., None], own, table(ids.clamp(max=table.num_embeddings - 1)).float())
+        check_added_rows(rows, self.lamed.llm.model.embed_tokens.weight, len(ADDED_TOKENS), source)
+        with torch.no_grad():
+            if isinstance(table, GrownEmbedding):
+                table.added.copy_(rows[-len(table.added):])
+            else:
+                table.weight[-len(rows):] = rows.to(table.weight.dtype)
 
-    def logits(self, hidden_TH: Tensor) -> Tensor:
-        """[T, V] from final hidden states, V with the added tokens."""
-        table = self.lamed.llm.model.embed_tokens.weight
-        return torch.cat([hidden_TH @ table.T, hidden_TH @ self.added_tokens.to(hidden_TH.dtype).T], dim=-1)
+    def _inject(self, lora: Lora) -> None:
+        llm = self.lamed.llm
+        targets = sorted({name.rpartition(".")[2] for name, module in llm.model.named_modules()
+                          if isinstance(module, nn.Linear)})
+        config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
+                            target_modules=targets, exclude_modules=["lm_head"])
+        inject_adapter_in_model(config, llm)
+        for name, parameter in llm.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
 
-    def hidden(self, embeddings_BLH: Tensor, mask_BLL: Tensor, positions_BL: Tensor) -> Tensor:
-        """Final hidden states [B, L, H] after the last norm. mask: True where row may attend to column."""
-        with disable_input_dtype_casting(self.adapter):
-            return self.lamed.llm.model(inputs_embeds=embeddings_BLH, attention_mask=mask_BLL[:, None],
-                                        position_ids=positions_BL, use_cache=False).last_hidden_state
+    def _choose_trained(self, train: tuple[str, ...]) -> None:
+        lamed, llm = self.lamed, self.lamed.llm
+        modules = {"vision_tower": lamed.vision_tower, "mm_projector": lamed.mm_projector, "embeddings":
+                   llm.model.embed_tokens, "lm_head": llm.lm_head, "seg_module": lamed.seg_module,
+                   "seg_projector": lamed.seg_projector}
+        for name in train:
+            if name == "added_tokens":
+                llm.model.embed_tokens.added.requires_grad_(True)
+            else:
+                modules[name].float().requires_grad_(True)
+        if lamed.seg_module is not None:
+            for name, parameter in lamed.seg_module.named_parameters():
+                if name.startswith(UNREACHED):
+                    parameter.requires_grad_(False)
 
-    def start_from(self, taught: TaughtSegVol) -> None:
-        """Take over the segmentation stage: SegVol as it is, and its encoder as the vision tower's beginning."""
-        self.lamed.seg_module.load_state_dict(taught.seg_module.state_dict())
-        tower, encoder = self.lamed.vision_tower.vision_tower, taught.seg_module.image_encoder
-        missing = tower.load_state_dict(encoder.state_dict(), strict=False)
-        nn.init.trunc_normal_(tower.cls_token, std=0.02)
-        if missing.missing_keys != ["cls_token"] or missing.unexpected_keys:
-            raise InvalidInput("vision_config and seg_config must be the same: the vision tower starts from SegVol's "
-                               "encoder")
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        self.lamed.llm.gradient_checkpointing_enable(**kwargs)
 
-    def write(self, folder: Path, recipe: Recipe) -> None:
-        """Write the checkpoint that `engine.models.base` composes: our parts and LoRA in fp16, config and tokenizer."""
-        folder.mkdir(parents=True, exist_ok=True)
-        own = {published + key.removeprefix(prefix): value for key, value in self.lamed.state_dict().items()
+    # --- losses -----------------------------------------------------------------------------------------------------
+    def forward(self, images: Tensor, totals: dict[str, Tensor], **batch: Tensor) -> dict:
+        """images: [B, 1, D, H, W]; the rest as `packing.Packer` collates it."""
+        lamed, llm = self.lamed, self.lamed.llm
+        hidden = self.hidden(lamed.encode_images(images), **{
+            key: batch.get(key) for key in ("bos", "ids", "positions", "mask")})
+        logits = llm.lm_head(hidden[batch["answer_rows"], batch["answer_columns"]])
+        parts = {"language": language_loss(logits, batch["answers"], batch["answer_weights"], totals["language"])}
+        loss = parts["language"]
+        if "masks" in batch:
+            masks, prompt = self._segment(images, hidden, batch, totals)
+            parts["mask"], loss = masks, loss + self.weights.mask * masks
+            if self.teacher is not None:
+                parts["prompt"], loss = prompt, loss + self.weights.prompt * prompt
+        return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
+
+    def hidden(self, visual_BNH: Tensor, bos: Tensor, ids: Tensor, positions: Tensor | None,
+               mask: Tensor | None) -> Tensor:
+        """Final hidden states [B, 1 + N + L, H] after the last norm: BOS, visual tokens, `ids` [B, L].
+
+        mask: [B, 1 + N + L, 1 + N + L], True where a row may attend to a column; None: causal.
+        """
+        llm = self.lamed.llm
+        begin, rest = (llm.get_input_embeddings()(part) for part in (bos, ids))
+        embeddings = torch.cat([begin, visual_BNH.to(begin.dtype), rest], dim=1)
+        with disable_input_dtype_casting(llm):
+            return llm.model(inputs_embeds=embeddings, attention_mask=None if mask is None else mask[:, None],
+                             position_ids=positions, use_cache=False).last_hidden_state
+
+    def _segment(self, images: Tensor, hidden: Tensor, batch: dict, totals: dict) -> tuple[Tensor, Tensor]:
+        """Mask loss and prompt loss. Without any mask in the batch they are 0, but everything is run all the same: all
+        processes must reach the same parameters."""
+        lamed, owners = self.lamed, batch["state_owner"]
+        none = len(batch["masks"]) == 0
+        if none:
+            states = hidden[:1, -1]
+        else:
+            # Several [SEG] in one answer: the mean of their states makes one prompt.
+            found = hidden[batch["state_rows"], batch["state_columns"]].float()
+            counts = torch.bincount(owners)[:, None]
+            sums = found.new_zeros(len(counts), found.shape[1]).index_add(0, owners, found)
+            states = (sums / counts).to(hidden.dtype)
+        prompts = lamed.seg_projector(states).float()
+        target = batch["masks"] if not none else images.new_zeros(1, *batch["masks"].shape[1:])
+        rows = batch["mask_rows"] if not none else batch["mask_rows"].new_zeros(1)
+        scans, which = rows.unique(return_inverse=True)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "seg_module" in self.train_parts):
+            features = lamed.seg_module.encode(images[scans])
+        whole = target.shape[1:] == images.shape[2:]
+        decode = lamed.seg_module.decode if whole else lamed.seg_module.decode_low_res
+        # The decoder's attention has 6 queries: the plain kernel is faster there than the fused one.
+        with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION] if images.is_cuda else SDPBackend.MATH):
+            logits = decode(features[which], prompts[:len(target)])[:, 0]
+        masks = mask_loss(logits, target) * len(target) / totals["mask"]
+        prompt = prompts.new_zeros(())
+        if self.teacher is not None and not none:
+            taught = batch["taught"]
+            known = taught >= 0
+            wanted = self.teacher(taught.clamp(min=0)).to(prompts)
+            prompt = (F.mse_loss(prompts, wanted, reduction="none").mean(1) * known).sum() / totals["prompt"]
+        return (masks * 0, prompts.sum() * 0) if none else (masks, prompt)
+
+    # --- samples, files ---------------------------------------------------------------------------------------------
+    def answer(self, sample: Sample, new_tokens: int = 48) -> str:
+        """What the model now answers, greedily."""
+        llm = self.lamed.llm
+        device = next(llm.parameters()).device
+        image = torch.from_numpy(sample.image)[None].to(device)
+        prompt = Prompt(self.tokenizer, self.num_visual_tokens, self.config_json["max_position_embeddings"])
+        ids = torch.tensor([prompt.input_ids((" " if sample.space else "") + sample.question)], device=device)
+        embeds = self.lamed.prompt_embeddings(ids, self.lamed.encode_images(image).float())
+        with disable_input_dtype_casting(llm):
+            out = llm.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                               do_sample=False, pad_token_id=self.tokenizer.pad_token_id)
+        return self.tokenizer.decode(out[0], skip_special_tokens=False).split(self.tokenizer.eos_token)[0].strip()
+
+    def sample_text(self) -> str:
+        return "\n\n".join(f"**{s.source}** {s.question}\n\n- is: {s.answer}\n- answers: {self.answer(s)}"
+                           for s in self.shown)
+
+    def write(self, folder: Path, state: dict[str, Tensor]) -> None:
+        state = {key.removeprefix("lamed."): value for key, value in state.items() if key.startswith("lamed.")}
+        own = {published + key.removeprefix(prefix): value for key, value in state.items()
                for published, prefix in PARTS.items() if key.startswith(prefix)}
-        own[ADDED_ROWS] = self.added_tokens
-        save_file({key: value.detach().half().contiguous() for key, value in own.items()}, folder / "model.safetensors",
+        for key, name in self._trained_embeddings().items():
+            own[name] = state[key]
+        save_file({key: value.detach().contiguous() for key, value in own.items()}, folder / "model.safetensors",
                   metadata={"format": "pt"})
-        lora = get_peft_model_state_dict(self.adapter)
-        save_file({key: value.half().contiguous() for key, value in lora.items()}, folder / "adapter_model.safetensors",
-                  metadata={"format": "pt"})
-        settings = self.adapter.peft_config["default"]
-        adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": settings.r, "lora_alpha": settings.lora_alpha,
-                   "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-                   "target_modules": sorted(settings.target_modules)}
-        for name, values in (("config.json", config_json(recipe)), ("adapter_config.json", adapter)):
-            (folder / name).write_text(json.dumps(values, indent=2) + "\n")
-        tokenizer = tokenizer_of(recipe)
-        tokenizer.save_pretrained(folder)
+        write_json(folder / "config.json", self.config_json)
+        if self.lora:
+            adapter = {base.LORA_PREFIX + key.removeprefix("llm.").replace(".default.", "."): value.contiguous()
+                       for key, value in state.items() if ".lora_" in key}
+            save_file(adapter, folder / base.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            targets = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in adapter})
+            write_json(folder / base.ADAPTER_CONFIG, {
+                "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": _name(self.start),
+                "r": self.lora.r, "lora_alpha": self.lora.alpha, "lora_dropout": self.lora.dropout, "bias": "none",
+                "fan_in_fan_out": False, "use_rslora": False, "target_modules": targets})
+        self.tokenizer.save_pretrained(folder)
         file = folder / "tokenizer.json"
-        file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
+        if file.is_file():
+            file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
+
+    def restore(self, folder: Path) -> None:
+        own = load_file(folder / "model.safetensors")
+        state = {prefix + key.removeprefix(published): own.pop(key) for key in list(own)
+                 for published, prefix in PARTS.items() if key.startswith(published)}
+        for key, name in self._trained_embeddings().items():
+            if name in own:
+                state[key] = own.pop(name)
+        if self.lora:
+            for key, value in load_file(folder / base.ADAPTER_WEIGHTS).items():
+                layer, which = key.removeprefix(base.LORA_PREFIX).split(".lora_")
+                state[f"llm.{layer}.lora_{which.replace('.weight', '.default.weight')}"] = value
+        expected = {key: value for key, value in self.lamed.state_dict().items()
+                    if key.startswith(tuple(PARTS.values())) or ".lora_" in key or key in self._trained_embeddings()}
+        check_shapes("model", str(folder), {**state, **own}, expected)
+        self.lamed.load_state_dict(state, strict=False)
+
+    def _trained_embeddings(self) -> dict[str, str]:
+        """Key in Lamed's state -> name in model.safetensors, of those embeddings that the base model has not."""
+        llm = self.lamed.llm
+        if not self.lora and not {"embeddings", "lm_head", "added_tokens"} & set(self.train_parts):
+            return {}
+        if isinstance(llm.model.embed_tokens, GrownEmbedding):
+            return {"llm.model.embed_tokens.added": base.ADDED_TOKENS}
+        names = {"llm." + _TABLE: _TABLE}
+        if not self.config_json.get("tie_word_embeddings"):
+            names["llm." + _HEAD] = _HEAD
+        return names
+
+
+def causal_lm(config: dict) -> nn.Module:
+    """The language model that a checkpoint's config.json describes, of any family that can be trained."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+    if LAMED[config["model_type"]] == "llama":
+        return LlamaForCausalLM(LlamaConfig(**parts_config(config).llm))
+    ours = _OWN_KEYS - {"max_position_embeddings"} | {"model_type", "architectures", "base_model", "seg_token_id"}
+    return Phi3ForCausalLM(Phi3Config(**{key: value for key, value in config.items() if key not in ours}))
+
+
+def parts_config(config: dict) -> LamedConfig:
+    """The engine's view of a checkpoint's config.json, which may be on another family than the engine serves."""
+    if config.get("model_type") not in LAMED:
+        raise CheckpointError(f"architecture {config.get('model_type')!r} cannot be trained; known: {', '.join(LAMED)}")
+    return LamedConfig.from_dict({**config, "model_type": "lamed_llama"})
+
+
+def _name(start: Start) -> str:
+    source = start.language_model
+    return source.package if isinstance(source, PackagedModel) else source
+
+
+def _check_train(train: tuple[str, ...]) -> None:
+    unknown = [name for name in train if name not in TRAINABLE]
+    if unknown:
+        raise InvalidInput(f"train names {', '.join(unknown)}; known: {', '.join(TRAINABLE)}")
+    if "added_tokens" in train and {"embeddings", "lm_head"} & set(train):
+        raise InvalidInput("train: added_tokens are rows of embeddings and lm_head; name one or the other")
+
+
+def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: bool, rows_only: bool) -> dict:
+    """config.json of what is written."""
+    given = start.model or {}
+    unknown = sorted(set(given) - _OWN_KEYS)
+    if unknown:
+        raise InvalidInput(f"start.model: unknown {', '.join(unknown)}; known: {', '.join(sorted(_OWN_KEYS))}")
+    if source.lamed:
+        config = {"max_position_embeddings": 2048, **source.config, **given}
+    else:
+        model_type, architecture = FAMILIES[source.config["model_type"]]
+        config = {
+            **source.config, "architectures": [architecture], "model_type": model_type,
+            "vision_tower": "vit3d", "mm_projector_type": "spp", "proj_layer_type": "mlp", "proj_layer_num": 2,
+            "proj_pooling_type": "spatial", "proj_pooling_size": 2, "image_channel": 1, "segmentation_module": "segvol",
+            "mm_hidden_size": (given.get("vision_config") or {}).get("hidden_size", 768), **given}
+    if not segmentation:
+        config["segmentation_module"] = None
+    missing = [key for key in ("image_size", "patch_size") if key not in config]
+    if missing:
+        raise InvalidInput(f"start.model lacks {', '.join(missing)}")
+    spec = start.language_model
+    config["base_model"] = asdict(spec) if isinstance(spec, PackagedModel) else {"path": spec}
+    ids, rows = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS)), len(source.state[_TABLE])
+    if rows_only:
+        if not config.get("tie_word_embeddings"):
+            raise InvalidInput(f"train: added_tokens needs a language model with tied embeddings, {source.name} has "
+                               "not: train embeddings and lm_head")
+        if ids != list(range(rows, rows + len(ids))):
+            raise InvalidInput(f"train: added_tokens needs {source.name} to have no rows for the added tokens yet, but "
+                               f"they are {ids} of {rows}: train embeddings")
+    # Base models may have spare rows.
+    config["vocab_size"] = max(rows, max(ids) + 1)
+    config["seg_token_id"] = ids[-1]
+    return config

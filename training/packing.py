@@ -1,16 +1,24 @@
-"""Many questions about one scan in one sequence, each as if it stood alone.
+"""Questions about scans become one batch; many questions about one scan share a sequence, each as if it stood alone.
 
 The prefix (BOS and visual tokens) is shared; every question sees the prefix and itself only, and its positions go on
 from the prefix. The result equals that of separate sequences, for a fraction of the work.
 """
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from training.data.questions import Question
+from engine.errors import InvalidInput
+from engine.prompt import IMAGE_TOKEN
+from training.data.sample import Sample
+from training.data.selection import images_of
+
+_log = logging.getLogger(__name__)
+WEIGHTINGS = ("tokens", "root")
 
 
 @dataclass(frozen=True)
@@ -25,58 +33,158 @@ class Sequence:
 class Pack:
     """Questions about several scans, padded to one length L behind the prefix of P positions.
 
-    ids: [B, L]. mask: [B, P + L, P + L], True where a row may attend to a column. positions: [B, P + L].
-    answer_rows, answer_columns, answers: [T], where each answer token is predicted (index into B and P + L) and its id.
-    answer_weights: [T], of each answer token in the loss: 1 / sqrt(length of its answer), so that the single words that
-    need a look at the scan do not drown in boxes and reports.
-    state_rows, state_columns: [K], where the `[SEG]` token of each segmenting question is predicted, in order.
+    ids: [B, L]. mask: [B, P + L, P + L], True where a row may attend to a column, and positions: [B, P + L]; both None
+    where every scan has one question, since then the ordinary causal ones do. answer_rows, answer_columns, answers:
+    [T], where each answer token is predicted (index into B and P + L) and its id. answer_weights: [T], of each answer
+    token in the loss. state_rows, state_columns, state_owners: [S], where the `[SEG]` tokens are predicted, and in
+    which question (counted through all groups).
     """
 
     ids: Tensor
-    mask: Tensor
-    positions: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
     answer_rows: Tensor
     answer_columns: Tensor
     answers: Tensor
     answer_weights: Tensor
     state_rows: Tensor
     state_columns: Tensor
+    state_owners: Tensor
 
 
-def sequence(tokenizer, question: Question, space: bool) -> Sequence:
-    """question (behind a space or not: the reference's tasks differ), a space, answer, EOS."""
-    asked = tokenizer((" " if space else "") + question.question, add_special_tokens=False)["input_ids"]
-    answer = tokenizer(" " + question.answer, add_special_tokens=False)["input_ids"]
-    return Sequence([*asked, *answer, tokenizer.eos_token_id], len(asked))
+def sequence(tokenizer, sample: Sample, room: int | None = None) -> Sequence:
+    """question (behind a space or not: the reference's tasks differ), a space, answer, EOS.
+
+    Tokenised in one piece behind an image token, as the reference does. What exceeds `room` tokens is cut off.
+    """
+    question = (" " if sample.space else "") + sample.question
+    asked, whole = (_behind_image(tokenizer, text) for text in (question, f"{question} {sample.answer}"))
+    return Sequence([*whole, tokenizer.eos_token_id][:room], len(asked))
 
 
-def pack(groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token_id: int) -> Pack:
-    """Pack one group of sequences for each scan behind `prefix` positions."""
+def _behind_image(tokenizer, text: str) -> list[int]:
+    ids = tokenizer(IMAGE_TOKEN + text)["input_ids"][2:]
+    # A few tokenizers put EOS behind every text.
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def pack(groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token_id: int,
+         weighting: str = "tokens") -> Pack:
+    """Pack one group of sequences for each scan behind `prefix` positions.
+
+    weighting: `tokens`, all answer tokens alike (the reference), or `root`, each 1 / sqrt(length of its answer), so
+    that the single words that need a look at the scan do not drown in boxes and reports.
+    """
     length = max(sum(len(s.ids) for s in group) for group in groups)
     total = prefix + length
     ids = torch.full((len(groups), length), pad_token_id)
-    positions = torch.zeros(len(groups), total, dtype=torch.long)
-    positions[:, :prefix] = torch.arange(prefix)
-    # Padding attends to itself, since a row without anything to attend to is not a number.
-    mask = torch.eye(total, dtype=torch.bool).repeat(len(groups), 1, 1)
-    mask[:, :prefix, :prefix] = torch.ones(prefix, prefix).tril().bool()
-    answers, weights, states = [], [], []
+    mask = positions = None
+    if any(len(group) != 1 for group in groups):
+        positions = torch.zeros(len(groups), total, dtype=torch.long)
+        positions[:, :prefix] = torch.arange(prefix)
+        # Padding attends to itself, since a row without anything to attend to is not a number.
+        mask = torch.eye(total, dtype=torch.bool).repeat(len(groups), 1, 1)
+        mask[:, :prefix, :prefix] = torch.ones(prefix, prefix).tril().bool()
+    answers, weights, states, number = [], [], [], 0
     for row, group in enumerate(groups):
         start = 0
         for s in group:
             n = len(s.ids)
             ids[row, start:start + n] = torch.tensor(s.ids)
-            block = slice(prefix + start, prefix + start + n)
-            positions[row, block] = torch.arange(prefix, prefix + n)
-            mask[row, block, :prefix] = True
-            mask[row, block, block] = torch.ones(n, n).tril().bool()
+            if mask is not None:
+                block = slice(prefix + start, prefix + start + n)
+                positions[row, block] = torch.arange(prefix, prefix + n)
+                mask[row, block, :prefix] = True
+                mask[row, block, block] = torch.ones(n, n).tril().bool()
             for k in range(s.answer_start, n):
                 before = (row, prefix + start + k - 1)
                 answers.append((*before, s.ids[k]))
-                weights.append((n - s.answer_start) ** -0.5)
+                weights.append((n - s.answer_start) ** -0.5 if weighting == "root" else 1.0)
                 if s.ids[k] == seg_token_id:
-                    states.append(before)
-            start += n
+                    states.append((*before, number))
+            start, number = start + n, number + 1
     rows, columns, tokens = torch.tensor(answers).T
-    state_rows, state_columns = torch.tensor(states, dtype=torch.long).reshape(-1, 2).T
-    return Pack(ids, mask, positions, rows, columns, tokens, torch.tensor(weights), state_rows, state_columns)
+    state_rows, state_columns, owners = torch.tensor(states, dtype=torch.long).reshape(-1, 3).T
+    return Pack(ids, mask, positions, rows, columns, tokens, torch.tensor(weights), state_rows, state_columns, owners)
+
+
+def filled_share(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+    """float32 [4d, 4h, 4w]: the share of each cell of the decoder's grid that a mask [D, H, W] fills."""
+    d, h, w = (4 * n for n in grid)
+    depth, height, width = mask.shape
+    return mask.reshape(d, depth // d, h, height // h, w, width // w).mean((1, 3, 5), dtype=np.float32)
+
+
+class Packer:
+    """Collates groups of Samples about one scan each for `TrainedLamed`.
+
+    num_visual_tokens, image_size: of the model. max_length: of BOS, visual tokens, question and answer together.
+    weighting: see `pack`. grid: SegVol's patches (D, H, W), None for a model without segmentation; masks are compared
+    at the model's volume, or if `at_decoder_grid` at four times that grid. mask_limit: of masks in a batch, None for
+    all. taught: the structures that a teacher has prompts for, in order.
+    """
+
+    def __init__(self, tokenizer, num_visual_tokens: int, image_size: tuple[int, int, int], seg_token_id: int,
+                 max_length: int, *, weighting: str = "tokens", grid: tuple[int, int, int] | None = None,
+                 at_decoder_grid: bool = False, mask_limit: int | None = None, taught: tuple[str, ...] = ()):
+        if weighting not in WEIGHTINGS:
+            raise InvalidInput(f"answer_weights {weighting!r} is not known; known: {', '.join(WEIGHTINGS)}")
+        self.tokenizer, self.prefix, self.image_size = tokenizer, 1 + num_visual_tokens, tuple(image_size)
+        self.seg_token_id, self.room, self.weighting = seg_token_id, max_length - 1 - num_visual_tokens, weighting
+        self.grid, self.at_decoder_grid, self.mask_limit = grid, at_decoder_grid, mask_limit
+        self.taught = {name: k for k, name in enumerate(taught)}
+        if self.room < 2:
+            raise InvalidInput(f"max_length {max_length} leaves no room for a question and its answer behind BOS and "
+                               f"{num_visual_tokens} visual tokens")
+
+    def __call__(self, groups: list[list[Sample]]) -> dict:
+        kept = [[(s, q) for s in group for q in (self._sequence(s),) if q] for group in groups]
+        kept = [group for group in kept if group]
+        if not kept:
+            # Everything is broken: a batch that teaches nothing, but that every process can go through.
+            blank = Sample(np.zeros((1, *self.image_size), np.float32), "", "", None, False, "", "")
+            kept = [[(blank, sequence(self.tokenizer, blank))]]
+        batch = pack([[q for _, q in group] for group in kept], self.prefix, self.seg_token_id,
+                     self.tokenizer.pad_token_id, self.weighting)
+        nothing = kept[0][0][0].task == ""
+        weights = batch.answer_weights * (0 if nothing else 1)
+        collated = {
+            "images": images_of([group[0][0] for group in kept]), "ids": batch.ids,
+            "bos": torch.full((len(kept), 1), self.tokenizer.bos_token_id), "answer_rows": batch.answer_rows,
+            "answer_columns": batch.answer_columns, "answers": batch.answers, "answer_weights": weights,
+            "totals": {"language": weights.sum()}}
+        if batch.mask is not None:
+            collated |= {"mask": batch.mask, "positions": batch.positions}
+        if self.grid:
+            self._add_masks(collated, [s for group in kept for s, _ in group],
+                            [row for row, group in enumerate(kept) for _ in group], batch)
+        return collated
+
+    def _sequence(self, sample: Sample) -> Sequence | None:
+        found = sequence(self.tokenizer, sample, self.room)
+        if len(found.ids) > found.answer_start:
+            return found
+        _log.warning("%s: the question leaves no room for its answer and is left out: %.80s", sample.source,
+                     sample.question)
+        return None
+
+    def _add_masks(self, collated: dict, samples: list[Sample], rows: list[int], batch: Pack) -> None:
+        """What the masks are learned from: of questions with a mask and a `[SEG]` that predicts it, numbered anew."""
+        owners = batch.state_owners.tolist()
+        segmenting = [k for k in sorted(set(owners)) if samples[k].mask is not None]
+        number = {k: new for new, k in enumerate(segmenting)}
+        chosen = torch.tensor([k in number for k in owners], dtype=torch.bool)
+        # Which questions stand first is random already.
+        masked = segmenting[:self.mask_limit]
+        shape = tuple(4 * n for n in self.grid) if self.at_decoder_grid else self.image_size
+        masks = [filled_share(samples[k].mask[0], self.grid) if self.at_decoder_grid else
+                 samples[k].mask[0].astype(np.float32) for k in masked]
+        taught = [self.taught.get(getattr(samples[k], "structure", None), -1) for k in segmenting]
+        collated |= {
+            "state_rows": batch.state_rows[chosen], "state_columns": batch.state_columns[chosen],
+            "state_owner": torch.tensor([number[k] for k in owners if k in number], dtype=torch.long),
+            "mask_rows": torch.tensor([rows[k] for k in masked], dtype=torch.long),
+            "masks": torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *shape),
+            "taught": torch.tensor(taught, dtype=torch.long)}
+        collated["totals"] |= {"mask": torch.tensor(float(len(masked))),
+                               "prompt": torch.tensor(float(sum(k >= 0 for k in taught)))}

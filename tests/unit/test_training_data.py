@@ -3,18 +3,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from engine.errors import InvalidInput
+import training
 from engine.prompt import parse_boxes
-from training.data.augment import view_of
+from training.data.augment import Augmentation, view_of
 from training.data.jitter import swap_sides
-from training.data.questions import CLOSED, SHARES, ask, draw, is_right, words
+from training.data.questions import CLOSED, SHARES, ask, caption, draw, is_right, words
 from training.data.scans import SOURCES, LabelledScan, facts_of
-from training.recipe import Augmentation, Recipe
-from training.segmentation import filled_share
+from training.packing import filled_share
 
 SIZE = (16, 32, 32)
 STILL = Augmentation(**{field.name: 0 for field in dataclasses.fields(Augmentation)})
@@ -142,32 +142,18 @@ def test_every_source_has_facts_whose_part_the_words_know():
         assert facts["part"] in words()["parts"] and facts["modality"] in words()["modalities"]
 
 
-def _recipe() -> dict:
-    from pathlib import Path
-
-    import training
-
-    return json.loads((Path(training.__file__).parent / "demo" / "recipe.json").read_text())
-
-
-@pytest.mark.parametrize("change, named", [
-    ({"sede": 1}, "sede"), ({"seed": None}, "seed"), ({"seed": "1"}, "seed"), ({"seed": True}, "seed"),
-    ({"seed": -1}, "seed"),
-    ({"lora": {"r": 8}}, "lora.alpha"), ({"lora": {"r": 8, "alpha": 16, "dropout": 0}}, "lora.dropout"),
-    ({"held_out": "chest-ct-2"}, "held_out"), ({"segmentation": 3}, "segmentation"),
-])
-def test_a_recipe_with_a_wrong_setting_is_refused_by_name(tmp_path, change, named):
-    values = {**_recipe(), **change}
-    path = tmp_path / "recipe.json"
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-    with pytest.raises(InvalidInput, match=named):
-        Recipe.read(path)
+def test_the_demo_s_held_out_scans_are_in_no_training_configuration():
+    folder = Path(training.__file__).parent / "configs" / "demo"
+    evaluated = json.loads((folder / "7_evaluate.json").read_text())
+    for file in folder.glob("*.json"):
+        scans = json.loads(file.read_text()).get("data", {}).get("scans", {"train": {}})["train"]
+        assert set(scans) <= set(SOURCES) and not set(scans) & set(evaluated["held_out"])
+    assert set(evaluated["held_out"]) | set(evaluated["train"]) <= set(SOURCES)
 
 
-def test_the_demo_s_recipe_holds_its_held_out_scans_out():
-    from pathlib import Path
-
-    import training
-
-    recipe = Recipe.read(Path(training.__file__).parent / "demo" / "recipe.json")
-    assert set(recipe.held_out) <= set(SOURCES) and not set(recipe.held_out) & set(recipe.train)
+def test_reports_name_only_what_is_in_view(scan):
+    view = view_of(scan, None, SIZE, rng())
+    for seed in range(10):
+        text = caption(view, rng(seed))
+        assert "chest" in text and "CT" in text
+        assert set(text.partition("In view: ")[2].rstrip(".").split(", ")) <= set(view.visible)

@@ -9,9 +9,29 @@ from torch.nn import functional as F
 
 from training.data.jitter import swap_sides
 from training.data.scans import LabelledScan
-from training.recipe import Augmentation
 
 _VISIBLE_SHARE, _VISIBLE_VOXELS = 0.4, 16
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Ranges of the random changes to a scan; each value is drawn uniformly from -x..x unless it says otherwise.
+
+    rotate_degrees: about each axis. zoom: log2 of the scale of each axis, about a common one of the same range.
+    shift: share of the volume's side. mirror: probability of swapping left and right. gamma: log2 of the exponent.
+    contrast, brightness: of intensities in 0..1. gradient: strength of a linear field along a random axis.
+    noise: largest standard deviation (drawn from 0..x).
+    """
+
+    rotate_degrees: float
+    zoom: float
+    shift: float
+    mirror: float
+    gamma: float
+    contrast: float
+    brightness: float
+    gradient: float
+    noise: float
 
 
 @dataclass(frozen=True)

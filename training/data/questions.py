@@ -19,6 +19,7 @@ SHARES = {"modality": 3, "modality_yes": 6, "part": 3, "part_yes": 6, "presence"
 # Tasks with a small set of right answers: how to tell them apart, and how often guessing is right.
 CLOSED = {"modality": 1 / 2, "modality_yes": 1 / 2, "part": 1 / 3, "part_yes": 1 / 2, "presence": 1 / 2,
           "tumour": 1 / 2, "side": 1 / 2, "side_yes": 1 / 2, "box_side": 1 / 2}
+_NAMED_IN_CAPTION = 4
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,15 @@ def ask(task: str, view: View, rng: np.random.Generator, wording: str = "train",
     template = words()["tasks"][task]
     question, answer = (str(rng.choice(template[which])).format(**slots) for which in (wording, kind))
     return Question(task, question, answer, name, key, choices)
+
+
+def caption(view: View, rng: np.random.Generator) -> str:
+    """A report of a view: what it is, the finding if it is in view, and a few of the structures that can be seen."""
+    described = ask("describe", view, rng)
+    modality = words()["modalities"][view.facts["modality"]]
+    text = described.answer if described else f"This is {modality} scan of the {view.facts['part']}."
+    seen = [str(name) for name in rng.permutation(view.visible)[:_NAMED_IN_CAPTION]]
+    return f"{text} In view: {', '.join(seen)}." if seen else text
 
 
 def is_right(question: Question, answer: str) -> bool:

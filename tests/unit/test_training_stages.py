@@ -1,0 +1,424 @@
+"""What the stages promise: exact resume after a kill, the same losses however a batch is spread, checkpoints that the
+engine reads strictly, and errors before training starts."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from engine.errors import CheckpointError, InvalidInput
+from engine.models import base, checkpoint
+from engine.prompt import Prompt
+from tests import m3d_data
+from tests import toy_models as toy
+from tests.conftest import ROOT
+from training import align_projector, finetune, merge_lora, pretrain_clip, trainer
+from training.config import build, read
+from training.losses import contrastive_loss
+
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# Runs a stage that kills itself: before step N, or in the middle of writing the optimizer's state of checkpoint N.
+_KILLED = """
+import os, signal, sys
+import torch
+from training import config, finetune, pretrain_clip, trainer
+stage, file, where, number = sys.argv[1:]
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+step, save, calls = trainer.StageTrainer.training_step, torch.save, {"step": 0, "save": 0}
+def counted_step(self, *args, **kwargs):
+    calls["step"] += 1
+    if where == "step" and calls["step"] == int(number): die()
+    return step(self, *args, **kwargs)
+def torn_save(value, target, *args, **kwargs):
+    if str(target).endswith("optimizer.pt"):
+        calls["save"] += 1
+        if where == "save" and calls["save"] == int(number):
+            open(target, "wb").write(b"half")
+            die()
+    return save(value, target, *args, **kwargs)
+trainer.StageTrainer.training_step, torch.save = counted_step, torn_save
+module = {"finetune": finetune, "pretrain_clip": pretrain_clip}[stage]
+settings = config.read(module.Settings, file)
+torch.manual_seed(settings.seed)
+module.train(settings)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return m3d_data.write_root(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory) -> str:
+    return toy.language_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    return toy.text_encoder(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+def run(module, values: dict) -> Path:
+    """A stage in this process, seeded as its command does."""
+    settings = build(module.Settings, values)
+    torch.manual_seed(settings.seed)
+    return module.train(settings)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, data, llm) -> Path:
+    """A finished run of instruction tuning."""
+    return run(finetune, toy.finetune_configuration(tmp_path_factory.mktemp("runs") / "tuned", data, llm))
+
+
+@pytest.fixture(scope="module")
+def pretrained_clip(tmp_path_factory, data, encoder) -> Path:
+    return run(pretrain_clip, toy.clip_configuration(tmp_path_factory.mktemp("runs") / "clip", data, encoder))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {f"{file.name}:{key}": value for file in sorted(folder.glob("*.safetensors"))
+            for key, value in load_file(file).items()}
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def killed(stage: str, file: Path, where: str, number: int) -> None:
+    done = subprocess.run([sys.executable, "-c", _KILLED, stage, str(file), where, str(number)], env=_ENVIRONMENT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+
+
+# --- exact resume ----------------------------------------------------------------------------------------------------
+def test_a_killed_and_resumed_run_of_instruction_tuning_ends_with_the_same_bits(tmp_path, data, llm, tuned):
+    """Dropout is on: random numbers are resumed, too."""
+    values = toy.finetune_configuration(tmp_path / "run", data, llm)
+    number = random.randint(2, 4)
+    killed("finetune", toy.written(values, tmp_path / "run.json"), "step", number)
+    assert not (tmp_path / "run" / "final").exists() and (tmp_path / "run" / f"checkpoint-{number - 1}").is_dir()
+    assert same_bits(run(finetune, values), tuned), f"killed before step {number}"
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path, data, encoder, pretrained_clip):
+    """Four steps of two pairs out of four: the kill also falls into another epoch than the first."""
+    values = toy.clip_configuration(tmp_path / "run", data, encoder)
+    killed("pretrain_clip", toy.written(values, tmp_path / "run.json"), "save", 3)
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert same_bits(run(pretrain_clip, values), pretrained_clip)
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_step_more(tmp_path, data, llm, tuned):
+    shutil.copytree(tuned.parent, tmp_path / "run", ignore=shutil.ignore_patterns("final"))
+    assert same_bits(run(finetune, toy.finetune_configuration(tmp_path / "run", data, llm)), tuned)
+
+
+def test_another_seed_trains_another_model(tmp_path, data, encoder, pretrained_clip):
+    values = {**toy.clip_configuration(tmp_path / "run", data, encoder), "seed": 2}
+    assert not same_bits(run(pretrain_clip, values), pretrained_clip)
+
+
+def test_a_run_goes_on_only_with_the_settings_and_data_it_began_with(tmp_path, data, llm, tuned):
+    shutil.copytree(tuned.parent, tmp_path / "run")
+    values = toy.finetune_configuration(tmp_path / "run", data, llm, learning_rate=2e-3)
+    with pytest.raises(InvalidInput, match=r"trainer.learning_rate: 0.001 -> 0.002"):
+        run(finetune, values)
+    other = shutil.copytree(data, tmp_path / "data")
+    index = other / "M3D_RefSeg_npy" / "M3D_RefSeg.csv"
+    index.write_text(index.read_text().replace("lesion", "tumour"))
+    with pytest.raises(InvalidInput, match="begun with something else.*M3D_RefSeg.csv"):
+        run(finetune, toy.finetune_configuration(tmp_path / "run", other, llm))
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+# The seg projector has dropout of its own, which every process would draw for itself.
+_WITHOUT_DROPOUT = """
+import runpy, sys
+import torch
+torch.nn.Dropout.forward = lambda self, x: x
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("stage", ["finetune", "pretrain_clip"])
+def test_two_processes_train_what_one_does_on_the_joined_batch(tmp_path, data, llm, encoder, stage, monkeypatch):
+    """SGD: weights move by the gradient itself, which Adam would hide where it is small."""
+    module = {"finetune": finetune, "pretrain_clip": pretrain_clip}[stage]
+
+    def values(name: str, batch: int, rate: float = 0.1) -> dict:
+        settings = {"per_device_train_batch_size": batch, "max_steps": 2, "optim": "sgd", "learning_rate": rate,
+                    "max_grad_norm": 0.0}
+        if stage == "finetune":
+            return toy.finetune_configuration(tmp_path / name, data, llm, dropout=0.0, **settings)
+        return toy.clip_configuration(tmp_path / name, data, encoder, **settings)
+
+    script = tmp_path / "without_dropout.py"
+    script.write_text(_WITHOUT_DROPOUT)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
+         str(ROOT / "training" / f"{stage}.py"), str(toy.written(values("two", 2), tmp_path / "two.json"))],
+        env=_ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+    before = weights(run(module, values("still", 4, rate=0.0)))
+    one, two = weights(run(module, values("one", 4))), weights(tmp_path / "two" / "final")
+    assert one.keys() == two.keys()
+    assert max((value - before[key]).abs().max().item() for key, value in one.items()) > 1e-3
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=2e-5, rtol=1e-4, msg=key)
+
+
+def _gathered(rank: int, address: str, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    image, text, scale = _features()
+    rows = slice(3 * rank, 3 * rank + 3)
+    own = [part[rows].detach().requires_grad_() for part in (image, text)] + [scale.detach().requires_grad_()]
+    kept = torch.tensor([True, True, True, False, True, True])[rows]
+    loss = contrastive_loss(F.normalize(own[0], dim=1), F.normalize(own[1], dim=1), own[2], kept)
+    loss.backward()
+    torch.save([loss.detach(), *(part.grad for part in own)], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 5, generator=generator), torch.randn(6, 5, generator=generator), torch.tensor(2.6)
+
+
+def test_the_gathered_loss_and_its_gradient_equal_those_of_the_joined_batch(tmp_path):
+    """Row 3 is broken and counts as not there. Gradients of the two processes are averaged, as DDP does."""
+    torch.multiprocessing.spawn(_gathered, (f"file://{tmp_path}/group", str(tmp_path)), nprocs=2)
+    image, text, scale = (part.requires_grad_() for part in _features())
+    kept = [0, 1, 2, 4, 5]
+    a, b = F.normalize(image[kept], dim=1), F.normalize(text[kept], dim=1)
+    logits, target = scale * a @ b.T, torch.arange(5)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    loss.backward()
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for found in parts:
+        torch.testing.assert_close(found[0], loss.detach())
+        torch.testing.assert_close(found[3], scale.grad)
+    for k, whole in ((1, image.grad), (2, text.grad)):
+        torch.testing.assert_close(torch.cat([part[k] for part in parts]) / 2, whole)
+
+
+def test_a_step_is_the_same_in_one_batch_or_accumulated(tmp_path, data, llm, monkeypatch):
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+
+    def trained(name: str, **settings) -> dict:
+        values = toy.finetune_configuration(tmp_path / name, data, llm, dropout=0.0, max_steps=1, optim="sgd",
+                                            learning_rate=0.1, max_grad_norm=0.0, **settings)
+        return weights(run(finetune, {**values, "sample_every": 0}))
+
+    whole = trained("whole", per_device_train_batch_size=4)
+    parts = trained("parts", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, atol=1e-5, rtol=1e-4, msg=key)
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+def test_the_merged_checkpoint_loads_in_the_engine_strictly_and_answers_as_in_training(tmp_path, tuned, data, llm):
+    folder = merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", dtype="float32"))
+    lamed, tokenizer = checkpoint.load_lamed(folder)
+    settings = build(finetune.Settings, toy.finetune_configuration(tmp_path / "run", data, llm))
+    model, packer = finetune.build(settings)
+    model.restore(tuned)
+    model.eval()
+    keys = set(load_file(folder / "model.safetensors"))
+    assert {"model.vision_tower.vision_tower.cls_token", "model.mm_projector.projector.0.weight", "lm_head.weight",
+            "model.seg_module.prompt_encoder.no_mask_embed.weight", "model.seg_projector.0.weight",
+            "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"} <= keys
+    assert not [key for key in keys if "lora" in key or "base_layer" in key]
+    image = torch.rand(1, 1, *m3d_data.SIZE)
+    ids = torch.tensor([Prompt(tokenizer, lamed.config.num_visual_tokens, 512).input_ids(" Where?")])
+    with torch.no_grad():
+        tokens = lamed.encode_images(image)
+        torch.testing.assert_close(model.lamed.encode_images(image), tokens)
+        embeds = lamed.prompt_embeddings(ids, tokens)
+        torch.testing.assert_close(model.lamed.prompt_embeddings(ids, tokens), embeds)
+        torch.testing.assert_close(model.lamed.llm(inputs_embeds=embeds).logits, lamed.llm(inputs_embeds=embeds).logits,
+                                   atol=1e-5, rtol=1e-4)
+
+
+def test_lora_reaches_every_linear_layer_and_the_parts_named_by_train_move(tmp_path, tuned, data, llm):
+    adapter = load_file(tuned / base.ADAPTER_WEIGHTS)
+    first = base.LORA_PREFIX + "model.layers.0."
+    assert {key.split(".lora_")[0].removeprefix(first) for key in adapter if key.startswith(first)} == {
+        *(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))}
+    assert all(value.abs().max() > 0 for key, value in adapter.items() if "lora_B" in key)
+    torch.manual_seed(1)
+    model, _ = finetune.build(build(finetune.Settings, toy.finetune_configuration(tmp_path / "run", data, llm)))
+    (tmp_path / "start").mkdir()
+    model.write(tmp_path / "start", model.state_dict())
+    start, end = load_file(tmp_path / "start" / "model.safetensors"), load_file(tuned / "model.safetensors")
+    parts = {"vision_tower", "mm_projector", "embed_tokens", "lm_head", "seg_projector", "image_encoder",
+             "mask_decoder"}
+    assert {part for key in end for part in parts if part in key and not torch.equal(start[key], end[key])} == parts
+
+
+def test_a_merged_checkpoint_starts_the_next_training_with_nothing_lost(tmp_path, tuned, data):
+    merged = merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", dtype="float32"))
+    values = toy.finetune_configuration(tmp_path / "run", data, str(merged))
+    values["start"] = {"language_model": str(merged)}
+    model, _ = finetune.build(build(finetune.Settings, values))
+    model.write(tmp_path, model.state_dict())
+    whole, now = load_file(merged / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert now and all(torch.equal(value, whole[key]) for key, value in now.items())
+
+
+def test_phi3_is_trained_and_merged_and_the_engine_refuses_it_by_name(tmp_path, data):
+    phi3 = toy.language_model(tmp_path / "tiny-phi3", "phi3")
+    values = {**toy.finetune_configuration(tmp_path / "run", data, phi3, max_steps=1), "sample_every": 0}
+    trained = run(finetune, values)
+    targets = json.loads((trained / base.ADAPTER_CONFIG).read_text())["target_modules"]
+    assert targets == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    merged = merge_lora.merge(merge_lora.Settings(trained=trained, out=tmp_path / "merged"))
+    assert "model.layers.0.self_attn.qkv_proj.weight" in load_file(merged / "model.safetensors")
+    with pytest.raises(CheckpointError, match="lamed_phi3"):
+        checkpoint.load_lamed(merged)
+
+
+def test_pretrained_clip_loads_in_the_engine_and_starts_the_vision_tower(tmp_path, pretrained_clip, data, llm):
+    clip, folder = checkpoint.load_clip(pretrained_clip)
+    assert checkpoint.has_tokenizer(folder)
+    values = toy.finetune_configuration(tmp_path / "run", data, llm)
+    values["start"]["vision_tower"] = str(pretrained_clip)
+    model, _ = finetune.build(build(finetune.Settings, values))
+    for key, value in clip.vision_encoder.state_dict().items():
+        assert torch.equal(model.lamed.vision_tower.vision_tower.state_dict()[key], value)
+
+
+def test_alignment_on_captions_trains_projector_and_embeddings_only(tmp_path, data, llm):
+    values = toy.finetune_configuration(tmp_path / "run", data, llm, max_steps=2)
+    values = {key: value for key, value in values.items() if key != "lora"} | {
+        "objective": "captions", "train": ["mm_projector", "embeddings"], "sample_every": 0,
+        "data": {"m3d": {"root": str(data), "tasks": ["caption"]}}}
+    settings = build(align_projector.Settings, values)
+    torch.manual_seed(1)
+    model = align_projector.TrainedLamed(settings.start, settings.train, segmentation=False)
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    final = run(align_projector, values)
+    model.restore(final)
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, start[key])}
+    assert moved and {key.split(".")[1] for key in moved} == {"mm_projector", "llm"}
+    assert [key for key in moved if "llm" in key] == ["lamed.llm.model.embed_tokens.weight"]
+    tuning = toy.finetune_configuration(tmp_path / "tuning", data, llm)
+    tuning["start"]["mm_projector"] = str(final)
+    next_model, _ = finetune.build(build(finetune.Settings, tuning))
+    assert torch.equal(next_model.lamed.llm.model.embed_tokens.weight, model.lamed.llm.model.embed_tokens.weight)
+
+
+def test_a_run_s_folder_says_how_it_was_made_and_shows_losses_and_answers(tuned):
+    record = json.loads((tuned.parent / "run.json").read_text())
+    assert record["stage"] == "finetune" and record["settings"]["lora"] == {"r": 4, "alpha": 8, "dropout": 0.05}
+    session = record["sessions"][0]
+    assert session["packages"]["torch"] == torch.__version__ and set(session["code"]) == {"commit", "dirty"}
+    assert any(len(value) == 64 for value in record["data"].values())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tuned.parent / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/loss_language", "train/loss_mask"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("train/loss_language")) == 4
+    assert b"answers:" in events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+def _spoiled(tuned: Path, folder: Path, file: str, change) -> Path:
+    shutil.copytree(tuned, folder)
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file)
+    return folder
+
+
+@pytest.mark.parametrize("file, change, named", [
+    ("model.safetensors", lambda t: t.pop("model.mm_projector.projector.0.weight"), "missing.*projector.0.weight"),
+    ("model.safetensors", lambda t: t.update({"model.mm_projector.projector.0.weight": torch.zeros(0)}),
+     "hold nothing.*ZeRO-3"),
+    ("model.safetensors", lambda t: t.update({"lm_head.weight": torch.zeros(3, 3)}), r"lm_head.weight \[3, 3\]"),
+    ("model.safetensors", lambda t: t["model.seg_projector.0.weight"].fill_(float("nan")), "not finite.*seg_projector"),
+    (base.ADAPTER_WEIGHTS, lambda t: t.pop(next(key for key in t if "lora_B" in key)), "incomplete"),
+    (base.ADAPTER_WEIGHTS, lambda t: t.update({next(key for key in t if "lora_B" in key): torch.zeros(0)}), "empty"),
+])
+def test_the_merge_refuses_what_is_incomplete(tmp_path, tuned, file, change, named):
+    folder = _spoiled(tuned, tmp_path / "spoiled", file, change)
+    with pytest.raises(CheckpointError, match=named):
+        merge_lora.merge(merge_lora.Settings(trained=folder, out=tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_lora_of_another_base_model_is_refused_by_name_and_by_shape(tmp_path, tuned):
+    other = toy.language_model(tmp_path / "another", hidden_size=48, head_dim=12)
+    with pytest.raises(CheckpointError, match="tiny-llama, not on .*another"):
+        merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", base=other))
+    renamed = toy.language_model(tmp_path / "elsewhere" / "tiny-llama", hidden_size=48, head_dim=12)
+    with pytest.raises(CheckpointError, match="does not fit the base model"):
+        merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", base=renamed))
+
+
+def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned):
+    with pytest.raises(CheckpointError, match="merge_lora.py"):
+        checkpoint.load_lamed(tuned)
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"sede": 1}, "unknown setting sede"), ({"seed": None}, "seed must be int"), ({"seed": "1"}, "seed must be int"),
+    ({"seed": -1}, "seed must not be negative"), ({"lora": {"r": 8}}, "missing setting lora.alpha"),
+    ({"lora": {"r": 8, "alpha": 8, "dropout": 0, "beta": 1}}, "unknown setting lora.beta"),
+    ({"train": "lm_head"}, "train must be a list"), ({"out": 3}, "out must be a path"),
+    ({"start": {"language_model": {"package": "x"}}}, "missing setting start.language_model.file"),
+    ({"trainer": {"lerning_rate": 1}}, "unknown setting trainer.lerning_rate"),
+    ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate must be float"),
+    ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps must be int"),
+    ({"trainer": {"bf16": 1}}, "trainer.bf16 must be bool"), ({"trainer": {"seed": 1}}, "use `seed`"),
+    ({"data": {}}, "data must have either"), ({"data": {"m3d": {"root": "x"}}}, "missing setting data.m3d.tasks"),
+    ({"mask_grid": "patches"}, "mask_grid"), ({"answer_weights": "equal"}, "answer_weights"),
+    ({"train": ["tower"]}, "train names tower"), ({"train": ["added_tokens"]}, "tied embeddings"),
+    ({"max_length": 3}, "max_length 3 leaves no room"),
+    ({"max_length": 4096}, "more than the language model's context"),
+])
+def test_a_configuration_with_a_wrong_setting_is_refused_by_name(tmp_path, data, llm, change, named, monkeypatch):
+    values = {**toy.finetune_configuration(tmp_path / "run", data, llm), **change}
+    monkeypatch.setattr(sys, "argv", ["finetune.py", str(toy.written(values, tmp_path / "c.json"))])
+    with pytest.raises(SystemExit) as stopped:
+        trainer.main("", finetune.Settings, finetune.train)
+    assert re.search(named, str(stopped.value)) and not (tmp_path / "run" / "checkpoint-1").exists()
+
+
+def test_a_finished_stage_is_left_as_it_is(tmp_path, tuned, data, llm, monkeypatch, capsys):
+    values = toy.finetune_configuration(tuned.parent, data, llm)
+    before = {file: file.stat().st_mtime_ns for file in tuned.parent.rglob("*")}
+    monkeypatch.setattr(sys, "argv", ["finetune.py", str(toy.written(values, tmp_path / "c.json"))])
+    trainer.main("", finetune.Settings, finetune.train)
+    assert "nothing to do" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in tuned.parent.rglob("*")} == before
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "training" / "configs").rglob("*.json"), key=str),
+                         ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_configuration_in_the_repository_is_whole(file):
+    from training import evaluate, pretrain_segvol
+    from training.config import check_trainer
+
+    modules = {"align_projector": align_projector, "finetune": finetune, "pretrain_clip": pretrain_clip,
+               "merge_lora": merge_lora, "pretrain_segvol": pretrain_segvol, "refine_segvol": pretrain_segvol,
+               "evaluate": evaluate}
+    settings = read(modules[file.stem.lstrip("1234567_")].Settings, file)
+    if hasattr(settings, "trainer"):
+        check_trainer(settings.trainer)

@@ -1,0 +1,167 @@
+"""One JSON file a stage: read into frozen dataclasses, strictly, before anything is loaded or trained."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.errors import InvalidInput
+
+T = TypeVar("T")
+
+# Set by the stages; everything else of transformers' TrainingArguments may stand under `trainer`.
+MANAGED = {"output_dir": "out", "seed": "seed", "data_seed": "seed", "remove_unused_columns": None,
+           "resume_from_checkpoint": None, "load_best_model_at_end": None, "push_to_hub": None, "do_train": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """What every stage's configuration has.
+
+    out: folder of the run (its record, checkpoints, TensorBoard curves, and at the end `final`). seed: decides every
+    random number. data: see `training.data.sets`. trainer: transformers' TrainingArguments by name, DeepSpeed and FSDP
+    among them. sample_every: steps between sample predictions in TensorBoard, 0 for none.
+    """
+
+    out: Path
+    seed: int
+    data: dict
+    trainer: dict
+    sample_every: int = 0
+
+
+def read(cls: type[T], path: Path | str) -> T:
+    """The settings in a JSON file. Raises InvalidInput naming unknown, missing and mistyped settings."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"the configuration {path} cannot be read: {error}") from None
+    return build(cls, values)
+
+
+def build(cls: type[T], values: Any, where: str = "") -> T:
+    """A dataclass from an object of settings; `where` stands in front of the names in errors."""
+    if not isinstance(values, dict):
+        raise InvalidInput(f"{where.rstrip('.') or 'the configuration'} must be an object of settings, not {values!r}")
+    settings = dataclasses.fields(cls)
+    known = {f.name for f in settings}
+    required = {f.name for f in settings
+                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    for problem, names in (("unknown", set(values) - known), ("missing", required - set(values))):
+        if names:
+            raise InvalidInput(f"{problem} setting {', '.join(where + n for n in sorted(names))}; "
+                               f"known: {', '.join(sorted(known))}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _convert(hints[name], value, where + name) for name, value in values.items()})
+
+
+def training_arguments(settings: StageSettings, **defaults):
+    """transformers' TrainingArguments from `settings.trainer`. Raises InvalidInput naming what is wrong."""
+    from transformers import TrainingArguments
+
+    given = settings.trainer
+    check_trainer(given)
+    # One process has no group; several on CPUs talk through gloo.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    backend = {"ddp_backend": None if alone else given.get("ddp_backend", "gloo" if given.get("use_cpu") else None)}
+    try:
+        return TrainingArguments(**{
+            # No batch is padded by repeating samples, and every parameter that is trained is reached by every step.
+            "dataloader_drop_last": True, "ddp_find_unused_parameters": False, "report_to": "none",
+            "save_total_limit": 2, **defaults, **given, **backend, "output_dir": str(settings.out),
+            "seed": settings.seed, "data_seed": settings.seed, "remove_unused_columns": False})
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise InvalidInput(f"trainer: {error}") from None
+
+
+def check_trainer(given: dict) -> None:
+    """Raise InvalidInput for what cannot stand under `trainer`, before anything is loaded."""
+    from transformers import TrainingArguments
+
+    managed = sorted(set(given) & set(MANAGED))
+    if managed:
+        instead = ", ".join(f"{name}" + (f" (use `{MANAGED[name]}`)" if MANAGED[name] else "") for name in managed)
+        raise InvalidInput(f"trainer.{instead} is set by the stage itself")
+    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise InvalidInput(f"unknown setting {', '.join('trainer.' + name for name in unknown)}: "
+                           "not one of transformers' TrainingArguments")
+    hints = typing.get_type_hints(TrainingArguments)
+    for name, value in given.items():
+        if not _fits(hints[name], value):
+            raise InvalidInput(f"trainer.{name} must be {_name(hints[name])}, not {value!r}")
+
+
+def as_json(settings: Any) -> Any:
+    """Settings as what JSON can hold, for a run's record."""
+    if dataclasses.is_dataclass(settings):
+        return {f.name: as_json(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
+    if isinstance(settings, dict):
+        return {str(key): as_json(value) for key, value in settings.items()}
+    if isinstance(settings, (list, tuple)):
+        return [as_json(value) for value in settings]
+    return str(settings) if isinstance(settings, Path) else settings
+
+
+def _convert(hint, value, where: str):
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where + ".")
+    arguments = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        # The most telling complaint is that of the alternative whose kind of JSON value was given.
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        fitting = [kind for kind in kinds if _fits(kind, value)] or kinds
+        return _convert(fitting[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise InvalidInput(f"{where} must be a list, not {value!r}")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise InvalidInput(f"{where} must be a list of {len(arguments)}, not {value!r}")
+        return tuple(_convert(arguments[0], item, f"{where}[{k}]") for k, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InvalidInput(f"{where} must be an object, not {value!r}")
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is Path:
+        if not isinstance(value, str) or not value:
+            raise InvalidInput(f"{where} must be a path, not {value!r}")
+        return Path(value)
+    if not _fits(hint, value):
+        raise InvalidInput(f"{where} must be {_name(hint)}, not {value!r}")
+    if hint in (int, float) and value < 0:
+        raise InvalidInput(f"{where} must not be negative, is {value}")
+    return hint(value)
+
+
+def _fits(hint, value) -> bool:
+    """Whether a JSON value is of a type; a type that JSON does not know is left to its owner."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(kind, value) for kind in typing.get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)
+    hint = origin or hint
+    if hint in (str, bool, dict, list):
+        return isinstance(value, hint)
+    if hint is tuple:
+        return isinstance(value, list)
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    if hint is type(None):
+        return value is None
+    return hint is Any or not isinstance(value, bool)
+
+
+def _name(hint) -> str:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_name(kind) for kind in typing.get_args(hint))
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

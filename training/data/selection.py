@@ -1,0 +1,121 @@
+"""Which data a stage learns from: the `data` setting of its configuration.
+
+`{"m3d": {...}}` are sets of M3D-Data under a data root; `{"scans": {...}}` are random views of the scans that packages
+carry. Both become map-style data sets `data[epoch, index]` that depend on the seed, epoch and index alone.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import InvalidInput
+from training.config import StageSettings, build
+from training.data.sample import BrokenSample, Sample
+from training.data.sets import open_sets
+from training.data.tolerant import Tolerant
+from training.data.watch import BrokenSampleCheck
+from training.data.views import ScanSettings, ViewPairs, ViewQuestions, Views
+from training.record import sha256
+
+
+@dataclass(frozen=True)
+class M3DSettings:
+    """root: the data root. tasks: see `training.data.sets.TASKS`. jitter: whether the recipe's random changes are made.
+    broken: share of the samples that may be broken (they are left out and listed in `broken.jsonl` of the run)."""
+
+    root: Path
+    tasks: tuple[str, ...]
+    split: str = "train"
+    jitter: bool = True
+    broken: float = 0.01
+
+
+@dataclass(frozen=True)
+class _Choice:
+    m3d: M3DSettings | None = None
+    scans: ScanSettings | None = None
+
+
+class M3DSamples:
+    """Sets of M3D-Data: [epoch, index] -> Sample, None if it is broken."""
+
+    def __init__(self, settings: M3DSettings, run: StageSettings, size: tuple[int, int, int]):
+        self.sets = open_sets(settings.tasks, settings.root, settings.split, size, seed=run.seed,
+                              jitter=settings.jitter)
+        run.out.mkdir(parents=True, exist_ok=True)
+        self.root = settings.root
+        self.samples = Tolerant(self.sets, run.out / "broken.jsonl", settings.broken)
+        self.callbacks = [BrokenSampleCheck(self.samples)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample | None:
+        return self.samples.at(*place)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of the indexes; hashing the volumes themselves would take hours."""
+        files = sorted({part.index for part in self.sets.sets})
+        return {"samples": str(len(self)), **{str(file.relative_to(self.root)): sha256(file) for file in files}}
+
+
+class M3DQuestions(M3DSamples):
+    """[epoch, index] -> list of one Sample, or of none if it is broken."""
+
+    def __getitem__(self, place: tuple[int, int]) -> list[Sample]:
+        sample = super().__getitem__(place)
+        return [] if sample is None else [sample]
+
+
+def open_views(run: StageSettings, size: tuple[int, int, int]) -> Views:
+    """Random views with all their structures."""
+    choice = _choice(run)
+    if choice.scans is None:
+        raise InvalidInput("data.scans is needed here: only those scans have every structure labelled")
+    return Views(choice.scans, run.seed, size)
+
+
+def open_pairs(run: StageSettings, size: tuple[int, int, int]) -> M3DSamples | ViewPairs:
+    """[epoch, index] -> Sample: a scan and its report."""
+    choice = _choice(run)
+    if choice.m3d and choice.m3d.tasks != ("pair",):
+        raise InvalidInput(f"data.m3d.tasks must be [\"pair\"] for contrastive pairs, not {list(choice.m3d.tasks)}")
+    return M3DSamples(choice.m3d, run, size) if choice.m3d else ViewPairs(Views(choice.scans, run.seed, size))
+
+
+def open_questions(run: StageSettings, size: tuple[int, int, int]) -> M3DQuestions | ViewQuestions:
+    """[epoch, index] -> list of Samples about the same scan."""
+    choice = _choice(run)
+    if choice.m3d and "pair" in choice.m3d.tasks:
+        raise InvalidInput("data.m3d.tasks: pairs have no question; reports to answer with are the task caption")
+    return M3DQuestions(choice.m3d, run, size) if choice.m3d else ViewQuestions(Views(choice.scans, run.seed, size))
+
+
+def shown(data, count: int) -> list[Sample]:
+    """The first whole samples, for predictions that are watched."""
+    samples = []
+    for index in range(len(data)):
+        try:
+            found = data[0, index]
+        except BrokenSample:
+            continue
+        samples += found if isinstance(found, list) else [found] if found else []
+        if len(samples) >= count:
+            break
+    return samples[:count]
+
+
+def images_of(samples: list[Sample]) -> Tensor:
+    """float32 [B, 1, D, H, W]"""
+    return torch.from_numpy(np.stack([sample.image for sample in samples]).astype(np.float32, copy=False))
+
+
+def _choice(run: StageSettings) -> _Choice:
+    choice = build(_Choice, run.data, "data.")
+    if (choice.m3d is None) == (choice.scans is None):
+        raise InvalidInput("data must have either m3d (sets of M3D-Data) or scans (the demonstration's)")
+    return choice

@@ -1,0 +1,139 @@
+"""Pretrain M3D-CLIP on pairs of a scan and its report: the start of the vision tower, and the model of retrieval.
+
+    python training/pretrain_clip.py training/configs/paper/pretrain_clip.json
+    torchrun --nproc-per-node 8 training/pretrain_clip.py training/configs/paper/pretrain_clip.json
+
+`final` is a checkpoint in the published layout, which `engine.models.checkpoint.load_clip` reads.
+"""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from engine.models.clip import M3DClip  # noqa: E402
+from engine.models.config import ClipConfig  # noqa: E402
+from training import trainer  # noqa: E402
+from training.config import StageSettings  # noqa: E402
+from training.data.sample import Sample  # noqa: E402
+from training.data.selection import images_of, open_pairs, shown  # noqa: E402
+from training.losses import contrastive_loss  # noqa: E402
+from training.record import write_json  # noqa: E402
+from training.starting_points import PackageFiles, load_vision_tower, open_text_encoder  # noqa: E402
+
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The image encoder's sizes; image_size and patch_size in voxels (D, H, W)."""
+
+    image_size: tuple[int, int, int] = (32, 256, 256)
+    patch_size: tuple[int, int, int] = (4, 16, 16)
+    hidden_size: int = 768
+    mlp_dim: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(StageSettings):
+    """text_encoder: a BERT, as folder, Hugging Face id or files of a package. vision_tower: a ViT to start from.
+    max_text_len: tokens of a text that are read."""
+
+    text_encoder: str | PackageFiles
+    vision: Vision = Vision()
+    vision_tower: str | None = None
+    max_text_len: int = 128
+
+
+class ContrastiveClip(trainer.StageModel):
+    """M3D-CLIP with the gathered contrastive loss."""
+
+    def __init__(self, clip: M3DClip, config: dict, tokenizer):
+        super().__init__()
+        self.clip, self.published_config, self.tokenizer = clip, config, tokenizer
+        # Only CLS of the last layer is compared, which the pooler comes after.
+        clip.language_encoder.pooler.requires_grad_(False)
+        self.shown: list[Sample] = []
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, kept: Tensor,
+                totals: dict[str, Tensor]) -> dict:
+        image = self.clip.encode_image(images)[:, 0].float()
+        text = self.clip.encode_text(input_ids, attention_mask)[:, 0].float()
+        with torch.autocast(images.device.type, enabled=False):
+            pairs = contrastive_loss(image, text, self.clip.logit_scale, kept)
+        # `totals` counts the pairs of the whole step, over this process' share of it.
+        loss = pairs * kept.sum() / totals["pairs"]
+        return {"loss": loss, "contrastive": loss.detach()}
+
+    def collate(self, samples: list[Sample | None]) -> dict:
+        # Every process must bring as many rows: a broken sample keeps its place, and counts as not there.
+        kept = torch.tensor([s is not None for s in samples])
+        shape = next((s.image.shape for s in samples if s), (1, *self.clip.config.vision.image_size))
+        gap = Sample(np.zeros(shape, np.float32), "", "", None, False, "caption", "")
+        samples = [s or gap for s in samples]
+        texts = self.tokenizer([s.answer for s in samples], padding=True, truncation=True, return_tensors="pt",
+                               max_length=self.published_config["max_text_len"])
+        return {"images": images_of(samples), "input_ids": texts["input_ids"], "kept": kept,
+                "attention_mask": texts["attention_mask"], "totals": {"pairs": kept.sum().float()}}
+
+    def write(self, folder: Path, state: dict[str, Tensor]) -> None:
+        clip = {key.removeprefix("clip."): value.contiguous() for key, value in state.items()}
+        save_file(clip, folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", self.published_config)
+        self.tokenizer.save_pretrained(folder)
+
+    def restore(self, folder: Path) -> None:
+        self.clip.load_state_dict(load_file(folder / "model.safetensors"))
+
+    def sample_text(self) -> str:
+        batch = self.collate(self.shown)
+        device = self.clip.logit_scale.device
+        inputs = (batch[key].to(device) for key in ("images", "input_ids", "attention_mask"))
+        logits = self.clip.logits_per_image(*inputs)
+        lines = []
+        for sample, row in zip(self.shown, logits):
+            best = self.shown[int(row.argmax())].answer
+            lines.append(f"**{sample.source}** {'right' if best == sample.answer else 'wrong'}: {best}")
+        return "\n\n".join(lines)
+
+
+def build(settings: Settings) -> ContrastiveClip:
+    """The model before its first step."""
+    tokenizer, bert = open_text_encoder(settings.text_encoder)
+    vision = settings.vision
+    config = {
+        "architectures": ["M3DCLIP"], "model_type": "m3d_clip", "img_size": list(vision.image_size),
+        "patch_size": list(vision.patch_size), "in_channels": 1, "pos_embed": "perceptron",
+        "hidden_size": vision.hidden_size, "mlp_dim": vision.mlp_dim, "num_layers": vision.num_layers,
+        "num_heads": vision.num_heads, "max_text_len": settings.max_text_len, "vocab_size": bert.config.vocab_size,
+        "bert_config": {key: value for key, value in bert.config.to_diff_dict().items()
+                        if key not in ("architectures", "model_type", "transformers_version", "dtype", "torch_dtype")},
+    }
+    clip = M3DClip(ClipConfig.from_dict(config))
+    clip.language_encoder.load_state_dict(bert.state_dict())
+    embedding = clip.vision_encoder.patch_embedding
+    nn.init.trunc_normal_(embedding.position_embeddings, std=0.02)
+    nn.init.trunc_normal_(clip.vision_encoder.cls_token, std=0.02)
+    if settings.vision_tower:
+        load_vision_tower(clip.vision_encoder, settings.vision_tower)
+    return ContrastiveClip(clip, config, tokenizer)
+
+
+def train(settings: Settings) -> Path:
+    model = build(settings)
+    pairs = open_pairs(settings, settings.vision.image_size)
+    model.shown = shown(pairs, _SHOWN) if settings.sample_every else []
+    return trainer.fit(model, settings, pairs, model.collate)
+
+
+if __name__ == "__main__":
+    trainer.main(__doc__.splitlines()[0], Settings, train)

@@ -1,0 +1,287 @@
+"""What all stages share: transformers' Trainer with exact resume, atomic checkpoints, curves a loss and run records.
+
+A stage hands over a model (`StageModel`), a data set and a collator. One process, several GPUs, DeepSpeed and FSDP are
+TrainingArguments in the configuration; several processes are started by `torchrun` or `accelerate launch`.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+
+from engine.errors import M3DError
+from training import record
+from training.config import StageSettings, as_json, check_trainer, read, training_arguments
+
+FINAL = "final"
+_STAGING = ".writing"
+
+
+class StageData(Protocol):
+    """A map-style data set: `data[epoch, index]` depends on nothing but the seed it was made with, epoch and index.
+
+    It may have `callbacks`, which join the trainer's.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: tuple[int, int]): ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """Name -> hash of everything that decides the samples, for the run's record."""
+
+
+class StageModel(nn.Module):
+    """A model in training. Its forward takes a collated batch and `totals`, and returns {"loss": what is minimised, and
+    every part of it by name, detached}; each part is a sum over the batch divided by its total.
+
+    A batch is a dict of tensors with, under "totals", a dict from the name of each part to how much of it the batch
+    holds (float tensor []): answers, masks, pairs. The trainer adds these up over processes and accumulated batches, so
+    that a loss never depends on how a batch is spread.
+    """
+
+    def write(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write everything that was trained, and what the next stage needs with it, from a whole state dict."""
+        raise NotImplementedError
+
+    def restore(self, folder: Path) -> None:
+        """Read back, strictly and exactly, what `write` wrote."""
+        raise NotImplementedError
+
+    def sample_text(self) -> str:
+        """Markdown: what the model now says about a few training samples."""
+        raise NotImplementedError
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) of every sample, in an order that depends on seed and epoch alone."""
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(_seed_of(self.seed, epoch))
+        return ((epoch, index) for index in torch.randperm(self.length, generator=generator).tolist())
+
+
+class _Clock(TrainerCallback):
+    """Tells the sampler its epoch, and seeds each step by itself: a resumed run draws what a whole one does."""
+
+    def __init__(self, trainer: "StageTrainer"):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.sampler.epoch = int(state.epoch)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(_seed_of(args.seed, state.global_step, args.process_index))
+
+
+class _Board(TrainerCallback):
+    """TensorBoard: every scalar that is logged, and sample predictions. A resumed run continues the curves."""
+
+    def __init__(self, trainer: "StageTrainer", sample_every: int):
+        self.trainer, self.sample_every, self.writer = trainer, sample_every, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What a killed run logged after its last checkpoint is logged again.
+            self.writer = SummaryWriter(str(Path(args.output_dir) / "tensorboard"),
+                                        purge_step=state.global_step + 1 if state.global_step else None)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.writer:
+            for name, value in (logs or {}).items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(f"train/{name}", value, state.global_step)
+            self.writer.flush()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # A model that lies in shards answers in no single process.
+        sharded = self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
+        due = self.sample_every and (state.global_step % self.sample_every == 0 or state.global_step == state.max_steps)
+        if self.writer and due and not sharded:
+            model = self.trainer.model.eval()
+            with torch.no_grad(), self.trainer.accelerator.autocast():
+                self.writer.add_text("samples", model.sample_text(), state.global_step)
+            self.writer.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.writer:
+            self.writer.close()
+
+
+class StageTrainer(Trainer):
+    """Trainer whose losses are exact over processes and accumulation, and whose checkpoints appear whole or not at all.
+
+    `checkpoint-N` holds what `StageModel.write` writes, in full precision, and optimizer, schedule and random states.
+    """
+
+    def __init__(self, model: StageModel, settings: StageSettings, data: StageData, collate: Callable, arguments):
+        super().__init__(model=model, args=arguments, train_dataset=data, data_collator=collate)
+        self.model_accepts_loss_kwargs = True
+        self.sampler = EpochSampler(len(data), settings.seed)
+        self._sums: dict[str, float] = defaultdict(float)
+        self._steps_summed = 0
+        self._staging: Path | None = None
+        for callback in (_Clock(self), *getattr(data, "callbacks", ())):
+            self.add_callback(callback)
+        self.add_callback(_Board(self, settings.sample_every))
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        return self.sampler
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Batches of one step, and the total of each part of the loss, divided by the number of processes (which will
+        average their gradients)."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        names = sorted(batches[0]["totals"])
+        sums = torch.stack([sum(batch["totals"][name] for batch in batches) for name in names]).to(device)
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        # A part that no process has anything of costs nothing, whatever it is divided by.
+        sums = torch.where(sums > 0, sums, torch.ones_like(sums)) / self.accelerator.num_processes
+        return batches, dict(zip(names, sums))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, "totals": num_items_in_batch} if num_items_in_batch is not None else inputs
+        losses = model(**inputs)
+        for name, value in losses.items():
+            if name != "loss":
+                self._sums[name] += value.item()
+        return (losses["loss"], losses) if return_outputs else losses["loss"]
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._sums:
+            steps = max(1, self.state.global_step - self._steps_summed)
+            names = sorted(self._sums)
+            means = torch.tensor([self._sums[name] / steps for name in names], device=self.args.device)
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs |= {f"loss_{name}": value for name, value in zip(names, means.tolist())}
+            self._sums.clear()
+            self._steps_summed = self.state.global_step
+        super().log(logs, start_time)
+
+    # Checkpoints are written beside their place and moved there when every process is done.
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        out, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = out / _STAGING
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            place(staging / name, out / name)
+            staging.rmdir()
+            rotate_checkpoints(output_dir=str(out), save_total_limit=self.args.save_total_limit, use_mtime=False)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        # ZeRO-3 without gathering hands over an empty one: DeepSpeed's own files hold the weights then.
+        if state_dict != {}:
+            self.accelerator.unwrap_model(self.model).write(folder, state_dict or self.model.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.model.restore(Path(resume_from_checkpoint))
+
+    def save_final(self, unwrapped: bool = False) -> None:
+        """Write what the stage is for: `final`, whole or not at all. unwrapped: the model was never put into shards."""
+        out = Path(self.args.output_dir)
+        staging = out / _STAGING
+        if not unwrapped:
+            self.save_model(str(staging), _internal_call=True)
+        elif self.args.should_save:
+            self._save(str(staging))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            place(staging, out / FINAL)
+        self.accelerator.wait_for_everyone()
+
+
+def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Callable, **defaults) -> Path:
+    """Train, or go on from the last whole checkpoint in `settings.out`; returns its `final`."""
+    arguments = training_arguments(settings, **defaults)
+    trainer = StageTrainer(model, settings, data, collate, arguments)
+    out = settings.out
+    if arguments.process_index == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        # Not the module's name: that is __main__ for a command.
+        stage = Path(sys.modules[type(settings).__module__].__file__).stem
+        record.begin(out, stage, as_json(settings), data.fingerprint(),
+                     arguments.world_size)
+        # What a kill left behind.
+        shutil.rmtree(out / _STAGING, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    whole = sort_checkpoints(output_dir=str(out))
+    state = TrainerState.load_from_json(Path(whole[-1]) / TRAINER_STATE_NAME) if whole else None
+    # A run that was killed between its last checkpoint and `final`; the Trainer would take one step more.
+    finished = state is not None and state.global_step >= state.max_steps
+    if finished:
+        model.restore(Path(whole[-1]))
+    else:
+        trainer.train(resume_from_checkpoint=whole[-1] if whole else None)
+    trainer.save_final(unwrapped=finished)
+    return out / FINAL
+
+
+def main(description: str, cls: type[StageSettings], train: Callable[[StageSettings], None]) -> None:
+    """The command of a stage: one configuration file; a finished stage is left as it is."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("configuration", type=Path, help="a JSON file, e.g. from training/configs")
+    path = parser.parse_args().configuration
+    try:
+        settings = read(cls, path)
+        if (settings.out / FINAL).is_dir():
+            print(f"{settings.out / FINAL} is already there: nothing to do (remove {settings.out} to train again)")
+            return
+        check_trainer(settings.trainer)
+        torch.manual_seed(settings.seed)
+        train(settings)
+    except M3DError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def place(source: Path, target: Path) -> None:
+    """Move a folder to its place once everything in it is on the disk."""
+    for file in source.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    source.rename(target)
+
+
+def _seed_of(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
