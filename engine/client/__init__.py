@@ -42,7 +42,10 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A scan that the server holds. info: preset and why it was chosen, shape, spacing in mm, orientation, cached."""
+    """A scan that the server holds.
+
+    info: preset and why it was chosen, shape, spacing_mm, orientation, prepare_s (what preparing it took), cached.
+    """
 
     handle: str
     info: dict
