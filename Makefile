@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test train-demo clean
+.PHONY: help demo serve test bench train-demo clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -29,6 +29,11 @@ serve: $(VENV)/serving  ## export the demo model and serve it until Ctrl-C
 test: $(VENV)/testing  ## run the test suite (unit and functional, with a real Triton)
 	@$(BIN)/python -m pytest
 
+bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine's floor (half an hour, nothing beside it)
+	@$(BIN)/python benchmarks/make_checkpoint.py --llm 135m $(OUT)/bench/checkpoint
+	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/bench/checkpoint --json $(OUT)/bench/latency.json \
+	  --plots $(OUT)/bench
+
 train-demo: $(VENV)/testing  ## train the demo model again from the scans that packages carry (long)
 	@$(BIN)/python training/finetune.py training/demo/recipe.json --out training/demo
 
@@ -49,6 +54,6 @@ $(VENV)/serving: pyproject.toml overrides.txt | $(VENV)/bin/uv
 	@touch $@
 
 $(VENV)/testing: $(VENV)/serving
-	@echo "installing what training and the tests need ..."
-	@$(INSTALL) --editable '.[cpu,train,test]'
+	@echo "installing what training, benchmarks and tests need ..."
+	@$(INSTALL) --editable '.[cpu,train,bench,test]'
 	@touch $@

@@ -50,7 +50,6 @@ QUESTIONS_A_CLIENT = 2
 OFFLINE_QUESTIONS = 16
 COMPARED_CONCURRENCY = 8
 SEGMENT_QUESTION = "Please segment the left lung: [SEG]"
-SEGMENT_TOKENS = 8
 TEXTS = ("a chest CT with a pleural effusion", "an abdominal CT without findings", "a brain MRI")
 
 
@@ -137,6 +136,7 @@ class Run:
 
     def __init__(self, arguments: argparse.Namespace, served: Served, baselines: dict, base, result: dict):
         self.repeats, self.tokens = arguments.repeats, arguments.tokens
+        self.segmenting = arguments.segment_question, arguments.segment_tokens
         self.arguments, self.served, self.baselines, self.base, self.result = (
             arguments, served, baselines, base, result)
         self.fresh = scans.different(base)
@@ -153,6 +153,7 @@ class Run:
             scan, question = next(self.fresh), next(self.questions)
             cold, study = self.served.cold(scan, question, self.tokens)
             self._keep("served", "cold", cold)
+            self.served.upload(next(self.fresh))  # somebody else's: a server that keeps one study only shows it now
             self._keep("served", "follow_up", self.served.ask(study, next(self.questions), self.tokens))
             if segments:
                 self._segment(study)
@@ -165,8 +166,7 @@ class Run:
             for name, baseline in self.baselines.items():
                 self._keep(name, "cold", baseline.ask(scan, question, self.tokens))
                 if segments:
-                    self._keep(name, "segment", baseline.segment(scan, self.arguments.segment_question,
-                                                                 SEGMENT_TOKENS)[0])
+                    self._keep(name, "segment", baseline.segment(scan, *self.segmenting)[0])
         self.studies = [study]
 
     def closed_loop(self) -> None:
@@ -216,13 +216,12 @@ class Run:
             self.result["open_loop"].append({**asdict(done), "samples": [s.to_dict() for s in done.samples]})
 
     def _segment(self, study: Study) -> None:
-        question = self.arguments.segment_question
-        first, found = self.served.segment(study, question, SEGMENT_TOKENS)
+        first, found = self.served.segment(study, *self.segmenting)
         if found.mask is None:
-            raise InvalidInput(f"no mask to measure: {question!r} was answered by {found.answer.text!r}; give a "
-                               "--segment-question whose answer has a [SEG]")
+            raise InvalidInput(f"no mask to measure: {self.segmenting[0]!r} was answered by {found.answer.text!r}; "
+                               "give a --segment-question whose answer has a [SEG]")
         self._keep("served", "segment", first)
-        self._keep("served", "segment_again", self.served.segment(study, question, SEGMENT_TOKENS)[0])
+        self._keep("served", "segment_again", self.served.segment(study, *self.segmenting)[0])
         self.result["mask_bytes"], self.result["mask_logits_bytes"] = payload_bytes(found)
 
     def _keep(self, side: str, kind: str, sample: Sample) -> None:
@@ -286,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
                       "does it with checkpoints of make_checkpoint.py")
     how = parser.add_argument_group("how much")
     how.add_argument("--tokens", type=int, default=64, help="of an answer (default: %(default)s)")
+    how.add_argument("--segment-tokens", type=int, default=8, help="of an answer with a mask (default: %(default)s)")
     how.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
     how.add_argument("--warm-up", type=int, default=1, help="rounds that do not count (default: %(default)s)")
     how.add_argument("--concurrency", type=_numbers(int), default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
