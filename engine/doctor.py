@@ -9,10 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.server import keeper
 from engine.errors import M3DError
 from engine.manifest import Manifest
-from engine.server import SHM_NEEDED
+from engine.server import SHM_NEEDED, keeper
 from engine.server.triton import Triton
 
 PYTHONS = ((3, 11), (3, 12))

@@ -64,6 +64,12 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
+    def model(self) -> dict[str, str]:
+        """Which model answers, as clients are told: checkpoint, its SHA-256, target, precision, and the identity."""
+        return {"checkpoint": self.checkpoint, "checkpoint_sha256": self.checkpoint_sha256, "target": self.target,
+                "precision": self.precision, "manifest_sha256": self.identity}
+
+    @property
     def segments(self) -> bool:
         return "m3d_segment" in self.models
 

@@ -178,14 +178,15 @@ def measure(answerer: Answerer, view: View, seed: list[int], long_answers: bool)
 
 
 def measure_share(recipe: Recipe, checkpoint: Path, names: tuple[str, ...], views: int, folder: Path) -> None:
-    """What one process measures of `views` views of each scan: the scan as it is, and augmentations from wider ranges."""
+    """What one process measures of `views` views of each scan: augmentations from wider ranges than training's, and
+    as its first view a scan that was held out whole as it is."""
     answerer, rank = Answerer(checkpoint), workers.rank()
     scans = load_scans(names, recipe.fine_grid)
     jobs = [(scan, k) for k in range(views) for scan in scans][rank::recipe.processes]
     tallies = defaultdict(Tally)
     for scan, k in track(jobs, description="measuring", disable=rank > 0):
         seed = [SEED + recipe.seed, k, sum(scan.name.encode())]
-        ranges = recipe.held_out_augmentation if k else None
+        ranges = None if k == 0 and scan.name in recipe.held_out else recipe.held_out_augmentation
         view = view_of(scan, ranges, answerer.size, np.random.default_rng(seed))
         tallies[scan.name].add(measure(answerer, view, [*seed, 1], k < LONG_VIEWS))
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(dict(tallies)))
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--views", type=int, default=5, help="views of each scan; the first is the scan as it is")
+    parser.add_argument("--views", type=int, default=4, help="views of each scan")
     arguments = parser.parse_args()
     recipe = Recipe.read(arguments.recipe)
     names = (*recipe.train, *recipe.held_out)

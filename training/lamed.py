@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from engine.errors import InvalidInput
-from engine.models.base import ADDED_TOKENS as ADDED_ROWS
-from engine.models.base import base_file, load_base, load_base_tokenizer
+from engine.models.base import ADDED_TOKENS as ADDED_ROWS, base_file, load_base, load_base_tokenizer
 from engine.models.checkpoint import PARTS
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed

@@ -20,10 +20,10 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from engine import contract
+from engine.client.wire import Connection, text_of
 from engine.contract import Tensor
 from engine.errors import Cancelled, InvalidInput, M3DError, StudyNotFound, Unavailable
 from engine.sampling import Sampling
-from engine.client.wire import Connection, text_of
 
 DEFAULT_URL = "localhost:8001"
 # The second step of m3d_chat, asked by itself: Triton does not pass a cancellation on to a step of an ensemble that is
@@ -44,7 +44,8 @@ class Source:
 class Study:
     """A scan that the server holds.
 
-    info: preset and why it was chosen, shape, spacing_mm, orientation, prepare_s (what preparing it took), cached.
+    info: preset and why it was chosen, shape, spacing_mm, orientation, prepare_s (what preparing it took), cached, and
+    the model (its manifest's identity).
     """
 
     handle: str

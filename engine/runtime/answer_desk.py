@@ -13,12 +13,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from engine.errors import Cancelled, StudyNotFound
-from engine.volume.geometry import Geometry
 from engine.prompt import parse_boxes
 from engine.runtime import triton_io
 from engine.runtime.decoder import Decoder, Delta
 from engine.runtime.study_store import StudyStore
 from engine.sampling import Sampling
+from engine.volume.geometry import Geometry
 
 CANCEL_INTERVAL_S = 0.05
 SENDING_THREADS = 4

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import InvalidInput
-from engine.volume.geometry import Geometry
 from engine.runtime.study import Infer, segmentation_features
 from engine.runtime.study_store import StudyStore
+from engine.volume.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import InvalidInput, Unavailable
-from engine.scan.limits import Limits
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest, study_handle
 from engine.scan import read_scan
+from engine.scan.limits import Limits
 from engine.volume import prepare
 
 Infer = Callable[..., dict[str, np.ndarray]]
@@ -53,10 +53,10 @@ class Studies:
         return self.store.get(handle, "visual_tokens") is not None
 
     def info(self, handle: str, cached: bool) -> dict:
-        """What the client hears about a study: preset, reason, shape, spacing_mm, orientation, prepare_s, cached."""
+        """What the client hears about a study: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model."""
         info = self.store.info(handle)
         del info["geometry"]
-        return {**info, "cached": cached}
+        return {**info, "cached": cached, "model": self.manifest.model}
 
     def open(self, scan: ScanRequest) -> tuple[str, dict]:
         """(handle, info) of the study, with its visual tokens in the store.

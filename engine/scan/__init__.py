@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from nibabel.orientations import aff2axcodes
 
-from engine.scan.dicom import read_dicom_zip
 from engine.errors import InvalidInput
+from engine.scan.dicom import read_dicom_zip
 from engine.scan.limits import Limits
 from engine.scan.nifti import header_class, read_gzipped_nifti, read_nifti, usable
 

@@ -18,11 +18,11 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.server import keeper
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
 from engine.packages import cache_folder
 from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
+from engine.server import keeper
 from engine.server.triton import Triton
 
 EXIT_TIMEOUT_S = 20  # Triton's own limit for finishing requests and unloading models

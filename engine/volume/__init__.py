@@ -12,9 +12,9 @@ import numpy as np
 from scipy import ndimage
 
 from engine.errors import InvalidInput
+from engine.scan import Scan
 from engine.volume.geometry import Geometry, canonical_axes, oriented
 from engine.volume.resample import shrink, slabs, weights
-from engine.scan import Scan
 
 __all__ = ["Geometry", "PRESETS", "Prepared", "Preset", "prepare"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from engine.server import keeper
 from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
+from engine.server import keeper
 
 
 def _started(pid: int) -> str | None:

@@ -14,8 +14,8 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from engine import contract
-from engine.errors import CheckpointError, InvalidInput, M3DError, StudyNotFound
 from engine.client.wire import Connection, text_of
+from engine.errors import CheckpointError, InvalidInput, M3DError, StudyNotFound
 from export.build_engines import export
 from tests.conftest import copy_repository
 from tests.tiny import QUESTION

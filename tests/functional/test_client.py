@@ -10,8 +10,8 @@ import pytest
 
 from engine import contract
 from engine.client import Study
-from engine.errors import Cancelled, DeadlineExceeded, M3DError, ResourceExhausted, StudyNotFound
 from engine.client.wire import Connection, text_of
+from engine.errors import Cancelled, DeadlineExceeded, M3DError, ResourceExhausted, StudyNotFound
 from tests.tiny import QUESTION
 
 LONG = 480  # tokens: seconds of decoding, nearly to the context's end

@@ -16,10 +16,9 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from engine.server import keeper
 from engine.client import M3DClient
 from engine.errors import InvalidInput, RepositoryError, Unavailable
-from engine.server import Server, free_ports
+from engine.server import Server, free_ports, keeper
 from tests.conftest import ROOT, copy_repository
 from tests.functional.footprint import Footprint
 from tests.tiny import QUESTION

@@ -14,10 +14,10 @@ from tritonclient.grpc import InferenceServerClient
 
 from engine import contract
 from engine.client import Study
+from engine.client.wire import Connection, text_of
 from engine.errors import InvalidInput, StudyNotFound
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest, study_handle
-from engine.client.wire import Connection, text_of
 from tests.locks import waiting_for
 from tests.tiny import IMAGE_SIZE, QUESTION
 

@@ -1,4 +1,4 @@
-"""The cases recorded from the reference implementation, written out as checkpoints once per session."""
+"""The cases recorded from the reference implementation as checkpoints, and a server that plays Triton."""
 from __future__ import annotations
 
 import json
@@ -12,6 +12,14 @@ import torch
 import weights
 import write_checkpoint
 from tests.conftest import ROOT
+from tests.unit.fake_triton import FakeTriton
+
+
+@pytest.fixture
+def triton():
+    triton = FakeTriton()
+    yield triton
+    triton.stop()
 
 
 @dataclass(frozen=True)

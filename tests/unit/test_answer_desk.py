@@ -13,8 +13,8 @@ import pytest
 from engine.errors import ResourceExhausted
 from engine.runtime.decoder import AnswerInfo, Delta
 from engine.runtime.study_store import StudyStore
-from engine.volume import prepare
 from engine.scan import Scan
+from engine.volume import prepare
 
 FINAL = 1
 STUDY = "ab" * 32

@@ -149,7 +149,7 @@ def test_the_hash_of_a_checkpoint_changes_with_its_content_alone(folder, checkpo
 
 def test_merged_lora_equals_the_adapted_model():
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import LlamaForCausalLM, LlamaConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,

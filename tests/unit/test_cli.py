@@ -12,14 +12,7 @@ import pytest
 
 from engine import cli
 from tests.conftest import ROOT
-from tests.unit.fake_triton import ANSWER, FakeTriton
-
-
-@pytest.fixture
-def triton():
-    triton = FakeTriton()
-    yield triton
-    triton.stop()
+from tests.unit.fake_triton import ANSWER
 
 
 @pytest.fixture

@@ -20,13 +20,6 @@ PATIENCE_S = 60
 
 
 @pytest.fixture
-def triton():
-    triton = FakeTriton()
-    yield triton
-    triton.stop()
-
-
-@pytest.fixture
 def client(triton):
     with M3DClient(triton.url, timeout=PATIENCE_S) as client:
         yield client

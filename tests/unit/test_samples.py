@@ -2,8 +2,8 @@
 import gzip
 
 import nibabel as nib
-import numpy as np
 import nrrd
+import numpy as np
 import pytest
 
 from engine import samples

@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from engine.errors import InvalidInput
 from engine.sampling import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, Sampling

@@ -13,8 +13,8 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
 
 from engine.errors import InvalidInput
-from engine.scan.limits import Limits
 from engine.scan import ARRAY_AFFINE, pack_scan, read_scan
+from engine.scan.limits import Limits
 
 OBLIQUE = np.array([[-0.9, 0.1, 0.2, 12], [0.1, 1.4, -0.3, -80], [0.1, 0.2, 2.9, 7], [0, 0, 0, 1.0]])
 

@@ -17,10 +17,10 @@ from engine.errors import InvalidInput, RepositoryError, ResourceExhausted
 from engine.manifest import LLM_FOLDER, Manifest
 from engine.prompt import Prompt
 from engine.runtime.decoder import seg_states, vllm_environment
-from engine.runtime.decoder.settings import DecoderSettings
 from engine.runtime.decoder.detokenizer import Detokenizer
 from engine.runtime.decoder.embedding_table import EmbeddingTable
 from engine.runtime.decoder.llm_engine import LlmEngine
+from engine.runtime.decoder.settings import DecoderSettings
 from engine.sampling import Sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

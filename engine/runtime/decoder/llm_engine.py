@@ -15,8 +15,8 @@ import torch
 
 from engine.errors import InvalidInput, M3DError, RepositoryError, Unavailable
 from engine.runtime.decoder import seg_states, vllm_environment
-from engine.runtime.decoder.settings import DecoderSettings
 from engine.runtime.decoder.seg_state_check import check_seg_states
+from engine.runtime.decoder.settings import DecoderSettings
 
 RESTART_WINDOW_S = 3600
 WATCH_INTERVAL_S = 1.0

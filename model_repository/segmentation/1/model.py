@@ -1,10 +1,10 @@
 """Draws the mask that an answer's [SEG] states ask for; an answer without one passes through at once."""
+import numpy as np
+
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk
 from engine.runtime.segmentation import NO_MASK, Segmenter
 from engine.runtime.study_store import StudyStore
-
-import numpy as np
 
 
 class TritonPythonModel:

@@ -3,13 +3,13 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from engine.scan.limits import Limits
 from engine.manifest import Manifest
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk
 from engine.runtime.server_folder import SHARED_MEMORY
 from engine.runtime.study import ScanRequest, Studies
 from engine.runtime.study_store import StudyStore, default_limit
+from engine.scan.limits import Limits
 
 
 class TritonPythonModel:
