@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,8 +28,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):  # run as a script, from any folder
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
@@ -41,7 +43,6 @@ from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.manifest import Manifest  # noqa: E402
 from engine.models.checkpoint import open_lamed  # noqa: E402
 from engine.server import Server, free_ports, keeper  # noqa: E402
-from export.build_engines import export  # noqa: E402
 
 QUESTIONS = ("What does this scan show?", "Is there a pleural effusion?", "Which organs are visible in this scan?",
              "Is the heart enlarged?", "Are there any fractures?", "Describe the liver.", "Is there a mass in the lung?",
@@ -101,25 +102,37 @@ def measure(arguments: argparse.Namespace) -> dict:
 # --- the sides -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _serving(arguments: argparse.Namespace) -> Iterator[dict]:
-    """{"url", "manifest", "start_s", "keeper_pid"}; the last two of a server that is started here, else None."""
+    """{"url", "manifest", "start_s", "keeper_pid"}; the last two of a server that is started here, else None.
+
+    Of an export that is made here also "export_s" and "export_peak_bytes".
+    """
     if arguments.server:
         manifest = asdict(Manifest.read(arguments.repository)) if arguments.repository else None
         yield {"url": arguments.server, "manifest": manifest, "start_s": None, "keeper_pid": None}
         return
     with tempfile.TemporaryDirectory() as folder:
-        repository = arguments.repository or _exported(arguments, Path(folder))
+        made = {} if arguments.repository else _export(arguments, Path(folder))
+        repository = arguments.repository or Path(folder) / "model_repository"
         started = time.perf_counter()
         with Server(repository, **free_ports(), on_progress=_say) as server:
-            yield {"url": server.url, "manifest": asdict(Manifest.read(repository)),
+            yield {**made, "url": server.url, "manifest": asdict(Manifest.read(repository)),
                    "start_s": time.perf_counter() - started, "keeper_pid": server.keeper_pid}
 
 
-def _exported(arguments: argparse.Namespace, folder: Path) -> Path:
-    source = Path(__file__).resolve().parent.parent / "model_repository"
+def _export(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Export into `folder`/model_repository, in a process of its own, whose memory is known and given back."""
     ignore = shutil.ignore_patterns("*.onnx*", "llm", "tokenizer", "manifest.json", "__pycache__")
-    repository = shutil.copytree(source, folder / "model_repository", ignore=ignore)
-    export(arguments.checkpoint, repository, clip_checkpoint=arguments.clip_checkpoint, precision=arguments.precision)
-    return repository
+    repository = shutil.copytree(ROOT / "model_repository", folder / "model_repository", ignore=ignore)
+    clip = ["--clip-checkpoint", arguments.clip_checkpoint] if arguments.clip_checkpoint else []
+    started = time.perf_counter()
+    process = subprocess.Popen([
+        sys.executable, ROOT / "export" / "build_engines.py", "--checkpoint", arguments.checkpoint, *clip,
+        "--precision", arguments.precision, "--repository", repository])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise M3DError("the export failed; its words stand above")
+    return {"export_s": time.perf_counter() - started, "export_peak_bytes": usage.ru_maxrss * 1024}
 
 
 def _baselines(arguments: argparse.Namespace) -> dict[str, Baseline]:

@@ -49,7 +49,8 @@ def test_it_exports_and_serves_a_checkpoint_by_itself(tmp_path, capsys):
     assert latency.main([*QUICK, "--checkpoint", str(checkpoint), "--baseline", "", "--tokens", "4", "--concurrency", "1",
                          "--seconds", "0", "--warm-up", "0", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert found["start_s"] > 0 and found["server_memory_bytes"] > 1e8
+    assert all(found[name] > 0 for name in ("export_s", "start_s"))
+    assert all(found[name] > 1e8 for name in ("export_peak_bytes", "server_memory_bytes"))
     # Its answers have the length that was asked for.
     assert [s["tokens"] for s in found["samples"]["served"]["cold"]] == [4]
     assert found["manifest"]["precision"] == "bf16" and "server start" in capsys.readouterr().out
