@@ -22,7 +22,7 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does at best. matmul: FLOP/s by precision. memory: bytes/s read. wire: bytes/s to itself by TCP."""
+    """A machine at its best. matmul: FLOP/s by precision. memory: bytes/s read. wire: bytes/s to itself by TCP."""
 
     matmul: dict[str, float]
     memory: float

@@ -42,10 +42,11 @@ from engine.client import Study  # noqa: E402
 from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.manifest import Manifest  # noqa: E402
 from engine.models.checkpoint import open_lamed  # noqa: E402
+from engine.runtime.onnx_session import chosen_precision  # noqa: E402
 from engine.server import Server, free_ports, keeper  # noqa: E402
 
 QUESTIONS = ("What does this scan show?", "Is there a pleural effusion?", "Which organs are visible in this scan?",
-             "Is the heart enlarged?", "Are there any fractures?", "Describe the liver.", "Is there a mass in the lung?",
+             "Is the heart enlarged?", "Are there any fractures?", "Describe the liver.", "Is there a mass?",
              "What is the orientation of this scan?")
 QUESTIONS_A_CLIENT = 2
 OFFLINE_QUESTIONS = 16
@@ -247,7 +248,8 @@ def _floors(arguments: argparse.Namespace, result: dict) -> dict[str, floor.Stag
         return {}
     config, _, _ = open_lamed(arguments.checkpoint)
     asked = result["samples"]["served"]["cold"][0]["prompt_tokens"] - 1 - config.num_visual_tokens
-    return floor.stages(config, llm=result["manifest"]["precision"], graphs="fp32", question_tokens=asked,
+    precision = result["manifest"]["precision"]
+    return floor.stages(config, llm=precision, graphs=chosen_precision("auto", precision), question_tokens=asked,
                         answer_tokens=arguments.tokens)
 
 
@@ -304,11 +306,11 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--concurrency", type=_numbers(int), default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
     how.add_argument("--rates", type=_numbers(float), default=(0.5, 1.0, 2.0), help="questions/s that arrive at random "
                      "(default: 0.5,1,2)")
-    how.add_argument("--seconds", type=float, default=30.0, help="of each LoadGen run, 0 for none (default: %(default)s)")
+    how.add_argument("--seconds", type=float, default=30.0, help="of a LoadGen run, 0: none (default: %(default)s)")
     how.add_argument("--ttft-limit", type=float, default=load.TTFT_LIMIT_S, help="seconds that the p99 of the time to "
                      "the first token may be (default: MLPerf's %(default)s)")
-    how.add_argument("--tpot-limit", type=float, default=load.TPOT_LIMIT_S, help="the same of the time per output token "
-                     "(default: MLPerf's %(default)s)")
+    how.add_argument("--tpot-limit", type=float, default=load.TPOT_LIMIT_S, help="the same of the time per output "
+                     "token (default: MLPerf's %(default)s)")
     how.add_argument("--large-ct", type=preprocessing.shape_of, default=preprocessing.LARGE_CT,
                      help="voxels of the CT whose preprocessing is measured (default: 512,512,400)")
     how.add_argument("--floor-seconds", type=float, default=2.0, help="for each of the machine's rates")

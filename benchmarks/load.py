@@ -5,6 +5,7 @@ SingleStream: one after the other. Offline: all at once.
 """
 from __future__ import annotations
 
+import re
 import tempfile
 import threading
 import time
@@ -89,7 +90,7 @@ def run(scenario: str, ask: Callable[[int], Iterator[int]], questions: int, *, r
         loadgen.DestroyQSL(library)
         loadgen.DestroySUT(sut)
         system.close()
-    verdict = next((line.partition(":")[2].strip() for line in summary.splitlines() if line.startswith("Result is")), "")
+    verdict = re.search(r"^Result is : (\w+)", summary, re.M)[1]
     return Load(scenario, rate, took, system.arrivals_s, system.samples, verdict, summary)
 
 

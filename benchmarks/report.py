@@ -178,7 +178,7 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
 
 
 def _s(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms" if seconds >= 0.01 else f"{1e3 * seconds:.2f} ms"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{0 if seconds >= 0.01 else 2}f} ms"
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

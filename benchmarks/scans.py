@@ -44,5 +44,6 @@ def different(scan: BenchmarkScan) -> Iterator[BenchmarkScan]:
     steps = int(high) - int(low) if scan.array.dtype.kind in "iu" else 1000
     for number in itertools.count():
         array = scan.array.copy(order="K")
-        array[0, 0, 0], array[-1, -1, -1] = (low + (high - low) * (n % steps) / steps for n in (number, number // steps))
+        for corner, count in ((0, number), (-1, number // steps)):
+            array[corner, corner, corner] = low + (high - low) * (count % steps) / steps
         yield BenchmarkScan(array, scan.affine)

@@ -56,7 +56,7 @@ class Served:
         return _sample(time.perf_counter() - started, first, stream.answer)
 
     def pieces(self, study: Study, question: str, tokens: int) -> Iterator[int]:
-        """Ask; yields how many tokens each piece of the answer has, as it comes (its text, that is, for all but one)."""
+        """Ask; yields 1 for each piece of text as it comes, and at the end how many tokens the answer had beyond."""
         with self.client.stream(study, question, max_new_tokens=tokens) as stream:
             seen = 0
             for _ in stream:

@@ -79,7 +79,7 @@ def has_bf16() -> bool:
 def _session(path: str, threads: int, precision: str):
     if precision == "bf16":
         if not has_bf16():
-            raise RepositoryError("parameter precision is bf16, which this processor does not compute: take fp32 or auto")
+            raise RepositoryError("parameter precision is bf16, which this processor does not have: take fp32 or auto")
         from engine.runtime.openvino_session import OpenVinoSession
 
         return OpenVinoSession(path, threads)

@@ -53,7 +53,7 @@ class Studies:
         return self.store.get(handle, "visual_tokens") is not None
 
     def info(self, handle: str, cached: bool) -> dict:
-        """What the client hears about a study: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model."""
+        """What the client hears: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model."""
         info = self.store.info(handle)
         del info["geometry"]
         return {**info, "cached": cached, "model": self.manifest.model}

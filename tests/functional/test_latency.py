@@ -46,8 +46,8 @@ def test_it_measures_a_running_server_against_both_baselines_and_the_floor(serve
 def test_it_exports_and_serves_a_checkpoint_by_itself(tmp_path, capsys):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     out = tmp_path / "latency.json"
-    assert latency.main([*QUICK, "--checkpoint", str(checkpoint), "--baseline", "", "--tokens", "4", "--concurrency", "1",
-                         "--seconds", "0", "--warm-up", "0", "--json", str(out)]) == 0
+    assert latency.main([*QUICK, "--checkpoint", str(checkpoint), "--baseline", "", "--tokens", "4", "--concurrency",
+                         "1", "--seconds", "0", "--warm-up", "0", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert all(found[name] > 0 for name in ("export_s", "start_s"))
     assert all(found[name] > 1e8 for name in ("export_peak_bytes", "server_memory_bytes"))

