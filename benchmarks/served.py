@@ -4,6 +4,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -101,24 +102,18 @@ class Served:
 
         questions: what each of them asks. Returns the seconds it all took, and the samples.
         """
-        samples: list[Sample] = []
         barrier = threading.Barrier(concurrency + 1)
 
-        def chat(study: Study) -> None:
+        def chat(study: Study) -> list[Sample]:
             barrier.wait()
-            samples.extend([self.ask(study, question, tokens) for question in questions])
+            return [self.ask(study, question, tokens) for question in questions]
 
-        threads = [threading.Thread(target=chat, args=(studies[i],)) for i in range(concurrency)]
-        for thread in threads:
-            thread.start()
-        barrier.wait()
-        started = time.perf_counter()
-        for thread in threads:
-            thread.join()
-        seconds = time.perf_counter() - started
-        if len(samples) < concurrency * len(questions):
-            raise RuntimeError("a chat failed; the exception of its thread stands above")
-        return seconds, samples
+        with ThreadPoolExecutor(concurrency) as pool:
+            chats = [pool.submit(chat, study) for study in studies[:concurrency]]
+            barrier.wait()
+            started = time.perf_counter()
+            samples = [sample for done in chats for sample in done.result()]
+            return time.perf_counter() - started, samples
 
     # --- what the server says ----------------------------------------------------------------------------------------
     def _compute_s(self) -> dict[str, float]:

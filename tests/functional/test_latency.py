@@ -54,14 +54,3 @@ def test_it_exports_and_serves_a_checkpoint_by_itself(tmp_path, capsys):
     # Its answers have the length that was asked for.
     assert [s["tokens"] for s in found["samples"]["served"]["cold"]] == [4]
     assert found["manifest"]["precision"] == "bf16" and "server start" in capsys.readouterr().out
-
-
-def test_a_server_that_is_not_there_is_a_clear_failure(scan, capsys):
-    assert latency.main([*QUICK, "--server", "127.0.0.1:1", "--scan", str(scan)]) == 1
-    assert "127.0.0.1:1" in capsys.readouterr().err
-
-
-def test_a_question_without_a_mask_is_a_clear_failure(server, repository, scan, capsys):
-    assert latency.main([*QUICK, "--server", server.url, "--scan", str(scan), "--segment-question", "w3",
-                         "--segment-tokens", "1"]) == 1
-    assert "--segment-question" in capsys.readouterr().err
