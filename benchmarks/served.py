@@ -127,7 +127,7 @@ class Served:
 
 def _sample(total: float, first: float | None, answer: Answer) -> Sample:
     clock = answer.timings
-    parts = {"prefill": clock["first_token_s"], "decode": clock["total_s"] - clock["first_token_s"]}
+    parts = {"prefill": clock["first_token_s"], "decode": clock["last_token_s"] - clock["first_token_s"]}
     return Sample(total, first, len(answer.token_ids), clock["prompt_tokens"], parts)
 
 

@@ -23,7 +23,7 @@ class Serving(FakeTriton):
         super().__init__()
         self.mask[0, 1, 2] = True
         self.study_info = {"preset": "ct", "prepare_s": 0.25}
-        self.answer_info = {"prompt_tokens": 300, "first_token_s": 1e-5, "total_s": 3e-5}
+        self.answer_info = {"prompt_tokens": 300, "first_token_s": 1e-5, "last_token_s": 3e-5}
 
     def ModelStatistics(self, request, context):
         stats = service_pb2.ModelStatisticsResponse()
