@@ -1,7 +1,8 @@
 """Third stage: language, boxes and masks together (LM + Dice + BCE).
 
-Trained: LoRA, the added tokens, vision tower, projector and seg projector. The language model and SegVol stay as they
-are: the mask loss reaches the `[SEG]` states through SegVol's decoder.
+Trained: LoRA, the added tokens and the seg projector. The language model and SegVol stay as they are (the mask loss
+reaches the `[SEG]` states through SegVol's decoder), and so do vision tower and projector: trained along at this rate,
+the visual tokens of all scans became one soft prompt (correlation 0.99 after 120 steps) and answers ignored the scan.
 """
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def train(recipe: Recipe, model: TrainedLamed, scans: list[LabelledScan], taught
           report: Callable[[int, dict], None]) -> None:
     """Train, or go on from `work/instruction.pt`; the same in all processes. Writes the checkpoint to `out`."""
     stage, state_file, tokenizer = recipe.instruction, work / "instruction.pt", tokenizer_of(recipe)
-    model.lamed.seg_module.requires_grad_(False)
+    for part in (model.lamed.seg_module, model.lamed.vision_tower, model.lamed.mm_projector):
+        part.requires_grad_(False)
     taught.requires_grad_(False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = workers.Optimizer(stage, trained.values())
@@ -66,7 +68,9 @@ def _step(model: TrainedLamed, tokenizer, taught: TaughtSegVol, recipe: Recipe, 
     segmenting = [(k, q.structure) for k, group in enumerate(asked) for q in group if q.segments]
     with torch.autocast("cpu", torch.bfloat16):
         bos = model.embed(torch.full((len(views), 1), tokenizer.bos_token_id))
-        embeddings = torch.cat([bos, lamed.encode_images(images).float(), model.embed(batch.ids)], dim=1)
+        with torch.no_grad():
+            visual_tokens = lamed.encode_images(images).float()
+        embeddings = torch.cat([bos, visual_tokens, model.embed(batch.ids)], dim=1)
         hidden = model.hidden(embeddings, batch.mask, batch.positions)
         language = language_loss(model.logits(hidden[batch.answer_rows, batch.answer_columns]), batch.answers,
                                  batch.answer_weights)

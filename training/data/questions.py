@@ -13,9 +13,9 @@ from engine.prompt import SEG_TOKEN, format_box
 from training.data.augment import View
 
 # How often each task is drawn in training, where a view allows it.
-SHARES = {"modality": 4, "modality_yes": 4, "part": 4, "part_yes": 4, "presence": 16, "tumour": 6, "side": 6,
-          "side_yes": 6, "box_side": 4, "box": 10, "name_box": 5, "segment": 30, "segment_absent": 4, "describe": 6,
-          "unknown": 3}
+SHARES = {"modality": 3, "modality_yes": 6, "part": 3, "part_yes": 6, "presence": 24, "tumour": 8, "side": 6,
+          "side_yes": 6, "box_side": 6, "box": 5, "name_box": 3, "segment": 30, "segment_absent": 6, "describe": 4,
+          "unknown": 2}
 # Tasks with a small set of right answers: how to tell them apart, and how often guessing is right.
 CLOSED = {"modality": 1 / 2, "modality_yes": 1 / 2, "part": 1 / 3, "part_yes": 1 / 2, "presence": 1 / 2,
           "tumour": 1 / 2, "side": 1 / 2, "side_yes": 1 / 2, "box_side": 1 / 2}
