@@ -42,7 +42,6 @@ from engine.client import Study  # noqa: E402
 from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.manifest import Manifest  # noqa: E402
 from engine.models.checkpoint import open_lamed  # noqa: E402
-from engine.runtime.onnx_session import chosen_precision  # noqa: E402
 from engine.server import Server, free_ports, keeper  # noqa: E402
 
 QUESTIONS = ("What does this scan show?", "Is there a pleural effusion?", "Which organs are visible in this scan?",
@@ -248,8 +247,7 @@ def _floors(arguments: argparse.Namespace, result: dict) -> dict[str, floor.Stag
         return {}
     config, _, _ = open_lamed(arguments.checkpoint)
     asked = result["samples"]["served"]["cold"][0]["prompt_tokens"] - 1 - config.num_visual_tokens
-    precision = result["manifest"]["precision"]
-    return floor.stages(config, llm=precision, graphs=chosen_precision("auto", precision), question_tokens=asked,
+    return floor.stages(config, llm=result["manifest"]["precision"], graphs="fp32", question_tokens=asked,
                         answer_tokens=arguments.tokens)
 
 
