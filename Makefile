@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test train-demo clean
+.PHONY: help demo serve test bench rehearse-7b train-demo clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ TORCH_FROM := $(if $(LOCAL_TORCH),$(addprefix --find-links ,$(PIP_FIND_LINKS)),-
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --override overrides.txt
 
 help:  ## list what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/serving  ## export the demo model, serve it, ask about a real MRI scan, draw a mask, stop the server
 	@$(BIN)/python export/build_engines.py --checkpoint training/demo --target cpu --repository model_repository
@@ -28,6 +28,16 @@ serve: $(VENV)/serving  ## export the demo model and serve it until Ctrl-C
 
 test: $(VENV)/testing  ## run the test suite (unit and functional, with a real Triton)
 	@$(BIN)/python -m pytest
+
+bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine's floor (half an hour, nothing beside it)
+	@$(BIN)/python benchmarks/make_checkpoint.py --llm 135m $(OUT)/bench/checkpoint
+	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/bench/checkpoint --json $(OUT)/bench/latency.json \
+	  --plots $(OUT)/bench
+
+rehearse-7b: $(VENV)/testing  ## export, serve and ask a random model of the published 7B's size (20 GB of memory, 40 of disk)
+	@$(BIN)/python benchmarks/make_checkpoint.py --llm 7b $(OUT)/7b/checkpoint
+	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/7b/checkpoint --baseline '' --repeats 1 --warm-up 0 \
+	  --tokens 16 --concurrency 1 --seconds 0 --json $(OUT)/7b/latency.json
 
 # Processes of one thread each are faster on a CPU than one of several threads: nothing spins at barriers.
 TRAIN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
@@ -60,6 +70,6 @@ $(VENV)/serving: pyproject.toml overrides.txt | $(VENV)/bin/uv
 	@touch $@
 
 $(VENV)/testing: $(VENV)/serving
-	@echo "installing what training and the tests need ..."
-	@$(INSTALL) --editable '.[cpu,train,test]'
+	@echo "installing what training, benchmarks and tests need ..."
+	@$(INSTALL) --editable '.[cpu,train,bench,test]'
 	@touch $@

@@ -53,7 +53,8 @@ SEGMENT_HINT = Tensor("SEGMENT_HINT", "BOOL", (1,), "encode for segmentation ear
 STUDY = Tensor("STUDY", "BYTES", (1,), "study handle: 64 hex digits, SHA-256 of content, preset and model")
 # An ensemble's tensors share one name space, so its output cannot be called as its input.
 STUDY_HANDLE = Tensor("STUDY_HANDLE", "BYTES", (1,), "STUDY as an ensemble returns it")
-STUDY_INFO = Tensor("STUDY_INFO", "BYTES", (1,), "JSON: preset, reason, shape, spacing_mm, orientation, cached, model")
+STUDY_INFO = Tensor("STUDY_INFO", "BYTES", (1,),
+                    "JSON: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model")
 
 # --- a question and its answer ---------------------------------------------------------------------------------------
 QUESTION = Tensor("QUESTION", "BYTES", (1,), "UTF-8 text that follows the image tokens")

@@ -44,7 +44,8 @@ class Source:
 class Study:
     """A scan that the server holds.
 
-    info: preset and why it was chosen, shape, spacing in mm, orientation, cached, and the model (its manifest's identity).
+    info: preset and why it was chosen, shape, spacing_mm, orientation, prepare_s (what preparing it took), cached, and
+    the model (its manifest's identity).
     """
 
     handle: str
@@ -60,7 +61,8 @@ class Answer:
     """text: without special tokens other than [SEG]. token_ids: with the final EOS if there was one.
 
     finish_reason: stop or length. boxes: float64 K x 6, voxel indices (i0,j0,k0,i1,j1,k1) of the scan's array axes.
-    timings: the server's figures (prompt_tokens, cached_tokens, seconds) and this client's own first_text_s, total_s.
+    timings: the server's figures (prompt_tokens, cached_tokens, answer_tokens, and first_token_s and last_token_s since
+    the question came) and this client's own first_text_s and total_s.
     """
 
     text: str

@@ -27,7 +27,8 @@ class SpatialPoolingProjector(nn.Module):
         size = self.config.proj_pooling_size
         x_BEN = x_BNE.transpose(1, 2)
         if self.config.proj_pooling_type == "spatial":
-            pooled = F.avg_pool3d(x_BEN.unflatten(2, self.config.vision.grid), size).flatten(2)
+            # In fp32: CPUs have no kernel for less.
+            pooled = F.avg_pool3d(x_BEN.unflatten(2, self.config.vision.grid).float(), size).to(x_BEN.dtype).flatten(2)
         else:
             pooled = F.avg_pool1d(x_BEN, size ** 3)
         return self.projector(pooled.transpose(1, 2))

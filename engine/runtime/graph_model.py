@@ -9,16 +9,17 @@ from pathlib import Path
 from engine.contract import MODELS
 from engine.manifest import Manifest
 from engine.runtime import triton_io
-from engine.runtime.onnx_session import OnnxGraph
+from engine.runtime.onnx_session import OnnxGraph, chosen_precision
 
 
 class TritonPythonModel:
     def initialize(self, args):
         folder = Path(args["model_repository"])
-        Manifest.read(folder.parent)
+        manifest = Manifest.read(folder.parent)
         self.model = MODELS[args["model_name"]]
         self.graph = OnnxGraph(folder / args["model_version"] / "model.onnx", self.model,
-                               triton_io.parameter(args, "threads", 0))
+                               triton_io.parameter(args, "threads", 0),
+                               chosen_precision(triton_io.words(args, "precision", "fp32"), manifest.precision))
 
     def execute(self, requests):
         return [triton_io.answer(self._run, request) for request in requests]

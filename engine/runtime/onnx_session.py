@@ -1,4 +1,7 @@
-"""ONNX Runtime on the CPU: an exported graph as a function of named arrays, checked against the tensor contract."""
+"""An exported graph on the CPU as a function of named arrays, checked against the tensor contract.
+
+In fp32 by ONNX Runtime, in bf16 by OpenVINO.
+"""
 from __future__ import annotations
 
 import os
@@ -11,24 +14,28 @@ from engine.contract import Model, Tensor
 from engine.errors import InvalidInput, M3DError, RepositoryError
 
 EXPORT_AGAIN = "export the repository again with export/build_engines.py"
+PRECISIONS = ("auto", "fp32", "bf16")
 _DTYPES = {"FP32": ("tensor(float)", np.float32), "INT64": ("tensor(int64)", np.int64)}
 
 
 class OnnxGraph:
     """One graph of an exported repository, `path` = .../model.onnx (weights beside it if it is over 2 GB).
 
-    threads: CPU threads for one run, 0 for all that this process may use.
+    threads: CPU threads for one run, 0 for all that this process may use. precision: of its products, fp32 or bf16.
     Raises RepositoryError if the file is missing, unreadable or not the graph that `model` promises.
     """
 
-    def __init__(self, path: Path | str, model: Model, threads: int = 0):
+    def __init__(self, path: Path | str, model: Model, threads: int = 0, precision: str = "fp32"):
         self.model = model
         if not Path(path).is_file():
             raise RepositoryError(f"{model.name} has no graph ({path} is missing): {EXPORT_AGAIN}")
         try:
-            self._session = onnxruntime.InferenceSession(str(path), _options(threads), ["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has no public base class of its errors
-            raise RepositoryError(f"{model.name}: ONNX Runtime cannot read {path} ({error}): {EXPORT_AGAIN}") from None
+            self._session = _session(str(path), threads or len(os.sched_getaffinity(0)), precision)
+        except RepositoryError:
+            raise
+        except Exception as error:  # neither library has a public base class of its errors
+            library = "OpenVINO" if precision == "bf16" else "ONNX Runtime"
+            raise RepositoryError(f"{model.name}: {library} cannot read {path} ({error}): {EXPORT_AGAIN}") from None
         self._shapes = {}
         for kind, promised, found in (("input", model.inputs, self._session.get_inputs()),
                                       ("output", model.outputs, self._session.get_outputs())):
@@ -55,9 +62,33 @@ class OnnxGraph:
                                f"not {array.dtype} {' x '.join(map(str, array.shape))}")
 
 
+def chosen_precision(wanted: str, of_export: str) -> str:
+    """fp32 or bf16 for the parameter `precision`; auto is the export's, where this processor computes it natively."""
+    if wanted not in PRECISIONS:
+        raise RepositoryError(f"parameter precision must be one of {', '.join(PRECISIONS)}, not {wanted!r}")
+    if wanted == "auto":
+        return "bf16" if of_export == "bf16" and has_bf16() else "fp32"
+    return wanted
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively (AMX or AVX512-BF16)."""
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+
+
+def _session(path: str, threads: int, precision: str):
+    if precision == "bf16":
+        if not has_bf16():
+            raise RepositoryError("parameter precision is bf16, which this processor does not have: take fp32 or auto")
+        from engine.runtime.openvino_session import OpenVinoSession
+
+        return OpenVinoSession(path, threads)
+    return onnxruntime.InferenceSession(path, _options(threads), ["CPUExecutionProvider"])
+
+
 def _options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # The language model decodes on the same cores: waiting threads must not spin.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -1,6 +1,7 @@
 """From a scan's bytes to a study: decoded, preprocessed and encoded once, however often it is asked about."""
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ class Studies:
         return self.store.get(handle, "visual_tokens") is not None
 
     def info(self, handle: str, cached: bool) -> dict:
-        """What the client hears about a study: preset, reason, shape, spacing_mm, orientation, cached, model."""
+        """What the client hears: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model."""
         info = self.store.info(handle)
         del info["geometry"]
         return {**info, "cached": cached, "model": self.manifest.model}
@@ -80,11 +81,12 @@ class Studies:
         with self.store.lock(handle, "image"):
             if handle in self.store:
                 return handle, True
+            started = time.perf_counter()
             decoded = read_scan(scan.data, affine=scan.affine, limits=self.limits)
             prepared = prepare(decoded, self.manifest.image_size, preset)
             info = {"preset": prepared.preset, "reason": prepared.reason, "shape": list(decoded.array.shape),
                     "spacing_mm": list(decoded.spacing_mm), "orientation": decoded.orientation,
-                    "geometry": prepared.geometry.to_dict()}
+                    "prepare_s": time.perf_counter() - started, "geometry": prepared.geometry.to_dict()}
             self.store.add(handle, info, prepared.image)
         return handle, False
 

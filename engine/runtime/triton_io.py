@@ -104,12 +104,17 @@ def infer(model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
 # --- settings --------------------------------------------------------------------------------------------------------
 def parameter(args: dict, name: str, default: int) -> int:
     """A whole number from the `parameters` of a model's configuration. Raises RepositoryError for anything else."""
-    value = json.loads(args["model_config"])["parameters"].get(name, {}).get("string_value", "").strip()
+    value = words(args, name, "")
     if not value:
         return default
     if not value.isdecimal():
         raise RepositoryError(f"parameter {name} of {args['model_name']} must be a whole number, not {value!r}")
     return int(value)
+
+
+def words(args: dict, name: str, default: str) -> str:
+    """A text from the `parameters` of a model's configuration; the default where it is missing or empty."""
+    return json.loads(args["model_config"])["parameters"].get(name, {}).get("string_value", "").strip() or default
 
 
 def _tensor(name: str, value) -> pb_utils.Tensor:

@@ -53,6 +53,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.silent = False
         self.unfinished = False
         self.mask = np.zeros((2, 3, 5), bool)
+        self.study_info = {"preset": "ct"}
+        self.answer_info = {"prompt_tokens": 3}
         self.sent = 0
         self.cancelled = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", -1)])
@@ -79,7 +81,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 context.abort(*self.upload_error)
             self.uploads.append(inputs)
             self.evicted = False
-            return response(STUDY=self.handle, STUDY_INFO=json.dumps({"preset": "ct"}))
+            return response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info))
         self.asked.append((request.model_name, inputs))
         if self.evicted:
             context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
@@ -106,7 +108,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         if self.endless:
             for i in itertools.count():
                 yield piece("x" * 10_000, [i])
-        info = json.dumps({"prompt_tokens": 3})
+        info = json.dumps(self.answer_info)
         box = np.array([[0, 1, 2, 3, 4, 5.0]])
         streams = "STREAM" in inputs and bool(inputs["STREAM"][0])
         texts = ANSWER if streams else ("".join(ANSWER),)

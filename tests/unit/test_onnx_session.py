@@ -5,7 +5,8 @@ from onnx import TensorProto, helper
 
 from engine.contract import MODELS
 from engine.errors import InvalidInput, RepositoryError
-from engine.runtime.onnx_session import OnnxGraph, _options
+from engine.runtime import onnx_session
+from engine.runtime.onnx_session import OnnxGraph, _options, chosen_precision, has_bf16
 
 MODEL = MODELS["segmentation_head"]
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -103,8 +104,47 @@ def test_an_input_of_the_wrong_shape_or_type_is_the_callers_mistake(graph, chang
 
 
 def test_waiting_threads_do_not_spin_and_memory_is_given_back():
-    options = _options(0)
-    assert options.intra_op_num_threads >= 1
+    options = _options(2)
+    assert options.intra_op_num_threads == 2
     for pool in ("intra_op", "inter_op"):
         assert options.get_session_config_entry(f"session.{pool}.allow_spinning") == "0"
     assert not options.enable_cpu_mem_arena
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply bf16")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bf16_is_the_same_function_a_little_coarser(tmp_path, batch):
+    graph = OnnxGraph(write_graph(tmp_path / "model.onnx", external=True), MODEL, threads=1, precision="bf16")
+    for _ in range(2):  # a second run must not change what the first returned
+        outputs = graph(inputs(batch))["MASK_LOGITS"]
+        np.testing.assert_allclose(outputs, expected(inputs(batch)), rtol=2e-2)
+    other = {name: array + 1 for name, array in inputs(batch).items()}
+    kept = outputs.copy()
+    graph(other)
+    np.testing.assert_array_equal(outputs, kept)
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply bf16")
+def test_the_contract_holds_in_bf16_too(tmp_path):
+    with pytest.raises(RepositoryError, match="segmentation_head.*export the repository again"):
+        OnnxGraph(write_graph(tmp_path / "model.onnx", logits=("LOGITS", FLOAT, ["batch", 1, 3, 4, 4])), MODEL,
+                  precision="bf16")
+    (tmp_path / "model.onnx").write_bytes(b"half a graph")
+    with pytest.raises(RepositoryError, match="(?s)segmentation_head: OpenVINO cannot read.*build_engines.py"):
+        OnnxGraph(tmp_path / "model.onnx", MODEL, precision="bf16")
+
+
+def test_auto_takes_bf16_where_export_and_processor_have_it(monkeypatch):
+    for native, wanted, of_export, chosen in ((True, "auto", "bf16", "bf16"), (True, "auto", "fp32", "fp32"),
+                                              (True, "auto", "fp16", "fp32"), (False, "auto", "bf16", "fp32"),
+                                              (True, "fp32", "bf16", "fp32"), (True, "bf16", "fp32", "bf16")):
+        monkeypatch.setattr(onnx_session, "has_bf16", lambda: native)
+        assert chosen_precision(wanted, of_export) == chosen
+    with pytest.raises(RepositoryError, match="auto, fp32, bf16, not 'half'"):
+        chosen_precision("half", "bf16")
+
+
+def test_bf16_on_a_processor_without_it_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_session, "has_bf16", lambda: False)
+    with pytest.raises(RepositoryError, match="take fp32 or auto"):
+        OnnxGraph(write_graph(tmp_path / "model.onnx"), MODEL, precision="bf16")

@@ -61,11 +61,11 @@ def test_a_scan_is_prepared_and_encoded_once_however_often_it_comes(studies, sto
     assert models.batches[0][1]["IMAGE"].shape == (1, 1, *SIZE)
 
 
-def test_the_client_hears_preset_reason_shape_spacing_orientation_and_model(studies):
+def test_the_client_hears_preset_reason_shape_spacing_orientation_time_and_model(studies):
     image = nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 900, (20, 30, 10)).astype(np.int16),
                                 np.diag([-2, 1.5, 4, 1]))
     _, info = studies.open(upload(np.frombuffer(image.to_bytes(), np.uint8), preset="mr"))
-    assert info.pop("reason")
+    assert info.pop("reason") and info.pop("prepare_s") > 0
     assert info == {"preset": "mr", "shape": [20, 30, 10], "spacing_mm": [2, 1.5, 4], "orientation": "LAS",
                     "cached": False, "model": studies.manifest.model}
     assert info["model"]["manifest_sha256"] == studies.manifest.identity

@@ -37,7 +37,7 @@ class AnswerInfo:
     cached_tokens: int
     answer_tokens: int
     first_token_s: float
-    total_s: float
+    last_token_s: float
 
 
 @dataclass(frozen=True)

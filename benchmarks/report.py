@@ -1,0 +1,263 @@
+"""What a result of latency.py says: ratios against the targets, tables, pictures. All of it from the raw samples."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from benchmarks.floor import Rates, Stage
+from benchmarks.samples import ratios, summary
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound of a value of `ratios`, or of the result's other figures."""
+
+    name: str
+    words: str
+    limit: float
+    at_least: bool = False
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+TARGETS = (
+    Target("cold_e2e", "new scan, end to end, ÷ baseline fp32", 0.5),
+    Target("cold_e2e_equal_precision", "new scan, end to end, ÷ baseline at equal precision", 0.8),
+    Target("followup_ttft", "follow-up, time to first token, ÷ baseline fp32", 0.05),
+    Target("throughput_c8", "8 chats about known scans, tokens/s, ÷ baseline fp32", 4.0, at_least=True),
+    Target("throughput_c8_equal_precision", "the same at equal precision", 4.0, at_least=True),
+    Target("segment_warm", "mask of a known scan, ÷ baseline fp32", 0.5),
+    Target("overhead_cold", "serving overhead of a new scan, share", 0.03),
+    Target("overhead_followup_s", "serving overhead of a follow-up, s", 0.01),
+    Target("interference", "follow-up's first token during uploads ÷ during matrix products", 1.0),
+    Target("wire_per_mask", "mask on the wire ÷ its logits as floats", 1 / 30),
+    Target("prepare_large_s", "preprocessing of a large CT, s", 3.0),
+    Target("prepare_large_memory", "its extra memory ÷ the scan", 3.0),
+    Target("start_s", "server start to ready, s", 60.0),
+    Target("memory", "server's memory ÷ (1.5 × weights + 6 GB)", 1.0),
+)
+
+
+def ratios_of(result: dict) -> dict[str, float]:
+    """The value of every target that was measured, medians over pairs or repeats."""
+    served, found = result["samples"]["served"], {}
+    cold, again = served["cold"], served["follow_up"]
+    equal = f"baseline {result['manifest']['precision']}" if result["manifest"] else None
+    for name, suffix in (("baseline fp32", ""), (equal, "_equal_precision")):
+        theirs = result["samples"].get(name)
+        if theirs:
+            found[f"cold_e2e{suffix}"] = median(ratios(_all(cold, "total_s"), _all(theirs["cold"], "total_s")))
+            found[f"followup_ttft{suffix}"] = median(ratios(_all(again, "first_s"), _all(theirs["cold"], "first_s")))
+            if "segment" in theirs:
+                found[f"segment_warm{suffix}"] = median(
+                    ratios(_all(served["segment"], "total_s"), _all(theirs["segment"], "total_s")))
+        rows = [row for row in result["closed_loop"] if name in row["baselines"]]
+        if rows:
+            found[f"throughput_c8{suffix}"] = median(row["tokens_per_s"] / row["baselines"][name] for row in rows)
+    found["overhead_cold"] = median(_rest(s) / s["total_s"] for s in cold)
+    found["overhead_followup_s"] = median(_rest(s) for s in again)
+    found["interference"] = (median(_all(served["during_upload"], "first_s")) /
+                             median(_all(served["during_products"], "first_s")))
+    if "mask_bytes" in result:
+        found["wire_per_mask"] = result["mask_bytes"] / result["mask_logits_bytes"]
+    large = result["preprocessing"]
+    found["prepare_large_s"] = median(large["seconds"])
+    found["prepare_large_memory"] = large["extra_bytes"] / large["scan_bytes"]
+    if result["start_s"]:
+        found["start_s"] = result["start_s"]
+        weights = sum(result["manifest"]["files"].values())
+        found["memory"] = result["server_memory_bytes"] / (1.5 * weights + 6e9)
+    return found
+
+
+def targets(result: dict) -> list[dict]:
+    """{"name", "words", "limit", "value", "met"} of every target that was measured."""
+    values = result["ratios"]
+    return [{"name": t.name, "words": t.words, "limit": t.limit, "value": values[t.name], "met": t.met(values[t.name])}
+            for t in TARGETS if t.name in values]
+
+
+def stages(result: dict, floors: dict[str, Stage], rates: Rates) -> list[dict]:
+    """{"stage", "measured_s", "floor_s", "bound"}: medians of what each stage took beside the least it could take."""
+    served = result["samples"]["served"]
+    scan = result["conditions"]["scan"]["bytes"]
+    measured = {"transport": (median(_all(served["upload_again"], "total_s")), scan / rates.wire, "wire"),
+                "prepare": (_part(served["cold"], "prepare"), scan / rates.memory, "memory")}
+    for name, stage in floors.items():
+        samples = served.get("segment", []) if name.startswith("segmentation") else served["cold"]
+        if not any(name in s["parts"] for s in samples):
+            continue
+        seconds = _part(samples, name)
+        if name == "decode":
+            seconds /= samples[0]["tokens"] - 1
+        measured[name] = (seconds, stage.seconds(rates), f"{stage.bound(rates)}, {stage.precision}")
+    return [{"stage": name, "measured_s": seconds, "floor_s": least, "bound": bound}
+            for name, (seconds, least, bound) in measured.items()]
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+def text(result: dict) -> str:
+    """Markdown tables of everything."""
+    return "\n\n".join(part for part in (_conditions(result), _one_at_a_time(result), _stages(result),
+                                         _closed_loop(result), _open_loop(result), _targets(result)) if part)
+
+
+def _conditions(result: dict) -> str:
+    c, r = result["conditions"], result["rates"]
+    rates = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in r["matmul"].items() if name != "fp16")
+    precision = f"language model in {result['manifest']['precision']}; " if result["manifest"] else ""
+    return (f"{c['date']}, {c['gpu'] or c['cpu']}, {c['cores']} cores, load before {c['load_average_before']:.1f}; "
+            f"{precision}scan {' x '.join(map(str, c['scan']['shape']))} {c['scan']['dtype']}, {c['tokens']} tokens, "
+            f"{c['repeats']} rounds. The machine: {rates}, memory {r['memory'] / 1e9:.1f} GB/s, "
+            f"loopback {r['wire'] / 1e9:.2f} GB/s.")
+
+
+def _one_at_a_time(result: dict) -> str:
+    rows = []
+    for side, kinds in result["samples"].items():
+        for kind, samples in kinds.items():
+            total = summary(_all(samples, "total_s"))
+            first, each = _all(samples, "first_s"), _all(samples, "per_token_s")
+            rows.append((side, kind.replace("_", " "), _s(total["median"]), f"{_s(total['min'])} to {_s(total['max'])}",
+                         _s(total["p90"]), _s(total["p99"]), _s(median(first)) if first else "",
+                         f"{1e3 * median(each):.1f} ms" if each else ""))
+    return _table(("side", "request", "median", "spread", "p90", "p99", "first token", "per token"), rows)
+
+
+def _stages(result: dict) -> str:
+    rows = [(s["stage"].replace("_", " "), _s(s["measured_s"]), _s(s["floor_s"]), s["bound"],
+             f"{s['measured_s'] / s['floor_s']:.1f}") for s in result["stages"]]
+    return _table(("stage", "measured", "floor", "floor by", "measured ÷ floor"), rows)
+
+
+def _closed_loop(result: dict) -> str:
+    rows = []
+    for concurrency, group in _by_concurrency(result).items():
+        rate = summary([row["tokens_per_s"] for row in group])
+        samples = [s for row in group for s in row["samples"]]
+        total, first = summary(_all(samples, "total_s")), summary(_all(samples, "first_s"))
+        rows.append((concurrency, f"{rate['median']:.0f}", f"{rate['min']:.0f} to {rate['max']:.0f}",
+                     _s(total["median"]), _s(total["p99"]), _s(first["median"]), _s(first["p99"])))
+    return _table(("clients", "tokens/s", "spread", "answer", "p99", "first token", "p99"), rows)
+
+
+def _open_loop(result: dict) -> str:
+    rows = []
+    for run in result["open_loop"]:
+        first, each = (summary(_all(run["samples"], what)) for what in ("first_s", "per_token_s"))
+        rows.append((run["scenario"], f"{run['rate']:g}/s" if run["rate"] else "", len(run["samples"]),
+                     _s(first["median"]), _s(first["p99"]), f"{1e3 * each['median']:.0f} ms",
+                     f"{1e3 * each['p99']:.0f} ms", _verdict(run, result["limits"])))
+    table = _table(("LoadGen scenario", "rate", "answers", "first token", "p99", "per token", "p99", "within limits"),
+                   rows)
+    if not table:
+        return ""
+    return table + (f"\n\nLimits: first token p99 {1e3 * result['limits']['ttft_s']:.0f} ms, per token p99 "
+                    f"{1e3 * result['limits']['tpot_s']:.0f} ms (MLPerf's for an 8B model: 500 and 30).")
+
+
+def _verdict(run: dict, limits: dict) -> str:
+    """Of the Server scenario only: the others have no limits."""
+    if run["scenario"] != "Server":
+        return ""
+    first, each = (summary(_all(run["samples"], what))["p99"] for what in ("first_s", "per_token_s"))
+    return "yes" if first <= limits["ttft_s"] and each <= limits["tpot_s"] else "no"
+
+
+def _targets(result: dict) -> str:
+    rows = [(t["words"], f"{'≥' if by_name[t['name']].at_least else '≤'} {t['limit']:.3g}", f"{t['value']:.3g}",
+             "met" if t["met"] else "MISSED") for by_name in [{t.name: t for t in TARGETS}] for t in result["targets"]]
+    return _table(("target", "wanted", "measured", ""), rows)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [head, ("---",) * len(head), *rows] if rows else []
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{0 if seconds >= 0.01 else 2}f} ms"
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+def plots(result: dict, folder: Path) -> list[Path]:
+    """load.png, latency against load, and waterfall.png, where the time of a request goes; their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    _plot_closed_loop(left, result)
+    _plot_open_loop(right, result)
+    figure.savefig(folder / "load.png", dpi=120)
+    figure, axes = pyplot.subplots(figsize=(10, 3.2), constrained_layout=True)
+    _plot_waterfall(axes, result)
+    figure.savefig(folder / "waterfall.png", dpi=120)
+    pyplot.close("all")
+    return [folder / "load.png", folder / "waterfall.png"]
+
+
+def _plot_closed_loop(axes, result: dict) -> None:
+    groups = _by_concurrency(result)
+    for what, label in (("total_s", "answer"), ("first_s", "first token")):
+        found = [summary(_all([s for row in group for s in row["samples"]], what)) for group in groups.values()]
+        line, = axes.plot(list(groups), [f["median"] for f in found], "o-", label=f"{label}, median")
+        axes.plot(list(groups), [f["p99"] for f in found], ":", color=line.get_color(), label=f"{label}, p99")
+    axes.set(xlabel="clients", ylabel="seconds", title="Known scans, closed loop", ylim=(0, None))
+    rates = axes.twinx()
+    rates.plot(list(groups), [median(row["tokens_per_s"] for row in group) for group in groups.values()], "s--",
+               color="grey")
+    rates.set_ylabel("tokens/s (grey)")
+    rates.set_ylim(0, None)
+    axes.legend()
+
+
+def _plot_open_loop(axes, result: dict) -> None:
+    runs = sorted((run for run in result["open_loop"] if run["rate"]), key=lambda run: run["rate"])
+    for what, percentile in (("first_s", "median"), ("first_s", "p99"), ("total_s", "median"), ("total_s", "p99")):
+        axes.plot([run["rate"] for run in runs], [summary(_all(run["samples"], what))[percentile] for run in runs],
+                  "o-" if percentile == "median" else ":",
+                  label=f"{'first token' if what == 'first_s' else 'answer'}, {percentile}")
+    axes.set(xlabel="questions/s, Poisson", ylabel="seconds", title="Known scans, open loop (LoadGen)", ylim=(0, None))
+    axes.legend()
+
+
+def _plot_waterfall(axes, result: dict) -> None:
+    """Median seconds of each part of a request, one after the other; what no part explains comes last."""
+    served = result["samples"]["served"]
+    kinds = [kind for kind in ("cold", "follow_up", "segment", "segment_again") if kind in served]
+    names = list(dict.fromkeys(name for kind in kinds for s in served[kind] for name in s["parts"]))
+    starts = {kind: 0.0 for kind in kinds}
+    for name in [*names, "everything else"]:
+        widths = [median(_rest(s) if name == "everything else" else s["parts"].get(name, 0) for s in served[kind])
+                  for kind in kinds]
+        axes.barh(kinds, widths, left=[starts[kind] for kind in kinds], label=name.replace("_", " "))
+        starts = {kind: starts[kind] + max(0, width) for kind, width in zip(kinds, widths)}
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds", title="Where the time of one request goes")
+    axes.legend(ncols=4, fontsize="small")
+
+
+# --- inside ----------------------------------------------------------------------------------------------------------
+def _all(samples: list[dict], what: str) -> list[float]:
+    return [s[what] for s in samples if s[what] is not None]
+
+
+def _rest(sample: dict) -> float:
+    """Seconds of a request that none of its parts explains: serving overhead."""
+    return sample["total_s"] - sum(sample["parts"].values())
+
+
+def _part(samples: list[dict], name: str) -> float:
+    return median(s["parts"].get(name, 0.0) for s in samples)
+
+
+def _by_concurrency(result: dict) -> dict[int, list[dict]]:
+    groups: dict[int, list[dict]] = {}
+    for row in result["closed_loop"]:
+        groups.setdefault(row["concurrency"], []).append(row)
+    return dict(sorted(groups.items()))

@@ -1,0 +1,49 @@
+"""The scans that are sent: as many different ones as needed, all alike."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.scan import read_scan
+
+CT_SHAPE = (512, 512, 64)
+CT_SPACING_MM = (0.75, 0.75, 5.0)
+
+
+@dataclass(frozen=True, eq=False)
+class BenchmarkScan:
+    """array: 3 axes. affine: 4 x 4, RAS+ mm."""
+
+    array: np.ndarray
+    affine: np.ndarray
+
+
+def phantom(shape: tuple[int, int, int] = CT_SHAPE, seed: int = 0) -> BenchmarkScan:
+    """An int16 CT in Hounsfield units: a body of soft tissue with two lungs, noise everywhere."""
+    i, j, k = np.ogrid[tuple(slice(-1, 1, complex(n)) for n in shape)]
+    noise = np.random.default_rng(seed).integers(-40, 40, shape, np.int16)
+    array = np.where(np.broadcast_to(i ** 2 / 0.64 + j ** 2 / 0.4 < 1, shape), np.int16(40), np.int16(-1000))
+    for side in (-0.4, 0.4):
+        array[((i - side) / 0.25) ** 2 + (j / 0.4) ** 2 + (k / 0.8) ** 2 < 1] = -800
+    return BenchmarkScan(np.asfortranarray(array + noise), np.diag([*CT_SPACING_MM, 1.0]))
+
+
+def read(path: Path) -> BenchmarkScan:
+    """A scan file of the user's."""
+    scan = read_scan(path.read_bytes())
+    return BenchmarkScan(scan.array, scan.affine)
+
+
+def different(scan: BenchmarkScan) -> Iterator[BenchmarkScan]:
+    """Copies of `scan` that differ in two corner voxels, within its range: the same work, but another study each."""
+    low, high = scan.array.min(), scan.array.max()
+    steps = int(high) - int(low) if scan.array.dtype.kind in "iu" else 1000
+    for number in itertools.count():
+        array = scan.array.copy(order="K")
+        for corner, count in ((0, number), (-1, number // steps)):
+            array[corner, corner, corner] = low + (high - low) * (count % steps) / steps
+        yield BenchmarkScan(array, scan.affine)

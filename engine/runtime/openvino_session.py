@@ -1,0 +1,49 @@
+"""OpenVINO on the CPU: an ONNX graph with its matrix products in bf16, where the processor multiplies bf16 natively.
+
+ONNX Runtime has no bf16 on x86. On processors with AMX or AVX512-BF16 this is several times as fast as its fp32.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import openvino
+
+_TYPES = {openvino.Type.f32: "tensor(float)", openvino.Type.i64: "tensor(int64)"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """An input or output, as ONNX Runtime describes it: a free axis of `shape` is no number."""
+
+    name: str
+    type: str
+    shape: list[int | None]
+
+
+class OpenVinoSession:
+    """What engine.runtime.onnx_session needs of onnxruntime.InferenceSession. One run at a time.
+
+    threads: CPU threads of one run.
+    """
+
+    def __init__(self, path: str, threads: int):
+        self._model = openvino.Core().compile_model(path, "CPU", {
+            "INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads})
+        self._request = self._model.create_infer_request()
+
+    def get_inputs(self) -> list[Node]:
+        return [_node(port) for port in self._model.inputs]
+
+    def get_outputs(self) -> list[Node]:
+        return [_node(port) for port in self._model.outputs]
+
+    def run(self, names: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        found = self._request.infer(dict(inputs), share_inputs=True)
+        return [found[self._model.output(name)] for name in names]
+
+
+def _node(port) -> Node:
+    shape = [size.get_length() if size.is_static else None for size in port.get_partial_shape()]
+    return Node(port.get_any_name(), _TYPES.get(port.get_element_type(), str(port.get_element_type())), shape)

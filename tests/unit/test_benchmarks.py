@@ -1,0 +1,298 @@
+"""What the benchmark computes: samples, floors, load, ratios, tables; and its checkpoints, scans and baseline."""
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import compare, floor, load, preprocessing, report, roofline, scans
+from benchmarks.baseline import Baseline
+from benchmarks.make_checkpoint import config_of
+from benchmarks.samples import Sample, ratios, summary
+from engine.models.checkpoint import load_lamed
+from engine.models.config import LamedConfig
+from engine.prompt import Prompt
+from tests.tiny import IMAGE_SIZE
+from tests.tiny_bench import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="module", params=["135m", "7b"])
+def checkpoint(request, tmp_path_factory):
+    """With tied embeddings (135m) and untied ones."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), request.param)
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+def test_a_summary_has_median_percentiles_and_extremes():
+    assert summary(range(1, 102)) == {"n": 101, "median": 51, "p90": 91, "p99": 100, "min": 1, "max": 101}
+
+
+def test_the_time_per_token_leaves_the_first_token_out():
+    assert Sample(3.0, 1.0, 5).per_token_s == 0.5
+    assert Sample(3.0, 1.0, 1).per_token_s is None and Sample(3.0, None, 5).per_token_s is None
+
+
+def test_ratios_are_taken_pair_by_pair():
+    assert ratios([1, 4], [2, 2]) == [0.5, 2]
+    with pytest.raises(ValueError, match="2 .* 1"):
+        ratios([1, 2], [1])
+
+
+# --- the floor -------------------------------------------------------------------------------------------------------
+def test_the_encoders_flops_are_those_of_its_formula():
+    config = LamedConfig.from_dict(config_of("135m"))
+    found = floor.stages(config, llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64)
+    patches, width, mlp, layers = 2048, 768, 3072, 12
+
+    def vit(n):  # products of n rows: qkv, output, two of the MLP; scores and their product with the values
+        return 2 * patches * 1024 * width + layers * (2 * n * width * (4 * width + 2 * mlp) + 4 * n * n * width)
+
+    projector = 2 * 256 * (width * 576 + 576 * 576)
+    assert found["segmentation_encoder"].flops == vit(patches)
+    assert found["vision_encoder"].flops == vit(patches + 1) + projector
+    assert 0.5e12 < found["vision_encoder"].flops < 0.55e12
+
+
+@pytest.mark.parametrize("llm", ["135m", "7b"])
+def test_the_language_models_flops_and_bytes_are_those_of_its_formula(llm):
+    values = config_of(llm)
+    found = floor.stages(LamedConfig.from_dict(values), llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64)
+    h, layers, vocabulary = values["hidden_size"], values["num_hidden_layers"], values["vocab_size"]
+    kv = h // values["num_attention_heads"] * values["num_key_value_heads"]
+    layer = 2 * h * h + 2 * h * kv + 3 * h * values["intermediate_size"]
+    rows, context = 1 + 256 + 12, 1 + 256 + 12 + 32
+    prefill = layers * (2 * rows * layer + 4 * rows * rows * h) + 2 * h * vocabulary
+    assert found["prefill"].flops == pytest.approx(prefill, rel=1e-3)
+    assert found["decode"].flops == pytest.approx(
+        layers * (2 * layer + 4 * context * h) + 2 * h * vocabulary, rel=1e-3)
+    norms = (2 * layers + 1) * h
+    weights = layers * layer + norms + h * vocabulary
+    assert found["prefill"].bytes == 2 * weights
+    assert found["decode"].bytes == 2 * (weights + 2 * context * kv * layers)
+
+
+def test_answers_decoded_together_read_the_weights_once():
+    config = LamedConfig.from_dict(config_of("135m"))
+    one, eight = (floor.stages(config, llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64,
+                               at_once=n)["decode"] for n in (1, 8))
+    assert eight.flops == 8 * one.flops and one.bytes < eight.bytes < 2 * one.bytes
+
+
+def test_a_stage_takes_what_is_scarcer():
+    stage = floor.Stage("x", flops=100, bytes=10, precision="bf16")
+    compute, memory = floor.Rates({"bf16": 10}, 10), floor.Rates({"bf16": 1000}, 10)
+    assert (stage.seconds(compute), stage.bound(compute)) == (10, "compute")
+    assert (stage.seconds(memory), stage.bound(memory)) == (1, "memory")
+
+
+def test_the_machine_has_rates():
+    rates = floor.measure(seconds=0.01)
+    assert all(rate > 1e8 for rate in rates.matmul.values()) and rates.memory > 1e8 and rates.wire > 1e6
+
+
+def test_the_roofline_names_every_gpu_and_stage(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["roofline.py"])
+    roofline.main()
+    said = capsys.readouterr().out
+    assert all(name in said for name in (*roofline.GPUS, "vision_encoder", "segmentation_head", "prefill", "decode"))
+
+
+# --- load ------------------------------------------------------------------------------------------------------------
+def answer(index):
+    yield 1
+    yield 3
+
+
+def test_questions_arrive_as_a_poisson_process():
+    done = load.run("Server", answer, 20, rate=200.0, seconds=3)
+    gaps = np.diff(done.arrivals_s)
+    assert len(done.samples) == len(done.arrivals_s) == pytest.approx(200 * 3, rel=0.15)
+    # Exponential gaps spread as widely as they are long; regular ones do not spread. A busy machine only adds to it.
+    assert gaps.std() / gaps.mean() > 0.7
+
+
+@pytest.mark.parametrize("scenario", ["SingleStream", "Offline"])
+def test_every_question_is_answered_with_its_first_token_and_tokens(scenario):
+    done = load.run(scenario, answer, 20, seconds=0.2)
+    assert len(done.samples) == len(done.arrivals_s) >= (20 if scenario == "Offline" else 1)
+    assert all(s.tokens == 4 and 0 < s.first_s <= s.total_s for s in done.samples)
+    assert f"Scenario : {scenario}" in done.summary and done.verdict in ("VALID", "INVALID")
+
+
+def test_an_answer_that_fails_fails_the_load():
+    def fail(index):
+        yield 1
+        raise OSError("the server went away")
+
+    with pytest.raises(OSError, match="went away"):
+        load.run("Offline", fail, 3, seconds=0.2)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+def sample(total, first=None, tokens=5, **parts):
+    return Sample(total, first, tokens, 100, parts).to_dict()
+
+
+def chats(concurrency, rate, **baselines):
+    return {"concurrency": concurrency, "tokens_per_s": rate, "samples": [sample(1.0, 0.5), sample(1.2, 0.6)],
+            "baselines": {f"baseline {name}": value for name, value in baselines.items()}}
+
+
+def result() -> dict:
+    cold = [sample(2.0, 1.0, prepare=0.3, vision_encoder=1.0, prefill=0.1, decode=0.5),
+            sample(4.0, 2.0, prepare=0.6, vision_encoder=2.0, prefill=0.2, decode=1.0)]
+    return {
+        "conditions": {"date": "2026-11-22", "cpu": "a processor", "gpu": None, "cores": 2, "load_average_before": 0.0,
+                       "scan": {"shape": [4, 4, 4], "dtype": "int16", "bytes": 1000}, "tokens": 5, "repeats": 2},
+        "rates": {"matmul": {"fp32": 1e9, "bf16": 2e9}, "memory": 1e6, "wire": 1e5},
+        "manifest": {"precision": "bf16", "files": {"a": 2_000_000_000}},
+        "samples": {
+            "served": {"cold": cold, "follow_up": [sample(1.0, 0.1, prefill=0.1, decode=0.88)] * 2,
+                       "segment": [sample(2.0, segmentation_encoder=1.0)] * 2, "upload_again": [sample(0.02, tokens=0)],
+                       "during_upload": [sample(1.0, 0.4)], "during_products": [sample(1.0, 0.2)]},
+            "baseline fp32": {"cold": [sample(8.0, 4.0), sample(8.0, 4.0)], "segment": [sample(10.0), sample(10.0)]},
+            "baseline bf16": {"cold": [sample(4.0, 2.0), sample(4.0, 2.0)], "segment": [sample(5.0), sample(5.0)]}},
+        "closed_loop": [chats(1, 10.0), chats(8, 40.0, fp32=5.0, bf16=8.0), chats(8, 60.0, fp32=6.0, bf16=10.0)],
+        "open_loop": [{"scenario": "Server", "rate": 2.0, "samples": [sample(1.0, 0.5)]},
+                      {"scenario": "Offline", "rate": None, "samples": [sample(1.0, 0.5)]}],
+        "limits": {"ttft_s": 0.5, "tpot_s": 0.03}, "mask_bytes": 1, "mask_logits_bytes": 32, "start_s": 50.0,
+        "server_memory_bytes": 4.5e9, "preprocessing": {"seconds": [2.0, 4.0, 3.5], "extra_bytes": 5, "scan_bytes": 2}}
+
+
+def test_the_ratios_are_medians_over_pairs_against_both_precisions():
+    assert report.ratios_of(result()) == pytest.approx({
+        "cold_e2e": 0.375, "cold_e2e_equal_precision": 0.75, "followup_ttft": 0.025,
+        "followup_ttft_equal_precision": 0.05, "segment_warm": 0.2, "segment_warm_equal_precision": 0.4,
+        "throughput_c8": 9.0, "throughput_c8_equal_precision": 5.5, "overhead_cold": 0.05, "overhead_followup_s": 0.02,
+        "interference": 2.0, "wire_per_mask": 1 / 32, "prepare_large_s": 3.5, "prepare_large_memory": 2.5,
+        "start_s": 50.0, "memory": 0.5})
+
+
+def test_a_server_that_is_slow_on_follow_ups_misses_that_target():
+    slow = result()
+    slow["samples"]["served"]["follow_up"] = slow["samples"]["served"]["cold"]
+    for measured, met in ((result(), True), (slow, False)):
+        measured["ratios"] = report.ratios_of(measured)
+        found = {target["name"]: target["met"] for target in report.targets(measured)}
+        assert found["followup_ttft"] is met
+        assert found["throughput_c8"] and found["cold_e2e"] and not found["overhead_cold"]
+
+
+def test_without_baselines_and_manifest_what_was_measured_is_reported():
+    bare = result()
+    bare["samples"] = {"served": bare["samples"]["served"]}
+    bare |= {"manifest": None, "start_s": None, "closed_loop": [chats(1, 10.0)], "open_loop": []}
+    bare["stages"] = report.stages(bare, {}, floor.Rates({}, 1e6, 1e5))
+    bare["ratios"] = report.ratios_of(bare)
+    bare["targets"] = report.targets(bare)
+    assert set(bare["ratios"]) == {"overhead_cold", "overhead_followup_s", "interference", "wire_per_mask",
+                                   "prepare_large_s", "prepare_large_memory"}
+    assert "| served | cold |" in report.text(bare)
+
+
+def test_stages_stand_beside_their_floors():
+    floors = {"vision_encoder": floor.Stage("vision_encoder", 1e9, 0, "fp32"),
+              "decode": floor.Stage("decode", 0, 1e5, "bf16"),
+              "segmentation_encoder": floor.Stage("segmentation_encoder", 5e8, 0, "fp32"),
+              "segmentation_head": floor.Stage("segmentation_head", 5e8, 0, "fp32")}
+    found = {s["stage"]: (s["measured_s"], s["floor_s"]) for s in
+             report.stages(result(), floors, floor.Rates({"fp32": 1e9, "bf16": 2e9}, 1e6, 1e5))}
+    assert found == {"transport": (0.02, 0.01), "prepare": (pytest.approx(0.45), 0.001), "vision_encoder": (1.5, 1.0),
+                     "decode": (0.75 / 4, 0.1), "segmentation_encoder": (1.0, 0.5)}
+
+
+def test_the_report_has_every_table_and_picture(tmp_path):
+    whole = result()
+    whole["stages"] = report.stages(whole, {}, floor.Rates({}, 1e6, 1e5))
+    whole["ratios"] = report.ratios_of(whole)
+    whole["targets"] = report.targets(whole)
+    said = report.text(whole)
+    for words in ("a processor, 2 cores", "| baseline fp32 | cold | 8.00 s |", "| transport |", "| 8 | 50 | 40 to 60 |",
+                  "| Server | 2/s |", "| MISSED |", "| met |"):
+        assert words in said
+    assert all(path.stat().st_size > 10_000 for path in report.plots(whole, tmp_path))
+    json.dumps(whole)
+
+
+def test_only_what_is_slower_beyond_its_noise_is_marked():
+    rng = np.random.default_rng(0)
+    noisy = [sample(t, t / 2) for t in 1 + 0.1 * rng.standard_normal(20)]
+    again = [sample(t, t / 2) for t in 1 + 0.1 * rng.standard_normal(20)]
+    slower = [sample(1.5 * s["total_s"], s["first_s"]) for s in noisy]
+    old, same, new = ({"samples": {"served": {"cold": group}}} for group in (noisy, again, slower))
+    assert all(low < 1 < high for _, _, low, high in compare.compare(old, same))
+    found = {what: (ratio, low, high) for what, ratio, low, high in compare.compare(old, new)}
+    assert found["served, cold, total"][1] > 1.3
+    assert found["served, cold, first"][1] <= 1 <= found["served, cold, first"][2]
+
+
+def test_compare_fails_on_a_slowdown(tmp_path, monkeypatch, capsys):
+    for name, factor in (("old", 1), ("new", 2)):
+        samples = [sample(factor * (1 + i / 100), None) for i in range(10)]
+        (tmp_path / name).write_text(json.dumps({"samples": {"served": {"cold": samples}}}))
+    monkeypatch.setattr("sys.argv", ["compare.py", str(tmp_path / "old"), str(tmp_path / "new")])
+    assert compare.main() == 1 and "SLOWER" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["compare.py", str(tmp_path / "old"), str(tmp_path / "old")])
+    assert compare.main() == 0
+
+
+# --- checkpoints, scans, baseline ------------------------------------------------------------------------------------
+@torch.inference_mode()
+def test_a_made_checkpoint_repeats_the_last_token_and_draws_a_mask_after_seg(checkpoint):
+    model, tokenizer = load_lamed(checkpoint)
+    prompt = Prompt(tokenizer, model.config.num_visual_tokens, 512)
+    image = torch.rand(1, 1, *IMAGE_SIZE)
+    for question in ("What does this scan show?", "Segment it: [SEG]"):
+        ids = prompt.input_ids(question)
+        said, _, logits = model.generate(image, torch.tensor([ids]), max_new_tokens=12)
+        assert said.tolist() == [ids[-1]] * 12
+        assert (logits is not None) == question.endswith("[SEG]")
+    assert 0.01 < (logits > 0).float().mean() < 0.99
+
+
+def test_made_checkpoints_have_published_vision_and_the_named_language_model():
+    for name, hidden, layers in (("135m", 576, 30), ("1b", 2048, 22), ("7b", 4096, 32)):
+        config = LamedConfig.from_dict(config_of(name))
+        assert (config.llm_width, config.llm["num_hidden_layers"]) == (hidden, layers)
+        assert config.vision.hidden_size == config.segmentation.hidden_size == 768 and config.num_visual_tokens == 256
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
+def test_copies_of_a_scan_differ_and_keep_its_range(dtype):
+    base = scans.BenchmarkScan((100 * np.random.default_rng(0).random((4, 5, 6))).astype(dtype), np.eye(4))
+    copies = list(itertools.islice(scans.different(base), 300))
+    assert len({copy.array.tobytes() for copy in copies}) == 300
+    assert all(base.array.min() <= c.array.min() and c.array.max() <= base.array.max() for c in copies)
+    assert all((c.array != base.array).sum() <= 2 for c in copies)
+
+
+def test_the_phantom_is_a_ct_with_lungs():
+    array = scans.phantom((64, 64, 16)).array
+    assert array.dtype == np.int16 and array.min() < -900 and -10 < array[32, 45, 8] < 90 and array[16, 32, 8] < -700
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_baseline_answers_as_the_reference_does(checkpoint, precision):
+    baseline, scan = Baseline(str(checkpoint), precision), scans.phantom((40, 40, 20))
+    asked = baseline.ask(scan, "What is it?", 6)
+    assert 0 < asked.parts["prepare"] + asked.parts["encode"] < asked.first_s < asked.total_s and asked.tokens == 6
+    drawn, mask = baseline.segment(scan, "Segment it: [SEG]", 3)
+    assert drawn.tokens == 3 and mask.shape == scan.array.shape and mask.dtype == bool
+    assert baseline.segment(scan, "What is it?", 3)[1] is None
+
+
+def test_preprocessing_is_measured_in_a_process_of_its_own():
+    found = preprocessing.measure((96, 96, 64), repeats=2)
+    assert found["scan_bytes"] == 2 * 96 * 96 * 64 and 0 < found["file_bytes"] and len(found["seconds"]) == 2
+    assert found["extra_bytes"] >= 0
+
+
+def test_a_result_is_not_changed_by_reporting():
+    whole = result()
+    before = copy.deepcopy(whole)
+    report.ratios_of(whole)
+    assert whole == before

@@ -1,0 +1,137 @@
+"""The benchmark's command, from its arguments to its table, against a server that is none."""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2
+
+from benchmarks import latency, load, scans
+from benchmarks.served import Served
+from tests.tiny import IMAGE_SIZE
+from tests.tiny_bench import write_tiny_checkpoint
+from tests.unit.fake_triton import ANSWER, FakeTriton
+
+QUICK = ("--repeats", "2", "--warm-up", "1", "--floor-seconds", "0.01", "--large-ct", "32,32,16")
+
+
+class Serving(FakeTriton):
+    """Counts a second of computing for each scan that was uploaded and each mask that was drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.mask[0, 1, 2] = True
+        self.study_info = {"preset": "ct", "prepare_s": 0.25}
+        self.answer_info = {"prompt_tokens": 300, "first_token_s": 1e-5, "last_token_s": 3e-5}
+
+    def ModelStatistics(self, request, context):
+        stats = service_pb2.ModelStatisticsResponse()
+        masks = sum(model == "m3d_segment" for model, _ in self.asked)
+        for name, count in (("vision_encoder", len(self.uploads)), ("segmentation_head", masks), ("study", 5)):
+            stats.model_stats.add(name=name).inference_stats.compute_infer.ns = count * 1_000_000_000
+        return stats
+
+
+@pytest.fixture
+def triton():
+    triton = Serving()
+    yield triton
+    triton.stop()
+
+
+@pytest.fixture
+def served(triton):
+    served = Served(triton.url)
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def scan(tmp_path):
+    np.save(tmp_path / "scan.npy", np.random.default_rng(0).random(IMAGE_SIZE, np.float32))
+    return tmp_path / "scan.npy"
+
+
+def test_a_cold_request_holds_the_upload_and_says_where_its_time_went(served, triton):
+    sample, study = served.cold(scans.phantom((8, 8, 8)), "What is it?", 5)
+    assert study.handle == triton.handle and len(triton.uploads) == 1
+    assert sample.tokens == len(ANSWER) and sample.prompt_tokens == 300 and 0 < sample.first_s <= sample.total_s
+    assert sample.parts == pytest.approx({"prepare": 0.25, "vision_encoder": 1.0, "prefill": 1e-5, "decode": 2e-5})
+
+
+def test_a_follow_up_sends_the_question_only(served, triton):
+    _, study = served.cold(scans.phantom((8, 8, 8)), "What is it?", 5)
+    sample = served.ask(study, "Is it large?", 5)
+    assert len(triton.uploads) == 1 and "VOLUME" not in triton.asked[-1][1]
+    assert sample.parts == pytest.approx({"prefill": 1e-5, "decode": 2e-5})
+
+
+def test_a_mask_has_the_parts_that_ran_for_it(served):
+    _, study = served.cold(scans.phantom((8, 8, 8)), "What is it?", 5)
+    sample, found = served.segment(study, "Segment it", 5)
+    assert found.mask.any() and sample.first_s is None
+    assert sample.parts == pytest.approx({"prefill": 1e-5, "decode": 2e-5, "segmentation_head": 1.0})
+
+
+def test_chats_ask_all_their_questions_at_the_same_time(served, triton):
+    studies = [served.upload(scans.phantom((8, 8, 8))) for _ in range(3)]
+    seconds, samples = served.chats(studies, ["a?", "b?"], 5, 3)
+    assert len(samples) == len(triton.asked) == 6 and seconds > 0
+
+
+def test_a_chat_that_fails_fails_the_measurement(served, triton):
+    study = served.upload(scans.phantom((8, 8, 8)))
+    triton.stream_error = "UNAVAILABLE: the language model is restarting"
+    with pytest.raises(Exception, match="restarting"):
+        served.chats([study], ["a?"], 5, 1)
+
+
+def test_the_pieces_of_an_answer_add_up_to_its_tokens(served):
+    study = served.upload(scans.phantom((8, 8, 8)))
+    assert sum(served.pieces(study, "a?", 5)) == len(ANSWER)
+
+
+def test_work_goes_on_until_the_answer_is_there(served):
+    study, worked = served.upload(scans.phantom((8, 8, 8))), []
+    served.during(lambda: worked.append(None), study, "a?", 5)
+    done = len(worked)
+    assert done >= 1
+    served.ask(study, "a?", 5)
+    assert len(worked) == done
+
+
+def test_the_command_measures_a_server_and_its_baseline(triton, scan, tmp_path, capsys, monkeypatch):
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
+    monkeypatch.setattr(load, "MAX_IN_FLIGHT", 8)
+    out = tmp_path / "latency.json"
+    assert latency.main([*QUICK, "--server", triton.url, "--checkpoint", str(checkpoint), "--scan", str(scan),
+                         "--baseline", "fp32", "--tokens", "4", "--concurrency", "1,8", "--rates", "20", "--seconds",
+                         "0.3", "--json", str(out), "--plots", str(tmp_path)]) == 0
+    found, said = json.loads(out.read_text()), capsys.readouterr().out
+    assert {"cold_e2e", "followup_ttft", "throughput_c8", "segment_warm", "overhead_cold"} <= set(found["ratios"])
+    assert {name: len(kinds["cold"]) for name, kinds in found["samples"].items()} == {"served": 2, "baseline fp32": 2}
+    assert {name: len(kinds["cold"]) for name, kinds in found["warm_up"].items()} == {"served": 1, "baseline fp32": 1}
+    assert [row["concurrency"] for row in found["closed_loop"]] == [1, 8, 1, 8]
+    assert [row["baselines"] != {} for row in found["closed_loop"]] == [False, True, False, True]
+    assert [run["scenario"] for run in found["open_loop"]] == ["SingleStream", "Offline", "Server"]
+    assert "| served | cold |" in said and "| baseline fp32 | segment |" in said and "LoadGen scenario" in said
+    # Three rounds' scans, somebody else's in each, seven known ones, and those during the follow-ups: none twice.
+    sent = [upload["VOLUME"].tobytes() for upload in triton.uploads]
+    assert len(set(sent)) >= 3 * 2 + 7 and len(sent) - len(set(sent)) == 3  # each round sends its own again
+
+
+def test_a_server_that_is_not_there_is_a_clear_failure(scan, capsys):
+    assert latency.main([*QUICK, "--server", "127.0.0.1:1", "--scan", str(scan)]) == 1
+    assert "127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_nothing_to_measure_is_a_clear_failure(capsys):
+    assert latency.main([]) == 1
+    assert "--checkpoint, --repository or --server" in capsys.readouterr().err
+
+
+def test_an_answer_without_a_mask_names_the_option(triton, scan, capsys):
+    triton.mask[:] = False
+    assert latency.main([*QUICK, "--server", triton.url, "--scan", str(scan)]) == 1
+    assert "--segment-question" in capsys.readouterr().err
