@@ -18,17 +18,15 @@ import numpy as np
 import onnx
 
 from engine.errors import InvalidInput, M3DError, Unavailable
+from export.build_settings import BuildSettings
 from export.typed_graph import module_of
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-BUILDERS = ("tensorrt", "rtx")
 PLAN = {"tensorrt": "model.plan", "rtx": "model.rtx.plan"}  # Triton looks for the first
 STRIPPED_PLAN = "model.stripped.plan"
 REPORT = "layers.txt"
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-FP8_CAPABILITY = 8.9
 _DTYPES = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "FP8": "FP8", "INT32": "INT32", "INT64": "INT64",
            "INT8": "INT8", "BOOL": "BOOL", "UINT8": "UINT8"}
 _MODULES = {"tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
@@ -39,56 +37,6 @@ _INSTALL = {"tensorrt": "run inside the image of deploy/, or install `tensorrt-c
 
 class BuildError(M3DError):
     """TensorRT cannot parse or build a graph; the message names the ONNX node and the PyTorch module it came from."""
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """How plans are built.
-
-    builder: one of BUILDERS. compute_capability: what rtx builds for, such as "8.9"; None for the GPU's own.
-    max_batch: volumes in a batch at most. best_batches: one optimisation profile for each, tuned for that batch; all
-    accept 1 to max_batch. Every other axis is fixed, so that CUDA graphs can be captured.
-    workspace_gib: scratch memory that a kernel may use. timing_cache: file of measured kernel times, read and written;
-    it makes later builds on the same GPU quicker. version_compatible: the plan runs on later TensorRT 10/11 releases,
-    too. hardware_compatible: it runs on every GPU since Ampere, slower. strip_weights: keep weights out of the built
-    plan, and refit them: a fine-tune of the same architecture then needs no second build.
-    """
-
-    builder: str = "tensorrt"
-    compute_capability: str | None = None
-    max_batch: int = 8
-    best_batches: tuple[int, ...] = (1, 4)
-    workspace_gib: float = 4.0
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    strip_weights: bool = False
-
-    def __post_init__(self):
-        if self.builder not in BUILDERS:
-            raise InvalidInput(f"builder {self.builder!r} is unknown; known are {', '.join(BUILDERS)}")
-        if not self.best_batches or not all(1 <= batch <= self.max_batch for batch in self.best_batches):
-            raise InvalidInput(f"the best batches {self.best_batches} must lie between 1 and {self.max_batch}")
-        if not 0 < self.workspace_gib < 1024:
-            raise InvalidInput(f"workspace must be above 0 GiB, not {self.workspace_gib}")
-        if self.builder == "rtx":
-            if self.compute_capability not in RTX_CAPABILITIES:
-                raise InvalidInput(f"builder rtx needs --compute-capability, one of {', '.join(RTX_CAPABILITIES)}; "
-                                   f"given: {self.compute_capability}")
-            for name in ("timing_cache", "version_compatible", "hardware_compatible"):
-                if getattr(self, name):
-                    raise InvalidInput(f"builder rtx has no {name.replace('_', ' ')}: leave it out")
-        elif self.compute_capability is not None:
-            raise InvalidInput("builder tensorrt builds for the GPU of this machine: leave out --compute-capability, or "
-                               "take --builder rtx")
-
-    def refuse(self, precision: str) -> None:
-        """Raises InvalidInput for a precision that the settings rule out."""
-        if precision == "fp8" and self.compute_capability and float(self.compute_capability) < FP8_CAPABILITY:
-            raise InvalidInput(f"fp8 needs compute capability {FP8_CAPABILITY} or later, not {self.compute_capability}")
-        if precision == "fp8" and self.strip_weights:
-            raise InvalidInput("fp8 cannot be refitted, since its scales belong to one checkpoint: leave out "
-                               "--strip-weights")
 
 
 @dataclass(frozen=True)
