@@ -29,7 +29,7 @@ STRIPPED_PLAN = "model.stripped.plan"
 REPORT = "layers.txt"
 _DTYPES = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "FP8": "FP8", "INT32": "INT32", "INT64": "INT64",
            "INT8": "INT8", "BOOL": "BOOL", "UINT8": "UINT8"}
-_MODULES = {"tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+_MODULES = {"tensorrt": ("tensorrt", "tensorrt_bindings"), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _INSTALL = {"tensorrt": "run inside the image of deploy/, or install `tensorrt-cu13` on a machine with an NVIDIA GPU; "
                         "without a GPU, check the graphs with --builder rtx",
             "rtx": "install the extra `m3d-engine[tensorrt-rtx]`"}
