@@ -1,12 +1,14 @@
 # Two commands matter: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test train-demo clean
+.PHONY: help demo serve test gpu-check train-demo clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := out
+# The environment of the image in deploy/, or any other that has vLLM and TensorRT; here it says what is missing.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 # The CPU build of torch: from a local wheel folder if PIP_FIND_LINKS names one that holds it for this Python, else from
 # PyTorch's own CPU index.
@@ -29,11 +31,15 @@ serve: $(VENV)/serving  ## export the demo model and serve it until Ctrl-C
 test: $(VENV)/testing  ## run the test suite (unit and functional, with a real Triton)
 	@$(BIN)/python -m pytest
 
+gpu-check:  ## on a machine with a GPU: build, compare with PyTorch, serve, fixtures, latency, with a report
+	@$(GPU_PYTHON) deploy/gpu_check.py --out $(OUT)/gpu-check
+
 train-demo: $(VENV)/testing  ## train the demo model again from the scans that packages carry (long)
 	@$(BIN)/python training/finetune.py training/demo/recipe.json --out training/demo
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(OUT) model_repository/manifest.json model_repository/*/1/model.onnx* \
+	rm -rf $(VENV) $(OUT) model_repository/manifest.json model_repository/*/1/model.onnx* model_repository/*/1/*.plan \
+	  model_repository/*/1/layers.txt model_repository/*/configs/tensorrt.pbtxt \
 	  model_repository/decoder/1/llm model_repository/retrieval/1/tokenizer
 
 $(VENV)/bin/uv:
@@ -50,5 +56,5 @@ $(VENV)/serving: pyproject.toml overrides.txt | $(VENV)/bin/uv
 
 $(VENV)/testing: $(VENV)/serving
 	@echo "installing what training and the tests need ..."
-	@$(INSTALL) --editable '.[cpu,train,test]'
+	@$(INSTALL) --editable '.[cpu,train,test,tensorrt-rtx]'
 	@touch $@
