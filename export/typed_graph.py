@@ -58,8 +58,8 @@ def typed(model: onnx.ModelProto, precision: str, amax: dict[str, float] | None 
 def plain_attention(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which keys reach their product by one transposition of the last two axes.
 
-    The exporter reshapes keys to three axes and back, by sizes computed at run time, which hides the attention from
-    TensorRT's pattern matching. Weights are shared with `model`, not copied.
+    The exporter reshapes keys to three axes and back, by sizes computed at run time; TensorRT then copies queries, keys
+    and values before each attention.
     """
     copied = onnx.ModelProto()
     copied.CopyFrom(model)

@@ -77,14 +77,6 @@ def test_a_full_size_encoder_builds_for_every_architecture(full_size, precision)
         assert (full_size.parent / tensorrt.REPORT).read_text().startswith("Layers:")
 
 
-def test_attention_is_not_fused_as_pytorch_exports_it(full_size, monkeypatch):
-    monkeypatch.setattr(typed_graph, "plain_attention", lambda model: onnx.ModelProto.FromString(model.SerializeToString()))
-    typed = full_size.with_name("model.typed.onnx")
-    typed_graph.save(typed_graph.typed(onnx.load(full_size), "fp16"), typed)
-    entry = tensorrt.build(typed, full_size.with_name("model.rtx.plan"), BuildSettings("rtx", "8.9"))
-    assert entry["fused_attentions"] < BLOCKS * PROFILES
-
-
 # --- a whole repository ----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def planned(fixture_checkpoint, tmp_path_factory):
