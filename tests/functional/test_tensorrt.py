@@ -66,9 +66,11 @@ def test_a_full_size_encoder_builds_for_every_architecture(full_size, precision)
     typed = full_size.with_name("model.typed.onnx")
     typed_graph.save(model, typed)
     del model
-    for architecture in ARCHITECTURES:
-        if precision == "fp8" and float(architecture) < 8.9:
-            continue  # these have no fp8 arithmetic; see the refusal below
+    # fp8 needs 8.9. The encoders are the same transformer: one is built for all, the others for one architecture each.
+    architectures = [a for a in ARCHITECTURES if precision != "fp8" or float(a) >= 8.9]
+    if full_size.parents[1].name != PLANNED[0]:
+        architectures = [ARCHITECTURES[typed_graph.PRECISIONS.index(precision)]]
+    for architecture in architectures:
         entry = tensorrt.build(typed, full_size.with_name("model.rtx.plan"), BuildSettings("rtx", architecture))
         assert entry["bindings"]["IMAGE"] == ["FP32", -1, 1, 32, 256, 256]
         assert entry["profiles"] == [[1, 1, 8], [1, 4, 8]] and entry["bytes"] > 80e6
