@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import gc
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from engine.server.triton import Triton
 from export import graphs, tensorrt, typed_graph
 from export.build_engines import PLANNED, export
 from export.build_settings import BuildSettings
-from tests.conftest import ROOT, copy_repository
+from tests.conftest import copy_repository
 from tests.tiny import volume, write_tiny_clip
 
 ARCHITECTURES = ("8.0", "8.6", "8.9", "12.0")
@@ -224,17 +223,3 @@ def test_an_export_refuses_what_cannot_be_built_before_it_starts(fixture_checkpo
     with pytest.raises(InvalidInput):
         export(str(fixture_checkpoint), repository, **arguments)
     assert not list(repository.glob("*/1/model.onnx"))
-
-
-# --- types -----------------------------------------------------------------------------------------------------------
-def test_what_speaks_to_tensorrt_fits_its_type_stubs(tmp_path):
-    wrong = tmp_path / "wrong.py"
-    source = (ROOT / "export" / "tensorrt.py").read_text()
-    assert "builder.create_builder_config()" in source
-    wrong.write_text(source.replace("builder.create_builder_config()", "builder.create_builder_configuration()"))
-    done = subprocess.run([sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports",
-                           "--explicit-package-bases", "--cache-dir", tmp_path, "export/tensorrt.py", wrong],
-                          cwd=ROOT, capture_output=True, text=True)
-    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
-    assert errors and all(str(wrong) in line for line in errors), done.stdout
-    assert any("create_builder_configuration" in line for line in errors)
