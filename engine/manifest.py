@@ -16,6 +16,7 @@ FILE_NAME = "manifest.json"
 FORMAT = 1
 LLM_FOLDER = Path("decoder") / "1" / "llm"
 CLIP_TOKENIZER_FOLDER = Path("retrieval") / "1" / "tokenizer"
+TENSORRT_CONFIG = Path("configs") / "tensorrt.pbtxt"  # of a graph, for `--model-config-name tensorrt`
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,11 @@ class Manifest:
     num_visual_tokens: visual tokens a scan becomes. llm_width: width of the language model.
     seg_token_id, image_token_id: token ids; seg_token_id is None for a checkpoint without segmentation.
     context_length: tokens that question, visual tokens and answer share.
-    graphs: per ONNX graph {"sha256", "max_error", "mean_error", "bound", "opset"} against PyTorch on random input.
+    precision: of the language model, and of the encoders unless `plans` says otherwise.
+    graphs: per ONNX graph {"sha256", "max_error", "mean_error", "bound", "opset"} against PyTorch on random input; for
+    target tensorrt also {"plan": ...}: precision, errors, builder, TensorRT version, compute capability, bindings.
     models: the models of the repository that this export makes servable.
+    plans: for target tensorrt, how the plans were built; empty for a CPU.
     clip_text_length: tokens that retrieval pads texts to; None without CLIP or without its tokenizer.
     files: size in bytes of every exported file, by path inside the repository.
     """
@@ -52,6 +56,7 @@ class Manifest:
     clip_checkpoint_sha256: str | None = None
     clip_text_length: int | None = None
     clip_image_size: tuple[int, int, int] | None = None
+    plans: dict = field(default_factory=dict)
     format: int = FORMAT
     files: dict[str, int] = field(default_factory=dict)
 

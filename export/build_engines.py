@@ -1,6 +1,8 @@
 """Export a checkpoint into a Triton model repository.
 
     python export/build_engines.py --checkpoint CHECKPOINT --target cpu --repository model_repository
+    python export/build_engines.py --checkpoint CHECKPOINT --target tensorrt --precision fp16    (on the GPU machine)
+    python export/build_engines.py ... --target tensorrt --builder rtx --compute-capability 8.9  (anywhere, to check)
 
 CHECKPOINT is a folder in the published layout or a Hugging Face id. The repository is this project's model_repository
 or a copy of its tracked files. A second run with nothing changed does nothing.
@@ -9,30 +11,35 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import importlib.metadata
 import shutil
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script, from any folder
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __package__ in (None, ""):  # run as a script, from any folder, whose own modules must not hide packages
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from engine import contract, manifest  # noqa: E402
-from engine.errors import CheckpointError, M3DError, RepositoryError  # noqa: E402
-from engine.manifest import CLIP_TOKENIZER_FOLDER, LLM_FOLDER, Manifest  # noqa: E402
+from engine.errors import CheckpointError, InvalidInput, M3DError, RepositoryError  # noqa: E402
+from engine.manifest import CLIP_TOKENIZER_FOLDER, LLM_FOLDER, TENSORRT_CONFIG, Manifest  # noqa: E402
 from engine.prompt import IMAGE_TOKEN, Prompt  # noqa: E402
+from export.build_settings import BUILDERS, RTX_CAPABILITIES, BuildSettings  # noqa: E402
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 VERSIONED = ("m3d-engine", "torch", "onnx", "onnxruntime", "transformers")
+PLANNED = ("vision_encoder", "segmentation_encoder", "clip_image_encoder")  # TensorRT's; the others stay ONNX graphs
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         export(arguments.checkpoint, arguments.repository, clip_checkpoint=arguments.clip_checkpoint,
-               target=arguments.target, precision=arguments.precision, force=arguments.force)
+               target=arguments.target, precision=arguments.precision, settings=_settings(arguments),
+               calibration=arguments.calibration, force=arguments.force)
     except M3DError as error:
         print(f"export failed: {error}", file=sys.stderr)
         return 1
@@ -40,9 +47,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = None, target: str = "cpu",
-           precision: str = "fp32", force: bool = False) -> Manifest:
+           precision: str = "fp32", settings: BuildSettings | None = None, calibration: Sequence[Path] = (),
+           force: bool = False) -> Manifest:
     """Export into `repository` and return its manifest; the one that is there if nothing changed since.
 
+    precision: on a CPU the language model's. For TensorRT the encoders', and the language model's, which has bf16
+    beside fp8 encoders. settings: how plans are built, for target tensorrt alone. calibration: scans that fp8 is
+    calibrated on; every plan is compared with PyTorch on them.
     Raises CheckpointError (naming what does not fit), RepositoryError (no model repository there) or ExportError (a
     graph does not compute what PyTorch does). A repository whose export broke off has no manifest and is not served.
     """
@@ -54,7 +65,9 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
     if clip_checkpoint is not None:
         sources["clip_checkpoint"] = checkpoints.resolve(clip_checkpoint)
     hashes = {f"{name}_sha256": checkpoints.sha256(folder) for name, folder in sources.items()}
-    wanted = {**hashes, "target": target, "precision": precision, "versions": _versions()}
+    plans = _check_target(target, precision, settings, calibration)
+    llm_precision = "bf16" if precision == "fp8" else precision
+    wanted = {**hashes, "target": target, "precision": llm_precision, "versions": _versions(), "plans": plans}
     if not force and (current := _current(repository, wanted)) is not None:
         print(f"{repository}: nothing changed since the last export, nothing to do")
         return current
@@ -62,12 +75,13 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
     (repository / manifest.FILE_NAME).unlink(missing_ok=True)
     _remove_artifacts(repository)
     started = time.perf_counter()
-    values, graphs = _export_lamed(checkpoint, repository, precision)
+    finish = _Planner(repository, precision, settings, calibration).finish if settings is not None else None
+    values, graphs = _export_lamed(checkpoint, repository, llm_precision, finish)
     models = list(contract.CHAT_MODELS)
     if values["seg_token_id"] is not None:
         models += contract.SEGMENT_MODELS
     if clip_checkpoint is not None:
-        clip_values, clip_graphs = _export_clip(clip_checkpoint, repository)
+        clip_values, clip_graphs = _export_clip(clip_checkpoint, repository, finish)
         values, graphs = {**values, **clip_values, "clip_checkpoint": str(clip_checkpoint)}, {**graphs, **clip_graphs}
         models += contract.CLIP_ENCODERS if clip_values["clip_text_length"] is None else contract.RETRIEVE_MODELS
     result = Manifest(checkpoint=str(checkpoint), models=tuple(models), graphs=graphs, **wanted, **values)
@@ -78,7 +92,7 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
     return result
 
 
-def _export_lamed(checkpoint: str, repository: Path, precision: str) -> tuple[dict, dict]:
+def _export_lamed(checkpoint: str, repository: Path, precision: str, finish=None) -> tuple[dict, dict]:
     import torch
 
     from engine.models.checkpoint import build_lamed, load_tokenizer, open_lamed
@@ -101,7 +115,7 @@ def _export_lamed(checkpoint: str, repository: Path, precision: str) -> tuple[di
     del model
     while pending:  # each graph's weights are freed before the next is exported
         graph = pending.pop(0)
-        graphs[graph.name] = _built(build, graph, repository)
+        graphs[graph.name] = _built(build, graph, repository, finish)
         del graph
         gc.collect()
     eos = config.llm.get("eos_token_id", tokenizer.eos_token_id)
@@ -115,7 +129,7 @@ def _export_lamed(checkpoint: str, repository: Path, precision: str) -> tuple[di
     return values, graphs
 
 
-def _export_clip(checkpoint: str, repository: Path) -> tuple[dict, dict]:
+def _export_clip(checkpoint: str, repository: Path, finish=None) -> tuple[dict, dict]:
     from engine.models.checkpoint import has_tokenizer, load_clip, load_tokenizer
     from export.graphs import build, clip_graphs
 
@@ -126,14 +140,75 @@ def _export_clip(checkpoint: str, repository: Path) -> tuple[dict, dict]:
         values["clip_text_length"] = model.config.max_text_len
     else:
         _say("retrieval", f"left out, since {source} has no tokenizer; its encoders alone are served")
-    return values, {graph.name: _built(build, graph, repository) for graph in clip_graphs(model)}
+    return values, {graph.name: _built(build, graph, repository, finish) for graph in clip_graphs(model)}
 
 
-def _built(build, graph, repository: Path) -> dict:
+def _built(build, graph, repository: Path, finish) -> dict:
     _say(graph.name, "ONNX graph")
     entry = build(graph, repository)
     _say(graph.name, f"off by {entry['max_error']:.1e} at most, {entry['bound']:.0e} allowed ({entry['seconds']} s)")
-    return entry
+    return entry if finish is None else {**entry, **finish(graph)}
+
+
+class _Planner:
+    """What target tensorrt does with an exported ONNX graph."""
+
+    def __init__(self, repository: Path, precision: str, settings: BuildSettings, calibration: Sequence[Path]):
+        self.repository = repository
+        self.precision = precision
+        self.settings = settings
+        self.calibration = calibration
+        self._volumes: dict[tuple, list] = {}
+
+    def finish(self, graph) -> dict:
+        """Build the plan, or fit the ONNX graph to Triton's ONNX Runtime backend; more of the manifest's entry."""
+        import onnx
+
+        from export import plans, typed_graph
+
+        path = self.repository / graph.name / "1" / "model.onnx"
+        plans.write_config(graph.name, self.repository,
+                           dict(zip(contract.MODELS[graph.name].input_names, graph.input_shapes)))
+        if graph.name not in PLANNED:
+            typed_graph.save(typed_graph.free_shapes(onnx.load(path)), path)
+            return {}
+        volumes = self._prepared(graph.input_shapes[0][1:])
+        return {"plan": plans.build(graph, self.repository, self.precision, self.settings, volumes,
+                                    lambda text: _say(graph.name, text))}
+
+    def _prepared(self, image_size: tuple[int, ...]) -> list:
+        from engine.scan import pack_scan, read_scan
+        from engine.volume import prepare
+
+        if image_size not in self._volumes:
+            packed = [pack_scan(path) for path in self.calibration]
+            self._volumes[image_size] = [prepare(read_scan(data, affine=affine), image_size).image
+                                         for data, affine in packed]
+        return self._volumes[image_size]
+
+
+def _check_target(target: str, precision: str, settings: BuildSettings | None, calibration: Sequence[Path]) -> dict:
+    """What the manifest says about how plans are built. Raises InvalidInput for what does not go together."""
+    if target == "cpu":
+        if precision == "fp8":
+            raise InvalidInput("fp8 is for --target tensorrt; a CPU has fp32, bf16 and fp16")
+        if settings is not None or calibration:
+            raise InvalidInput("builder settings and --calibration are for --target tensorrt")
+        return {}
+    from engine.scan import pack_scan
+    from export.tensorrt import bindings_module
+
+    if settings is None:
+        raise InvalidInput("target tensorrt needs build settings")
+    settings.refuse(precision)
+    if precision == "fp8" and not calibration:
+        raise InvalidInput("fp8 is calibrated on scans: give --calibration SCAN [SCAN ...], some of the kind that will "
+                           "be asked about")
+    scans = sorted(hashlib.sha256(pack_scan(path)[0]).hexdigest() for path in calibration)
+    described = {**asdict(settings), "timing_cache": None}
+    described["best_batches"] = list(settings.best_batches)  # as JSON reads it
+    return {**described, "precision": precision, "calibration": scans,
+            "tensorrt": bindings_module(settings.builder).__version__}
 
 
 def _say(name: str, text: str) -> None:
@@ -169,8 +244,9 @@ def _current(repository: Path, wanted: dict) -> Manifest | None:
 
 def _artifact_paths(repository: Path) -> list[Path]:
     """What an export writes: everything in the version folders except the Python models."""
-    return sorted(path for name in contract.MODELS for path in (repository / name / "1").glob("*")
-                  if path.name not in ("model.py", "__pycache__", ".gitkeep"))
+    artifacts = (path for name in contract.MODELS for path in (repository / name / "1").glob("*")
+                 if path.name not in ("model.py", "__pycache__", ".gitkeep"))
+    return sorted([*artifacts, *repository.glob(f"*/{TENSORRT_CONFIG}")])
 
 
 def _artifacts(repository: Path) -> dict[str, int]:
@@ -187,14 +263,42 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="M3D-LaMed: a folder or a Hugging Face id")
     parser.add_argument("--clip-checkpoint", help="M3D-CLIP, for retrieval: a folder or a Hugging Face id")
-    parser.add_argument("--target", choices=("cpu",), default="cpu",
-                        help="what the repository is served on (default: %(default)s; TensorRT is not built yet)")
+    parser.add_argument("--target", choices=("cpu", "tensorrt"), default="cpu",
+                        help="what the repository is served on (default: %(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
-                        help="of the language model; the ONNX graphs stay in fp32 on a CPU (default: %(default)s)")
+                        help="cpu: of the language model (the ONNX graphs stay in fp32). tensorrt: of the encoders and "
+                             "the language model; with fp8 encoders it has bf16 (default: %(default)s)")
     parser.add_argument("--repository", type=Path, default=Path("model_repository"),
                         help="the model repository, or a copy of its tracked files (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="export again although nothing changed")
+    group = parser.add_argument_group("target tensorrt")
+    group.add_argument("--builder", choices=BUILDERS, default="tensorrt",
+                       help="tensorrt builds for this machine's GPU. rtx, TensorRT for RTX, needs no GPU: it proves that "
+                            "everything builds, but Triton does not load its plans (default: %(default)s)")
+    group.add_argument("--compute-capability", metavar="X.Y", help="what rtx builds for: " + ", ".join(RTX_CAPABILITIES))
+    group.add_argument("--calibration", nargs="+", type=Path, default=(), metavar="SCAN",
+                       help="scans that fp8 is calibrated on, and that every plan is compared with PyTorch on")
+    group.add_argument("--workspace-gib", type=float, default=4.0,
+                       help="scratch memory that a kernel may use, GiB (default: %(default)s)")
+    group.add_argument("--timing-cache", type=Path, metavar="FILE",
+                       help="measured kernel times, read and written: later builds on the same GPU are quicker")
+    group.add_argument("--version-compatible", action="store_true",
+                       help="plans run on later TensorRT releases, too (then Triton wants --backend-config "
+                            "tensorrt,version-compatible=true)")
+    group.add_argument("--hardware-compatible", action="store_true", help="plans run on every GPU since Ampere, slower")
+    group.add_argument("--strip-weights", action="store_true",
+                       help="build without weights and refit them, so that a fine-tune needs no second build")
     return parser
+
+
+def _settings(arguments: argparse.Namespace) -> BuildSettings | None:
+    names = ("builder", "compute_capability", "workspace_gib", "timing_cache", "version_compatible",
+             "hardware_compatible", "strip_weights")
+    given = BuildSettings(**{name: getattr(arguments, name) for name in names}) if (
+        arguments.target == "tensorrt") else None
+    if given is None and any(getattr(arguments, name) != _parser().get_default(name) for name in names):
+        raise InvalidInput(f"{', '.join('--' + name.replace('_', '-') for name in names)} are for --target tensorrt")
+    return given
 
 
 if __name__ == "__main__":

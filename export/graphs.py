@@ -10,7 +10,7 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +113,8 @@ def build(graph: Graph, repository: Path) -> dict:
     target.parent.mkdir(parents=True, exist_ok=True)
     _export(graph, target)
     gc.collect()
-    entry = {"opset": OPSET, "bound": graph.bound, **_compare(graph, target)}
+    entry = {"opset": OPSET, "bound": graph.bound,
+             **compare(graph, OnnxGraph(target, contract.MODELS[graph.name]), graph.bound)}
     entry["sha256"] = _sha256(sorted(target.parent.glob(f"{target.name}*")))
     entry["seconds"] = round(time.perf_counter() - started, 1)
     return entry
@@ -132,25 +133,27 @@ def _export(graph: Graph, target: Path) -> None:
             dynamic_shapes=(tuple({0: batch} for _ in graph.input_shapes),), external_data=size > EXTERNAL_DATA_BYTES)
 
 
-def _compare(graph: Graph, target: Path) -> dict:
-    """Largest and mean error against PyTorch on random input, at batch 1 and 2 (which also proves the batch axis)."""
+def compare(graph: Graph, run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], bound: float,
+            inputs: Sequence[tuple[Tensor, ...]] = ()) -> dict:
+    """Largest and mean error of `run` against PyTorch, as shares of the largest output; `inputs` are batches.
+
+    By default batches of 1 and 2 of random values, which also proves the batch axis. Raises ExportError beyond `bound`.
+    """
     model = contract.MODELS[graph.name]
-    running = OnnxGraph(target, model)
     errors = []
-    for batch in (1, 2):
-        inputs = graph.random_inputs(batch)
+    for batch in inputs or [graph.random_inputs(size) for size in (1, 2)]:
         with torch.inference_mode():
-            expected = graph.module(*inputs).numpy()
-        (found,) = running({name: value.numpy() for name, value in zip(model.input_names, inputs)}).values()
+            expected = graph.module(*batch).numpy()
+        (found,) = run({name: value.numpy() for name, value in zip(model.input_names, batch)}).values()
         if found.shape != expected.shape:
             raise ExportError(f"{graph.name}: the graph returns {found.shape}, PyTorch {expected.shape}")
         scale = max(1.0, float(np.abs(expected).max()))
         error = np.abs(found - expected) / scale
         errors.append((float(error.max()), float(error.mean())))
     largest, mean = max(e[0] for e in errors), max(e[1] for e in errors)
-    if not largest <= graph.bound:
-        raise ExportError(f"{graph.name}: the exported graph is off by {largest:.2e} against PyTorch, "
-                          f"{graph.bound:.0e} is allowed")
+    if not largest <= bound:
+        raise ExportError(f"{graph.name}: the exported graph is off by {largest:.2e} against PyTorch, {bound:.0e} is "
+                          "allowed")
     return {"max_error": largest, "mean_error": mean}
 
 

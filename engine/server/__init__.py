@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from engine import gpu
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
 from engine.packages import cache_folder
@@ -150,6 +151,8 @@ class Server:
         if manifest.target != self.target:
             raise RepositoryError(f"{self.repository} was exported for target {manifest.target}, not {self.target}: "
                                   f"serve with --target {manifest.target}, or export with --target {self.target}")
+        if self.target == "tensorrt" and (wrong := gpu.misfits(manifest, gpu.find_gpus(), gpu.tensorrt_version())):
+            raise RepositoryError(f"{self.repository} does not fit this machine: {'; '.join(wrong)}")
         absent = [m for m in manifest.models if not (self.repository / m / "config.pbtxt").is_file()]
         if absent:
             raise RepositoryError(f"{self.repository} lacks the models {', '.join(absent)} that its manifest lists: "

@@ -17,6 +17,8 @@ TARGETS = ("cpu", "tensorrt")
 WHEEL = "nvidia-pytriton"
 # Loading a model with a configuration of the client's own runs code: nobody but the command line may.
 ADMIN_PROTOCOLS = "model-repository,shared-memory,trace,logging"
+# Tensors of requests on their way to a GPU and back: eight volumes of 8.4 MB, and as much again for what they become.
+CUDA_POOL_BYTES = PINNED_POOL_BYTES = 256 << 20
 STUB_TIMEOUT_S = 60  # for a stub's Python to start; loading a model may take longer
 QUIET = {
     "PYTHONUTF8": "1",
@@ -103,6 +105,10 @@ class Triton:
         ]
         if backends is not None:
             command += ["--backend-directory", str(backends), "--model-config-name", "cpu"]
+        else:
+            # `tensorrt` is the export's: config.pbtxt with a warm-up in this checkpoint's sizes.
+            command += ["--model-config-name", "tensorrt", "--cuda-memory-pool-byte-size", f"0:{CUDA_POOL_BYTES}",
+                        "--pinned-memory-pool-byte-size", str(PINNED_POOL_BYTES)]
         return command
 
     def environment(self, run_folder: Path) -> dict[str, str]:

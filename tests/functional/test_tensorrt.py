@@ -1,0 +1,225 @@
+"""The GPU target without a GPU: engines of the published sizes are built ahead of time, and configurations fit them."""
+from __future__ import annotations
+
+import gc
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
+
+from engine import contract
+from engine.errors import InvalidInput, RepositoryError, Unavailable
+from engine.manifest import TENSORRT_CONFIG, Manifest
+from engine.models.clip import M3DClip
+from engine.models.config import ClipConfig, LamedConfig, ViTConfig
+from engine.models.lamed import Lamed
+from engine.server import Server, free_ports
+from engine.server.triton import Triton
+from export import graphs, tensorrt, typed_graph
+from export.build_engines import PLANNED, export
+from export.build_settings import BuildSettings
+from tests.conftest import copy_repository
+from tests.tiny import volume, write_tiny_clip
+
+ARCHITECTURES = ("8.0", "8.6", "8.9", "12.0")
+BLOCKS, PROFILES = 12, 2
+ONNX_DTYPES = {onnx.TensorProto.FLOAT: "FP32", onnx.TensorProto.INT64: "INT64"}
+
+# --- engines of the published sizes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=PLANNED)
+def full_size(request, tmp_path_factory):
+    """The exported ONNX graph of one encoder: 32 x 256 x 256 voxels, 12 blocks, 768 wide; random weights."""
+    vit = ViTConfig((32, 256, 256), (4, 16, 16))
+    with torch.device("meta"):
+        if request.param == "clip_image_encoder":
+            model = M3DClip(ClipConfig(vision=vit, bert={"num_hidden_layers": 1}, max_text_len=128))
+            graph = graphs.clip_graphs(model)[0]
+        else:
+            lamed = Lamed(LamedConfig(vision=vit, segmentation=vit, llm={"hidden_size": 4096}), with_llm=False)
+            graph = graphs.lamed_graphs(lamed)[PLANNED.index(request.param)]
+    graph.module.to_empty(device="cpu").eval()
+    for parameter in graph.module.parameters():
+        torch.nn.init.trunc_normal_(parameter, std=0.02)
+    path = tmp_path_factory.mktemp(request.param) / request.param / "1" / "model.onnx"
+    path.parent.mkdir(parents=True)
+    graphs._export(graph, path)
+    del graph
+    gc.collect()
+    yield path
+    for file in path.parent.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize("precision", typed_graph.PRECISIONS)
+def test_a_full_size_encoder_builds_for_every_architecture(full_size, precision):
+    exported = onnx.load(full_size)
+    model = typed_graph.typed(exported, precision, dict.fromkeys(typed_graph.fp8_inputs(exported), 8.0))
+    del exported
+    typed = full_size.with_name("model.typed.onnx")
+    typed_graph.save(model, typed)
+    del model
+    # fp8 needs 8.9. The encoders are the same transformer: one is built for all, the others for one architecture each.
+    architectures = [a for a in ARCHITECTURES if precision != "fp8" or float(a) >= 8.9]
+    if full_size.parents[1].name != PLANNED[0]:
+        architectures = [ARCHITECTURES[typed_graph.PRECISIONS.index(precision)]]
+    for architecture in architectures:
+        entry = tensorrt.build(typed, full_size.with_name("model.rtx.plan"), BuildSettings("rtx", architecture))
+        assert entry["bindings"]["IMAGE"] == ["FP32", -1, 1, 32, 256, 256]
+        assert entry["profiles"] == [[1, 1, 8], [1, 4, 8]] and entry["bytes"] > 80e6
+        # In reduced precision every attention is one kernel; in fp32 TensorRT has none.
+        assert entry["fused_attentions"] == (0 if precision == "fp32" else BLOCKS * PROFILES)
+        assert (full_size.parent / tensorrt.REPORT).read_text().startswith("Layers:")
+
+
+# --- a whole repository ----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def planned(fixture_checkpoint, tmp_path_factory):
+    """A small checkpoint exported for target tensorrt by TensorRT-RTX, and its manifest."""
+    folder = tmp_path_factory.mktemp("planned")
+    np.save(folder / "scan.npy", volume("scan"))
+    repository = copy_repository(folder)
+    return repository, export(str(fixture_checkpoint), repository, clip_checkpoint=str(write_tiny_clip(folder / "clip")),
+                              target="tensorrt", precision="fp8", settings=BuildSettings("rtx", "8.9"),
+                              calibration=[folder / "scan.npy"])
+
+
+def bindings(repository: Path, manifest: Manifest, name: str) -> dict[str, tuple[str, list[int]]]:
+    """Name -> (Triton's dtype, shape with -1 for free axes) of the plan, or of the ONNX graph."""
+    if plan := manifest.graphs[name].get("plan"):
+        return {tensor: (dtype, shape) for tensor, (dtype, *shape) in plan["bindings"].items()}
+    graph = onnx.load(repository / name / "1" / "model.onnx", load_external_data=False).graph
+    return {value.name: (ONNX_DTYPES[value.type.tensor_type.elem_type],
+                         [dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim])
+            for value in (*graph.input, *graph.output)}
+
+
+def refusals(config: ModelConfig, found: dict[str, tuple[str, list[int]]]) -> list[str]:
+    """Why Triton's backend would not load a model, as the sources of both backends have it (CompareDimsSupported)."""
+    wrong = []
+    configured = {t.name: (DataType.Name(t.data_type).removeprefix("TYPE_"), [-1, *t.dims])
+                  for t in (*config.input, *config.output)}
+    if set(configured) != set(found):
+        wrong.append(f"{sorted(configured)} instead of {sorted(found)}")
+    for name in set(configured) & set(found):
+        (dtype, dims), (actual, shape) = configured[name], found[name]
+        if dtype != actual:
+            wrong.append(f"{name} is {dtype} instead of {actual}")
+        # TensorRT's backend lets a configuration leave open what the plan fixes, ONNX Runtime's does not.
+        open_is_fine = config.backend == "tensorrt"
+        if len(dims) != len(shape) or shape[0] != -1 or any(
+                size not in (-1, dim) and not (dim == -1 and open_is_fine) for dim, size in zip(dims, shape)):
+            wrong.append(f"{name} is {dims} instead of {shape}")
+    return wrong
+
+
+def read(path: Path) -> ModelConfig:
+    return text_format.Parse(path.read_text(), ModelConfig())
+
+
+@pytest.mark.parametrize("config", ["config.pbtxt", str(TENSORRT_CONFIG)])
+@pytest.mark.parametrize("name", contract.GRAPHS)
+def test_the_backend_accepts_the_configuration_of_what_was_built_and_no_mutation_of_it(planned, name, config):
+    repository, manifest = planned
+    config, found = read(repository / name / config), bindings(repository, manifest, name)
+    assert refusals(config, found) == []
+    for kind in ("input", "output"):
+        for position, tensor in enumerate(getattr(config, kind)):
+            for change in (lambda t: setattr(t, "name", f"{t.name}_"), lambda t: t.dims.append(1),
+                           lambda t: setattr(t, "data_type", t.data_type % 13 + 1)):
+                mutated = ModelConfig()
+                mutated.CopyFrom(config)
+                change(getattr(mutated, kind)[position])
+                assert refusals(mutated, found), tensor.name
+
+
+def test_a_graph_with_fixed_axes_would_be_refused_by_the_onnx_runtime_backend(repository, planned):
+    found = bindings(repository, Manifest.read(repository), "segmentation_head")  # as it is served on a CPU
+    assert refusals(read(planned[0] / "segmentation_head" / "config.pbtxt"), found)
+
+
+@pytest.mark.parametrize("name", contract.GRAPHS)
+def test_the_warm_up_has_the_checkpoints_own_sizes(planned, name):
+    repository, manifest = planned
+    config, plain = read(repository / name / TENSORRT_CONFIG), read(repository / name / "config.pbtxt")
+    assert [warmup.batch_size for warmup in config.model_warmup] == [1, config.max_batch_size]
+    shapes = {"IMAGE": [1, *manifest.image_size], "SEG_STATE": [manifest.llm_width],
+              "INPUT_IDS": [manifest.clip_text_length], "ATTENTION_MASK": [manifest.clip_text_length],
+              "FEATURES": [64, *(n // p for n, p in zip(manifest.image_size, manifest.patch_size))]}
+    for warmup in config.model_warmup:
+        assert {name: list(given.dims) for name, given in warmup.inputs.items()} == {
+            t.name: shapes[t.name] for t in config.input}
+    del config.model_warmup[:]
+    assert config == plain
+
+
+def test_the_manifest_says_how_plans_were_built_and_how_exact_they_are(planned):
+    repository, manifest = planned
+    assert (manifest.target, manifest.precision, manifest.plans["precision"]) == ("tensorrt", "bf16", "fp8")
+    for name in PLANNED:
+        plan = manifest.graphs[name]["plan"]
+        assert 0 < plan["max_error"] <= plan["bound"] and plan["compared"] == "typed graph on the CPU"
+        assert sorted(p.name for p in (repository / name / "1").iterdir()) == ["layers.txt", "model.py", "model.rtx.plan"]
+    assert Manifest.read(repository) == manifest
+
+
+def test_plans_that_were_built_to_check_are_not_served(planned):
+    with pytest.raises((RepositoryError, Unavailable), match="TensorRT for RTX"):
+        Server(planned[0], target="tensorrt", **free_ports())._check()
+
+
+@pytest.mark.parametrize("name", contract.GRAPHS)
+def test_the_real_triton_reads_a_gpu_configuration_and_misses_its_backend_alone(planned, name, tmp_path):
+    triton = Triton.find("cpu")
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / name).symlink_to(planned[0] / name)
+    ports = free_ports()
+    done = subprocess.run(
+        [triton.binary, "--model-repository", tmp_path / "repository", "--model-config-name", "tensorrt",
+         "--backend-directory", triton.assemble_backends(tmp_path), "--disable-auto-complete-config",
+         "--http-port", str(ports["http_port"]), "--grpc-port", str(ports["grpc_port"]), "--allow-metrics", "false",
+         "--exit-timeout-secs", "5"], env=triton.environment(tmp_path), capture_output=True, text=True, timeout=120)
+    backend = read(planned[0] / name / "config.pbtxt").backend
+    assert f"unable to find backend library for backend '{backend}'" in done.stdout + done.stderr
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+def test_a_node_that_tensorrt_does_not_know_is_named_with_its_module(tmp_path):
+    node = onnx.helper.make_node("StringNormalizer", ["IMAGE"], ["OUT"], name="node_odd")
+    node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'model.vision_tower.odd', 'odd']")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in ("IMAGE", "OUT")]
+    graph = tmp_path / "odd_encoder" / "1" / "model.onnx"
+    graph.parent.mkdir(parents=True)
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "odd", values[:1], values[1:]),
+                                     opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), graph)
+    with pytest.raises(tensorrt.BuildError, match=r"odd_encoder.*node_odd \(StringNormalizer\) of vision_tower\.odd"):
+        tensorrt.build(graph, tmp_path / "model.rtx.plan", BuildSettings("rtx", "8.9"))
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"builder": "trt"}, "trt"), ({"builder": "rtx"}, "--compute-capability"),
+    ({"builder": "rtx", "compute_capability": "9.9"}, "9.9"), ({"compute_capability": "8.9"}, "of this machine"),
+    ({"builder": "rtx", "compute_capability": "8.9", "strip_weights": True}, "--strip-weights"),
+    ({"best_batches": (9,)}, "between 1 and 8"), ({"workspace_gib": 0}, "above 0"),
+])
+def test_settings_that_do_not_go_together_are_refused(settings, words):
+    with pytest.raises(InvalidInput, match=words):
+        BuildSettings(**settings)
+
+
+@pytest.mark.parametrize("arguments", [
+    {"target": "cpu", "precision": "fp8"}, {"target": "cpu", "settings": BuildSettings()},
+    {"target": "tensorrt", "precision": "fp8", "settings": BuildSettings("rtx", "8.9")},  # no calibration
+    {"target": "tensorrt", "precision": "fp8", "settings": BuildSettings("rtx", "8.6"), "calibration": ["x.npy"]},
+])
+def test_an_export_refuses_what_cannot_be_built_before_it_starts(fixture_checkpoint, tmp_path, arguments):
+    repository = copy_repository(tmp_path)
+    with pytest.raises(InvalidInput):
+        export(str(fixture_checkpoint), repository, **arguments)
+    assert not list(repository.glob("*/1/model.onnx"))
