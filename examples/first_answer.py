@@ -17,7 +17,7 @@ from engine.picture import montage
 from engine.samples import write_sample
 from engine.server import Server, free_ports
 
-QUESTIONS = ("What kind of scan is this and which part of the body does it show?", "Is the brain stem visible in this scan?")
+QUESTIONS = ("Is this a CT or an MR scan?", "Which part of the body is shown?", "Is the brain stem visible in this scan?")
 SEGMENT = "Please segment the left thalamus."
 
 
@@ -31,13 +31,13 @@ def main(repository: Path, out: Path) -> None:
         study = client.upload(scan)
         say(f"the server chose preset {study.info['preset']}: {study.info['reason']}")
         for question in QUESTIONS:
-            print(f"\n  Q  {question}\n  A  ", end="")
+            print(f"\n  Q  {question}\n  A ", end="")
             for text in client.stream(study, question):
                 print(text, end="", flush=True)
             print()
         print(f"\n  Q  {SEGMENT}")
         found = client.segment(study, SEGMENT)
-        print(f"  A  {found.answer.text}\n")
+        print(f"  A {found.answer.text}\n")
         if found.mask is None:
             raise M3DError("the model drew no mask")
         mask = found.save(out / "mask.nii.gz")

@@ -52,7 +52,9 @@ class Serving:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "engine.cli", "serve", "--repository", str(repository), "--log", str(log),
              *(word for pair in ports.items() for word in pair)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # As in a terminal: a test run started in the background inherits an ignored SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         self.said = ""
         while not re.search(r"^ready on", self.said, re.M):
             line = self.process.stderr.readline()
