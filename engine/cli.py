@@ -84,9 +84,17 @@ def ask(scan: ScanPath, question: Question, server: ServerUrl = "localhost:8001"
     with M3DClient(server, timeout) as client:
         study = client.upload(scan, preset=preset)
         _note_study(study)
-        with client.stream(study, question, **sampling) as stream:
-            for text in stream:
-                print(text, end="", flush=True)
+        begun = False
+        try:
+            with client.stream(study, question, **sampling) as stream:
+                for text in stream:
+                    # Many tokenizers begin an answer with a space.
+                    print(text if begun else text.lstrip(), end="", flush=True)
+                    begun = True
+        except BaseException:
+            # What is said about it begins a line of its own.
+            print(end="\n" if begun else "")
+            raise
         print()
         _note_answer(stream.answer)
 
@@ -105,7 +113,10 @@ def segment(scan: ScanPath, question: Question,
 
     if not output.name.endswith((".nii", ".nii.gz")):
         raise InvalidInput(f"--output {output.name}: a mask is written as .nii or .nii.gz")
-    for path in (output, picture or output):
+    picture = picture or output.with_name(output.name.removesuffix(".gz").removesuffix(".nii") + ".png")
+    if picture.suffix != ".png":
+        raise InvalidInput(f"--picture {picture.name}: a picture is written as .png")
+    for path in (output, picture):
         if not path.absolute().parent.is_dir():
             raise InvalidInput(f"the folder {path.parent} does not exist")
     sampling = _sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
@@ -114,10 +125,12 @@ def segment(scan: ScanPath, question: Question,
         study = client.upload(scan, preset=preset)
         _note_study(study)
         result = client.segment(study, question, **sampling)
-    print(result.answer.text, flush=True)
+    print(result.answer.text.strip(), flush=True)
     _note_answer(result.answer)
+    if result.mask is None:
+        notes.print("the answer asks for no mask (it has no [SEG]): nothing is written; for answers alone use m3d ask")
+        raise typer.Exit(1)
     path = result.save(output)
-    picture = picture or output.with_name(output.name.removesuffix(".gz").removesuffix(".nii") + ".png")
     data, affine = pack_scan(scan)
     shown = read_scan(data, affine=affine)
     montage(picture, shown.array, shown.affine, result.mask, question, result.answer.text)
@@ -210,7 +223,7 @@ def main() -> None:
     """Entry point of `m3d`: one line instead of a traceback, exit code 2 for bad input and 1 for all else."""
     try:
         app()
-    except M3DError as error:
+    except (M3DError, OSError) as error:
         notes.print("[red]error:[/] ", end="")
         notes.print(str(error), markup=False)
         sys.exit(2 if isinstance(error, InvalidInput) else 1)

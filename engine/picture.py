@@ -22,6 +22,7 @@ def montage(path: str | PathLike, scan: np.ndarray, affine: np.ndarray, mask: np
     scan: 3 axes; affine: 4 x 4, voxel to world, RAS+ mm; mask: bool, the scan's shape, or None. Each plane lies where
     the mask is largest, or halfway through the scan. All planes have one scale.
     """
+    title, subtitle = title.strip(), subtitle.strip()
     # Imported here: nothing else of the client needs it, and it takes a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

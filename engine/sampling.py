@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
+
+import numpy as np
 
 from engine.errors import InvalidInput
 
@@ -30,8 +31,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        stop = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
+        stop = self.stop or ()
+        if not isinstance(stop, (str, list, tuple)):
+            raise InvalidInput(f"stop must be a text or a list of texts, not {stop!r}")
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         self._integer("max_new_tokens", 1, 1 << 20)
         self._number("temperature", 0.0, 2.0)
         self._number("top_p", 0.0, 1.0, exclusive=True)
@@ -44,6 +50,8 @@ class Sampling:
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARACTERS:
                 raise InvalidInput(f"stop: every string must have 1 to {MAX_STOP_CHARACTERS} characters")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InvalidInput("stop: a string is not valid Unicode text")
 
     def _integer(self, name, low, high):
         value = getattr(self, name)
@@ -52,10 +60,11 @@ class Sampling:
 
     def _number(self, name, low, high, exclusive=False):
         value = getattr(self, name)
-        valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not valid or not (low < value if exclusive else low <= value) or value > high:
+        valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # Not a number is in no range; a whole number too long for a float still compares.
+        if not valid or not low <= value <= high or not (low < value if exclusive else low <= value) or value > high:
             edge = "above" if exclusive else "from"
-            raise InvalidInput(f"{name} must be a number {edge} {low:g} to {high:g}, not {value!r}")
+            raise InvalidInput(f"{name} must be a number {edge} {low:g} to {high:g}, not {repr(value)[:40]}")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -72,7 +81,7 @@ class Sampling:
     def from_json(cls, text: str | bytes) -> "Sampling":
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidInput(f"SAMPLING is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise InvalidInput(f"SAMPLING must be a JSON object, not {type(values).__name__}")

@@ -87,6 +87,9 @@ class _Clock(TrainerCallback):
     def __init__(self, trainer: "StageTrainer"):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.steps_summed = state.global_step
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.sampler.epoch = int(state.epoch)
 
@@ -141,7 +144,7 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.sampler = EpochSampler(len(data), settings.seed)
         self._sums: dict[str, float] = defaultdict(float)
-        self._steps_summed = 0
+        self.steps_summed = 0
         self._staging: Path | None = None
         for callback in (_Clock(self), *getattr(data, "callbacks", ())):
             self.add_callback(callback)
@@ -173,13 +176,13 @@ class StageTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
-            steps = max(1, self.state.global_step - self._steps_summed)
+            steps = max(1, self.state.global_step - self.steps_summed)
             names = sorted(self._sums)
             means = torch.tensor([self._sums[name] / steps for name in names], device=self.args.device)
             means = self.accelerator.reduce(means, reduction="mean")
             logs |= {f"loss_{name}": value for name, value in zip(names, means.tolist())}
             self._sums.clear()
-            self._steps_summed = self.state.global_step
+            self.steps_summed = self.state.global_step
         super().log(logs, start_time)
 
     # Checkpoints are written beside their place and moved there when every process is done.

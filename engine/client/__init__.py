@@ -8,10 +8,11 @@
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -21,14 +22,13 @@ from tritonclient.grpc import service_pb2
 
 from engine import contract
 from engine.client.wire import Connection, text_of
-from engine.contract import Tensor
 from engine.errors import Cancelled, InvalidInput, M3DError, StudyNotFound, Unavailable
 from engine.sampling import Sampling
 
 DEFAULT_URL = "localhost:8001"
-# The second step of m3d_chat, asked by itself: Triton does not pass a cancellation on to a step of an ensemble that is
-# running, so that an answer nobody waits for any more would be decoded to its end.
-_CHAT = "decoder"
+# The steps of m3d_chat and m3d_segment, asked one by one: Triton does not pass a cancellation on to a step of an
+# ensemble that is running, so that an answer nobody waits for any more would be decoded to its end.
+_STUDY, _DECODER, _SEGMENTATION = "study", "decoder", "segmentation"
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,28 +191,36 @@ class M3DClient:
 
         source = Source(scan, affine, preset)
         data, affine = pack_scan(scan, affine)
-        outputs = self._connection.infer("study", {contract.VOLUME: data, contract.AFFINE_IN: affine,
+        outputs = self._connection.infer(_STUDY, {contract.VOLUME: data, contract.AFFINE_IN: affine,
                                                    contract.PRESET: preset}, self._timeout(timeout))
         return Study(text_of(outputs["STUDY"]), json.loads(text_of(outputs["STUDY_INFO"])), source)
 
     def stream(self, study, question: str, *, timeout: float | None = None, **sampling) -> TextStream:
         """Ask, and read the answer as it is made. sampling: see engine.sampling.Sampling."""
-        return TextStream(self._ask(_CHAT, study, question, sampling, {contract.STREAM: True}, timeout))
+        return TextStream(self._ask(study, question, sampling, True, self._timeout(timeout)))
 
     def ask(self, study, question: str, *, timeout: float | None = None, **sampling) -> Answer:
         """Ask, and wait for the whole answer."""
-        return self._whole(self._ask(_CHAT, study, question, sampling, {contract.STREAM: False}, timeout))[0]
+        return self._whole(self._ask(study, question, sampling, False, self._timeout(timeout)))[0]
 
     def segment(self, study, question: str, return_logits: bool = False, *, timeout: float | None = None,
                 **sampling) -> Segmentation:
         """Ask for a structure, and get the answer with its mask."""
-        extra = {contract.SEGMENT_HINT: True, contract.RETURN_LOGITS: return_logits}
-        answer, outputs = self._whole(self._ask("m3d_segment", study, question, sampling, extra, timeout))
-        mask = None
-        if outputs["MASK"].size:
-            shape = outputs["MASK_SHAPE"]
-            mask = np.unpackbits(outputs["MASK"], count=math.prod(shape)).reshape(shape).astype(bool)
-        return Segmentation(answer, mask, outputs["MASK_AFFINE"], outputs["LOGITS"] if outputs["LOGITS"].size else None)
+        left = _Countdown(self._timeout(timeout))
+        asked = self._ask(study, question, sampling, False, left(), hint=True)
+        answer, outputs = self._whole(asked)
+        if not len(outputs["SEG_STATES"]):
+            return Segmentation(answer, None, np.zeros((4, 4)), None)
+
+        def draw(to: Study):
+            inputs = {contract.STUDY_IN: to.handle, contract.SEG_STATES: outputs["SEG_STATES"],
+                      contract.RETURN_LOGITS: return_logits}
+            return self._connection.infer(_SEGMENTATION, inputs, left())
+
+        drawn = self._resent(draw, asked.study, left())
+        shape = drawn["MASK_SHAPE"]
+        mask = np.unpackbits(drawn["MASK"], count=math.prod(shape)).reshape(shape).astype(bool)
+        return Segmentation(answer, mask, drawn["MASK_AFFINE"], drawn["LOGITS"] if drawn["LOGITS"].size else None)
 
     def rank(self, study, texts: Sequence[str], *, timeout: float | None = None) -> Ranking:
         """Score texts by how well they fit the scan (M3D-CLIP)."""
@@ -220,28 +228,37 @@ class M3DClient:
             raise InvalidInput("texts must be a list of one or more texts that are not empty")
         timeout = self._timeout(timeout)
         study = self._as_study(study, timeout)
-        inputs = {contract.TEXTS: texts}
-        try:
-            outputs = self._connection.infer("m3d_retrieve", inputs | {contract.STUDY_IN: study.handle}, timeout)
-        except StudyNotFound as evicted:
-            study = self._send_again(study, timeout, evicted)
-            outputs = self._connection.infer("m3d_retrieve", inputs | {contract.STUDY_IN: study.handle}, timeout)
-        return Ranking(tuple(texts), outputs["SCORES"])
+
+        def score(by: Study):
+            return self._connection.infer("m3d_retrieve", {contract.TEXTS: texts, contract.STUDY_IN: by.handle}, timeout)
+
+        return Ranking(tuple(texts), self._resent(score, study, timeout)["SCORES"])
 
     # --- inside ------------------------------------------------------------------------------------------------------
-    def _ask(self, model: str, study, question: str, sampling: Mapping, extra: Mapping[Tensor, object],
-             timeout: float | None) -> "_Asked":
+    def _ask(self, study, question: str, sampling: Mapping, streaming: bool, timeout: float | None,
+             hint: bool = False) -> "_Asked":
+        """hint: that a mask will be wanted, so that the server encodes for it while it decodes."""
         if not isinstance(question, str) or not question.strip():
             raise InvalidInput("the question is empty: give a text")
         settings = Sampling.from_dict(sampling).to_json()
-        timeout = self._timeout(timeout)
         study = self._as_study(study, timeout)
-        inputs = {contract.QUESTION: question, contract.SAMPLING: settings, **extra}
+        inputs = {contract.QUESTION: question, contract.SAMPLING: settings, contract.STREAM: streaming}
 
         def send(to: Study):
-            return self._connection.stream(model, inputs | {contract.STUDY_IN: to.handle}, timeout)
+            handle = {contract.STUDY_IN: to.handle}
+            if hint:
+                with contextlib.suppress(StudyNotFound):  # the question meets it again, and sends the study
+                    self._connection.infer(_STUDY, handle | {contract.SEGMENT_HINT: True}, timeout)
+            return self._connection.stream(_DECODER, inputs | handle, timeout)
 
         return _Asked(send, study, lambda evicted: self._send_again(study, timeout, evicted))
+
+    def _resent(self, request: Callable[[Study], dict[str, np.ndarray]], study: Study, timeout: float | None):
+        """request(study); if the server has evicted the study, it is sent and asked again, once."""
+        try:
+            return request(study)
+        except StudyNotFound as evicted:
+            return request(self._send_again(study, timeout, evicted))
 
     def _whole(self, responses: "_Asked") -> tuple[Answer, dict[str, np.ndarray]]:
         """The answer of a request that is answered by one response, and all its outputs."""
@@ -283,6 +300,7 @@ class _Asked(Iterator):
 
     def __init__(self, send, study: Study, send_again):
         self._send = send
+        self.study = study
         self._send_again = send_again
         self._responses = send(study)
         self._closed = False
@@ -295,8 +313,8 @@ class _Asked(Iterator):
         except StudyNotFound as evicted:
             if self._send_again is None:
                 raise
-            study = self._send_again(evicted)
-            self._responses = self._send(study)
+            self.study = self._send_again(evicted)
+            self._responses = self._send(self.study)
             outputs = next(self._responses)
         self._send_again = None
         return outputs
@@ -304,6 +322,16 @@ class _Asked(Iterator):
     def close(self) -> None:
         self._closed = True
         self._responses.close()
+
+
+class _Countdown:
+    """Seconds that are left of a timeout for the calls that share it; None for no limit."""
+
+    def __init__(self, timeout: float | None):
+        self._end = None if timeout is None else time.monotonic() + timeout
+
+    def __call__(self) -> float | None:
+        return None if self._end is None else max(0.001, self._end - time.monotonic())
 
 
 class _Collected:

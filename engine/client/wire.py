@@ -41,7 +41,10 @@ def encode(tensor: Tensor, value) -> tuple[tuple[int, ...], bytes]:
     """Shape and raw content of one input. BYTES takes a text or a sequence of them, the others arrays or bytes."""
     if tensor.dtype == "BYTES":
         texts = [value] if isinstance(value, (str, bytes)) else list(value)
-        raw = [text.encode() if isinstance(text, str) else text for text in texts]
+        try:
+            raw = [text.encode() if isinstance(text, str) else text for text in texts]
+        except UnicodeEncodeError:
+            raise InvalidInput(f"the {tensor.name.lower()} is not valid Unicode text") from None
         return (len(raw),), b"".join(len(text).to_bytes(4, "little") + text for text in raw)
     dtype = DTYPES[tensor.dtype]
     if isinstance(value, bytes):  # a scan's file goes out as it is

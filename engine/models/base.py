@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def load_base(spec: dict) -> dict[str, Tensor]:
         temporary = cached.with_suffix(".tmp")
         save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata={"format": "pt"})
         temporary.replace(cached)
-    return load_file(cached)
+    return _tensors(cached)
 
 
 def load_base_tokenizer(spec: dict):
@@ -65,8 +66,8 @@ def compose(folder: Path, config: dict) -> Weights:
     """The whole checkpoint: base model, LoRA merged in, added rows, our parts."""
     tensors = load_base(config["base_model"])
     if (folder / ADAPTER_CONFIG).is_file():
-        merge_lora(tensors, json.loads((folder / ADAPTER_CONFIG).read_text()), load_file(folder / ADAPTER_WEIGHTS))
-    own = load_file(folder / "model.safetensors")
+        merge_lora(tensors, json.loads((folder / ADAPTER_CONFIG).read_text()), _tensors(folder / ADAPTER_WEIGHTS))
+    own = _tensors(folder / "model.safetensors")
     embeddings = tensors["model.embed_tokens.weight"]
     added = own.pop(ADDED_TOKENS, embeddings[:0]).to(embeddings.dtype)
     tensors["model.embed_tokens.weight"] = torch.cat([embeddings, added])
@@ -86,3 +87,13 @@ def merge_lora(tensors: dict[str, Tensor], config: dict, adapter: dict[str, Tens
             raise CheckpointError(f"the LoRA in {ADAPTER_WEIGHTS} does not fit the base model at {target}: "
                                   "it was trained on another one")
         weight += scale * (lora_b.float() @ lora_a.float())
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Raises CheckpointError naming the file that is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): get the checkpoint again") from None

@@ -44,6 +44,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(self):
         self.uploads: list[dict] = []
+        self.hints = 0
         self.asked: list[tuple[str, dict]] = []
         self.evicted = False
         self.stream_error: str | None = None
@@ -76,6 +77,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelInfer(self, request, context):
         inputs = inputs_of(request)
+        if request.model_name == "study" and "SEGMENT_HINT" in inputs:
+            self.hints += 1
+            if self.evicted:
+                context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
+            return response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info))
         if request.model_name == "study":
             if self.upload_error:
                 context.abort(*self.upload_error)
@@ -85,6 +91,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.asked.append((request.model_name, inputs))
         if self.evicted:
             context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
+        if request.model_name == "segmentation":
+            return response(MASK=np.packbits(self.mask), MASK_SHAPE=np.array(self.mask.shape),
+                            MASK_AFFINE=np.diag([1.0, 2, 3, 1]), LOGITS=np.zeros((0, 0, 0), np.float32))
         return response(SCORES=np.linspace(0, 1, inputs["TEXTS"].size))
 
     def ModelStreamInfer(self, request_iterator, context):
@@ -100,11 +109,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             context.add_callback(self.cancelled.set)
             self.cancelled.wait(60)
             return
-        for outputs in self._outputs(request.model_name, inputs):
+        for outputs in self._outputs(inputs):
             self.sent += 1
             yield service_pb2.ModelStreamInferResponse(infer_response=response(**outputs))
 
-    def _outputs(self, model: str, inputs: dict):
+    def _outputs(self, inputs: dict):
         if self.endless:
             for i in itertools.count():
                 yield piece("x" * 10_000, [i])
@@ -116,9 +125,4 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             last = i == len(texts) - 1 and not self.unfinished
             ids = [i] if streams else list(range(len(ANSWER)))
             outputs = piece(text, ids, "stop", box, info) if last else piece(text, ids)
-            if model == "m3d_segment":
-                drawn = self.mask.any()
-                outputs |= {"MASK": np.packbits(self.mask) if drawn else np.zeros(0, np.uint8),
-                            "MASK_SHAPE": np.array(self.mask.shape if drawn else (0, 0, 0)),
-                            "MASK_AFFINE": np.diag([1.0, 2, 3, 1]), "LOGITS": np.zeros((0, 0, 0), np.float32)}
-            yield outputs
+            yield outputs | {"SEG_STATES": np.ones((int(last and self.mask.any()), 4), np.float32)}

@@ -57,9 +57,20 @@ def test_segment_writes_mask_and_picture(m3d, scan, triton, tmp_path):
 
 def test_segment_without_a_mask_fails_after_the_answer(m3d, scan, triton, tmp_path):
     code, out, err = m3d("segment", scan, "What?", "-o", tmp_path / "out.nii.gz", "--server", triton.url)
-    assert code == 2 and out == "".join(ANSWER) + "\n"
-    assert "no [SEG]" in err
+    assert code == 1 and out == "".join(ANSWER) + "\n"
+    assert "no [SEG]" in err and "m3d ask" in err
     assert not (tmp_path / "out.nii.gz").exists()
+
+
+def test_segment_writes_pictures_as_png_only(m3d, scan, triton, tmp_path):
+    code, out, err = m3d("segment", scan, "What?", "-o", tmp_path / "mask.nii", "--picture", tmp_path / "mask.jpg",
+                         "--server", triton.url)
+    assert code == 2 and ".png" in err and not triton.uploads
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_of_error(m3d, scan):
+    code, out, err = m3d("sample", "brain-mr", "-o", scan)
+    assert code == 1 and err.startswith("error: ") and "Traceback" not in err
 
 
 @pytest.mark.parametrize(("output", "words"), [("mask.png", ".nii"), ("no/such/folder/mask.nii", "does not exist")])

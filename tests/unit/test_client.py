@@ -115,6 +115,18 @@ def test_a_mask_comes_back_in_the_scans_shape_and_space(client, triton, study, t
     assert found.logits is None
 
 
+def test_an_answer_that_is_to_have_a_mask_is_decoded_where_it_can_be_cancelled(client, triton, study):
+    """Triton does not cancel a running step of an ensemble."""
+    triton.mask[:] = True
+    client.segment(study, "Segment the liver.")
+    assert [model for model, _ in triton.asked] == ["decoder", "segmentation"] and triton.hints == 1
+
+
+def test_a_question_that_is_no_unicode_text_is_refused(client, study):
+    with pytest.raises(errors.InvalidInput, match="question is not valid Unicode"):
+        client.ask(study, "\ud800")
+
+
 def test_no_seg_means_no_mask_and_saving_says_so(client, study, tmp_path):
     found = client.segment(study, "What is this?")
     assert found.mask is None

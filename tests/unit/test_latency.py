@@ -27,7 +27,7 @@ class Serving(FakeTriton):
 
     def ModelStatistics(self, request, context):
         stats = service_pb2.ModelStatisticsResponse()
-        masks = sum(model == "m3d_segment" for model, _ in self.asked)
+        masks = sum(model == "segmentation" for model, _ in self.asked)
         for name, count in (("vision_encoder", len(self.uploads)), ("segmentation_head", masks), ("study", 5)):
             stats.model_stats.add(name=name).inference_stats.compute_infer.ns = count * 1_000_000_000
         return stats

@@ -1,6 +1,7 @@
 """Sampling settings are checked where they enter, and arrive as they were sent."""
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
@@ -23,7 +24,7 @@ def test_default_is_greedy():
 
 @pytest.mark.parametrize(("name", "value"), [
     ("max_new_tokens", 0), ("max_new_tokens", 2.5), ("max_new_tokens", True), ("max_new_tokens", (1 << 20) + 1),
-    ("temperature", -0.1), ("temperature", 2.1), ("temperature", float("nan")), ("temperature", "hot"),
+    ("temperature", -0.1), ("temperature", 2.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", 10 ** 30),
     ("top_p", 0.0), ("top_p", 1.01), ("top_k", -1), ("seed", -1), ("seed", 1 << 63),
     ("repetition_penalty", 0.0), ("repetition_penalty", float("inf")),
 ])
@@ -33,10 +34,20 @@ def test_a_value_out_of_range_is_refused_by_name_with_its_value(name, value):
     assert repr(value) in str(refusal.value)
 
 
-@pytest.mark.parametrize("stop", [["x"] * (MAX_STOP_STRINGS + 1), [""], ["x" * (MAX_STOP_CHARACTERS + 1)], [3]])
+@pytest.mark.parametrize("stop", [["x"] * (MAX_STOP_STRINGS + 1), [""], ["x" * (MAX_STOP_CHARACTERS + 1)], [3], 3, ["\ud800"]])
 def test_unusable_stop_texts_are_refused(stop):
     with pytest.raises(InvalidInput, match="stop"):
         Sampling(stop=stop)
+
+
+def test_numpy_scalars_are_numbers():
+    given = Sampling(seed=np.int64(3), temperature=np.float32(0.5))
+    assert Sampling.from_json(given.to_json()) == Sampling(seed=3, temperature=0.5)
+
+
+def test_a_number_too_long_for_a_float_is_refused():
+    with pytest.raises(InvalidInput, match="temperature"):
+        Sampling(temperature=10 ** 400)
 
 
 def test_one_stop_text_may_be_given_without_a_list():
@@ -48,7 +59,7 @@ def test_an_unknown_setting_is_refused_with_the_known_ones():
         Sampling.from_dict({"top_q": 1})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3", b"\xff\xfe"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", b"\xff\xfe", "[" * 100_000])
 def test_what_is_not_a_json_object_is_refused(text):
     with pytest.raises(InvalidInput, match="JSON"):
         Sampling.from_json(text)

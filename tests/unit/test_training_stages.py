@@ -70,6 +70,15 @@ def encoder(tmp_path_factory) -> str:
     return toy.text_encoder(tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that are started here: sums over several threads differ in the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run(module, values: dict) -> Path:
     """A stage in this process, seeded as its command does."""
     settings = build(module.Settings, values)
