@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
+from engine.models import base
 from engine.models.base import merge_lora
 from engine.models.checkpoint import load_clip, load_lamed, open_lamed, read_config, resolve, sha256, write_lamed
 from tests import tiny
@@ -168,3 +169,14 @@ def test_merged_lora_equals_the_adapted_model():
         torch.testing.assert_close(plain(ids).logits, expected, atol=1e-5, rtol=0)
     with pytest.raises(CheckpointError, match="another one"):
         merge_lora({}, {"r": 4, "lora_alpha": 8}, adapter)
+
+
+@pytest.mark.parametrize(("damage", "words"), [(lambda path: path.unlink(), "is missing"),
+                                               (lambda path: path.write_bytes(path.read_bytes()[:40]), "is damaged")])
+def test_a_missing_or_damaged_file_of_a_small_checkpoint_is_named(tmp_path, monkeypatch, damage, words):
+    monkeypatch.setattr(base, "load_base", lambda spec: {})
+    path = tmp_path / "model.safetensors"
+    save_file({"added_tokens.weight": torch.zeros(4, 8)}, path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=f"model.safetensors {words}"):
+        base.compose(tmp_path, {"base_model": {}})
