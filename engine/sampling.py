@@ -60,9 +60,9 @@ class Sampling:
 
     def _number(self, name, low, high, exclusive=False):
         value = getattr(self, name)
-        valid = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # Not a number is in no range; a whole number too long for a float still compares.
-        if not valid or not low <= value <= high or not (low < value if exclusive else low <= value) or value > high:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # NaN is in no range; a whole number too long for a float still compares.
+        if not number or not low <= value <= high or exclusive and value == low:
             edge = "above" if exclusive else "from"
             raise InvalidInput(f"{name} must be a number {edge} {low:g} to {high:g}, not {repr(value)[:40]}")
 

@@ -12,7 +12,6 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from engine import contract
 from engine.manifest import TENSORRT_CONFIG
 from engine.packages import cache_folder
 from export import tensorrt, typed_graph

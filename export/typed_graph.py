@@ -8,7 +8,6 @@ per activation tensor and per column of a weight). Products accumulate in fp32 o
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -17,12 +16,11 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from engine.errors import M3DError
+from export.graphs import EXTERNAL_DATA_BYTES
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 FP32_PARTS = frozenset({"norm", "softmax", "residual", "patch_embedding"})
 FP8_MAX = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
-# Above this many bytes the weights of a graph lie in a file beside it: protobuf ends at 2 GiB.
-EXTERNAL_DATA_BYTES = 100_000_000
 
 _LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp8": TensorProto.FLOAT16}
 _NUMPY = {TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: ml_dtypes.bfloat16, TensorProto.FLOAT: np.float32}

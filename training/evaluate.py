@@ -31,7 +31,7 @@ from training.config import read  # noqa: E402
 from training.data.augment import Augmentation, View, view_of  # noqa: E402
 from training.data.questions import CLOSED, Question, ask, is_right  # noqa: E402
 from training.data.scans import load_scans  # noqa: E402
-from training.record import write_json  # noqa: E402
+from training.files import write_json  # noqa: E402
 
 # Apart from training's seeds, which begin with the recipe's.
 SEED = 7_000_000

@@ -24,13 +24,13 @@ from engine.models import base
 from engine.models.checkpoint import PARTS
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
-from engine.prompt import SEG_TOKEN, Prompt
+from engine.prompt import Prompt
 from training.data.sample import Sample
+from training.files import write_json
 from training.losses import language_loss, mask_loss
-from training.record import write_json
-from training.starting_points import (ADDED_TOKENS, FAMILIES, LAMED, LanguageModel, PackagedModel, check_added_rows,
-                                      check_shapes, load_projector, load_segvol, load_vision_tower,
-                                      open_language_model, prepare_tokenizer)
+from training.starting_points import (ADDED_TOKENS, EMBEDDINGS, FAMILIES, HEAD, LAMED, LanguageModel, PackagedModel,
+                                      begin_encoders, check_added_rows, check_shapes, load_projector, load_segvol,
+                                      load_vision_tower, open_language_model, prepare_tokenizer)
 from training.trainer import StageModel
 
 # What may be trained beside LoRA; `added_tokens` are the rows of the added tokens alone, the rest of the table frozen.
@@ -41,7 +41,6 @@ UNREACHED = ("prompt_encoder.point_embeddings", "prompt_encoder.not_a_point_embe
 _OWN_KEYS = {"image_size", "patch_size", "image_channel", "vision_config", "seg_config", "mm_hidden_size",
              "proj_layer_type", "proj_layer_num", "proj_pooling_type", "proj_pooling_size", "segmentation_module",
              "max_position_embeddings"}
-_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -150,19 +149,19 @@ class TrainedLamed(StageModel):
         llm, state, config = causal_lm(self.config_json), dict(source.state), self.config_json
         rows, tied = config["vocab_size"], config.get("tie_word_embeddings", False)
         if tied:
-            state.pop(_HEAD, None)
+            state.pop(HEAD, None)
         # The reference begins new rows with the mean of the old ones, in the input and in the output.
-        for key in (_TABLE, _HEAD):
+        for key in (EMBEDDINGS, HEAD):
             if key in state and len(state[key]) < rows and not rows_only:
                 old = state[key]
                 new = old.float().mean(0).to(old.dtype).expand(rows - len(old), -1)
                 state[key] = torch.cat([old, new])
         if rows_only:
-            known = len(state[_TABLE])
+            known = len(state[EMBEDDINGS])
             llm.model.embed_tokens = nn.Embedding(known, config["hidden_size"])
             llm.lm_head = nn.Linear(config["hidden_size"], known, bias=False)
             llm.lm_head.weight = llm.model.embed_tokens.weight
-        expected = {key: value for key, value in llm.state_dict().items() if not (tied and key == _HEAD)}
+        expected = {key: value for key, value in llm.state_dict().items() if not (tied and key == HEAD)}
         check_shapes("language model that its config.json describes", source.name, state, expected)
         llm.load_state_dict(state, strict=False)
         llm.to(dtype)
@@ -174,9 +173,7 @@ class TrainedLamed(StageModel):
     def _load_parts(self, source: LanguageModel, start: Start) -> None:
         lamed = self.lamed
         encoders = [lamed.vision_tower.vision_tower] + ([lamed.seg_module.image_encoder] if lamed.seg_module else [])
-        for encoder in encoders:
-            nn.init.trunc_normal_(encoder.patch_embedding.position_embeddings, std=0.02)
-        nn.init.trunc_normal_(lamed.vision_tower.vision_tower.cls_token, std=0.02)
+        begin_encoders(*encoders)
         if source.lamed:
             for published, own in PARTS.items():
                 module = getattr(lamed, own[:-1])
@@ -362,9 +359,9 @@ class TrainedLamed(StageModel):
             return {}
         if isinstance(llm.model.embed_tokens, GrownEmbedding):
             return {"llm.model.embed_tokens.added": base.ADDED_TOKENS}
-        names = {"llm." + _TABLE: _TABLE}
+        names = {"llm." + EMBEDDINGS: EMBEDDINGS}
         if not self.config_json.get("tie_word_embeddings"):
-            names["llm." + _HEAD] = _HEAD
+            names["llm." + HEAD] = HEAD
         return names
 
 
@@ -420,7 +417,7 @@ def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: b
         raise InvalidInput(f"start.model lacks {', '.join(missing)}")
     spec = start.language_model
     config["base_model"] = asdict(spec) if isinstance(spec, PackagedModel) else {"path": spec}
-    ids, rows = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS)), len(source.state[_TABLE])
+    ids, rows = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS)), len(source.state[EMBEDDINGS])
     if rows_only:
         if not config.get("tie_word_embeddings"):
             raise InvalidInput(f"train: added_tokens needs a language model with tied embeddings, {source.name} has "

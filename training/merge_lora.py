@@ -24,14 +24,12 @@ from engine.models import base  # noqa: E402
 from engine.models.checkpoint import TOKENIZER_FILES, lamed_shapes, read_config  # noqa: E402
 from engine.models.lamed import Lamed  # noqa: E402
 from training.config import build, read  # noqa: E402
+from training.files import place, write_json  # noqa: E402
 from training.lamed import causal_lm, parts_config  # noqa: E402
-from training.record import write_json  # noqa: E402
-from training.starting_points import (PackagedModel, check_shapes, open_language_model, open_part,  # noqa: E402
-                                      read_adapter)
-from training.trainer import place  # noqa: E402
+from training.starting_points import (EMBEDDINGS, HEAD, PackagedModel, check_shapes,  # noqa: E402
+                                      open_language_model, open_part, read_adapter)
 
 DTYPES = ("float32", "bfloat16", "float16")
-_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SHARD = "5GB"
 
 
@@ -68,12 +66,12 @@ def merge(settings: Settings) -> Path:
     state = {**_language_model(source, trained, adapter, own), **{
         key: value for key, value in own.items() if key != base.ADDED_TOKENS}}
     if config.get("tie_word_embeddings"):
-        state.pop(_HEAD, None)
+        state.pop(HEAD, None)
     with torch.device("meta"):
         model = Lamed(parts_config(config), with_llm=False)
         model.llm = causal_lm(config)
     expected = {key: torch.empty(shape, device="meta") for key, shape in lamed_shapes(model).items()
-                if not (config.get("tie_word_embeddings") and key == _HEAD)}
+                if not (config.get("tie_word_embeddings") and key == HEAD)}
     check_shapes("checkpoint that its config.json describes", str(trained), state, expected)
     broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if broken:
@@ -122,7 +120,7 @@ def _language_model(source: str | PackagedModel, trained: Path, adapter: dict[st
         state = {key: value.float() if key.startswith("model.layers.") else value for key, value in state.items()}
         base.merge_lora(state, settings, adapter)
     if base.ADDED_TOKENS in own:
-        state[_TABLE] = torch.cat([state[_TABLE], own[base.ADDED_TOKENS].to(state[_TABLE].dtype)])
+        state[EMBEDDINGS] = torch.cat([state[EMBEDDINGS], own[base.ADDED_TOKENS].to(state[EMBEDDINGS].dtype)])
     return state
 
 

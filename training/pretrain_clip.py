@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from engine.models.clip import M3DClip  # noqa: E402
 from engine.models.config import ClipConfig  # noqa: E402
@@ -24,9 +24,10 @@ from training import trainer  # noqa: E402
 from training.config import StageSettings  # noqa: E402
 from training.data.sample import Sample  # noqa: E402
 from training.data.selection import images_of, open_pairs, shown  # noqa: E402
+from training.files import write_json  # noqa: E402
 from training.losses import contrastive_loss  # noqa: E402
-from training.record import write_json  # noqa: E402
-from training.starting_points import PackageFiles, load_vision_tower, open_text_encoder  # noqa: E402
+from training.starting_points import (PackageFiles, begin_encoders, load_vision_tower,  # noqa: E402
+                                      open_text_encoder)
 
 _SHOWN = 4
 
@@ -120,9 +121,7 @@ def build(settings: Settings) -> ContrastiveClip:
     }
     clip = M3DClip(ClipConfig.from_dict(config))
     clip.language_encoder.load_state_dict(bert.state_dict())
-    embedding = clip.vision_encoder.patch_embedding
-    nn.init.trunc_normal_(embedding.position_embeddings, std=0.02)
-    nn.init.trunc_normal_(clip.vision_encoder.cls_token, std=0.02)
+    begin_encoders(clip.vision_encoder)
     if settings.vision_tower:
         load_vision_tower(clip.vision_encoder, settings.vision_tower)
     return ContrastiveClip(clip, config, tokenizer)

@@ -29,10 +29,11 @@ from training.config import StageSettings  # noqa: E402
 from training.data.augment import View  # noqa: E402
 from training.data.jitter import swap_sides  # noqa: E402
 from training.data.selection import open_views  # noqa: E402
+from training.files import write_json  # noqa: E402
+from training.lamed import UNREACHED  # noqa: E402
 from training.losses import mask_loss  # noqa: E402
 from training.packing import filled_share  # noqa: E402
-from training.record import write_json  # noqa: E402
-from training.starting_points import check_shapes  # noqa: E402
+from training.starting_points import begin_encoders, check_shapes  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,9 @@ class TaughtSegVol(trainer.StageModel):
         super().__init__()
         self.names = tuple(sorted(structures | set(map(swap_sides, structures))))
         self.seg_module = SegVol(config)
-        nn.init.trunc_normal_(self.seg_module.image_encoder.patch_embedding.position_embeddings, std=0.02)
+        begin_encoders(self.seg_module.image_encoder)
         self.prompts = nn.Embedding(len(self.names), config.hidden_size)
         self.noise = noise
-        from training.lamed import UNREACHED
-
         for name, parameter in self.seg_module.named_parameters():
             parameter.requires_grad_(not name.startswith(UNREACHED))
 

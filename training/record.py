@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from engine.errors import InvalidInput
+from training.files import write_json
 
 FILE = "run.json"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "numpy", "monai", "scipy",
@@ -41,13 +42,6 @@ def begin(folder: Path, stage: str, settings: dict, data: dict, world_size: int)
                                "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "code": code_version(),
                                "packages": package_versions(), "machine": machine()})
     write_json(file, record)
-
-
-def write_json(file: Path, values) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(file)
 
 
 def code_version() -> dict:

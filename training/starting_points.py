@@ -14,12 +14,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
 from engine.models.checkpoint import PARTS, Weights, load_tokenizer, read_config, resolve
+from engine.models.vit3d import ViT3D
 from engine.packages import fetch
 from engine.prompt import IMAGE_TOKEN, SEG_TOKEN, SPECIAL_TOKENS
 
@@ -27,7 +27,7 @@ ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
 # transformers' model type -> the published type and architecture of M3D-LaMed on it.
 FAMILIES = {"llama": ("lamed_llama", "LamedLlamaForCausalLM"), "phi3": ("lamed_phi3", "LamedPhi3ForCausalLM")}
 LAMED = {published: family for family, (published, _) in FAMILIES.items()}
-_EMBEDDINGS = "model.embed_tokens.weight"
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TOLD = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "hidden_act", "vocab_size",
          "max_position_embeddings", "tie_word_embeddings", "attention_bias", "bos_token_id", "eos_token_id",
@@ -125,7 +125,7 @@ def prepare_tokenizer(model: LanguageModel):
     if not model.lamed:
         tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
         tokenizer.add_tokens([SEG_TOKEN])
-    rows = len(model.state[_EMBEDDINGS])
+    rows = len(model.state[EMBEDDINGS])
     ids = dict(zip(ADDED_TOKENS, tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS))))
     absent = [token for token, k in ids.items() if k is None or k == tokenizer.unk_token_id]
     if absent:
@@ -160,6 +160,15 @@ def open_text_encoder(source: str | PackageFiles) -> tuple[object, nn.Module]:
         raise CheckpointError(f"the text encoder {source} cannot be read: {error}") from None
 
 
+def begin_encoders(*encoders: ViT3D) -> None:
+    """Random position embeddings and CLS tokens, which PyTorch leaves at zero; whatever is loaded replaces them."""
+    for encoder in encoders:
+        nn.init.trunc_normal_(encoder.patch_embedding.position_embeddings, std=0.02)
+    for encoder in encoders:
+        if encoder.cls_token is not None:
+            nn.init.trunc_normal_(encoder.cls_token, std=0.02)
+
+
 def load_vision_tower(tower: nn.Module, source: str) -> None:
     """Fill a ViT3D with CLS from `pretrained_ViT.bin`, an M3D-LaMed or M3D-CLIP checkpoint, or SegVol's encoder.
 
@@ -187,7 +196,7 @@ def load_projector(projector: nn.Module, source: str) -> Tensor | None:
     tensors = open_part(source)
     found = {key.split("mm_projector.", 1)[1]: value for key, value in tensors.items() if "mm_projector." in key}
     _fill(projector, found, source, "projector")
-    return tensors.get(base.ADDED_TOKENS, tensors.get(_EMBEDDINGS))
+    return tensors.get(base.ADDED_TOKENS, tensors.get(EMBEDDINGS))
 
 
 def open_part(source: str) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ TrainingArguments in the configuration; several processes are started by `torchr
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from collections import defaultdict
@@ -25,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from engine.errors import M3DError
 from training import record
 from training.config import StageSettings, as_json, check_trainer, read, training_arguments
+from training.files import place
 
 FINAL = "final"
 _STAGING = ".writing"
@@ -274,15 +274,6 @@ def main(description: str, cls: type[StageSettings], train: Callable[[StageSetti
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def place(source: Path, target: Path) -> None:
-    """Move a folder to its place once everything in it is on the disk."""
-    for file in source.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    source.rename(target)
 
 
 def _seed_of(*numbers: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 from engine import errors
 from engine.client import M3DClient, Study
 from engine.sampling import Sampling
-from tests.unit.fake_triton import ANSWER, HANDLE, FakeTriton
+from tests.unit.fake_triton import ANSWER, HANDLE
 
 VOLUME = np.linspace(0, 1, 60, dtype=np.float32).reshape(1, 3, 4, 5)
 PATIENCE_S = 60

@@ -1,7 +1,6 @@
 """What training promises: the reference's losses, questions in a pack as if alone, the demo's stages on a phantom."""
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -13,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import training
-from engine.errors import CheckpointError, InvalidInput
+from engine.errors import CheckpointError
 from engine.models import base, checkpoint
 from engine.models.config import LamedConfig, ViTConfig
 from engine.models.lamed import Lamed
 from engine.prompt import Prompt
 from tests import toy_models as toy
 from training import align_projector, finetune, merge_lora, pretrain_clip, pretrain_segvol, starting_points
-from training.config import build, read
+from training.config import build
 from training.data import views
 from training.data.augment import view_of
 from training.data.jitter import swap_sides

@@ -21,10 +21,11 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from engine.errors import InvalidInput, M3DError  # noqa: E402
-from training.data.jobs import parallel, progress, write_json  # noqa: E402
+from training.data.jobs import parallel, progress  # noqa: E402
 from training.data.reading import read_image  # noqa: E402
 from training.data.sample import BrokenSample  # noqa: E402
 from training.data.sets import CAP, REFSEG, SEG, SPLITS, TASKS, VQA, Structures, TrainingSet, open_sets  # noqa: E402
+from training.files import write_json  # noqa: E402
 
 _FOLDERS = {"pair": CAP, "caption": CAP, "vqa_closed": VQA, "vqa_open": VQA, "vqa_yes_no": VQA, "segmentation": SEG,
             "rec": SEG, "reg": SEG, "refseg": REFSEG}

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from engine.errors import Cancelled, InvalidInput, M3DError
+from training.files import write_json
 
 _STAMP = "prepared.json"
 
@@ -132,19 +133,6 @@ def progress(results: Iterable, total: int, title: str) -> Iterator:
         for result in results:
             yield result
             bar.advance(task)
-
-
-def write_json(path: Path, value) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _start(prepare: Callable | None, given: tuple) -> None:

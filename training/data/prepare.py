@@ -28,10 +28,11 @@ from rich.console import Console  # noqa: E402
 
 from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.volume import PRESETS  # noqa: E402
-from training.data.jobs import LeftOut, Outcome, do_all, write_json, write_text  # noqa: E402
+from training.data.jobs import LeftOut, Outcome, do_all  # noqa: E402
 from training.data.raw import cap_jobs, refseg_jobs, seg_jobs  # noqa: E402
 from training.data.reading import read_json, read_table  # noqa: E402
 from training.data.sets import CAP, REFSEG, SEG  # noqa: E402
+from training.files import write_json, write_text  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Prepare raw scans for training, in the layout of M3D-Data. An interrupted command goes on.")

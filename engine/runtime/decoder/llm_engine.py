@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.errors import InvalidInput, M3DError, RepositoryError, Unavailable
+from engine.errors import InvalidInput, M3DError, Unavailable
 from engine.runtime.decoder import seg_states, vllm_environment
 from engine.runtime.decoder.seg_state_check import check_seg_states
 from engine.runtime.decoder.settings import DecoderSettings
