@@ -44,8 +44,10 @@ rehearse-7b: $(VENV)/testing  ## export, serve and ask a random model of the pub
 	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/7b/checkpoint --baseline '' --repeats 1 --warm-up 0 \
 	  --tokens 16 --concurrency 1 --seconds 0 --json $(OUT)/7b/latency.json
 
-# Processes of one thread each are faster on a CPU than one of several threads: nothing spins at barriers.
-TRAIN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
+# Processes of one thread each are faster on a CPU than one of several threads: nothing spins at barriers. Memory is kept
+# and comes in huge pages: else a third of a step goes into page faults.
+TRAIN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 \
+  MALLOC_TRIM_THRESHOLD_=100000000000 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2
 DEMO := training/configs/demo
 
 train-demo: $(VENV)/testing  ## train the demo model again, all stages, going on where it stopped; then measure it (long)

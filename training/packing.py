@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.errors import InvalidInput
 from engine.prompt import IMAGE_TOKEN
@@ -110,9 +111,8 @@ def pack(groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token
 
 def filled_share(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
     """float32 [4d, 4h, 4w]: the share of each cell of the decoder's grid that a mask [D, H, W] fills."""
-    d, h, w = (4 * n for n in grid)
-    depth, height, width = mask.shape
-    return mask.reshape(d, depth // d, h, height // h, w, width // w).mean((1, 3, 5), dtype=np.float32)
+    cell = tuple(voxels // (4 * n) for voxels, n in zip(mask.shape, grid))
+    return F.avg_pool3d(torch.from_numpy(mask)[None].float(), cell)[0].numpy()
 
 
 class Packer:

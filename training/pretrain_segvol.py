@@ -19,6 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from engine.errors import CheckpointError  # noqa: E402
@@ -59,6 +60,14 @@ class Settings(StageSettings):
     prompt_noise: float = 0.0
 
 
+class _BiasApart(nn.ConvTranspose3d):
+    """On a CPU, oneDNN runs its slow reference code for the bias gradient of a transposed convolution; an addition's
+    gradient is a plain sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose3d(x, self.weight, None, self.stride) + self.bias.view(-1, 1, 1, 1)
+
+
 class TaughtSegVol(trainer.StageModel):
     """SegVol and a table of prompts, one for each structure in either body half."""
 
@@ -69,13 +78,17 @@ class TaughtSegVol(trainer.StageModel):
         begin_encoders(self.seg_module.image_encoder)
         self.prompts = nn.Embedding(len(self.names), config.hidden_size)
         self.noise = noise
+        for module in self.seg_module.mask_decoder.output_upscaling:
+            if isinstance(module, nn.ConvTranspose3d):
+                module.__class__ = _BiasApart
         for name, parameter in self.seg_module.named_parameters():
             parameter.requires_grad_(not name.startswith(UNREACHED))
 
     def forward(self, images: Tensor, structures: Tensor, owners: Tensor, masks: Tensor, totals: dict) -> dict:
         """images: [B, 1, D, H, W]; structures, owners: [M], which prompt, which image; masks: [M, 4d, 4h, 4w]."""
-        features = self.seg_module.encode(images)
+        # On a CPU, the plain kernel's gradient is faster than the fused one's.
         with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION] if images.is_cuda else SDPBackend.MATH):
+            features = self.seg_module.encode(images)
             prompts = self.prompts(structures)
             logits = self.seg_module.decode_low_res(features[owners], prompts + self.noise * torch.randn_like(prompts))
         loss = mask_loss(logits[:, 0], masks) * len(masks) / totals["mask"]
