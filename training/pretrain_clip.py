@@ -18,16 +18,17 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from engine.models.checkpoint import TEXT_ENCODER  # noqa: E402
 from engine.models.clip import M3DClip  # noqa: E402
 from engine.models.config import ClipConfig  # noqa: E402
 from training import trainer  # noqa: E402
-from training.config import StageSettings  # noqa: E402
+from training.config import StageSettings, as_json  # noqa: E402
 from training.data.sample import Sample  # noqa: E402
 from training.data.selection import images_of, open_pairs, shown  # noqa: E402
 from training.files import write_json  # noqa: E402
 from training.losses import contrastive_loss  # noqa: E402
-from training.starting_points import (PackageFiles, begin_encoders, load_vision_tower,  # noqa: E402
-                                      open_text_encoder)
+from training.starting_points import (PackageFiles, begin_encoders, check_shapes,  # noqa: E402
+                                      load_vision_tower, open_text_encoder)
 
 _SHOWN = 4
 
@@ -46,10 +47,12 @@ class Vision:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(StageSettings):
-    """text_encoder: a BERT, as folder, Hugging Face id or files of a package. vision_tower: a ViT to start from.
+    """text_encoder: a BERT, as folder, Hugging Face id or files of a package. train_text_encoder: else it stays as it
+    is, and that of a package is left out of the checkpoint, which names it. vision_tower: a ViT to start from.
     max_text_len: tokens of a text that are read."""
 
     text_encoder: str | PackageFiles
+    train_text_encoder: bool = True
     vision: Vision = Vision()
     vision_tower: str | None = None
     max_text_len: int = 128
@@ -87,13 +90,22 @@ class ContrastiveClip(trainer.StageModel):
                 "attention_mask": texts["attention_mask"], "totals": {"pairs": kept.sum().float()}}
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
-        clip = {key.removeprefix("clip."): value.contiguous() for key, value in state.items()}
+        clip = {key: value.contiguous() for key, value in self._own(state, "clip.").items()}
         save_file(clip, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "config.json", self.published_config)
-        self.tokenizer.save_pretrained(folder)
+        if "text_encoder" not in self.published_config:
+            self.tokenizer.save_pretrained(folder)
 
     def restore(self, folder: Path) -> None:
-        self.clip.load_state_dict(load_file(folder / "model.safetensors"))
+        found = load_file(folder / "model.safetensors")
+        check_shapes("M3D-CLIP of this configuration", str(folder), found, self._own(self.clip.state_dict()))
+        self.clip.load_state_dict(found, strict=False)
+
+    def _own(self, state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """What a checkpoint holds, without `prefix`: everything but a package's text encoder."""
+        own = {key.removeprefix(prefix): value for key, value in state.items()}
+        packaged = "text_encoder" in self.published_config
+        return {key: value for key, value in own.items() if not (packaged and key.startswith(TEXT_ENCODER))}
 
     def sample_text(self) -> str:
         batch = self.collate(self.shown)
@@ -121,6 +133,10 @@ def build(settings: Settings) -> ContrastiveClip:
     }
     clip = M3DClip(ClipConfig.from_dict(config))
     clip.language_encoder.load_state_dict(bert.state_dict())
+    if not settings.train_text_encoder:
+        clip.language_encoder.requires_grad_(False)
+        if isinstance(settings.text_encoder, PackageFiles):
+            config["text_encoder"] = as_json(settings.text_encoder)
     begin_encoders(clip.vision_encoder)
     if settings.vision_tower:
         load_vision_tower(clip.vision_encoder, settings.vision_tower)

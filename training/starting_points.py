@@ -11,7 +11,7 @@ them and strictly (nothing in a file is executed).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
 from engine.models.checkpoint import PARTS, Weights, load_tokenizer, read_config, resolve
 from engine.models.vit3d import ViT3D
-from engine.packages import fetch
 from engine.prompt import IMAGE_TOKEN, SEG_TOKEN, SPECIAL_TOKENS
 
 ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
@@ -43,7 +42,7 @@ class PackageFiles:
     files: tuple[str, ...]
 
     def folder(self) -> Path:
-        return next(iter(fetch(self.package, self.version, self.files).values())).parent
+        return base.text_encoder_folder(asdict(self))
 
 
 @dataclass(frozen=True)

