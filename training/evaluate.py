@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 training/evaluate.py training/configs/demo/7_evaluate.json
 
 Everything goes the long way: the saved checkpoint is read back, questions are answered greedily, and masks come from
-the `[SEG]` states of those answers at the model's full volume. An answer without `[SEG]` counts as Dice 0.
+the `[SEG]` states of those answers at the model's full volume. An answer without `[SEG]` counts as Dice 0. Beside each
+figure stand its 95 % interval and what guessing would give.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import os
 import platform
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -23,28 +25,34 @@ import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import gather_object  # noqa: E402
 from rich.progress import track  # noqa: E402
+from scipy import stats  # noqa: E402
 
 from engine.errors import M3DError  # noqa: E402
-from engine.models.checkpoint import load_lamed  # noqa: E402
+from engine.models.checkpoint import load_clip, load_lamed, load_tokenizer  # noqa: E402
 from engine.prompt import Prompt, parse_boxes  # noqa: E402
 from training.config import read  # noqa: E402
 from training.data.augment import Augmentation, View, view_of  # noqa: E402
-from training.data.questions import CLOSED, Question, ask, is_right  # noqa: E402
-from training.data.scans import load_scans  # noqa: E402
+from training.data.jitter import swap_sides  # noqa: E402
+from training.data.questions import CLOSED, Question, ask, caption, is_right  # noqa: E402
+from training.data.scans import facts_of, load_scans  # noqa: E402
 from training.files import write_json  # noqa: E402
 
 # Apart from training's seeds, which begin with the recipe's.
 SEED = 7_000_000
 LARGE = 0.01
-LONG_VIEWS = 3
+# The kinds of tasks, in the order of the card, and which closed questions are of which.
+KINDS = ("closed VQA", "open VQA", "yes or no", "caption", "REC", "REG", "segmentation", "refusal", "text retrieval",
+         "scan retrieval")
+KIND_OF = {"modality": "closed VQA", "side": "closed VQA", "box_side": "closed VQA", "part": "open VQA"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """train, held_out: scans. augmentation: of their views beside the first, which is the scan as it is. out: a JSON
-    file."""
+    """train, held_out: scans. augmentation: of their views beside the first, which is the scan as it is. clip: an
+    M3D-CLIP checkpoint, or null. out: a JSON file."""
 
     checkpoint: Path
+    clip: Path | None
     out: Path
     seed: int
     views: int
@@ -52,6 +60,22 @@ class Settings:
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     augmentation: Augmentation
+
+
+@dataclass(frozen=True)
+class Score:
+    """One answer. kind: of KINDS, or `unseen wording`. value: 1 or 0 for right or wrong, Dice, or IoU. chance: what a
+    guess gets on average. blind: what the same question got about an empty volume. structure, share: which one, and how
+    much of the volume it fills."""
+
+    kind: str
+    task: str
+    scan: str
+    value: float
+    chance: float
+    blind: float | None = None
+    structure: str | None = None
+    share: float = 0.0
 
 
 class Answerer:
@@ -108,104 +132,179 @@ def box_iou(a: np.ndarray, b: np.ndarray, size: tuple[int, int, int]) -> float:
     return float(both / (np.prod(a1 - a0) + np.prod(b1 - b0) - both))
 
 
-class Tally:
-    """What was measured on a set of scans."""
-
-    def __init__(self):
-        self.closed, self.worded, self.blind = defaultdict(list), defaultdict(list), defaultdict(list)
-        self.dices, self.shares, self.boxes, self.refusals, self.described = (
-            defaultdict(list), defaultdict(list), [], [], [])
-
-    def add(self, other: "Tally") -> None:
-        for name, mine in vars(self).items():
-            theirs = vars(other)[name]
-            if isinstance(mine, list):
-                mine += theirs
-            else:
-                for key, values in theirs.items():
-                    mine[key] += values
-
-    def summary(self) -> dict:
-        dices = {key: float(np.mean(values)) for key, values in self.dices.items()}
-        large = {key for key, values in self.shares.items() if np.mean(values) > LARGE}
-        flat = [right for values in self.closed.values() for right in values]
-        return {
-            "closed_questions": {
-                "n": len(flat), "accuracy": _mean(flat), "chance": _mean(
-                    [CLOSED[task] for task, values in self.closed.items() for _ in values]),
-                "accuracy_without_the_scan": _mean([right for values in self.blind.values() for right in values]),
-                "by_task": {task: {"n": len(values), "accuracy": _mean(values), "chance": round(CLOSED[task], 3),
-                                   "accuracy_without_the_scan": _mean(self.blind[task])}
-                            for task, values in self.closed.items()},
-                "unseen_wordings": {"n": sum(map(len, self.worded.values())),
-                                    "accuracy": _mean([right for values in self.worded.values() for right in values])},
-            },
-            "segmentation": {
-                "mean_dice_large": _mean([dices[key] for key in large]), "large_structures": len(large),
-                "mean_dice_all": _mean(list(dices.values())), "structures": len(dices),
-                "masks": sum(map(len, self.dices.values())),
-                "by_structure": {f"{scan}: {name}": {
-                    "n": len(self.dices[scan, name]), "dice": round(dices[scan, name], 3),
-                    "share_of_volume": round(float(np.mean(self.shares[scan, name])), 4)} for scan, name in dices},
-            },
-            "absent_structures_refused": {"n": len(self.refusals), "share": _mean(self.refusals)},
-            "boxes": {"n": len(self.boxes), "mean_iou": _mean(self.boxes)},
-            "descriptions_exact": {"n": len(self.described), "share": _mean(self.described)},
-        }
+# --- one view --------------------------------------------------------------------------------------------------------
+def measure(answerer: Answerer, view: View, rng: np.random.Generator, caption_chance: float) -> list[Score]:
+    """Ask about one view: every closed task, boxes, names of boxes, a description, and every visible structure."""
+    return [*_closed(answerer, view, rng), *_worded(answerer, view, rng, caption_chance),
+            *_segmented(answerer, view, rng)]
 
 
-def _mean(values: list) -> float | None:
-    return round(float(np.mean(values)), 4) if values else None
+def _closed(answerer: Answerer, view: View, rng: np.random.Generator) -> list[Score]:
+    """Short answers: closed questions, in known and in unseen wordings, and a structure that is not there."""
+    known = [ask(task, view, rng) for task in CLOSED for _ in range(3 if task == "presence" else 1)]
+    unseen = [ask(task, view, rng, "held_out") for task in CLOSED]
+    known, unseen = ([q for q in questions if q] for questions in (known, unseen))
+    answers, _ = answerer(view.image, [*known, *unseen, ask("segment_absent", view, rng)], 14)
+    blind, _ = answerer(np.zeros_like(view.image), known, 14)
+    scores = [Score(KIND_OF.get(q.task, "yes or no"), q.task, view.scan, is_right(q, answer), CLOSED[q.task],
+                    is_right(q, unseeing)) for q, answer, unseeing in zip(known, answers, blind)]
+    scores += [Score("unseen wording", q.task, view.scan, is_right(q, answer), CLOSED[q.task])
+               for q, answer in zip(unseen, answers[len(known):])]
+    return [*scores, Score("refusal", "segment_absent", view.scan, "[SEG]" not in answers[-1], 0.5)]
 
 
-def measure(answerer: Answerer, view: View, seed: list[int], long_answers: bool) -> Tally:
-    """Ask about one view: every closed task, every visible structure, and if `long_answers` boxes and a description."""
-    tally, rng = Tally(), np.random.default_rng(seed)
-    closed = [ask(task, view, rng) for task in CLOSED for _ in range(3 if task == "presence" else 1)]
-    worded = [ask(task, view, rng, "held_out") for task in CLOSED]
-    closed, worded = ([q for q in questions if q] for questions in (closed, worded))
-    absent = ask("segment_absent", view, rng)
-    quick = [*closed, *worded, absent]
-    answers, _ = answerer(view.image, quick, 14)
-    blind, _ = answerer(np.zeros_like(view.image), closed, 14)
-    for group, results, table in ((closed, answers, tally.closed), (closed, blind, tally.blind),
-                                  (worded, answers[len(closed):], tally.worded)):
-        for question, answer in zip(group, results):
-            table[question.task].append(is_right(question, answer))
-    tally.refusals.append("[SEG]" not in answers[-1])
-    segment = [ask("segment", view, rng, structure=name) for name in view.visible]
-    for question, mask in zip(segment, answerer(view.image, segment, 14)[1]):
-        truth = view.mask(question.structure)
-        tally.dices[view.scan, question.structure].append(0.0 if mask is None else dice(mask, truth))
-        tally.shares[view.scan, question.structure].append(truth.mean())
-    if long_answers:
-        names = rng.permutation(view.visible)[:4]
-        questions = [ask("box", view, rng, structure=name) for name in names] + [ask("describe", view, rng)]
-        questions = [q for q in questions if q]
-        answers, _ = answerer(view.image, questions, 64)
-        for question, answer in zip(questions, answers):
-            if question.task == "describe":
-                tally.described.append(view.facts["part"] in answer and view.facts["modality"] in answer
-                                       and view.facts["finding"].format(**view.facts) in answer)
-            else:
-                found, truth = parse_boxes(answer), view.box(question.structure)
-                tally.boxes.append(box_iou(found[0], truth, answerer.size) if len(found) else 0.0)
-    return tally
+def _worded(answerer: Answerer, view: View, rng: np.random.Generator, caption_chance: float) -> list[Score]:
+    """Longer answers: boxes of named structures, names of boxes, a description. A guess is the box or the name of any
+    structure in view."""
+    names = [str(name) for name in rng.permutation(view.visible)[:4]]
+    boxes = {name: view.box(name) for name in view.visible}
+    questions = [ask(task, view, rng, structure=name) for task in ("box", "name_box") for name in names]
+    questions = [q for q in [*questions, ask("describe", view, rng)] if q]
+    answers, _ = answerer(view.image, questions, 64)
+    blind, _ = answerer(np.zeros_like(view.image), questions, 64)
+
+    def value(q: Question, answer: str) -> float:
+        if q.task == "box":
+            found = parse_boxes(answer)
+            return box_iou(found[0], boxes[q.structure], answerer.size) if len(found) else 0.0
+        if q.task == "name_box":
+            return answer == q.answer
+        facts = view.facts
+        return all(part in answer for part in (facts["part"], facts["modality"], facts["finding"].format(**facts)))
+
+    scores = []
+    for q, answer, unseeing in zip(questions, answers, blind):
+        kind, chance = {"box": ("REC", 0.0), "name_box": ("REG", 1 / len(boxes)),
+                        "describe": ("caption", caption_chance)}[q.task]
+        if kind == "REC":
+            chance = float(np.mean([box_iou(box, boxes[q.structure], answerer.size) for box in boxes.values()]))
+        scores.append(Score(kind, q.task, view.scan, value(q, answer), chance, value(q, unseeing)))
+    return scores
 
 
-def measure_share(settings: Settings, rank: int, processes: int) -> dict[str, Tally]:
-    """What one process measures: augmentations of each scan from wider ranges than training's, and as its first view
-    a scan that was held out whole as it is."""
+def _segmented(answerer: Answerer, view: View, rng: np.random.Generator) -> list[Score]:
+    """Masks of every visible structure. A guess is the right mask of any of them."""
+    questions = [ask("segment", view, rng, structure=name) for name in view.visible]
+    truths = [view.mask(name) for name in view.visible]
+    scores = []
+    for q, truth, mask in zip(questions, truths, answerer(view.image, questions, 14)[1]):
+        chance = float(np.mean([dice(truth, other) for other in truths]))
+        scores.append(Score("segmentation", "segment", view.scan, 0.0 if mask is None else dice(mask, truth), chance,
+                            structure=q.structure, share=float(truth.mean())))
+    return scores
+
+
+# --- retrieval -------------------------------------------------------------------------------------------------------
+class Retriever:
+    """Features of M3D-CLIP."""
+
+    def __init__(self, folder: Path):
+        self.clip, source = load_clip(folder)
+        self.tokenizer = load_tokenizer(source)
+
+    @torch.inference_mode()
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """[E] of a volume [D, H, W]."""
+        return self.clip.encode_image(torch.from_numpy(image)[None, None])[0, 0].numpy()
+
+    @torch.inference_mode()
+    def texts(self, texts: list[str]) -> np.ndarray:
+        """[B, E]"""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
+                                max_length=self.clip.config.max_text_len)
+        return self.clip.encode_text(tokens["input_ids"], tokens["attention_mask"])[:, 0].numpy()
+
+
+def retrieval(images: np.ndarray, texts: np.ndarray, reports: list[str]) -> list[Score]:
+    """Recall at 1 in both directions, all against all; reports of the same words are the same report."""
+    similarity = images @ texts.T
+    same = np.array([[a == b for b in reports] for a in reports])
+    scores = []
+    for kind, table in (("text retrieval", similarity), ("scan retrieval", similarity.T)):
+        scores += [Score(kind, f"1 of {len(reports)}", "", same[row, best], float(same[row].mean()))
+                   for row, best in enumerate(table.argmax(axis=1))]
+    return scores
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+def summary(scores: list[Score]) -> dict:
+    """What metrics.json says about scores: every task, closed questions together and apart, structures."""
+    kinds = _grouped(scores, lambda score: score.kind)
+    closed = [s for kind in ("closed VQA", "open VQA", "yes or no") for s in kinds.get(kind, ())]
+    structures = _grouped(kinds.get("segmentation", ()), lambda score: f"{score.scan}: {score.structure}")
+    dices = {name: float(np.mean([s.value for s in found])) for name, found in structures.items()}
+    shares = {name: float(np.mean([s.share for s in found])) for name, found in structures.items()}
+    large = [dices[name] for name in dices if shares[name] > LARGE]
+    return {
+        "tasks": {kind: figure(kinds[kind]) for kind in KINDS if kind in kinds},
+        "closed_questions": {**figure(closed), "unseen_wordings": figure(kinds["unseen wording"]),
+                             "by_task": {task: figure(found) for task, found in _grouped(
+                                 closed, lambda score: score.task).items()}},
+        "segmentation": {
+            "mean_dice_large": _rounded(np.mean(large)), "interval": _interval(large), "large_structures": len(large),
+            "mean_dice_all": _rounded(np.mean(list(dices.values()))), "structures": len(dices),
+            "by_structure": {name: {"n": len(structures[name]), "dice": round(dices[name], 3),
+                                    "share_of_volume": round(shares[name], 4)} for name in dices},
+        },
+    }
+
+
+def figure(scores: list[Score]) -> dict:
+    """n, mean, its 95 % interval (as if the scores were independent), chance, and the mean about an empty volume."""
+    blind = [s.blind for s in scores if s.blind is not None]
+    return {"n": len(scores), "mean": _rounded(np.mean([s.value for s in scores])),
+            "interval": _interval([s.value for s in scores]), "chance": _rounded(np.mean([s.chance for s in scores])),
+            **({"without_the_scan": _rounded(np.mean(blind))} if blind else {})}
+
+
+def _interval(values: list[float]) -> list[float]:
+    """Wilson's for shares of right answers, else of the mean by Student's t."""
+    if set(values) <= {0, 1}:
+        return list(map(_rounded, stats.binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")))
+    return list(map(_rounded, stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))))
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 4)
+
+
+def _grouped(scores: Iterable[Score], key: Callable[[Score], str]) -> dict[str, list[Score]]:
+    groups = defaultdict(list)
+    for score in scores:
+        groups[key(score)].append(score)
+    return dict(groups)
+
+
+def table(figures: dict[str, dict]) -> str:
+    """Markdown for the card."""
+    lines = ["| task | n | mean | 95 % | chance | without the scan |", "|---|---|---|---|---|---|"]
+    for name, f in figures.items():
+        low, high = f["interval"]
+        blind = f"{f['without_the_scan']:.2f}" if "without_the_scan" in f else ""
+        lines.append(f"| {name} | {f['n']} | {f['mean']:.2f} | {low:.2f} to {high:.2f} | {f['chance']:.2f} | {blind} |")
+    return "\n".join(lines)
+
+
+def measure_share(settings: Settings, rank: int, processes: int) -> tuple[list[Score], list[tuple[str, np.ndarray, str]]]:
+    """(scores, (scan, image feature, report) of each view): what one process measures. Views are augmentations from
+    wider ranges than training's; the first of a scan that was held out is the scan as it is."""
     answerer = Answerer(settings.checkpoint)
+    retriever = Retriever(settings.clip) if settings.clip else None
+    facts = facts_of()
+    reports = {tuple(turn(facts[name][key].format(**facts[name])) for key in ("modality", "part", "finding"))
+               for name in settings.train for turn in (str, swap_sides)}
     scans = load_scans((*settings.train, *settings.held_out), settings.fine_grid)
     jobs = [(scan, k) for k in range(settings.views) for scan in scans][rank::processes]
-    tallies = defaultdict(Tally)
+    scores, pairs = [], []
     for scan, k in track(jobs, description="measuring", disable=rank > 0):
         seed = [SEED + settings.seed, k, sum(scan.name.encode())]
         ranges = None if k == 0 and scan.name in settings.held_out else settings.augmentation
         view = view_of(scan, ranges, answerer.size, np.random.default_rng(seed))
-        tallies[scan.name].add(measure(answerer, view, [*seed, 1], k < LONG_VIEWS))
-    return dict(tallies)
+        rng = np.random.default_rng([*seed, 1])
+        scores += measure(answerer, view, rng, 1 / len(reports))
+        if retriever:
+            pairs.append((scan.name, retriever.image(view.image), caption(view, rng)))
+    return scores, pairs
 
 
 def main() -> None:
@@ -219,19 +318,19 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if not state.is_main_process:
         return
-    tallies = defaultdict(Tally)
-    for share in shares:
-        for name, tally in share.items():
-            tallies[name].add(tally)
-    together = Tally()
-    for name in settings.train:
-        together.add(tallies[name])
-    write_json(settings.out, {
+    by_scan = _grouped((score for scores, _ in shares for score in scores), lambda score: score.scan)
+    trained = [score for name in settings.train for score in by_scan[name]]
+    pairs = [pair for _, pairs in shares for pair in pairs if pair[0] in settings.train]
+    if pairs:
+        _, images, reports = zip(*pairs)
+        trained += retrieval(np.stack(images), Retriever(settings.clip).texts(list(reports)), list(reports))
+    result = {
         "date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "views_of_each_scan": settings.views,
-        "held_out_augmentations": together.summary(),
-        "held_out_scans": {name: tallies[name].summary() for name in settings.held_out},
-    })
+        "views_of_each_scan": settings.views, "held_out_augmentations": summary(trained),
+        "held_out_scans": {name: summary(by_scan[name]) for name in settings.held_out}}
+    write_json(settings.out, result)
+    print(f"on held-out augmentations ({settings.out} has everything):\n"
+          f"{table(result['held_out_augmentations']['tasks'])}")
 
 
 if __name__ == "__main__":
