@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := out
+EXPORT_DEMO = $(BIN)/python export/build_engines.py --checkpoint training/demo --clip-checkpoint training/demo/clip \
+  --target cpu --repository model_repository
 # The environment of the image in deploy/, or any other that has vLLM and TensorRT; here it says what is missing.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
@@ -20,12 +22,12 @@ INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --o
 help:  ## list what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/serving  ## export the demo model, serve it, ask about a real MRI scan, draw a mask, stop the server
-	@$(BIN)/python export/build_engines.py --checkpoint training/demo --target cpu --repository model_repository
+demo: $(VENV)/serving  ## export the demo model, serve it, ask about a real MRI scan, draw a mask, rank reports, stop
+	@$(EXPORT_DEMO)
 	@$(BIN)/python examples/first_answer.py --repository model_repository --out $(OUT)
 
 serve: $(VENV)/serving  ## export the demo model and serve it until Ctrl-C
-	@$(BIN)/python export/build_engines.py --checkpoint training/demo --target cpu --repository model_repository
+	@$(EXPORT_DEMO)
 	@$(BIN)/m3d serve --target cpu --repository model_repository
 
 test: $(VENV)/testing  ## run the test suite (unit and functional, with a real Triton)

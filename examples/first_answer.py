@@ -1,4 +1,5 @@
-"""From a real MRI scan to a streamed answer, a mask and a picture: what `make demo` runs, and how the library is used.
+"""From a real MRI scan to a streamed answer, a mask, a picture and ranked reports: what `make demo` runs, and how the
+library is used.
 
     python examples/first_answer.py --repository model_repository --out out
 """
@@ -18,6 +19,9 @@ from engine.samples import write_sample
 from engine.server import Server, free_ports
 
 QUESTIONS = ("Is this a CT or an MR scan?", "Which part of the body is shown?", "Is the brain stem visible in this scan?")
+REPORTS = ("This is a CT scan of the chest. There is a small tumour in the right lung.",
+           "This is an MR scan of the brain. The skull has been removed and no tumour is seen.",
+           "This is an MR scan of the lumbar spine. No tumour is seen.")
 SEGMENT = "Please segment the left thalamus."
 
 
@@ -43,6 +47,10 @@ def main(repository: Path, out: Path) -> None:
         mask = found.save(out / "mask.nii.gz")
         picture = montage(out / "mask.png", nibabel.load(scan).dataobj[:], found.affine, found.mask, SEGMENT,
                           found.answer.text)
+        print("  Which report fits the scan?")
+        for text, score in client.rank(study, REPORTS).sorted():
+            print(f"  {score:6.2f}  {text}")
+        print()
         say(f"mask in the scan's own space: {mask}")
         say(f"picture: {picture}")
     say("the server is stopped")
