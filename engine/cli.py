@@ -23,7 +23,7 @@ ServerUrl = Annotated[str, typer.Option("--server", envvar="M3D_SERVER", help="g
 Preset = Annotated[str, typer.Option(help="preprocessing: auto, ct, mr, m3d-cap, m3d-seg, m3d-refseg or raw")]
 Timeout = Annotated[float, typer.Option(help="seconds until the request is given up")]
 ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help=_SCAN)]
-Question = Annotated[str, typer.Argument(help="what to ask")]
+Question = Annotated[str, typer.Argument(help="what to ask", callback=lambda text: _asked(text))]
 MaxNewTokens = Annotated[Optional[int], typer.Option(help="tokens of the answer at most (default 256)")]
 Temperature = Annotated[Optional[float], typer.Option(help="0 (default) is greedy; up to 2")]
 TopP = Annotated[Optional[float], typer.Option(help="sample from the likeliest tokens that sum up to this")]
@@ -33,8 +33,20 @@ RepetitionPenalty = Annotated[Optional[float], typer.Option(help="above 1 repeat
 Stop = Annotated[Optional[list[str]], typer.Option(help="text that ends the answer; may be given several times")]
 
 
+def _asked(question: str) -> str:
+    """The question, if it can be asked: a scan of gigabytes is not sent for one that cannot."""
+    from engine.client import checked_question
+
+    return checked_question(question)
+
+
 def _sampling(**given) -> dict:
-    return {name: value for name, value in given.items() if value not in (None, [])}
+    """What was given, if the server will take it."""
+    from engine.sampling import Sampling
+
+    sampling = {name: value for name, value in given.items() if value not in (None, [])}
+    Sampling.from_dict(sampling)
+    return sampling
 
 
 @app.command()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -41,6 +42,17 @@ def begin(folder: Path, stage: str, settings: dict, data: dict, world_size: int)
     record["sessions"].append({"started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                                "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "code": code_version(),
                                "packages": package_versions(), "machine": machine()})
+    write_json(file, record)
+
+
+def end(folder: Path) -> None:
+    """Record how long this session took, and the memory of its first process (peak, MB)."""
+    file = folder / FILE
+    record = json.loads(file.read_text())
+    session = record["sessions"][-1]
+    began = datetime.fromisoformat(session["started"])
+    session["seconds"] = round((datetime.now(timezone.utc) - began).total_seconds())
+    session["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     write_json(file, record)
 
 

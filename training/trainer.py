@@ -253,6 +253,8 @@ def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Ca
     else:
         trainer.train(resume_from_checkpoint=whole[-1] if whole else None)
     trainer.save_final(unwrapped=finished)
+    if arguments.process_index == 0:
+        record.end(out)
     return out / FINAL
 
 

@@ -238,8 +238,7 @@ class M3DClient:
     def _ask(self, study, question: str, sampling: Mapping, streaming: bool, timeout: float | None,
              hint: bool = False) -> "_Asked":
         """hint: that a mask will be wanted, so that the server encodes for it while it decodes."""
-        if not isinstance(question, str) or not question.strip():
-            raise InvalidInput("the question is empty: give a text")
+        checked_question(question)
         settings = Sampling.from_dict(sampling).to_json()
         study = self._as_study(study, timeout)
         inputs = {contract.QUESTION: question, contract.SAMPLING: settings, contract.STREAM: streaming}
@@ -360,6 +359,13 @@ class _Collected:
         info = json.loads(text_of(self._last["ANSWER_INFO"]) or "{}")
         timings = {**info, "first_text_s": self._first_text_s, "total_s": time.monotonic() - self._started}
         return Answer("".join(self._texts), tuple(self._token_ids), reason, self._last["BOXES"], timings)
+
+
+def checked_question(question: str) -> str:
+    """The question. Raises InvalidInput for what no server answers."""
+    if not isinstance(question, str) or not question.strip():
+        raise InvalidInput("the question is empty: give a text")
+    return question
 
 
 def _checked_timeout(timeout: float | None) -> float | None:

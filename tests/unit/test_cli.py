@@ -89,8 +89,10 @@ def test_rank_prints_scores_best_first(m3d, scan, triton, tmp_path):
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (["ask", "SCAN", "What?", "--server", "127.0.0.1:1"], 1, ["127.0.0.1:1", "m3d serve"]),
     (["ask", "nowhere.nii", "What?", "--server", "URL"], 2, ["nowhere.nii", "cannot be read"]),
-    (["ask", "SCAN", "", "--server", "URL"], 2, ["empty"]),
-    (["ask", "SCAN", "What?", "--temperature", "9", "--server", "URL"], 2, ["temperature", "9"]),
+    # Nothing is sent for these: the server that they name is not there.
+    (["ask", "SCAN", "", "--server", "127.0.0.1:1"], 2, ["empty"]),
+    (["segment", "SCAN", " ", "--server", "127.0.0.1:1"], 2, ["empty"]),
+    (["ask", "SCAN", "What?", "--temperature", "9", "--server", "127.0.0.1:1"], 2, ["temperature", "9"]),
     (["rank", "SCAN", "--server", "URL"], 2, ["nothing to rank"]),
     (["rank", "SCAN", "--file", "nowhere.txt", "--server", "URL"], 2, ["nowhere.txt"]),
     (["sample", "foot-mr"], 2, ["foot-mr", "brain-mr"]),

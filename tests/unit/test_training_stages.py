@@ -336,6 +336,7 @@ def test_a_run_s_folder_says_how_it_was_made_and_shows_losses_and_answers(tuned)
     record = json.loads((tuned.parent / "run.json").read_text())
     assert record["stage"] == "finetune" and record["settings"]["lora"] == {"r": 4, "alpha": 8, "dropout": 0.05}
     session = record["sessions"][0]
+    assert session["seconds"] >= 0 and session["peak_memory_mb"] > 100
     assert session["packages"]["torch"] == torch.__version__ and set(session["code"]) == {"commit", "dirty"}
     assert any(len(value) == 64 for value in record["data"].values())
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
