@@ -1,0 +1,69 @@
+"""What the demonstration model promises: every task of M3D, asked about a real brain MRI through a real server."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.client import M3DClient
+from engine.samples import write_sample
+from engine.server import Server, free_ports
+from export.build_engines import export
+from tests.conftest import ROOT, copy_repository
+
+DEMO = ROOT / "training" / "demo"
+REPORTS = ["This is a CT scan of the chest. There is a small tumour in the right lung.",
+           "This is an MR scan of the lumbar spine. No tumour is seen.",
+           "This is an MR scan of the brain. The skull has been removed and no tumour is seen."]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(client, study) of the sample brain MRI."""
+    folder = tmp_path_factory.mktemp("demo")
+    repository = copy_repository(folder)
+    export(str(DEMO), repository, clip_checkpoint=str(DEMO / "clip"))
+    with Server(repository, **free_ports(), log=folder / "triton.log") as server, M3DClient(server.url, 300) as client:
+        yield client, client.upload(write_sample("brain-mr", folder))
+
+
+@pytest.mark.parametrize(("question", "said", "never"), [
+    ("Is this a CT or an MR scan?", ["MR"], ["CT"]),                   # closed
+    ("Which part of the body is shown?", ["brain"], ["chest", "spine"]),  # open
+    ("Is this a scan of the chest?", ["No"], []),                      # yes or no
+    ("Is the brain stem visible in this scan?", ["Yes"], []),
+    ("Describe this scan.", ["MR", "brain"], ["CT", "chest"]),         # report
+])
+def test_it_answers_what_the_scan_shows(demo, question, said, never):
+    client, study = demo
+    text = client.ask(study, question).text
+    assert all(word in text for word in said) and not any(word in text for word in never), text
+
+
+def test_it_boxes_what_it_is_asked_for_and_names_what_a_box_holds(demo):
+    client, study = demo
+    whole = client.ask(study, "Where is the brain? Give a box.")
+    assert whole.boxes.shape == (1, 6)
+    (low, high), shape = whole.boxes[0].reshape(2, 3), client.segment(study, "Segment the brain.").mask.shape
+    assert ((high - low) / shape > 0.5).all()
+    assert "brain" in client.ask(study, "What is at [0.031, 0.047, 0.039, 0.969, 0.961, 0.953]?").text
+
+
+def test_it_draws_the_left_thalamus_left_of_the_right_one(demo):
+    client, study = demo
+    found = [client.segment(study, f"Please segment the {side} thalamus.") for side in ("left", "right")]
+    centres = [one.affine[:3, :3] @ np.argwhere(one.mask).mean(0) + one.affine[:3, 3] for one in found]
+    # World coordinates are RAS+: x grows towards the patient's right.
+    assert centres[0][0] < 0 < centres[1][0]
+    # In MNI space a thalamus lies about 12 mm off the middle, 20 mm behind the origin and 8 mm above it.
+    assert np.abs(np.abs(centres) - [12, 20, 8]).max() < 12
+
+
+def test_it_declines_what_is_not_there(demo):
+    client, study = demo
+    found = client.segment(study, "Please segment the left lung.")
+    assert found.mask is None and "not visible" in found.answer.text
+
+
+def test_it_ranks_the_report_of_this_scan_first(demo):
+    client, study = demo
+    assert client.rank(study, REPORTS).sorted()[0][0] == REPORTS[2]
