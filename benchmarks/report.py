@@ -123,13 +123,13 @@ def _one_at_a_time(result: dict) -> str:
             rows.append((side, kind.replace("_", " "), _s(total["median"]), f"{_s(total['min'])} to {_s(total['max'])}",
                          _s(total["p90"]), _s(total["p99"]), _s(median(first)) if first else "",
                          f"{1e3 * median(each):.1f} ms" if each else ""))
-    return _table(("side", "request", "median", "spread", "p90", "p99", "first token", "per token"), rows)
+    return table(("side", "request", "median", "spread", "p90", "p99", "first token", "per token"), rows)
 
 
 def _stages(result: dict) -> str:
     rows = [(s["stage"].replace("_", " "), _s(s["measured_s"]), _s(s["floor_s"]), s["bound"],
              f"{s['measured_s'] / s['floor_s']:.1f}") for s in result["stages"]]
-    return _table(("stage", "measured", "floor", "floor by", "measured ÷ floor"), rows)
+    return table(("stage", "measured", "floor", "floor by", "measured ÷ floor"), rows)
 
 
 def _closed_loop(result: dict) -> str:
@@ -140,7 +140,7 @@ def _closed_loop(result: dict) -> str:
         total, first = summary(_all(samples, "total_s")), summary(_all(samples, "first_s"))
         rows.append((concurrency, f"{rate['median']:.0f}", f"{rate['min']:.0f} to {rate['max']:.0f}",
                      _s(total["median"]), _s(total["p99"]), _s(first["median"]), _s(first["p99"])))
-    return _table(("clients", "tokens/s", "spread", "answer", "p99", "first token", "p99"), rows)
+    return table(("clients", "tokens/s", "spread", "answer", "p99", "first token", "p99"), rows)
 
 
 def _open_loop(result: dict) -> str:
@@ -150,7 +150,7 @@ def _open_loop(result: dict) -> str:
         rows.append((run["scenario"], f"{run['rate']:g}/s" if run["rate"] else "", len(run["samples"]),
                      _s(first["median"]), _s(first["p99"]), f"{1e3 * each['median']:.0f} ms",
                      f"{1e3 * each['p99']:.0f} ms", _verdict(run, result["limits"])))
-    table = _table(("LoadGen scenario", "rate", "answers", "first token", "p99", "per token", "p99", "within limits"),
+    table = table(("LoadGen scenario", "rate", "answers", "first token", "p99", "per token", "p99", "within limits"),
                    rows)
     if not table:
         return ""
@@ -169,10 +169,11 @@ def _verdict(run: dict, limits: dict) -> str:
 def _targets(result: dict) -> str:
     rows = [(t["words"], f"{'≥' if by_name[t['name']].at_least else '≤'} {t['limit']:.3g}", f"{t['value']:.3g}",
              "met" if t["met"] else "MISSED") for by_name in [{t.name: t for t in TARGETS}] for t in result["targets"]]
-    return _table(("target", "wanted", "measured", ""), rows)
+    return table(("target", "wanted", "measured", ""), rows)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+def table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    """Markdown; nothing without rows."""
     lines = [head, ("---",) * len(head), *rows] if rows else []
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

@@ -86,7 +86,7 @@ class Triton:
         return backends
 
     def command(self, repository: Path, models: tuple[str, ...], host: str, ports: dict[str, int],
-                backends: Path | None, shm_prefix: str, exit_timeout_s: int) -> list[str]:
+                backends: Path | None, shm_prefix: str, exit_timeout_s: int, trace: Path | None = None) -> list[str]:
         """Triton's command line. ports: {"grpc", "http", "metrics"}; `models` are loaded, others are left alone."""
         secret = f"{ADMIN_PROTOCOLS}:m3d-admin={secrets.token_hex(16)}"
         command = [
@@ -103,6 +103,9 @@ class Triton:
             "--backend-config", f"python,shm-region-prefix-name={shm_prefix}",
             "--backend-config", f"python,stub-timeout-seconds={STUB_TIMEOUT_S}",
         ]
+        if trace is not None:
+            command += [part for setting in ("mode=triton", "level=TIMESTAMPS", "rate=1", f"triton,file={trace}")
+                        for part in ("--trace-config", setting)]
         if backends is not None:
             command += ["--backend-directory", str(backends), "--model-config-name", "cpu"]
         else:
