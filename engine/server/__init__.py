@@ -41,7 +41,7 @@ class Server:
 
     target: cpu (the Triton of nvidia-pytriton) or tensorrt (`tritonserver` on PATH). host: address to listen on; other
     machines are kept out unless it says otherwise. log: file for Triton's own words, by default one per gRPC port in
-    the cache folder. trace: file for the timestamps of all requests, which Triton writes when it stops.
+    the cache folder. trace: files for the timestamps of all requests; Triton appends .0, .1, ... to the name.
     start_timeout: seconds until all models must be ready. on_progress: is told what loads.
     """
 

@@ -19,6 +19,7 @@ WHEEL = "nvidia-pytriton"
 ADMIN_PROTOCOLS = "model-repository,shared-memory,trace,logging"
 # Tensors of requests on their way to a GPU and back: eight volumes of 8.4 MB, and as much again for what they become.
 CUDA_POOL_BYTES = PINNED_POOL_BYTES = 256 << 20
+TRACES_A_FILE = 10  # few, as what is not written when Triton ends may be lost
 STUB_TIMEOUT_S = 60  # for a stub's Python to start; loading a model may take longer
 QUIET = {
     "PYTHONUTF8": "1",
@@ -104,8 +105,9 @@ class Triton:
             "--backend-config", f"python,stub-timeout-seconds={STUB_TIMEOUT_S}",
         ]
         if trace is not None:
-            command += [part for setting in ("mode=triton", "level=TIMESTAMPS", "rate=1", f"triton,file={trace}")
-                        for part in ("--trace-config", setting)]
+            settings = ("mode=triton", "level=TIMESTAMPS", "rate=1", f"triton,file={trace}",
+                        f"triton,log-frequency={TRACES_A_FILE}")
+            command += [part for setting in settings for part in ("--trace-config", setting)]
         if backends is not None:
             command += ["--backend-directory", str(backends), "--model-config-name", "cpu"]
         else:
