@@ -194,7 +194,8 @@ class Encoders:
         return None if state is None else self.model.segment(features, state)[0, 0].numpy() > 0
 
     def _flops(self, name: str) -> int:
-        return floor.stages(self.model.config, llm="bf16", graphs="fp32", question_tokens=1, answer_tokens=1)[name].flops
+        return floor.stages(self.model.config, llm="bf16", graphs="fp32", question_tokens=1,
+                            answer_tokens=1)[name].flops
 
 
 def dice(a: np.ndarray | None, b: np.ndarray | None) -> float:

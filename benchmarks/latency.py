@@ -371,7 +371,8 @@ def _conditions(base, arguments: argparse.Namespace) -> dict:
     cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
     memory = re.search(r"^MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(),
-            "cores": len(os.sched_getaffinity(0)), "memory_bytes": int(memory[1]) * 1024, "load_average_before": os.getloadavg()[0],
+            "cores": len(os.sched_getaffinity(0)), "memory_bytes": int(memory[1]) * 1024,
+            "load_average_before": os.getloadavg()[0],
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(), "versions": dict(_versions()),
             "scan": {"shape": list(base.array.shape), "dtype": str(base.array.dtype), "bytes": base.array.nbytes},

@@ -216,9 +216,10 @@ def _open_loop(result: dict) -> str:
                      _verdict(run, result["limits"])))
     if not rows:
         return ""
-    return table(("LoadGen scenario", "rate", "answers", "first token", "p90", "p99", "per token", "p90", "p99",
-                  "LoadGen says", "within limits"), rows) + (f"\n\nLimits: first token p99 {1e3 * result['limits']['ttft_s']:.0f} ms, per token p99 "
-                    f"{1e3 * result['limits']['tpot_s']:.0f} ms (MLPerf's for an 8B model: 500 and 30).")
+    head = ("LoadGen scenario", "rate", "answers", "first token", "p90", "p99", "per token", "p90", "p99",
+            "LoadGen says", "within limits")
+    return table(head, rows) + (f"\n\nLimits: first token p99 {1e3 * result['limits']['ttft_s']:.0f} ms, per token p99 "
+                                f"{1e3 * result['limits']['tpot_s']:.0f} ms (MLPerf's for an 8B model: 500 and 30).")
 
 
 def _verdict(run: dict, limits: dict) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, encoders, floor, load, preprocessing, report, roofline, scans, trace
+from benchmarks import compare, decode, encoders, floor, load, preprocessing, report, roofline, scans, trace
 from benchmarks.baseline import Baseline
 from benchmarks.make_checkpoint import config_of
 from benchmarks.samples import Sample, ratios, summary
 from engine.models.checkpoint import load_lamed
 from engine.models.config import LamedConfig
 from engine.prompt import Prompt
+from tests.conftest import ROOT
 from tests.tiny import IMAGE_SIZE
 from tests.tiny_bench import write_tiny_checkpoint
 
@@ -192,8 +194,8 @@ def test_the_ratios_are_medians_over_pairs_against_both_precisions():
         "cold_e2e": 0.375, "cold_e2e_equal_precision": 0.75, "followup_ttft": 0.025,
         "followup_ttft_equal_precision": 0.05, "segment_warm": 0.2, "segment_warm_equal_precision": 0.4,
         "throughput_c8": 9.0, "throughput_c8_equal_precision": 5.5, "overhead_cold": 0.05, "overhead_followup_s": 0.02,
-        "interference": 2.0, "wire_per_mask": 1 / 32, "wire_per_study": 1.06, "prepare_large_s": 3.5, "prepare_large_memory": 2.5,
-        "start_s": 50.0, "memory": 0.5})
+        "interference": 2.0, "wire_per_mask": 1 / 32, "wire_per_study": 1.06, "prepare_large_s": 3.5,
+        "prepare_large_memory": 2.5, "start_s": 50.0, "memory": 0.5})
 
 
 def test_a_server_that_is_slow_on_follow_ups_misses_that_target():
@@ -318,6 +320,15 @@ def test_only_what_is_slower_beyond_its_noise_is_marked():
     assert found["served, cold, first"][1] <= 1 <= found["served, cold, first"][2]
 
 
+def test_throughput_and_preprocessing_are_compared_too():
+    def of(rate, seconds):
+        return {"samples": {}, "closed_loop": [{"concurrency": 8, "tokens_per_s": rate}] * 3,
+                "preprocessing": {"seconds": [seconds] * 3}}
+
+    assert compare.compare(of(100, 2.0), of(50, 3.0)) == [("8 clients, per token", 2, 2, 2),
+                                                          ("preprocessing of a large CT", 1.5, 1.5, 1.5)]
+
+
 def test_compare_fails_on_a_slowdown(tmp_path, monkeypatch, capsys):
     for name, factor in (("old", 1), ("new", 2)):
         samples = [sample(factor * (1 + i / 100), None) for i in range(10)]
@@ -419,3 +430,25 @@ def test_a_faster_pair_out_of_bounds_on_one_case_is_not_chosen():
     assert encoders.fastest({"runs": runs, "exactness": found}) == ("int8", "fp32")
     assert encoders.fastest({"runs": runs, "exactness": [*found, exactness("fixture", "int8", False)]}) == (
         "bf16", "fp32")
+
+
+# --- ways to decode --------------------------------------------------------------------------------------------------
+def test_every_way_to_decode_differs_from_the_shipped_configuration():
+    shipped = decode.configured(ROOT / "model_repository")
+    assert shipped.enforce_eager and shipped.block_size == 32
+    ways = [(replace(shipped, **way.settings), tuple(way.environment.items())) for way in decode.WAYS.values()]
+    assert len(set(ways)) == len(ways) and ways[0] == (shipped, ())
+
+
+def test_ways_to_decode_stand_beside_the_floor_and_failures_are_named():
+    way = {"start_s": 20.0, "new": [[0.2, 0.83]], "known": [[0.05, 0.68]], "together": [100.0, 200.0, 150.0]}
+    said = decode.text({"ways": {"as configured": way}, "failures": {"compiled": "not done after 300 s"}, "tokens": 64,
+                        "precision": "bf16", "rates": {"memory": 4e10},
+                        "floor": {"per_token_s": 0.005, "tokens_per_s": 600.0}})
+    assert "| as configured | 20 s | 200 ms | 50 ms | 10.0 ms | 10.0 to 10.0 ms | 2.0 | 150 | 100 to 200 | 4.0 |" in said
+    assert "compiled: not done after 300 s" in said and "memory 40.0 GB/s" in said
+
+
+def test_an_unknown_way_to_decode_is_refused(capsys):
+    assert decode.main(["--repository", "nowhere", "--ways", "as configured,faster"]) == 1
+    assert "unknown: faster; the ways are as configured" in capsys.readouterr().err
