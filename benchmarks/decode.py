@@ -36,6 +36,7 @@ from engine.sampling import Sampling  # noqa: E402
 AT_ONCE = 8
 QUESTION = "What does this scan show?"
 TIMEOUT_S = 300
+RESULT = "result: "  # before what a process has measured, as vLLM may print, too
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if arguments.way_alone:
-            print(json.dumps(asyncio.run(_measure_here(arguments, WAYS[arguments.way_alone]))))
+            found = asyncio.run(_measure_here(arguments, WAYS[arguments.way_alone]))
+            print(f"{RESULT}{json.dumps(found)}", flush=True)
             return 0
         result = measure(arguments)
     except M3DError as error:
@@ -91,14 +93,16 @@ def measure(arguments: argparse.Namespace) -> dict:
         command = [sys.executable, __file__, "--repository", arguments.repository, "--tokens", arguments.tokens,
                    "--repeats", arguments.repeats, "--way-alone", name]
         try:
-            done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, timeout=arguments.timeout)
+            done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True,
+                                  timeout=arguments.timeout)
         except subprocess.TimeoutExpired:
             result["failures"][name] = f"not done after {arguments.timeout:g} s"
         else:
             if done.returncode:
                 result["failures"][name] = f"exit status {done.returncode}"
             else:
-                result["ways"][name] = json.loads(done.stdout.splitlines()[-1])
+                (said,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
+                result["ways"][name] = json.loads(said.removeprefix(RESULT))
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -134,9 +138,8 @@ async def _measure_here(arguments: argparse.Namespace, way: Way) -> dict:
     await decoder.start()
     found = {"start_s": time.perf_counter() - started, "new": [], "known": [], "together": []}
     try:
-        for scan in scans[:AT_ONCE]:  # warm-up, and known from here on
-            await ask(scan)
-        await asyncio.gather(*map(ask, scans[:AT_ONCE]))
+        for _ in range(2):  # warm-up, and known from here on
+            await asyncio.gather(*map(ask, scans[:AT_ONCE]))
         for n in range(arguments.repeats):
             found["new"].append(await ask(scans[AT_ONCE + n]))
             found["known"].append(await ask(scans[n % AT_ONCE]))

@@ -36,7 +36,7 @@ if __package__ in (None, ""):  # run as a script, from any folder
 
 import torch  # noqa: E402
 
-from benchmarks import floor, load, preprocessing, report, scans, trace  # noqa: E402
+from benchmarks import floor, load, preprocessing, report, scans, triton_trace  # noqa: E402
 from benchmarks.baseline import Baseline  # noqa: E402
 from benchmarks.samples import Sample  # noqa: E402
 from benchmarks.served import ENCODERS, Served  # noqa: E402
@@ -149,7 +149,7 @@ class Sections:
         finally:
             self.result["seconds"][name] = time.perf_counter() - started
             if self.file:
-                self.file.write_text(json.dumps(self.result, indent=1, default=lambda value: None) + "\n")
+                self.file.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
 
 
 # --- the sides -------------------------------------------------------------------------------------------------------
@@ -341,13 +341,13 @@ def _graph_precision(served: Served, manifest: dict | None) -> dict[str, str]:
 
 def _traced(result: dict, path: Path) -> dict[str, list[dict]]:
     """By kind of request what Triton's trace says of the one with the median time; empty without a trace."""
-    spans = trace.read(path)
+    spans = triton_trace.read(path)
     found = {}
     for kind in TRACED if spans else ():
         samples = sorted(result["samples"]["served"].get(kind, ()), key=lambda sample: sample["total_s"])
         if samples:
             middle = samples[len(samples) // 2]
-            found[kind] = {**middle, "spans": trace.within(spans, middle["started"], middle["total_s"])}
+            found[kind] = {**middle, "spans": triton_trace.within(spans, middle["started"], middle["total_s"])}
     return found
 
 

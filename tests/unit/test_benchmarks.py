@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, decode, encoders, floor, load, preprocessing, report, roofline, scans, trace
+from benchmarks import compare, decode, encoders, floor, load, preprocessing, report, roofline, scans, triton_trace
 from benchmarks.baseline import Baseline
 from benchmarks.make_checkpoint import config_of
 from benchmarks.samples import Sample, ratios, summary
@@ -273,13 +273,13 @@ def test_a_trace_is_read_from_all_its_files(tmp_path):
         {"id": 2, "parent_id": 1, "model_name": "vision_encoder", "model_version": 1}]))
     (tmp_path / "trace.json.1").write_text(json.dumps([stamps(2, COMPUTE_START=7_000_000_000,
                                                              COMPUTE_END=8_000_000_000)]))
-    spans = trace.read(tmp_path / "trace.json")
+    spans = triton_trace.read(tmp_path / "trace.json")
     assert [(s.model, s.step, s.called) for s in spans] == [
         ("study", "read", False), ("study", "queue", False), ("study", "compute", False),
         ("vision_encoder", "compute", True)]
-    (inner,) = trace.within(spans, 6.5, 2.0)
+    (inner,) = triton_trace.within(spans, 6.5, 2.0)
     assert inner == {"model": "vision_encoder", "step": "compute", "start_s": 0.5, "end_s": 1.5, "called": True}
-    assert trace.read(tmp_path / "none.json") == []
+    assert triton_trace.read(tmp_path / "none.json") == []
 
 
 def test_stages_stand_beside_their_floors():
@@ -296,7 +296,7 @@ def test_stages_stand_beside_their_floors():
 def test_the_report_has_every_table_and_picture(tmp_path):
     whole = result()
     spans = [{"model": "study", "step": step, "start_s": 0.1, "end_s": 0.5, "called": False}
-             for _, _, step in trace.STEPS]
+             for _, _, step in triton_trace.STEPS]
     whole["trace"] = {kind: {**sample(1.0), "spans": spans} for kind in ("cold", "segment")}
     reported(whole)
     said = report.text(whole)
