@@ -339,8 +339,8 @@ def _graph_precision(served: Served, manifest: dict | None) -> dict[str, str]:
     return found
 
 
-def _traced(result: dict, path: Path) -> dict[str, list[dict]]:
-    """By kind of request what Triton's trace says of the one with the median time; empty without a trace."""
+def _traced(result: dict, path: Path) -> dict[str, dict]:
+    """By kind of request its sample of median time, with `spans`, what Triton's trace says; empty without a trace."""
     spans = triton_trace.read(path)
     found = {}
     for kind in TRACED if spans else ():

@@ -254,7 +254,7 @@ def test_the_least_values_are_those_of_the_floors_alone():
 
 def test_the_caches_that_a_request_could_use_stand_beside_it():
     known = result()
-    known["samples"]["served"]["follow_up"] = [{**sample(1.0, 0.1), "cached_tokens": 96}]
+    known["samples"]["served"]["follow_up"] = [{**sample(1.0, 0.1), "cached_tokens": 96}] * 2
     reported(known)
     said = report.text(known)
     assert "| served | cold | miss |" in said and "| served | follow up | hit, 96 of 100 rows |" in said
@@ -445,7 +445,8 @@ def test_ways_to_decode_stand_beside_the_floor_and_failures_are_named():
     said = decode.text({"ways": {"as configured": way}, "failures": {"compiled": "not done after 300 s"}, "tokens": 64,
                         "precision": "bf16", "rates": {"memory": 4e10},
                         "floor": {"per_token_s": 0.005, "tokens_per_s": 600.0}})
-    assert "| as configured | 20 s | 200 ms | 50 ms | 10.0 ms | 10.0 to 10.0 ms | 2.0 | 150 | 100 to 200 | 4.0 |" in said
+    assert ("| as configured | 20 s | 200 ms | 50 ms | 10.0 ms | 10.0 to 10.0 ms | 2.0 | 150 | 100 to 200 | 4.0 |"
+            in said)
     assert "compiled: not done after 300 s" in said and "memory 40.0 GB/s" in said
 
 
