@@ -4,7 +4,7 @@ Such a folder's config.json has `"base_model": {"package", "version", "file"}`: 
 Beside it lie
 - model.safetensors: our parts under their published keys, and `added_tokens.weight` [n, H_llm], the embedding rows of
   the tokens that were added behind the base model's vocabulary;
-- adapter_config.json and adapter_model.safetensors: LoRA as peft's `save_pretrained` writes it for LlamaForCausalLM.
+- adapter_config.json and adapter_model.safetensors: LoRA as peft's `save_pretrained` writes it for the base model.
 """
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def base_file(spec: dict) -> Path:
 
 
 def load_base(spec: dict) -> dict[str, Tensor]:
-    """The base model's tensors in fp32 by LlamaForCausalLM's keys; converted from GGUF once, then cached beside it."""
+    """The base model's tensors in fp32 by transformers' keys; converted from GGUF once, then cached beside it."""
     gguf = base_file(spec)
     cached = gguf.with_suffix(".safetensors")
     if not cached.is_file():

@@ -243,16 +243,19 @@ def test_a_step_is_the_same_in_one_batch_or_accumulated(tmp_path, data, llm, mon
 # --- what is written -------------------------------------------------------------------------------------------------
 def test_the_merged_checkpoint_loads_in_the_engine_strictly_and_answers_as_in_training(tmp_path, tuned, data, llm):
     folder = merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", dtype="float32"))
-    lamed, tokenizer = checkpoint.load_lamed(folder)
-    settings = build(finetune.Settings, toy.finetune_configuration(tmp_path / "run", data, llm))
-    model, packer = finetune.build(settings)
-    model.restore(tuned)
-    model.eval()
     keys = set(load_file(folder / "model.safetensors"))
     assert {"model.vision_tower.vision_tower.cls_token", "model.mm_projector.projector.0.weight", "lm_head.weight",
             "model.seg_module.prompt_encoder.no_mask_embed.weight", "model.seg_projector.0.weight",
             "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"} <= keys
     assert not [key for key in keys if "lora" in key or "base_layer" in key]
+    assert_answers_as_in_training(folder, tuned, toy.finetune_configuration(tmp_path / "run", data, llm))
+
+
+def assert_answers_as_in_training(merged: Path, trained: Path, values: dict) -> None:
+    lamed, tokenizer = checkpoint.load_lamed(merged)
+    model, _ = finetune.build(build(finetune.Settings, values))
+    model.restore(trained)
+    model.eval()
     image = torch.rand(1, 1, *m3d_data.SIZE)
     ids = torch.tensor([Prompt(tokenizer, lamed.config.num_visual_tokens, 512).input_ids(" Where?")])
     with torch.no_grad():
@@ -290,16 +293,24 @@ def test_a_merged_checkpoint_starts_the_next_training_with_nothing_lost(tmp_path
     assert now and all(torch.equal(value, whole[key]) for key, value in now.items())
 
 
-def test_phi3_is_trained_and_merged_and_the_engine_refuses_it_by_name(tmp_path, data):
-    phi3 = toy.language_model(tmp_path / "tiny-phi3", "phi3")
-    values = {**toy.finetune_configuration(tmp_path / "run", data, phi3, max_steps=1), "sample_every": 0}
+@pytest.mark.parametrize("family, targets", [
+    ("phi3", ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
+    ("llama3", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+])
+def test_other_families_are_trained_and_merged_and_answer_in_the_engine_as_in_training(tmp_path, data, family, targets):
+    source = toy.language_model(tmp_path / f"tiny-{family}", family)
+    values = {**toy.finetune_configuration(tmp_path / "run", data, source, max_steps=2), "sample_every": 0}
     trained = run(finetune, values)
-    targets = json.loads((trained / base.ADAPTER_CONFIG).read_text())["target_modules"]
-    assert targets == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
-    merged = merge_lora.merge(merge_lora.Settings(trained=trained, out=tmp_path / "merged"))
-    assert "model.layers.0.self_attn.qkv_proj.weight" in load_file(merged / "model.safetensors")
-    with pytest.raises(CheckpointError, match="lamed_phi3"):
-        checkpoint.load_lamed(merged)
+    adapter = load_file(trained / base.ADAPTER_WEIGHTS)
+    assert json.loads((trained / base.ADAPTER_CONFIG).read_text())["target_modules"] == targets
+    assert {key.split(".lora_")[0].rpartition(".")[2] for key in adapter} == set(targets)
+    assert all(value.abs().max() > 0 for key, value in adapter.items() if "lora_B" in key)
+    merged = merge_lora.merge(merge_lora.Settings(trained=trained, out=tmp_path / "merged", dtype="float32"))
+    config, _, _ = checkpoint.open_lamed(merged)
+    for key, value in json.loads((Path(source) / "config.json").read_text()).items():
+        if key in ("rope_parameters", "sliding_window", "num_key_value_heads", "eos_token_id"):
+            assert config.llm[key] == value
+    assert_answers_as_in_training(merged, trained, values)
 
 
 def test_pretrained_clip_loads_in_the_engine_and_starts_the_vision_tower(tmp_path, pretrained_clip, data, llm):
