@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -68,8 +69,8 @@ def as_phi3(llama: Path, folder: Path, **changes) -> Path:
 def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """LLaMA's tensors by Phi-3's keys: q, k and v in one weight, gate and up in another."""
     tensors = dict(tensors)
-    for key in [key for key in tensors if key.startswith("model.layers.") and key.endswith("self_attn.q_proj.weight")]:
-        layer = key.removesuffix("self_attn.q_proj.weight")
+    queries = re.compile(r"(model\.layers\.\d+\.)self_attn\.q_proj\.weight")
+    for layer in [found[1] for found in map(queries.fullmatch, tensors) if found]:
         for block, parts, whole in (("self_attn", ("q", "k", "v"), "qkv"), ("mlp", ("gate", "up"), "gate_up")):
             tensors[f"{layer}{block}.{whole}_proj.weight"] = np.concatenate(
                 [tensors.pop(f"{layer}{block}.{part}_proj.weight") for part in parts])

@@ -1,4 +1,5 @@
-"""A tiny random LLaMA or Phi-3 in an exported repository, and what transformers computes with it: the slow, obvious way."""
+"""A tiny random LLaMA or Phi-3 in an exported repository, and what transformers computes with it: the slow, obvious
+way."""
 from __future__ import annotations
 
 import json

@@ -54,6 +54,49 @@ torch.manual_seed(settings.seed)
 module.train(settings)
 """
 
+# Two processes train from beginning to end; then two of which one kills itself before step N; then two that go on. They
+# are forks of one, which imports everything once. As torchrun does, the others are killed when one fails.
+_TWO_PROCESSES = """
+import os, signal, socket, sys, traceback
+import torch
+from training import config, finetune, trainer
+whole, torn, killed, number = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+step = trainer.StageTrainer.training_step
+def die_before_step(self, *args, **kwargs):
+    if self.args.process_index == killed and self.state.global_step + 1 == number: os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+def work(file):
+    settings = config.read(finetune.Settings, file)
+    torch.manual_seed(settings.seed)
+    finetune.train(settings)
+    torch.distributed.destroy_process_group()
+def run(file):
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    ranks, codes = {}, [None, None]
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank),
+                           "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+            try: work(file)
+            except BaseException: traceback.print_exc(); os._exit(1)
+            os._exit(0)
+        ranks[child] = rank
+    while ranks:
+        child, status = os.wait()
+        codes[ranks.pop(child)] = os.waitstatus_to_exitcode(status)
+        if status:
+            for other in ranks: os.kill(other, signal.SIGKILL)
+    return codes
+assert run(whole) == [0, 0]
+trainer.StageTrainer.training_step = die_before_step
+assert run(torn)[killed] == -signal.SIGKILL
+kept = sorted(path.name for path in config.read(finetune.Settings, torn).out.glob("checkpoint-*"))
+assert kept[-1] == f"checkpoint-{number - 1}" and not (config.read(finetune.Settings, torn).out / "final").exists(), kept
+trainer.StageTrainer.training_step = step
+assert run(torn) == [0, 0]
+"""
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
@@ -129,6 +172,23 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path, 
     killed("pretrain_clip", toy.written(values, tmp_path / "run.json"), "save", 3)
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     assert same_bits(run(pretrain_clip, values), pretrained_clip)
+
+
+def test_a_run_with_processes_that_load_is_resumed_with_the_bits_of_one_without(tmp_path, data, llm, tuned):
+    values = toy.finetune_configuration(tmp_path / "run", data, llm, dataloader_num_workers=2)
+    number = random.randint(2, 4)
+    killed("finetune", toy.written(values, tmp_path / "run.json"), "step", number)
+    assert same_bits(run(finetune, values), tuned), f"killed before step {number}"
+
+
+def test_a_run_of_two_processes_one_of_which_is_killed_ends_with_the_same_bits_when_resumed(tmp_path, data, llm):
+    whole, torn = (toy.written(toy.finetune_configuration(tmp_path / name, data, llm), tmp_path / f"{name}.json")
+                   for name in ("whole", "torn"))
+    rank, number = random.randint(0, 1), random.randint(2, 4)
+    done = subprocess.run([sys.executable, "-c", _TWO_PROCESSES, str(whole), str(torn), str(rank), str(number)],
+                          env=_ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same_bits(tmp_path / "torn" / "final", tmp_path / "whole" / "final"), f"{rank} killed before step {number}"
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_step_more(tmp_path, data, llm, tuned):
