@@ -37,7 +37,7 @@ def language_model(folder: Path, family: str = "llama", seed: int = 0, **changes
     settings, tokenizer = {**LLAMA, **changes}, byte_tokenizer()
     if family == "phi3":
         del settings["head_dim"]
-        model = Phi3ForCausalLM(Phi3Config(**settings, sliding_window=48))
+        model = Phi3ForCausalLM(Phi3Config(**{"sliding_window": 48, **settings}))
     elif family == "llama3":
         # Its tokenizer has neither an unknown nor a padding token; chats end with another token than texts.
         tokenizer = byte_tokenizer(unk_token=None, pad_token=None)

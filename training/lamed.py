@@ -260,6 +260,9 @@ class TrainedLamed(StageModel):
         llm = self.lamed.llm
         begin, rest = (llm.get_input_embeddings()(part) for part in (bos, ids))
         embeddings = torch.cat([begin, visual_BNH.to(begin.dtype), rest], dim=1)
+        window = getattr(llm.config, "sliding_window", None)
+        if mask is not None and window is not None:  # transformers takes a mask as it is
+            mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
         with disable_input_dtype_casting(llm):
             return llm.model(inputs_embeds=embeddings, attention_mask=None if mask is None else mask[:, None],
                              position_ids=positions, use_cache=False).last_hidden_state

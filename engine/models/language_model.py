@@ -47,7 +47,7 @@ def context_length(llm: dict) -> int:
     rope = llm.get("rope_parameters") or llm.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
         return length
-    original = rope.get("original_max_position_embeddings") or llm.get("original_max_position_embeddings") or length
+    original = llm.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or length
     return min(length, original)
 
 
