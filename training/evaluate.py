@@ -85,9 +85,9 @@ class Answerer:
     def __init__(self, folder: Path):
         self.lamed, self.tokenizer = load_lamed(folder)
         self.lamed.llm.to(torch.bfloat16)
-        self.size = self.lamed.config.vision.image_size
-        self.prompt = Prompt(self.tokenizer, self.lamed.config.num_visual_tokens,
-                             self.lamed.config.llm["max_position_embeddings"])
+        config = self.lamed.config
+        self.size = config.vision.image_size
+        self.prompt = Prompt(self.tokenizer, config.num_visual_tokens, config.context_length)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, questions: list[Question], new_tokens: int) -> tuple[list[str], list]:
