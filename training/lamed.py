@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.errors import CheckpointError, InvalidInput
+from engine.errors import InvalidInput
 from engine.models import base
 from engine.models.checkpoint import PARTS
 from engine.models.config import LamedConfig
