@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test bench rehearse-7b gpu-check train-demo clean
+.PHONY: help demo serve test bench bench-settings rehearse-7b gpu-check train-demo clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ TORCH_FROM := $(if $(LOCAL_TORCH),$(addprefix --find-links ,$(PIP_FIND_LINKS)),-
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --override overrides.txt
 
 help:  ## list what can be made
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/serving  ## export the demo model, serve it, ask about a real MRI scan, draw a mask, rank reports, stop
 	@$(EXPORT_DEMO)
@@ -36,10 +36,15 @@ test: $(VENV)/testing  ## run the test suite (unit and functional, with a real T
 gpu-check:  ## on a machine with a GPU: build, compare with PyTorch, serve, fixtures, latency, with a report
 	@$(GPU_PYTHON) deploy/gpu_check.py --out $(OUT)/gpu-check
 
-bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine's floor (half an hour, nothing beside it)
+bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine's floor (20 minutes, nothing beside it)
 	@$(BIN)/python benchmarks/make_checkpoint.py --llm 135m $(OUT)/bench/checkpoint
-	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/bench/checkpoint --json $(OUT)/bench/latency.json \
-	  --plots $(OUT)/bench
+	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/bench/checkpoint --repository $(OUT)/bench/model_repository \
+	  --json $(OUT)/bench/latency.json --plots $(OUT)/bench
+
+bench-settings: $(VENV)/testing  ## after `make bench`: precisions of the encoders, vLLM's settings (10 minutes, nothing beside it)
+	@$(BIN)/python benchmarks/encoders.py --checkpoint $(OUT)/bench/checkpoint --repository $(OUT)/bench/model_repository \
+	  --json $(OUT)/bench/encoders.json
+	@$(BIN)/python benchmarks/decode.py --repository $(OUT)/bench/model_repository --json $(OUT)/bench/decode.json
 
 rehearse-7b: $(VENV)/testing  ## export, serve and ask a random model of the published 7B's size (20 GB of memory, 40 of disk)
 	@$(BIN)/python benchmarks/make_checkpoint.py --llm 7b $(OUT)/7b/checkpoint

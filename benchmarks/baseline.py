@@ -32,7 +32,7 @@ class Baseline:
         self.model, tokenizer = load_lamed(checkpoint, self.dtype)
         self.model.to(self.device)
         config = self.model.config
-        self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.llm.get("max_position_embeddings", 2048))
+        self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.context_length)
 
     @torch.inference_mode()
     def ask(self, scan: BenchmarkScan, question: str, tokens: int) -> Sample:

@@ -37,6 +37,17 @@ def compare(old: dict, new: dict) -> list[tuple[str, float, float, float]]:
                 a, b = ([s[metric] for s in group if s[metric] is not None] for group in (samples, others))
                 if a and b:
                     found.append((f"{side}, {kind}, {metric.removesuffix('_s')}", *interval(a, b)))
+    old, new = _others(old), _others(new)
+    return found + [(what, *interval(old[what], new[what])) for what in old if what in new]
+
+
+def _others(result: dict) -> dict[str, list[float]]:
+    """What was measured several times beside the samples of one at a time, in seconds."""
+    found: dict[str, list[float]] = {}
+    for row in result.get("closed_loop", ()):
+        found.setdefault(f"{row['concurrency']} clients, per token", []).append(1 / row["tokens_per_s"])
+    if "preprocessing" in result:
+        found["preprocessing of a large CT"] = result["preprocessing"]["seconds"]
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -40,6 +40,10 @@ class Stage:
 
     def seconds(self, rates: Rates) -> float:
         return max(self.flops / rates.matmul[self.precision], self.bytes / rates.memory)
+
+    def at(self, precision: str) -> "Stage":
+        """The same work in another precision; the bytes are those of the weights."""
+        return replace(self, precision=precision, bytes=self.bytes * ITEMSIZE[precision] / ITEMSIZE[self.precision])
 
     def bound(self, rates: Rates) -> str:
         """What decides: compute or memory."""

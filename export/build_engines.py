@@ -101,10 +101,9 @@ def _export_lamed(checkpoint: str, repository: Path, precision: str, finish=None
 
     config, weights, source = open_lamed(checkpoint)
     tokenizer = load_tokenizer(source)
-    context_length = config.llm.get("max_position_embeddings", 2048)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         raise CheckpointError(f"{source}: the tokenizer does not know {IMAGE_TOKEN}")
-    prompt = Prompt(tokenizer, config.num_visual_tokens, context_length)
+    prompt = Prompt(tokenizer, config.num_visual_tokens, config.context_length)
 
     _say("decoder", "language model for vLLM")
     write_llm(config, weights, source, repository / LLM_FOLDER, precision, lambda text: _say("decoder", text))
@@ -122,7 +121,7 @@ def _export_lamed(checkpoint: str, repository: Path, precision: str, finish=None
     values = {
         "image_size": config.vision.image_size, "patch_size": config.vision.patch_size,
         "num_visual_tokens": config.num_visual_tokens, "llm_width": config.llm_width,
-        "vocab_size": config.llm["vocab_size"], "context_length": context_length,
+        "vocab_size": config.llm["vocab_size"], "context_length": config.context_length,
         "image_token_id": prompt.image_token_id, "eos_token_ids": tuple(eos if isinstance(eos, list) else [eos]),
         "seg_token_id": config.seg_token_id if config.segmentation is not None else None,
     }

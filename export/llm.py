@@ -1,4 +1,5 @@
-"""The language model in a folder of its own, as vLLM loads it: LlamaForCausalLM's keys only, with the tokenizer."""
+"""The language model in a folder of its own, as vLLM loads it: transformers' own architecture and keys, with the
+tokenizer."""
 from __future__ import annotations
 
 import json
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from engine.models.checkpoint import PARTS, TOKENIZER_FILES, Weights, check, lamed_shapes
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
+from engine.models.language_model import causal_lm_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 2_000_000_000  # what is in memory at once
@@ -20,13 +22,12 @@ SHARD_BYTES = 2_000_000_000  # what is in memory at once
 def write_llm(config: LamedConfig, weights: Weights, source: Path, folder: Path, precision: str,
               progress: Callable[[str], None]) -> None:
     """Stream the language model's tensors into `folder` in shards, converted to `precision`; copy the tokenizer."""
-    from transformers import LlamaConfig
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tied = bool(config.llm.get("tie_word_embeddings"))
     with torch.device("meta"):
-        expected = lamed_shapes(Lamed(config))
+        model = Lamed(config)
+    expected = lamed_shapes(model)
     check(weights, expected, optional={"lm_head.weight"} if tied else set())
     keys = [key for key in expected if not key.startswith(tuple(PARTS)) and not (tied and key == "lm_head.weight")]
     dtype = DTYPES[precision]
@@ -40,8 +41,8 @@ def write_llm(config: LamedConfig, weights: Weights, source: Path, folder: Path,
         total = sum(torch.Size(expected[key]).numel() for key in keys) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": {key: name for name, shard in shards for key in shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    LlamaConfig(**config.llm, architectures=["LlamaForCausalLM"], dtype=str(dtype).removeprefix("torch.")
-                ).save_pretrained(folder)
+    causal_lm_config(config.llm, architectures=[type(model.llm).__name__], dtype=str(dtype).removeprefix("torch.")
+                     ).save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

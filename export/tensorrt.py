@@ -21,7 +21,7 @@ from engine.errors import InvalidInput, M3DError, Unavailable
 from export.build_settings import BuildSettings
 from export.typed_graph import module_of
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # read with tensorrt-stubs, whose Dims is no sequence and whose memory is no buffer
     import tensorrt as trt
 
 PLAN = {"tensorrt": "model.plan", "rtx": "model.rtx.plan"}  # Triton looks for the first
@@ -124,8 +124,8 @@ def run(plan: Path, builder: str, inputs: dict[str, np.ndarray]) -> dict[str, np
     dtypes = {"FLOAT": torch.float32, "HALF": torch.float16, "INT64": torch.int64}
     outputs = [name for name in map(engine.get_tensor_name, range(engine.num_io_tensors)) if name not in tensors]
     for name in outputs:
-        tensors[name] = torch.empty(tuple(context.get_tensor_shape(name)), device="cuda",
-                                    dtype=dtypes[engine.get_tensor_dtype(name).name])
+        shape: tuple[int, ...] = tuple(context.get_tensor_shape(name))  # type: ignore[arg-type]
+        tensors[name] = torch.empty(shape, device="cuda", dtype=dtypes[engine.get_tensor_dtype(name).name])
     for name, tensor in tensors.items():
         context.set_tensor_address(name, tensor.data_ptr())
     stream = torch.cuda.current_stream()
@@ -191,7 +191,7 @@ def _parse(api: Any, builder: trt.Builder, log: Any, graph: Path) -> trt.INetwor
 def _bindings(network: trt.INetworkDefinition) -> list[Binding]:
     tensors = [(network.get_input(i), True) for i in range(network.num_inputs)]
     tensors += [(network.get_output(i), False) for i in range(network.num_outputs)]
-    return [Binding(t.name, _DTYPES.get(t.dtype.name, t.dtype.name), tuple(t.shape), is_input)
+    return [Binding(t.name, _DTYPES.get(t.dtype.name, t.dtype.name), tuple(t.shape), is_input)  # type: ignore[arg-type]
             for t, is_input in tensors]
 
 
@@ -225,7 +225,8 @@ def _config(api: Any, builder: trt.Builder, network: trt.INetworkDefinition, bin
             batch, *shape = binding.shape
             if batch != -1 or -1 in shape:
                 raise BuildError(f"{binding.name} is {binding.shape}: the batch axis, and it alone, must be free")
-            profile.set_shape(binding.name, (1, *shape), (best, *shape), (settings.max_batch, *shape))
+            least, tuned, most = ((n, *shape) for n in (1, best, settings.max_batch))
+            profile.set_shape(binding.name, least, tuned, most)  # type: ignore[arg-type]
         if config.add_optimization_profile(profile) < 0:
             raise BuildError(f"TensorRT does not take the batches 1 to {settings.max_batch}, best {best}")
     return config

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import weights
 import write_checkpoint
@@ -52,6 +54,27 @@ def write_tiny_lamed(folder: Path, seed: str = "tiny") -> Path:
     words = [token for token in said[1:].tolist() if 2 < token < IMAGE_TOKEN_ID and token not in ids[0].tolist()]
     _name_seg_token(folder, Counter(words).most_common(1)[0][0])
     return folder
+
+
+def as_phi3(llama: Path, folder: Path, **changes) -> Path:
+    """The M3D-LaMed in `llama` in Phi-3's layout: the same computation from fused weights. changes: of config.json."""
+    shutil.copytree(llama, folder)
+    save_file(fused(load_file(llama / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"architectures": ["LamedPhi3ForCausalLM"], "model_type": "lamed_phi3", **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """LLaMA's tensors by Phi-3's keys: q, k and v in one weight, gate and up in another."""
+    tensors = dict(tensors)
+    queries = re.compile(r"(model\.layers\.\d+\.)self_attn\.q_proj\.weight")
+    for layer in [found[1] for found in map(queries.fullmatch, tensors) if found]:
+        for block, parts, whole in (("self_attn", ("q", "k", "v"), "qkv"), ("mlp", ("gate", "up"), "gate_up")):
+            tensors[f"{layer}{block}.{whole}_proj.weight"] = np.concatenate(
+                [tensors.pop(f"{layer}{block}.{part}_proj.weight") for part in parts])
+    return tensors
 
 
 def _name_seg_token(folder: Path, token_id: int) -> None:

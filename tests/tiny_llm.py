@@ -1,4 +1,5 @@
-"""A tiny random LLaMA in an exported repository, and what transformers computes with it: the slow, obvious way."""
+"""A tiny random LLaMA or Phi-3 in an exported repository, and what transformers computes with it: the slow, obvious
+way."""
 from __future__ import annotations
 
 import json
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import weights
 import write_checkpoint
 from engine.manifest import LLM_FOLDER, Manifest
+from tests.tiny import fused
 
 VISUAL_TOKENS, WIDTH, VOCABULARY, CONTEXT = 64, 128, 320, 512
 BOS, EOS, IMAGE_TOKEN = 1, 2, 315
@@ -22,6 +24,14 @@ CONFIG = LlamaConfig(
     hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=False,
     bos_token_id=BOS, eos_token_id=EOS, pad_token_id=0, architectures=["LlamaForCausalLM"])
+# Attention looks back over a part of the visual tokens only, and LongRoPE would begin behind the context.
+PHI3_CONFIG = Phi3Config(
+    **{key: getattr(CONFIG, key) for key in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")},
+    max_position_embeddings=4 * CONTEXT, original_max_position_embeddings=CONTEXT, sliding_window=40,
+    rope_scaling={"type": "longrope", "short_factor": [1 + 0.1 * k for k in range(16)],
+                  "long_factor": [2.0 + k for k in range(16)]}, architectures=["Phi3ForCausalLM"])
 
 
 def visual_tokens(seed: int) -> np.ndarray:
@@ -50,8 +60,8 @@ class TinyLlm:
         return self.repository / LLM_FOLDER
 
     @cached_property
-    def model(self) -> LlamaForCausalLM:
-        return LlamaForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+    def model(self) -> LlamaForCausalLM | Phi3ForCausalLM:
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     def prompt(self, visual: np.ndarray, question: str) -> torch.Tensor:
         """fp32 [1, T, H]"""
@@ -73,12 +83,14 @@ class TinyLlm:
         return self.model.model(inputs_embeds=rows[None]).last_hidden_state[0, -len(answer):].numpy()
 
 
-def write_tiny_llm(repository: Path, seed: str = "tiny-llm-2", **changes) -> TinyLlm:
+def write_tiny_llm(repository: Path, seed: str = "tiny-llm-2", phi3: bool = False, **changes) -> TinyLlm:
     """A repository whose `[SEG]` is what the model says most often. changes: of the manifest."""
     folder = repository / LLM_FOLDER
     folder.mkdir(parents=True)
     model = LlamaForCausalLM(CONFIG)
     filled = weights.fill({key: tuple(value.shape) for key, value in model.state_dict().items()}, seed)
+    if phi3:
+        model, filled = Phi3ForCausalLM(PHI3_CONFIG), fused(filled)
     model.load_state_dict({key: torch.from_numpy(value) for key, value in filled.items()})
     model.save_pretrained(folder)
     tiny = TinyLlm(repository)

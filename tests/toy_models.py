@@ -21,27 +21,34 @@ TRAINER = {"use_cpu": True, "max_steps": 4, "per_device_train_batch_size": 2, "l
            "logging_steps": 1, "disable_tqdm": True}
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(unk_token: str | None = "<unk>", pad_token: str | None = "</s>") -> PreTrainedTokenizerFast:
     """One token a byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, "<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE({token: k for k, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
-                                   unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token=pad_token,
+                                   unk_token=unk_token)
 
 
 def language_model(folder: Path, family: str = "llama", seed: int = 0, **changes) -> str:
     """A random language model with its tokenizer, as a folder."""
     torch.manual_seed(seed)
-    settings = {**LLAMA, **changes}
+    settings, tokenizer = {**LLAMA, **changes}, byte_tokenizer()
     if family == "phi3":
         del settings["head_dim"]
-        model = Phi3ForCausalLM(Phi3Config(**settings))
+        model = Phi3ForCausalLM(Phi3Config(**{"sliding_window": 48, **settings}))
+    elif family == "llama3":
+        # Its tokenizer has neither an unknown nor a padding token; chats end with another token than texts.
+        tokenizer = byte_tokenizer(unk_token=None, pad_token=None)
+        model = LlamaForCausalLM(LlamaConfig(**{
+            **settings, "pad_token_id": None, "eos_token_id": [258, 256], "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}))
     else:
         model = LlamaForCausalLM(LlamaConfig(**settings))
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 

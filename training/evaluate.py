@@ -44,6 +44,7 @@ LARGE = 0.01
 KINDS = ("closed VQA", "open VQA", "yes or no", "caption", "REC", "REG", "segmentation", "refusal", "text retrieval",
          "scan retrieval")
 KIND_OF = {"modality": "closed VQA", "side": "closed VQA", "box_side": "closed VQA", "part": "open VQA"}
+Pair = tuple[str, np.ndarray, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,9 @@ class Answerer:
     def __init__(self, folder: Path):
         self.lamed, self.tokenizer = load_lamed(folder)
         self.lamed.llm.to(torch.bfloat16)
-        self.size = self.lamed.config.vision.image_size
-        self.prompt = Prompt(self.tokenizer, self.lamed.config.num_visual_tokens,
-                             self.lamed.config.llm["max_position_embeddings"])
+        config = self.lamed.config
+        self.size = config.vision.image_size
+        self.prompt = Prompt(self.tokenizer, config.num_visual_tokens, config.context_length)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, questions: list[Question], new_tokens: int) -> tuple[list[str], list]:
@@ -285,8 +286,8 @@ def table(figures: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def measure_share(settings: Settings, rank: int, processes: int) -> tuple[list[Score], list[tuple[str, np.ndarray, str]]]:
-    """(scores, (scan, image feature, report) of each view): what one process measures. Views are augmentations from
+def measure_share(settings: Settings, rank: int, processes: int) -> tuple[list[Score], list[Pair]]:
+    """What one process measures: scores, and (scan, image feature, report) of each view. Views are augmentations from
     wider ranges than training's; the first of a scan that was held out is the scan as it is."""
     answerer = Answerer(settings.checkpoint)
     retriever = Retriever(settings.clip) if settings.clip else None

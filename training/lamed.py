@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.errors import CheckpointError, InvalidInput
+from engine.errors import InvalidInput
 from engine.models import base
 from engine.models.checkpoint import PARTS
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
+from engine.models.language_model import FAMILIES, causal_lm
 from engine.prompt import Prompt
 from training.data.sample import Sample
 from training.files import write_json
 from training.losses import language_loss, mask_loss
-from training.starting_points import (ADDED_TOKENS, EMBEDDINGS, FAMILIES, HEAD, LAMED, LanguageModel, PackagedModel,
+from training.starting_points import (ADDED_TOKENS, EMBEDDINGS, HEAD, PUBLISHED, LanguageModel, PackagedModel,
                                       begin_encoders, check_added_rows, check_shapes, load_projector, load_segvol,
                                       load_vision_tower, open_language_model, prepare_tokenizer)
 from training.trainer import StageModel
@@ -128,7 +129,7 @@ class TrainedLamed(StageModel):
         self.tokenizer = prepare_tokenizer(source)
         self.config_json = _config_json(source, start, self.tokenizer, segmentation, "added_tokens" in train)
         self.tokenizer.model_max_length = self.config_json["max_position_embeddings"]
-        parts = parts_config(self.config_json)
+        parts = LamedConfig.from_dict(self.config_json)
         if parts.segmentation is None and {"seg_module", "seg_projector"} & set(train):
             raise InvalidInput("train names seg_module or seg_projector, but this model has no segmentation")
         self.lamed = Lamed(parts, with_llm=False)
@@ -146,7 +147,8 @@ class TrainedLamed(StageModel):
 
     # --- building ---------------------------------------------------------------------------------------------------
     def _load_language_model(self, source: LanguageModel, rows_only: bool, dtype: torch.dtype) -> None:
-        llm, state, config = causal_lm(self.config_json), dict(source.state), self.config_json
+        config, state = self.config_json, dict(source.state)
+        llm = causal_lm(self.lamed.config.llm)
         rows, tied = config["vocab_size"], config.get("tie_word_embeddings", False)
         if tied:
             state.pop(HEAD, None)
@@ -258,6 +260,9 @@ class TrainedLamed(StageModel):
         llm = self.lamed.llm
         begin, rest = (llm.get_input_embeddings()(part) for part in (bos, ids))
         embeddings = torch.cat([begin, visual_BNH.to(begin.dtype), rest], dim=1)
+        window = getattr(llm.config, "sliding_window", None)
+        if mask is not None and window is not None:  # transformers takes a mask as it is
+            mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
         with disable_input_dtype_casting(llm):
             return llm.model(inputs_embeds=embeddings, attention_mask=None if mask is None else mask[:, None],
                              position_ids=positions, use_cache=False).last_hidden_state
@@ -365,23 +370,6 @@ class TrainedLamed(StageModel):
         return names
 
 
-def causal_lm(config: dict) -> nn.Module:
-    """The language model that a checkpoint's config.json describes, of any family that can be trained."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
-
-    if LAMED[config["model_type"]] == "llama":
-        return LlamaForCausalLM(LlamaConfig(**parts_config(config).llm))
-    ours = _OWN_KEYS - {"max_position_embeddings"} | {"model_type", "architectures", "base_model", "seg_token_id"}
-    return Phi3ForCausalLM(Phi3Config(**{key: value for key, value in config.items() if key not in ours}))
-
-
-def parts_config(config: dict) -> LamedConfig:
-    """The engine's view of a checkpoint's config.json, which may be on another family than the engine serves."""
-    if config.get("model_type") not in LAMED:
-        raise CheckpointError(f"architecture {config.get('model_type')!r} cannot be trained; known: {', '.join(LAMED)}")
-    return LamedConfig.from_dict({**config, "model_type": "lamed_llama"})
-
-
 def _name(start: Start) -> str:
     source = start.language_model
     return source.package if isinstance(source, PackagedModel) else source
@@ -404,9 +392,9 @@ def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: b
     if source.lamed:
         config = {"max_position_embeddings": 2048, **source.config, **given}
     else:
-        model_type, architecture = FAMILIES[source.config["model_type"]]
+        model_type = PUBLISHED[source.config["model_type"]]
         config = {
-            **source.config, "architectures": [architecture], "model_type": model_type,
+            **source.config, "architectures": [FAMILIES[model_type].architecture], "model_type": model_type,
             "vision_tower": "vit3d", "mm_projector_type": "spp", "proj_layer_type": "mlp", "proj_layer_num": 2,
             "proj_pooling_type": "spatial", "proj_pooling_size": 2, "image_channel": 1, "segmentation_module": "segvol",
             "mm_hidden_size": (given.get("vision_config") or {}).get("hidden_size", 768), **given}

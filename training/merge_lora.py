@@ -22,10 +22,10 @@ from torch import Tensor  # noqa: E402
 from engine.errors import CheckpointError, InvalidInput, M3DError  # noqa: E402
 from engine.models import base  # noqa: E402
 from engine.models.checkpoint import TOKENIZER_FILES, lamed_shapes, read_config  # noqa: E402
+from engine.models.config import LamedConfig  # noqa: E402
 from engine.models.lamed import Lamed  # noqa: E402
 from training.config import build, read  # noqa: E402
 from training.files import place, write_json  # noqa: E402
-from training.lamed import causal_lm, parts_config  # noqa: E402
 from training.starting_points import (EMBEDDINGS, HEAD, PackagedModel, check_shapes,  # noqa: E402
                                       open_language_model, open_part, read_adapter)
 
@@ -68,8 +68,7 @@ def merge(settings: Settings) -> Path:
     if config.get("tie_word_embeddings"):
         state.pop(HEAD, None)
     with torch.device("meta"):
-        model = Lamed(parts_config(config), with_llm=False)
-        model.llm = causal_lm(config)
+        model = Lamed(LamedConfig.from_dict(config))
     expected = {key: torch.empty(shape, device="meta") for key, shape in lamed_shapes(model).items()
                 if not (config.get("tie_word_embeddings") and key == HEAD)}
     check_shapes("checkpoint that its config.json describes", str(trained), state, expected)

@@ -20,7 +20,7 @@ from torch import Tensor  # noqa: E402
 
 from engine.models.checkpoint import TEXT_ENCODER  # noqa: E402
 from engine.models.clip import M3DClip  # noqa: E402
-from engine.models.config import ClipConfig  # noqa: E402
+from engine.models.config import ClipConfig, ViTConfig  # noqa: E402
 from training import trainer  # noqa: E402
 from training.config import StageSettings, as_json  # noqa: E402
 from training.data.sample import Sample  # noqa: E402
@@ -33,18 +33,6 @@ from training.starting_points import (PackageFiles, begin_encoders, check_shapes
 _SHOWN = 4
 
 
-@dataclass(frozen=True)
-class Vision:
-    """The image encoder's sizes; image_size and patch_size in voxels (D, H, W)."""
-
-    image_size: tuple[int, int, int] = (32, 256, 256)
-    patch_size: tuple[int, int, int] = (4, 16, 16)
-    hidden_size: int = 768
-    mlp_dim: int = 3072
-    num_layers: int = 12
-    num_heads: int = 12
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings(StageSettings):
     """text_encoder: a BERT, as folder, Hugging Face id or files of a package. train_text_encoder: else it stays as it
@@ -53,7 +41,7 @@ class Settings(StageSettings):
 
     text_encoder: str | PackageFiles
     train_text_encoder: bool = True
-    vision: Vision = Vision()
+    vision: ViTConfig = ViTConfig(image_size=(32, 256, 256), patch_size=(4, 16, 16))
     vision_tower: str | None = None
     max_text_len: int = 128
 
@@ -125,7 +113,7 @@ def build(settings: Settings) -> ContrastiveClip:
     vision = settings.vision
     config = {
         "architectures": ["M3DCLIP"], "model_type": "m3d_clip", "img_size": list(vision.image_size),
-        "patch_size": list(vision.patch_size), "in_channels": 1, "pos_embed": "perceptron",
+        "patch_size": list(vision.patch_size), "in_channels": vision.in_channels, "pos_embed": "perceptron",
         "hidden_size": vision.hidden_size, "mlp_dim": vision.mlp_dim, "num_layers": vision.num_layers,
         "num_heads": vision.num_heads, "max_text_len": settings.max_text_len, "vocab_size": bert.config.vocab_size,
         "bert_config": {key: value for key, value in bert.config.to_diff_dict().items()

@@ -37,24 +37,12 @@ from training.packing import filled_share  # noqa: E402
 from training.starting_points import begin_encoders, check_shapes  # noqa: E402
 
 
-@dataclass(frozen=True)
-class Vision:
-    """SegVol's encoder; image_size and patch_size in voxels (D, H, W)."""
-
-    image_size: tuple[int, int, int]
-    patch_size: tuple[int, int, int]
-    hidden_size: int
-    mlp_dim: int
-    num_layers: int
-    num_heads: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings(StageSettings):
     """start: `final` of another run of this stage. train_prompts: whether the prompts are learned, or stay as they
     started. prompt_noise: standard deviation of the noise on prompts, as large as what `[SEG]` states miss them by."""
 
-    vision: Vision
+    vision: ViTConfig
     start: str | None = None
     train_prompts: bool = True
     prompt_noise: float = 0.0
@@ -128,9 +116,8 @@ class TaughtSegVol(trainer.StageModel):
 
 
 def train(settings: Settings) -> Path:
-    vision = settings.vision
-    views = open_views(settings, vision.image_size)
-    model = TaughtSegVol(ViTConfig(**vars(vision)), {name for scan in views.scans.values() for name in scan.structures},
+    views = open_views(settings, settings.vision.image_size)
+    model = TaughtSegVol(settings.vision, {name for scan in views.scans.values() for name in scan.structures},
                          settings.prompt_noise)
     if settings.start:
         model.restore(Path(settings.start))

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
 from engine.models.checkpoint import PARTS, Weights, load_tokenizer, read_config, resolve
+from engine.models.language_model import FAMILIES
 from engine.models.vit3d import ViT3D
 from engine.prompt import IMAGE_TOKEN, SEG_TOKEN, SPECIAL_TOKENS
 
 ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
-# transformers' model type -> the published type and architecture of M3D-LaMed on it.
-FAMILIES = {"llama": ("lamed_llama", "LamedLlamaForCausalLM"), "phi3": ("lamed_phi3", "LamedPhi3ForCausalLM")}
-LAMED = {published: family for family, (published, _) in FAMILIES.items()}
+# transformers' model type -> the published one of M3D-LaMed on it.
+PUBLISHED = {family.model_type: published for published, family in FAMILIES.items()}
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TOLD = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "hidden_act", "vocab_size",
@@ -83,14 +83,14 @@ def open_language_model(source: str | PackagedModel) -> LanguageModel:
     if "base_model" in config:
         raise CheckpointError(f"{source} holds only what was trained on top of a base model: start from that, or merge "
                               "it first (training/merge_lora.py)")
-    if model_type in LAMED:
+    if model_type in FAMILIES:
         weights = Weights.open(folder)
         parts = {key: weights[key] for key in weights if key.startswith(tuple(PARTS))}
         state = {key: weights[key] for key in weights if key not in parts}
         return LanguageModel(str(source), config, state, load_tokenizer(folder), parts)
-    if model_type not in FAMILIES:
+    if model_type not in PUBLISHED:
         raise CheckpointError(f"{source} is a {model_type!r}; language models that can be trained are of the families "
-                              f"{', '.join(FAMILIES)} (LLaMA-2, LLaMA-3, Phi-3), or M3D-LaMed checkpoints on them")
+                              f"{', '.join(PUBLISHED)} (LLaMA-2, LLaMA-3, Phi-3), or M3D-LaMed checkpoints on them")
     from transformers import AutoConfig
 
     weights = Weights.open(folder)

@@ -219,7 +219,7 @@ class M3DClient:
 
         drawn = self._resent(draw, asked.study, left())
         shape = drawn["MASK_SHAPE"]
-        mask = np.unpackbits(drawn["MASK"], count=math.prod(shape)).reshape(shape).astype(bool)
+        mask = np.unpackbits(drawn["MASK"], count=math.prod(shape)).reshape(shape).view(bool)
         return Segmentation(answer, mask, drawn["MASK_AFFINE"], drawn["LOGITS"] if drawn["LOGITS"].size else None)
 
     def rank(self, study, texts: Sequence[str], *, timeout: float | None = None) -> Ranking:

@@ -4,7 +4,7 @@ An M3D-LaMed of this kind has in its config.json `"base_model": {"package", "ver
 Beside it lie
 - model.safetensors: our parts under their published keys, and `added_tokens.weight` [n, H_llm], the embedding rows of
   the tokens that were added behind the base model's vocabulary;
-- adapter_config.json and adapter_model.safetensors: LoRA as peft's `save_pretrained` writes it for LlamaForCausalLM.
+- adapter_config.json and adapter_model.safetensors: LoRA as peft's `save_pretrained` writes it for the base model.
 
 An M3D-CLIP whose text encoder was kept as it was has `"text_encoder": {"package", "version", "files"}`, a BERT with its
 tokenizer; its own weights lack `language_encoder.*`.
@@ -41,7 +41,7 @@ def base_file(spec: dict) -> Path:
 
 
 def load_base(spec: dict) -> dict[str, Tensor]:
-    """The base model's tensors in fp32 by LlamaForCausalLM's keys; converted from GGUF once, then cached beside it."""
+    """The base model's tensors in fp32 by transformers' keys; converted from GGUF once, then cached beside it."""
     gguf = base_file(spec)
     cached = gguf.with_suffix(".safetensors")
     if not cached.is_file():

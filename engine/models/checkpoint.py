@@ -164,7 +164,7 @@ def load_tokenizer(folder: Path):
     if not has_tokenizer(folder):
         raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.txt)")
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns that `lamed_llama` is no model type of its own
+    logging.set_verbosity_error()  # it warns that `lamed_llama` and the like are no model types of its own
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception, transformers OSError, ValueError and others

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 from engine.errors import CheckpointError
+from engine.models.language_model import FAMILIES, context_length
 
 # What the published checkpoints leave unsaid: the reference hard-codes these sizes (multimodal_encoder/vit.py).
 PUBLISHED_VIT = {"hidden_size": 768, "mlp_dim": 3072, "num_layers": 12, "num_heads": 12}
@@ -44,9 +45,10 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class LamedConfig:
-    """M3D-LaMed: 3D ViT, spatial-pooling projector, LLaMA, and SegVol with its own encoder if `segmentation`.
+    """M3D-LaMed: 3D ViT, spatial-pooling projector, language model, and SegVol with its own encoder if
+    `segmentation`.
 
-    llm: the LLaMA part of config.json, as transformers' LlamaConfig takes it.
+    llm: the language model's part of config.json, with transformers' name of its family as `model_type`.
     seg_token_id: id of `[SEG]`; None where the checkpoint does not name it (then the tokenizer does).
     """
 
@@ -75,14 +77,19 @@ class LamedConfig:
     def llm_width(self) -> int:
         return self.llm["hidden_size"]
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return context_length(self.llm)
+
     @classmethod
     def from_dict(cls, values: dict) -> "LamedConfig":
         """From a checkpoint's config.json (keys as published; `vision_config` and `seg_config` for other sizes)."""
         model_type = values.get("model_type")
-        if model_type != "lamed_llama":
+        if model_type not in FAMILIES:
             raise CheckpointError(
-                f"this is a checkpoint of architecture {model_type!r}; the engine reads M3D-LaMed on LLaMA "
-                "(model_type 'lamed_llama') and M3D-CLIP ('m3d_clip', with --clip-checkpoint)")
+                f"this is a checkpoint of architecture {model_type!r}; the engine reads M3D-LaMed on LLaMA or Phi-3 "
+                "(model_type 'lamed_llama' or 'lamed_phi3') and M3D-CLIP ('m3d_clip', with --clip-checkpoint)")
         required = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                     "intermediate_size", "vocab_size")
         missing = [key for key in required if key not in values]
@@ -102,7 +109,7 @@ class LamedConfig:
         if module is not None and "segvol" not in module.lower():
             raise CheckpointError(f"segmentation_module {module!r} is not known; known is 'segvol'")
         segmentation = module and ViTConfig(**size, **_vit_sizes(values.get("seg_config")))
-        config = cls(vision=vision, segmentation=segmentation or None, llm=_llama(values),
+        config = cls(vision=vision, segmentation=segmentation or None, llm=FAMILIES[model_type].told(values),
                      proj_layer_type=values.get("proj_layer_type", "mlp"),
                      proj_layer_num=int(values.get("proj_layer_num", 2)),
                      proj_pooling_type=values.get("proj_pooling_type", "spatial"),
@@ -146,14 +153,3 @@ def _vit_sizes(given: dict | None, hidden_size: int = 768) -> dict:
     if unknown:
         raise CheckpointError(f"vision_config/seg_config: unknown {', '.join(unknown)}; known: {', '.join(PUBLISHED_VIT)}")
     return {**PUBLISHED_VIT, **given}
-
-
-_LLAMA_KEYS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
-    "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id",
-)
-
-
-def _llama(values: dict) -> dict:
-    return {key: values[key] for key in _LLAMA_KEYS if key in values}

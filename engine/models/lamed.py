@@ -1,10 +1,11 @@
-"""M3D-LaMed on LLaMA, assembled from its parts."""
+"""M3D-LaMed on its language model, assembled from its parts."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
 from engine.models.config import LamedConfig, ViTConfig
+from engine.models.language_model import causal_lm
 from engine.models.projector import SpatialPoolingProjector
 from engine.models.segvol import SegVol
 from engine.models.vit3d import ViT3D
@@ -30,7 +31,7 @@ class Lamed(nn.Module):
     def __init__(self, config: LamedConfig, with_llm: bool = True):
         super().__init__()
         self.config = config
-        self.llm = _llama(config.llm) if with_llm else None
+        self.llm = causal_lm(config.llm) if with_llm else None
         self.vision_tower = VisionTower(config.vision)
         self.mm_projector = SpatialPoolingProjector(config)
         self.seg_module = self.seg_projector = None
@@ -71,10 +72,3 @@ class Lamed(nn.Module):
         if self.seg_module is None or len(chosen) == 0:
             return ids, states, None
         return ids, states, self.segment(self.seg_module.encode(image_BCDHW), chosen.mean(dim=0, keepdim=True))
-
-
-def _llama(config: dict) -> nn.Module:
-    # transformers is slow to import; the export of the graphs alone does not need it.
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**config))

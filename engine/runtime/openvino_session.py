@@ -25,23 +25,34 @@ class Node:
 class OpenVinoSession:
     """What engine.runtime.onnx_session needs of onnxruntime.InferenceSession. One run at a time.
 
-    threads: CPU threads of one run.
+    threads: CPU threads of one run. The graph is compiled for a batch of one, and a larger batch runs one by one: with
+    a free batch axis compiling takes many times as long, and on a CPU a larger batch gains nothing.
     """
 
     def __init__(self, path: str, threads: int):
-        self._model = openvino.Core().compile_model(path, "CPU", {
+        core = openvino.Core()
+        model = core.read_model(path)
+        self._inputs, self._outputs = ([_node(port) for port in ports] for ports in (model.inputs, model.outputs))
+        model.reshape({node.name: [1, *(-1 if size is None else size for size in node.shape[1:])]
+                       for node in self._inputs})
+        self._model = core.compile_model(model, "CPU", {
             "INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads})
         self._request = self._model.create_infer_request()
 
     def get_inputs(self) -> list[Node]:
-        return [_node(port) for port in self._model.inputs]
+        return self._inputs
 
     def get_outputs(self) -> list[Node]:
-        return [_node(port) for port in self._model.outputs]
+        return self._outputs
 
     def run(self, names: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        found = self._request.infer(dict(inputs), share_inputs=True)
-        return [found[self._model.output(name)] for name in names]
+        batch = len(next(iter(inputs.values())))
+        rows = [self._run({name: array[i:i + 1] for name, array in inputs.items()}) for i in range(batch)]
+        return [rows[0][name] if batch == 1 else np.concatenate([row[name] for row in rows]) for name in names]
+
+    def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = self._request.infer(inputs, share_inputs=True)
+        return {node.name: found[self._model.output(node.name)] for node in self._outputs}
 
 
 def _node(port) -> Node:

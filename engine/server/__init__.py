@@ -41,17 +41,20 @@ class Server:
 
     target: cpu (the Triton of nvidia-pytriton) or tensorrt (`tritonserver` on PATH). host: address to listen on; other
     machines are kept out unless it says otherwise. log: file for Triton's own words, by default one per gRPC port in
-    the cache folder. start_timeout: seconds until all models must be ready. on_progress: is told what loads.
+    the cache folder. trace: files for the timestamps of all requests; Triton appends .0, .1, ... to the name.
+    start_timeout: seconds until all models must be ready. on_progress: is told what loads.
     """
 
     def __init__(self, repository: Path | str, *, target: str = "cpu", host: str = "127.0.0.1", grpc_port: int = 8001,
                  http_port: int = 8000, metrics_port: int = 8002, log: Path | str | None = None,
-                 start_timeout: float = 900.0, on_progress: Callable[[str], None] = lambda text: None):
+                 trace: Path | str | None = None, start_timeout: float = 900.0,
+                 on_progress: Callable[[str], None] = lambda text: None):
         self.repository = Path(repository).resolve()
         self.target = target
         self.host = host
         self.ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self.log = Path(log) if log else cache_folder() / "logs" / f"triton-{grpc_port}.log"
+        self.trace = Path(trace).resolve() if trace else None
         self.start_timeout = start_timeout
         self.on_progress = on_progress
         self._keeper: subprocess.Popen | None = None
@@ -111,7 +114,7 @@ class Server:
             backends = triton.assemble_backends(run_folder) if triton.wheel else None
             shm_prefix = f"{run_folder.name}-"
             command = triton.command(self.repository, models, self.host, self.ports, backends, shm_prefix,
-                                     EXIT_TIMEOUT_S)
+                                     EXIT_TIMEOUT_S, self.trace)
             spec = json.dumps({"command": command, "grace_s": GRACE_S, "orphans_grace_s": ORPHANS_GRACE_S,
                                "remove": [str(run_folder)], "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"]})
             with open(self.log, "wb") as log:

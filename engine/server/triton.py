@@ -19,6 +19,7 @@ WHEEL = "nvidia-pytriton"
 ADMIN_PROTOCOLS = "model-repository,shared-memory,trace,logging"
 # Tensors of requests on their way to a GPU and back: eight volumes of 8.4 MB, and as much again for what they become.
 CUDA_POOL_BYTES = PINNED_POOL_BYTES = 256 << 20
+TRACES_A_FILE = 10  # few, as what is not written when Triton ends may be lost
 STUB_TIMEOUT_S = 60  # for a stub's Python to start; loading a model may take longer
 QUIET = {
     "PYTHONUTF8": "1",
@@ -86,7 +87,7 @@ class Triton:
         return backends
 
     def command(self, repository: Path, models: tuple[str, ...], host: str, ports: dict[str, int],
-                backends: Path | None, shm_prefix: str, exit_timeout_s: int) -> list[str]:
+                backends: Path | None, shm_prefix: str, exit_timeout_s: int, trace: Path | None = None) -> list[str]:
         """Triton's command line. ports: {"grpc", "http", "metrics"}; `models` are loaded, others are left alone."""
         secret = f"{ADMIN_PROTOCOLS}:m3d-admin={secrets.token_hex(16)}"
         command = [
@@ -103,6 +104,10 @@ class Triton:
             "--backend-config", f"python,shm-region-prefix-name={shm_prefix}",
             "--backend-config", f"python,stub-timeout-seconds={STUB_TIMEOUT_S}",
         ]
+        if trace is not None:
+            settings = ("mode=triton", "level=TIMESTAMPS", "rate=1", f"triton,file={trace}",
+                        f"triton,log-frequency={TRACES_A_FILE}")
+            command += [part for setting in settings for part in ("--trace-config", setting)]
         if backends is not None:
             command += ["--backend-directory", str(backends), "--model-config-name", "cpu"]
         else:

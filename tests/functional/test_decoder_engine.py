@@ -1,4 +1,4 @@
-"""A real vLLM on a tiny random LLaMA answers exactly as transformers does, whatever else it does at the same time."""
+"""A real vLLM on a tiny random LLaMA, and on a Phi-3, answers exactly as transformers does, whatever else it does at the same time."""
 from __future__ import annotations
 
 import asyncio
@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import threading
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +82,12 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def running(tiny):
+    with started(tiny) as running:
+        yield running
+
+
+@contextmanager
+def started(tiny):
     running = Running(tiny.repository)
     yield running
     pids = running.decoder.engine.process_ids
@@ -345,3 +351,14 @@ def test_an_engine_that_dies_fails_its_answers_and_comes_back_once(running, expe
         running.run(asyncio.sleep(0.05))
     with pytest.raises(Unavailable, match="out of order .it stopped 2 times"):
         running.ask(*case(0))
+
+
+def test_phi3_answers_like_transformers_with_a_sliding_window_and_long_rope(tmp_path):
+    """The start itself compares states with transformers'."""
+    tiny = write_tiny_llm(tmp_path / "repository", phi3=True)
+    right = [right_answer(tiny, long_case(i)) for i in range(3)] + [right_answer(tiny, case(i)) for i in range(AT_ONCE)]
+    assert sum(len(states) for _, states in right) > 12
+    with started(tiny) as running:
+        answers = running.ask_all(*map(long_case, range(3)), *map(case, range(AT_ONCE)), max_new_tokens=LENGTH)
+        for answer, expected in zip(answers, right):
+            assert_equals(answer, expected)

@@ -4,18 +4,20 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, floor, load, preprocessing, report, roofline, scans
+from benchmarks import compare, decode, encoders, floor, load, preprocessing, report, roofline, scans, triton_trace
 from benchmarks.baseline import Baseline
 from benchmarks.make_checkpoint import config_of
 from benchmarks.samples import Sample, ratios, summary
 from engine.models.checkpoint import load_lamed
 from engine.models.config import LamedConfig
 from engine.prompt import Prompt
+from tests.conftest import ROOT
 from tests.tiny import IMAGE_SIZE
 from tests.tiny_bench import write_tiny_checkpoint
 
@@ -101,6 +103,13 @@ def test_the_roofline_names_every_gpu_and_stage(monkeypatch, capsys):
     assert all(name in said for name in (*roofline.GPUS, "vision_encoder", "segmentation_head", "prefill", "decode"))
 
 
+@pytest.mark.parametrize("precision, seconds", [("fp32", 10.0), ("bf16", 5.0)])
+def test_a_stage_in_another_precision_has_its_rate_and_its_bytes(precision, seconds):
+    stage = floor.Stage("x", flops=100, bytes=40, precision="fp32").at(precision)
+    assert stage.seconds(floor.Rates({"fp32": 10, "bf16": 20}, 100)) == seconds
+    assert stage.bytes == {"fp32": 40, "bf16": 20}[precision]
+
+
 # --- load ------------------------------------------------------------------------------------------------------------
 def answer(index):
     yield 1
@@ -157,10 +166,27 @@ def result() -> dict:
             "baseline fp32": {"cold": [sample(8.0, 4.0), sample(8.0, 4.0)], "segment": [sample(10.0), sample(10.0)]},
             "baseline bf16": {"cold": [sample(4.0, 2.0), sample(4.0, 2.0)], "segment": [sample(5.0), sample(5.0)]}},
         "closed_loop": [chats(1, 10.0), chats(8, 40.0, fp32=5.0, bf16=8.0), chats(8, 60.0, fp32=6.0, bf16=10.0)],
-        "open_loop": [{"scenario": "Server", "rate": 2.0, "samples": [sample(1.0, 0.5)]},
-                      {"scenario": "Offline", "rate": None, "samples": [sample(1.0, 0.5)]}],
-        "limits": {"ttft_s": 0.5, "tpot_s": 0.03}, "mask_bytes": 1, "mask_logits_bytes": 32, "start_s": 50.0,
+        "open_loop": [{"scenario": "Server", "rate": 2.0, "verdict": "VALID", "samples": [sample(1.0, 0.5)]},
+                      {"scenario": "Offline", "rate": None, "verdict": "VALID", "samples": [sample(1.0, 0.5)]}],
+        "wire": {"scan": 900, "mask": 100, "logits": 3200, "upload": 910, "answer": 20, "follow_up": 20,
+                 "segment": 110},
+        "limits": {"ttft_s": 0.5, "tpot_s": 0.03}, "start_s": 50.0,
         "server_memory_bytes": 4.5e9, "preprocessing": {"seconds": [2.0, 4.0, 3.5], "extra_bytes": 5, "scan_bytes": 2}}
+
+
+RATES = floor.Rates({"fp32": 1e9, "bf16": 2e9}, 1e6, 1e5)
+FLOORS = {name: floor.Stage(name, flops, size, precision) for name, flops, size, precision in (
+    ("vision_encoder", 1e9, 0, "fp32"), ("prefill", 2e8, 0, "bf16"), ("decode", 0, 1e5, "bf16"),
+    ("segmentation_encoder", 5e8, 0, "fp32"), ("segmentation_head", 5e8, 0, "fp32"))}
+
+
+def reported(of: dict, floors: dict = {}) -> dict:
+    """`of` with what the benchmark's report adds to it."""
+    of["stages"] = report.stages(of, floors, RATES)
+    of["ratios"] = report.ratios_of(of)
+    of["least"] = report.least(of, floors, RATES)
+    of["targets"] = report.targets(of)
+    return of
 
 
 def test_the_ratios_are_medians_over_pairs_against_both_precisions():
@@ -168,15 +194,15 @@ def test_the_ratios_are_medians_over_pairs_against_both_precisions():
         "cold_e2e": 0.375, "cold_e2e_equal_precision": 0.75, "followup_ttft": 0.025,
         "followup_ttft_equal_precision": 0.05, "segment_warm": 0.2, "segment_warm_equal_precision": 0.4,
         "throughput_c8": 9.0, "throughput_c8_equal_precision": 5.5, "overhead_cold": 0.05, "overhead_followup_s": 0.02,
-        "interference": 2.0, "wire_per_mask": 1 / 32, "prepare_large_s": 3.5, "prepare_large_memory": 2.5,
-        "start_s": 50.0, "memory": 0.5})
+        "interference": 2.0, "wire_per_mask": 1 / 32, "wire_per_study": 1.06, "prepare_large_s": 3.5,
+        "prepare_large_memory": 2.5, "start_s": 50.0, "memory": 0.5})
 
 
 def test_a_server_that_is_slow_on_follow_ups_misses_that_target():
     slow = result()
     slow["samples"]["served"]["follow_up"] = slow["samples"]["served"]["cold"]
     for measured, met in ((result(), True), (slow, False)):
-        measured["ratios"] = report.ratios_of(measured)
+        measured |= {"ratios": report.ratios_of(measured), "least": {}}
         found = {target["name"]: target["met"] for target in report.targets(measured)}
         assert found["followup_ttft"] is met
         assert found["throughput_c8"] and found["cold_e2e"] and not found["overhead_cold"]
@@ -186,12 +212,74 @@ def test_without_baselines_and_manifest_what_was_measured_is_reported():
     bare = result()
     bare["samples"] = {"served": bare["samples"]["served"]}
     bare |= {"manifest": None, "start_s": None, "closed_loop": [chats(1, 10.0)], "open_loop": []}
-    bare["stages"] = report.stages(bare, {}, floor.Rates({}, 1e6, 1e5))
-    bare["ratios"] = report.ratios_of(bare)
-    bare["targets"] = report.targets(bare)
+    reported(bare)
     assert set(bare["ratios"]) == {"overhead_cold", "overhead_followup_s", "interference", "wire_per_mask",
-                                   "prepare_large_s", "prepare_large_memory"}
+                                   "wire_per_study", "prepare_large_s", "prepare_large_memory"}
     assert "| served | cold |" in report.text(bare)
+
+
+def test_what_a_failed_section_did_not_measure_is_left_out(tmp_path):
+    broken = result()
+    for name in ("closed_loop", "open_loop", "wire", "preprocessing"):
+        del broken[name]
+    for kind in ("during_upload", "during_products"):
+        del broken["samples"]["served"][kind]
+    reported(broken, FLOORS)
+    assert "throughput_c8" not in broken["ratios"] and "cold_e2e" in broken["ratios"]
+    assert "| met |" in report.text(broken)
+    assert [path.name for path in report.plots(broken, tmp_path)] == ["waterfall.png"]
+
+
+def test_a_target_that_the_floor_rules_out_is_no_miss():
+    # Eager PyTorch takes 8 s for a new scan in fp32: 0.5 of that is 4 s.
+    for encoder_s, best, verdict in ((1.0, "possible", "MISSED"), (6.0, "impossible", "ruled out by the floor")):
+        slow = result()
+        for sample_ in slow["samples"]["served"]["cold"]:
+            sample_["total_s"] = 7.0
+        floors = FLOORS | {"vision_encoder": floor.Stage("vision_encoder", 2e9 * encoder_s, 0, "fp32")}
+        reported(slow, floors)
+        found = {target["name"]: target for target in slow["targets"]}["cold_e2e"]
+        assert (found["verdict"], found["least"] > found["limit"]) == (verdict, best == "impossible")
+        assert f"| {verdict} |" in report.text(slow)
+
+
+def test_the_least_values_are_those_of_the_floors_alone():
+    # Scan 1000 bytes by wire and memory; encoder 1e9 FLOP, prefill 2e8, decode 1e5 bytes: bf16 is the faster.
+    assert report.least(result(), FLOORS, RATES) == pytest.approx({
+        "cold_e2e": (0.01 + 0.001 + 0.5 + 0.1 + 4 * 0.1) / 8, "cold_e2e_equal_precision": 1.011 / 4,
+        "followup_ttft": 0.1 / 4, "followup_ttft_equal_precision": 0.1 / 2,
+        "throughput_c8": 8 / 0.1 / 5.5, "throughput_c8_equal_precision": 8 / 0.1 / 9,
+        "segment_warm": (0.25 + 0.25 + 5 * 0.1) / 10, "segment_warm_equal_precision": (0.25 + 0.25 + 5 * 0.1) / 5})
+
+
+def test_the_caches_that_a_request_could_use_stand_beside_it():
+    known = result()
+    known["samples"]["served"]["follow_up"] = [{**sample(1.0, 0.1), "cached_tokens": 96}] * 2
+    reported(known)
+    said = report.text(known)
+    assert "| served | cold | miss |" in said and "| served | follow up | hit, 96 of 100 rows |" in said
+    assert "| served | segment | miss (features) |" in said and "| baseline fp32 | cold | none |" in said
+
+
+# --- Triton's trace --------------------------------------------------------------------------------------------------
+def test_a_trace_is_read_from_all_its_files(tmp_path):
+    def stamps(id_, **ns):
+        return {"id": id_, "timestamps": [{"name": name, "ns": value} for name, value in ns.items()]}
+
+    (tmp_path / "trace.json.0").write_text(json.dumps([
+        {"id": 1, "model_name": "study", "model_version": 1},
+        stamps(1, GRPC_WAITREAD_START=0, GRPC_WAITREAD_END=5_000_000_000, REQUEST_START=5_500_000_000),
+        stamps(1, QUEUE_START=6_000_000_000), stamps(1, COMPUTE_START=6_000_000_001, COMPUTE_END=9_000_000_000),
+        {"id": 2, "parent_id": 1, "model_name": "vision_encoder", "model_version": 1}]))
+    (tmp_path / "trace.json.1").write_text(json.dumps([stamps(2, COMPUTE_START=7_000_000_000,
+                                                             COMPUTE_END=8_000_000_000)]))
+    spans = triton_trace.read(tmp_path / "trace.json")
+    assert [(s.model, s.step, s.called) for s in spans] == [
+        ("study", "read", False), ("study", "queue", False), ("study", "compute", False),
+        ("vision_encoder", "compute", True)]
+    (inner,) = triton_trace.within(spans, 6.5, 2.0)
+    assert inner == {"model": "vision_encoder", "step": "compute", "start_s": 0.5, "end_s": 1.5, "called": True}
+    assert triton_trace.read(tmp_path / "none.json") == []
 
 
 def test_stages_stand_beside_their_floors():
@@ -207,14 +295,16 @@ def test_stages_stand_beside_their_floors():
 
 def test_the_report_has_every_table_and_picture(tmp_path):
     whole = result()
-    whole["stages"] = report.stages(whole, {}, floor.Rates({}, 1e6, 1e5))
-    whole["ratios"] = report.ratios_of(whole)
-    whole["targets"] = report.targets(whole)
+    spans = [{"model": "study", "step": step, "start_s": 0.1, "end_s": 0.5, "called": False}
+             for _, _, step in triton_trace.STEPS]
+    whole["trace"] = {kind: {**sample(1.0), "spans": spans} for kind in ("cold", "segment")}
+    reported(whole)
     said = report.text(whole)
-    for words in ("a processor, 2 cores", "| baseline fp32 | cold | 8.00 s |", "| transport |", "| 8 | 50 | 40 to 60 |",
-                  "| Server | 2/s |", "| MISSED |", "| met |"):
+    for words in ("a processor, 2 cores", "| baseline fp32 | cold | none | 8.00 s |", "| transport |",
+                  "| 8 | 50 | 40 to 60 |", "| Server | 2/s |", "| VALID | no |", "| MISSED |", "| met |"):
         assert words in said
     assert all(path.stat().st_size > 10_000 for path in report.plots(whole, tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"load.png", "waterfall.png", "trace.png"}
     json.dumps(whole)
 
 
@@ -228,6 +318,15 @@ def test_only_what_is_slower_beyond_its_noise_is_marked():
     found = {what: (ratio, low, high) for what, ratio, low, high in compare.compare(old, new)}
     assert found["served, cold, total"][1] > 1.3
     assert found["served, cold, first"][1] <= 1 <= found["served, cold, first"][2]
+
+
+def test_throughput_and_preprocessing_are_compared_too():
+    def of(rate, seconds):
+        return {"samples": {}, "closed_loop": [{"concurrency": 8, "tokens_per_s": rate}] * 3,
+                "preprocessing": {"seconds": [seconds] * 3}}
+
+    assert compare.compare(of(100, 2.0), of(50, 3.0)) == [("8 clients, per token", 2, 2, 2),
+                                                          ("preprocessing of a large CT", 1.5, 1.5, 1.5)]
 
 
 def test_compare_fails_on_a_slowdown(tmp_path, monkeypatch, capsys):
@@ -296,3 +395,61 @@ def test_a_result_is_not_changed_by_reporting():
     before = copy.deepcopy(whole)
     report.ratios_of(whole)
     assert whole == before
+
+
+# --- encoders --------------------------------------------------------------------------------------------------------
+def test_the_overlap_of_two_masks_is_their_dice():
+    a, b = np.array([1, 1, 0, 0], bool), np.array([0, 1, 1, 0], bool)
+    assert encoders.dice(a, b) == 0.5 and encoders.dice(a, a) == 1 and encoders.dice(~(a | ~a), ~(a | ~a)) == 1
+    assert encoders.dice(a, None) == 0
+
+
+def test_encoders_are_compared_with_fp32_and_the_fastest_within_bounds_is_named(tmp_path, capsys):
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
+    out = tmp_path / "encoders.json"
+    np.save(tmp_path / "scan.npy", np.random.default_rng(0).random(IMAGE_SIZE, np.float32))
+    assert encoders.main(["--checkpoint", str(checkpoint), "--scan", str(tmp_path / "scan.npy"), "--runs", "1",
+                          "--tokens", "4", "--no-fixture", "--floor-seconds", "0.01", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert set(found["runs"]) == {"vision_encoder", "segmentation_encoder"}
+    exact, = (e for e in found["exactness"] if (e["vision"], e["segmentation"]) == ("fp32", "fp32"))
+    assert exact["dice"] == 1 and exact["same_tokens"] is None and exact["within_bounds"]
+    assert len(found["exactness"]) == len(found["precisions"]) ** 2
+    errors = {p: row["error"] for p, row in found["runs"]["vision_encoder"].items()}
+    assert errors["fp32"] == 0 and all(error > 1e-5 for p, error in errors.items() if p != "fp32")
+    assert "Fastest within bounds: vision encoder in" in capsys.readouterr().out
+
+
+def test_a_faster_pair_out_of_bounds_on_one_case_is_not_chosen():
+    def exactness(case, vision, within):
+        return {"case": case, "vision": vision, "segmentation": "fp32", "within_bounds": within}
+
+    runs = {name: {"fp32": {"seconds": [2.0]}, "bf16": {"seconds": [1.0]}, "int8": {"seconds": [0.5]}}
+            for name in ("vision_encoder", "segmentation_encoder")}
+    found = [exactness("checkpoint", p, True) for p in ("fp32", "bf16", "int8")]
+    assert encoders.fastest({"runs": runs, "exactness": found}) == ("int8", "fp32")
+    assert encoders.fastest({"runs": runs, "exactness": [*found, exactness("fixture", "int8", False)]}) == (
+        "bf16", "fp32")
+
+
+# --- ways to decode --------------------------------------------------------------------------------------------------
+def test_every_way_to_decode_differs_from_the_shipped_configuration():
+    shipped = decode.configured(ROOT / "model_repository")
+    assert shipped.enforce_eager and shipped.block_size == 32
+    ways = [(replace(shipped, **way.settings), tuple(way.environment.items())) for way in decode.WAYS.values()]
+    assert len(set(ways)) == len(ways) and ways[0] == (shipped, ())
+
+
+def test_ways_to_decode_stand_beside_the_floor_and_failures_are_named():
+    way = {"start_s": 20.0, "new": [[0.2, 0.83]], "known": [[0.05, 0.68]], "together": [100.0, 200.0, 150.0]}
+    said = decode.text({"ways": {"as configured": way}, "failures": {"compiled": "not done after 300 s"}, "tokens": 64,
+                        "precision": "bf16", "rates": {"memory": 4e10},
+                        "floor": {"per_token_s": 0.005, "tokens_per_s": 600.0}})
+    assert ("| as configured | 20 s | 200 ms | 50 ms | 10.0 ms | 10.0 to 10.0 ms | 2.0 | 150 | 100 to 200 | 4.0 |"
+            in said)
+    assert "compiled: not done after 300 s" in said and "memory 40.0 GB/s" in said
+
+
+def test_an_unknown_way_to_decode_is_refused(capsys):
+    assert decode.main(["--repository", "nowhere", "--ways", "as configured,faster"]) == 1
+    assert "unknown: faster; the ways are as configured" in capsys.readouterr().err

@@ -102,7 +102,9 @@ def test_derived_buffers_of_older_checkpoints_are_ignored(folder):
 
 
 @pytest.mark.parametrize("values, words", [
-    ({"model_type": "lamed_phi3"}, "architecture 'lamed_phi3'"),
+    ({"model_type": "lamed_qwen2"}, "architecture 'lamed_qwen2'"),
+    ({"model_type": "lamed_phi3"}, r"missing .*mlp.gate_up_proj.*unexpected .*mlp.gate_proj"),
+    ({"rms_norm_eps": "small"}, "does not describe a language model of type 'llama'.*rms_norm_eps"),
     ({"image_size": [16, 64, 60]}, "multiple of patch_size"),
     ({"vision_tower": "resnet"}, "vision_tower 'resnet'"),
     ({"segmentation_module": "unet"}, "segmentation_module 'unet'"),

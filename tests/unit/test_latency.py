@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -92,13 +93,42 @@ def test_the_pieces_of_an_answer_add_up_to_its_tokens(served):
     assert sum(served.pieces(study, "a?", 5)) == len(ANSWER)
 
 
-def test_work_goes_on_until_the_answer_is_there(served):
-    study, worked = served.upload(scans.phantom((8, 8, 8))), []
-    served.during(lambda: worked.append(None), study, "a?", 5)
-    done = len(worked)
-    assert done >= 1
-    served.ask(study, "a?", 5)
-    assert len(worked) == done
+def test_questions_are_asked_until_the_work_is_done(served, triton):
+    study, asked = served.upload(scans.phantom((8, 8, 8))), threading.Event()
+
+    def question():
+        yield "first?"
+        yield "second?"
+        asked.set()
+        while True:
+            yield "more?"
+
+    samples = served.during(lambda: asked.wait(60), study, question(), 5)
+    assert len(samples) == len(triton.asked) >= 3
+    with pytest.raises(ZeroDivisionError):
+        served.during(lambda: 1 / 0, study, question(), 5)
+
+
+def test_bytes_on_the_wire_are_those_of_the_messages(served):
+    scan = scans.phantom((8, 8, 8))
+    found = served.on_the_wire(scan, iter("abc"), "segment", 5)
+    assert found["scan"] == 8 ** 3 * 2 + 128 and 0 < found["upload"] - found["scan"] < 600
+    assert found["logits"] == 4 * 30 and 4 < found["mask"] < 400 and found["segment"] > found["mask"]
+    assert "mask" not in served.on_the_wire(scan, iter("abc"), None, 5)
+
+
+def test_a_section_that_fails_leaves_the_others_standing(triton, scan, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no more of that")
+
+    monkeypatch.setattr(latency.Run, "closed_loop", fail)
+    out = tmp_path / "new" / "latency.json"
+    assert latency.main([*QUICK, "--server", triton.url, "--scan", str(scan), "--tokens", "4", "--concurrency", "1",
+                         "--seconds", "0", "--json", str(out), "--plots", str(tmp_path / "plots")]) == 1
+    found, said = json.loads(out.read_text()), capsys.readouterr()
+    assert found["failures"] == {"clients at the same time": "RuntimeError: no more of that"}
+    assert {"overhead_cold", "interference", "wire_per_mask"} <= set(found["ratios"])
+    assert "not measured, clients at the same time: RuntimeError" in said.err and "| served | cold |" in said.out
 
 
 def test_the_command_measures_a_server_and_its_baseline(triton, scan, tmp_path, capsys, monkeypatch):
@@ -115,10 +145,15 @@ def test_the_command_measures_a_server_and_its_baseline(triton, scan, tmp_path, 
     assert [row["concurrency"] for row in found["closed_loop"]] == [1, 8, 1, 8]
     assert [row["baselines"] != {} for row in found["closed_loop"]] == [False, True, False, True]
     assert [run["scenario"] for run in found["open_loop"]] == ["SingleStream", "Offline", "Server"]
+    # What was sent of the scan and a question, and a mask of 30 voxels in 4 bytes, beside what else the messages hold.
+    assert found["wire"]["upload"] > found["wire"]["scan"] and found["wire"]["logits"] == 4 * 30
+    assert 4 < found["wire"]["mask"] < found["wire"]["segment"] and found["wire"]["follow_up"] < 1000
+    assert not found["failures"] and set(found["seconds"]) >= {"one at a time", "arrivals at random"}
     assert "| served | cold |" in said and "| baseline fp32 | segment |" in said and "LoadGen scenario" in said
-    # Three rounds' scans, somebody else's in each, seven known ones, and those during the follow-ups: none twice.
+    # Three rounds' scans, somebody else's in each, the one that is weighed, seven known ones, and those during the
+    # follow-ups: none twice.
     sent = [upload["VOLUME"].tobytes() for upload in triton.uploads]
-    assert len(set(sent)) >= 3 * 2 + 7 and len(sent) - len(set(sent)) == 3  # each round sends its own again
+    assert len(set(sent)) == 3 * 2 + 1 + 7 + 2 and len(sent) - len(set(sent)) == 3  # each round sends its own again
 
 
 def test_a_server_that_is_not_there_is_a_clear_failure(scan, capsys):

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -24,8 +25,9 @@ from engine.scan import ARRAY_AFFINE, Scan, read_scan
 from engine.volume import prepare
 from tests.m3d_data import REFSEG_COLUMNS, SIZE, image, save, write_csv, write_root
 from training.data import check, raw
-from training.data.prepare import app
+from training.data.prepare import _drawn, app
 from training.data.sets import Captions, Referring, Structures, open_sets
+from training.data.wording import class_names
 
 AFFINE = np.diag([-2.0, -2.0, 5.0, 1.0])
 SHAPE = (40, 36, 20)  # i, j, k
@@ -175,6 +177,40 @@ def test_what_is_skipped_is_reported_with_its_cause(seg_raw, tmp_path):
     assert {Path(entry["image"]).parent.name for split in ("train", "test") for entry in listed[split]} == {"a", "b"}
 
 
+def test_the_first_and_the_last_class_are_taken_and_one_more_is_refused(tmp_path):
+    classes = len(class_names()["0010"])
+    array = labels()
+    array[6:20, 22:30, 3:12], array[22:30, 22:30, 3:12] = classes, 11
+    array[array == 3] = 0
+    nifti(tmp_path / "raw/0010/all/image.nii.gz", scan_array())
+    nifti(tmp_path / "raw/0010/all/label.nii.gz", array)
+    nifti(tmp_path / "raw/0010/more/image.nii.gz", scan_array())
+    nifti(tmp_path / "raw/0010/more/label.nii.gz", np.where(array == classes, classes + 1, array))
+    run("seg", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
+    (skipped,) = report(tmp_path / "root/M3D_Seg_npy")["skipped"]
+    assert skipped["case"] == "0010/more" and f"from 0 to {classes}" in skipped["cause"]
+    index = json.loads((tmp_path / "root/M3D_Seg_npy/0010/0010.json").read_text())
+    assert [Path(entry["label"]).name for entry in index["train"]] == [
+        f"mask_{number}.npy" for number in (0, 1, 10, classes - 1)]
+
+
+def test_one_s_own_classes_may_be_more_than_nine_and_are_named_by_number(tmp_path):
+    array = np.where(labels() == 2, 10, labels() == 1)
+    nifti(tmp_path / "raw/9000/x/image.nii.gz", scan_array())
+    nifti(tmp_path / "raw/9000/x/label.nii.gz", array.astype(np.uint8))
+    (tmp_path / "raw/9000/9000.json").write_text(json.dumps(
+        {"labels": {"0": "background"} | {str(k): f"part {chr(64 + k)}" for k in range(1, 11)}}))
+    run("seg", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
+    structures = Structures(tmp_path / "root", "train", SIZE, code="9000", kind="segmentation")
+    assert [structures.name(k) for k in range(0, len(structures), 2)] == ["part A", "part J"]
+
+
+def test_the_share_is_held_out_for_each_split():
+    drawn = Counter(_drawn(f"case {k}", 0.2, ("test", "validation")) for k in range(4000))
+    for split, share in (("test", 0.2), ("validation", 0.2), ("train", 0.6)):
+        assert drawn[split] / 4000 == pytest.approx(share, abs=0.03)
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 def test_complete_cases_are_kept_and_changed_ones_made_again(seg_raw, tmp_path):
     root = tmp_path / "root"
@@ -281,6 +317,18 @@ def test_slices_and_texts_become_pairs(tmp_path):
     assert captions[0].source.endswith("M3D_Cap_npy/ct_case/000001/Axial_Poschl.npy")
 
 
+def test_series_whose_names_differ_in_diacritics_alone_are_both_kept(tmp_path):
+    case = tmp_path / "ct_case" / "1"
+    stacks = [slices(case / name, seed=seed) for seed, name in enumerate(("Axial_Poschl", "Axial_Pöschl"))]
+    (case / "text.txt").write_text("Findings.")
+    run("cap", tmp_path / "ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
+    captions = Captions(tmp_path / "root", "train", SIZE)
+    assert [Path(captions[k].source).name for k in range(2)] == ["Axial_Poschl.npy", "Axial_Poschl_2.npy"]
+    for k, stack in enumerate(stacks):
+        expected = prepare(Scan(stack, ARRAY_AFFINE, "npy"), SIZE, "m3d-cap").image
+        np.testing.assert_array_equal(captions[k].image, expected)
+
+
 @pytest.mark.parametrize("text, said", [
     ("a\nstudy_findings: Clear lungs.\ndiscussion: b", "Clear lungs. discussion: b"),
     ("study_findings: \n", "study_findings:"), ("x discussion: All is well.", "All is well."),
@@ -295,6 +343,9 @@ def test_slices_that_do_not_fit_are_left_out_and_named(tmp_path):
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(case / "good" / "12.png")
     (case / "good" / "13.png").write_bytes(b"not a picture")
     slices(case / "bad", count=1)
+    slices(case / "half", count=4)
+    for number in (1, 3):
+        (case / "half" / f"{number}.png").write_bytes(b"not a picture")
     (case / "text.txt").write_text("Findings.")
     slices(tmp_path / "ct_case" / "2" / "series")  # without a text
     slices(tmp_path / "ct_case" / "3" / "series", count=1)
@@ -304,7 +355,7 @@ def test_slices_that_do_not_fit_are_left_out_and_named(tmp_path):
     causes = {Path(entry["path"]).relative_to(tmp_path / "ct_case").as_posix(): entry["cause"]
               for entry in said["left_out"]}
     for path, cause in (("1/good/12.png", "5 x 5 pixels"), ("1/good/13.png", "cannot be read"),
-                        ("1/bad", "only 1 of 1 slices"), ("2/series", "no .txt")):
+                        ("1/bad", "only 1 of 1 slices"), ("1/half", "only 2 of 4 slices"), ("2/series", "no .txt")):
         assert cause in causes.pop(path)
     assert not causes and said["made"] == 1
     assert "no series can be used: series: only 1 of 1" in said["skipped"][0]["cause"]
@@ -337,7 +388,7 @@ def test_referring_questions_keep_their_masks(tmp_path):
     nifti(tmp_path / "raw/s0000/mask.nii.gz", labels())
     nifti(tmp_path / "raw/s0001/ct.nii.gz", scan_array())
     rows = [(f"M3D_RefSeg/{case}/ct.nii.gz", f"M3D_RefSeg/{case}/mask.nii.gz", number, 0, f"Segment {number}.", "[SEG].")
-            for case, number in (("s0000", 1), ("s0000", 2), ("s0000", 3), ("s0001", 1), ("s0002", 1))]
+            for case, number in (("s0000", 1), ("s0000", 2), ("s0000", 3), ("s0000", 0), ("s0001", 1), ("s0002", 1))]
     write_csv(tmp_path / "raw/M3D_RefSeg.csv", REFSEG_COLUMNS, rows)
     run("refseg", tmp_path / "raw", tmp_path / "root", *SIZED)
     referring = Referring(tmp_path / "root", "train", SIZE)
@@ -348,7 +399,7 @@ def test_referring_questions_keep_their_masks(tmp_path):
     assert [entry["cause"] for entry in said["skipped"]] == [
         "ct.nii.gz and mask.nii.gz are looked for, and at least one is missing"]
     causes = [entry["cause"] for entry in said["left_out"]]
-    assert causes == ["mask 3 fills no voxel of the model by half", "s0000 has no mask 3",
+    assert causes == ["mask 3 fills no voxel of the model by half", "s0000 has no mask 3", "s0000 has no mask 0",
                       "its case 's0001' is not prepared", "its case 's0002' is not prepared"]
 
 

@@ -32,9 +32,9 @@ class Engine:
         return self.spoil(self.states[key][positions])
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_tiny_llm(tmp_path_factory.mktemp("tiny") / "repository")
+@pytest.fixture(scope="module", params=[False, True], ids=["llama", "phi3"])
+def tiny(tmp_path_factory, request):
+    return write_tiny_llm(tmp_path_factory.mktemp("tiny") / "repository", phi3=request.param)
 
 
 def check(tiny, spoil=lambda states: states):

@@ -159,6 +159,20 @@ def test_packed_questions_are_answered_as_if_each_stood_alone(packaged):
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
+    assert_packed_equals_alone(model)
+
+
+def test_they_look_back_no_further_than_phi3_s_window(tmp_path):
+    phi3 = toy.language_model(tmp_path / "phi3", "phi3", sliding_window=6)
+    model = TrainedLamed(Start(phi3, toy.PARTS), ("mm_projector",)).eval()
+    with_window = assert_packed_equals_alone(model)
+    model.lamed.llm.config.sliding_window = None
+    assert (assert_packed_equals_alone(model) - with_window).abs().max() > 1e-3
+
+
+def assert_packed_equals_alone(model) -> torch.Tensor:
+    """Returns the states where answers are predicted."""
+    torch.manual_seed(0)
     visual_tokens = torch.randn(1, model.num_visual_tokens, 32)
     sequences = [sequence(model.tokenizer, q) for q in QUESTIONS]
     with torch.no_grad():
@@ -167,6 +181,7 @@ def test_packed_questions_are_answered_as_if_each_stood_alone(packaged):
         alone = [_hidden(model, [[s]], visual_tokens) for s in (*sequences, sequences[0])]
     for together, single in zip(packed, map(torch.cat, zip(*alone))):
         torch.testing.assert_close(together, single, atol=1e-5, rtol=1e-5)
+    return packed[0]
 
 
 def test_only_answers_and_their_end_are_learned(packaged):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from engine.errors import InvalidInput
 from engine.prompt import BOX_START, SEG_TOKEN, parse_boxes
 from tests.m3d_data import LIVER, RIGHT_KIDNEY, SIZE, VQA_COLUMNS, image, mask, save, write_csv, write_root
+from training.data import sets
 from training.data.jitter import Change, draw_change, swap_sides
 from training.data.reading import Table
 from training.data.sample import BrokenSample
@@ -221,6 +222,13 @@ def test_in_a_mirrored_body_the_words_left_and_right_change_places(complete):
     assert seen == {True, False}
 
 
+def test_questions_swap_sides_with_their_answers(complete, monkeypatch):
+    structures = Structures(complete, "train", SIZE, code="0010", kind="rec", jitter=True)
+    for flips, asked in (((False, False, True), "left kidney"), ((True, False, True), "right kidney")):
+        monkeypatch.setattr(sets, "draw_change", lambda rng, size: Change(0, flips))
+        assert asked in structures[2].question
+
+
 def test_only_whole_words_swap_sides():
     assert swap_sides("Left-sided, bright cleft; RIGHT, left") == "Right-sided, bright cleft; LEFT, right"
 
@@ -287,6 +295,13 @@ def test_a_missing_split_is_named_with_those_that_there_are(root):
     index.write_text(json.dumps({"test": []}))
     with pytest.raises(InvalidInput, match="no split 'train'; it has test"):
         open_sets(["rec"], root, "train", SIZE)
+
+
+def test_a_data_set_without_cases_of_a_split_is_left_out_of_it(root):
+    index = root / "M3D_Seg_npy" / "0000" / "0000.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"test": []}))
+    for split, codes in (("train", ["0000", "0010"]), ("test", ["0010"]), ("validation", ["0010"])):
+        assert [part.code for part in open_sets(["rec"], root, split, SIZE).sets] == codes
 
 
 def test_images_of_another_size_than_the_model_s_are_refused_at_once(complete):

@@ -54,6 +54,49 @@ torch.manual_seed(settings.seed)
 module.train(settings)
 """
 
+# Two processes train from beginning to end; then two of which one kills itself before step N; then two that go on. They
+# are forks of one, which imports everything once. As torchrun does, the others are killed when one fails.
+_TWO_PROCESSES = """
+import os, signal, socket, sys, traceback
+import torch
+from training import config, finetune, trainer
+whole, torn, killed, number = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+step = trainer.StageTrainer.training_step
+def die_before_step(self, *args, **kwargs):
+    if self.args.process_index == killed and self.state.global_step + 1 == number: os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+def work(file):
+    settings = config.read(finetune.Settings, file)
+    torch.manual_seed(settings.seed)
+    finetune.train(settings)
+    torch.distributed.destroy_process_group()
+def run(file):
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    ranks, codes = {}, [None, None]
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank),
+                           "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+            try: work(file)
+            except BaseException: traceback.print_exc(); os._exit(1)
+            os._exit(0)
+        ranks[child] = rank
+    while ranks:
+        child, status = os.wait()
+        codes[ranks.pop(child)] = os.waitstatus_to_exitcode(status)
+        if status:
+            for other in ranks: os.kill(other, signal.SIGKILL)
+    return codes
+assert run(whole) == [0, 0]
+trainer.StageTrainer.training_step = die_before_step
+assert run(torn)[killed] == -signal.SIGKILL
+kept = sorted(path.name for path in config.read(finetune.Settings, torn).out.glob("checkpoint-*"))
+assert kept[-1] == f"checkpoint-{number - 1}" and not (config.read(finetune.Settings, torn).out / "final").exists(), kept
+trainer.StageTrainer.training_step = step
+assert run(torn) == [0, 0]
+"""
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
@@ -129,6 +172,23 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path, 
     killed("pretrain_clip", toy.written(values, tmp_path / "run.json"), "save", 3)
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     assert same_bits(run(pretrain_clip, values), pretrained_clip)
+
+
+def test_a_run_with_processes_that_load_is_resumed_with_the_bits_of_one_without(tmp_path, data, llm, tuned):
+    values = toy.finetune_configuration(tmp_path / "run", data, llm, dataloader_num_workers=2)
+    number = random.randint(2, 4)
+    killed("finetune", toy.written(values, tmp_path / "run.json"), "step", number)
+    assert same_bits(run(finetune, values), tuned), f"killed before step {number}"
+
+
+def test_a_run_of_two_processes_one_of_which_is_killed_ends_with_the_same_bits_when_resumed(tmp_path, data, llm):
+    whole, torn = (toy.written(toy.finetune_configuration(tmp_path / name, data, llm), tmp_path / f"{name}.json")
+                   for name in ("whole", "torn"))
+    rank, number = random.randint(0, 1), random.randint(2, 4)
+    done = subprocess.run([sys.executable, "-c", _TWO_PROCESSES, str(whole), str(torn), str(rank), str(number)],
+                          env=_ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same_bits(tmp_path / "torn" / "final", tmp_path / "whole" / "final"), f"{rank} killed before step {number}"
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_step_more(tmp_path, data, llm, tuned):
@@ -243,16 +303,19 @@ def test_a_step_is_the_same_in_one_batch_or_accumulated(tmp_path, data, llm, mon
 # --- what is written -------------------------------------------------------------------------------------------------
 def test_the_merged_checkpoint_loads_in_the_engine_strictly_and_answers_as_in_training(tmp_path, tuned, data, llm):
     folder = merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", dtype="float32"))
-    lamed, tokenizer = checkpoint.load_lamed(folder)
-    settings = build(finetune.Settings, toy.finetune_configuration(tmp_path / "run", data, llm))
-    model, packer = finetune.build(settings)
-    model.restore(tuned)
-    model.eval()
     keys = set(load_file(folder / "model.safetensors"))
     assert {"model.vision_tower.vision_tower.cls_token", "model.mm_projector.projector.0.weight", "lm_head.weight",
             "model.seg_module.prompt_encoder.no_mask_embed.weight", "model.seg_projector.0.weight",
             "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"} <= keys
     assert not [key for key in keys if "lora" in key or "base_layer" in key]
+    assert_answers_as_in_training(folder, tuned, toy.finetune_configuration(tmp_path / "run", data, llm))
+
+
+def assert_answers_as_in_training(merged: Path, trained: Path, values: dict) -> None:
+    lamed, tokenizer = checkpoint.load_lamed(merged)
+    model, _ = finetune.build(build(finetune.Settings, values))
+    model.restore(trained)
+    model.eval()
     image = torch.rand(1, 1, *m3d_data.SIZE)
     ids = torch.tensor([Prompt(tokenizer, lamed.config.num_visual_tokens, 512).input_ids(" Where?")])
     with torch.no_grad():
@@ -290,16 +353,24 @@ def test_a_merged_checkpoint_starts_the_next_training_with_nothing_lost(tmp_path
     assert now and all(torch.equal(value, whole[key]) for key, value in now.items())
 
 
-def test_phi3_is_trained_and_merged_and_the_engine_refuses_it_by_name(tmp_path, data):
-    phi3 = toy.language_model(tmp_path / "tiny-phi3", "phi3")
-    values = {**toy.finetune_configuration(tmp_path / "run", data, phi3, max_steps=1), "sample_every": 0}
+@pytest.mark.parametrize("family, targets", [
+    ("phi3", ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
+    ("llama3", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+])
+def test_other_families_are_trained_and_merged_and_answer_in_the_engine_as_in_training(tmp_path, data, family, targets):
+    source = toy.language_model(tmp_path / f"tiny-{family}", family)
+    values = {**toy.finetune_configuration(tmp_path / "run", data, source, max_steps=2), "sample_every": 0}
     trained = run(finetune, values)
-    targets = json.loads((trained / base.ADAPTER_CONFIG).read_text())["target_modules"]
-    assert targets == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
-    merged = merge_lora.merge(merge_lora.Settings(trained=trained, out=tmp_path / "merged"))
-    assert "model.layers.0.self_attn.qkv_proj.weight" in load_file(merged / "model.safetensors")
-    with pytest.raises(CheckpointError, match="lamed_phi3"):
-        checkpoint.load_lamed(merged)
+    adapter = load_file(trained / base.ADAPTER_WEIGHTS)
+    assert json.loads((trained / base.ADAPTER_CONFIG).read_text())["target_modules"] == targets
+    assert {key.split(".lora_")[0].rpartition(".")[2] for key in adapter} == set(targets)
+    assert all(value.abs().max() > 0 for key, value in adapter.items() if "lora_B" in key)
+    merged = merge_lora.merge(merge_lora.Settings(trained=trained, out=tmp_path / "merged", dtype="float32"))
+    config, _, _ = checkpoint.open_lamed(merged)
+    for key, value in json.loads((Path(source) / "config.json").read_text()).items():
+        if key in ("rope_parameters", "sliding_window", "num_key_value_heads", "eos_token_id"):
+            assert config.llm[key] == value
+    assert_answers_as_in_training(merged, trained, values)
 
 
 def test_pretrained_clip_loads_in_the_engine_and_starts_the_vision_tower(tmp_path, pretrained_clip, data, llm):

@@ -108,7 +108,7 @@ def refseg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset
               if name == "M3D_RefSeg.csv" or (raw / name).is_file()}
     outcomes = do_all(refseg_jobs(raw, out / REFSEG, image_size, preset), workers, "M3D-RefSeg")
     cases = {case.target.name: case.target for case in _usable(outcomes)}
-    values = {name: set(np.unique(np.load(folder / "mask.npy")).tolist()) for name, folder in cases.items()}
+    values = {name: set(np.unique(np.load(folder / "mask.npy")).tolist()) - {0} for name, folder in cases.items()}
     left_out, texts = [], {}
     for name, table in tables.items():
         texts[name] = text = io.StringIO()

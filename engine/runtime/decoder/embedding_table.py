@@ -17,7 +17,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 class EmbeddingTable:
     """Rows of `model.embed_tokens.weight` [V, H], memory-mapped, so that they are no second copy in memory.
 
-    folder: a LlamaForCausalLM folder, its safetensors sharded or not.
+    folder: of an exported language model, its safetensors sharded or not.
     """
 
     def __init__(self, folder: Path | str):

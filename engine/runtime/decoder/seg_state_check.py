@@ -53,11 +53,11 @@ async def check_seg_states(folder: Path, dtype: torch.dtype, generate: Generate,
 @torch.inference_mode()
 def _direct(folder: Path, dtype: torch.dtype, rows: torch.Tensor) -> torch.Tensor:
     """The last ANSWER_LENGTH states of a plain forward over `rows` [T, H], fp32."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).model.eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model.eval()
     return model(inputs_embeds=rows[None]).last_hidden_state[0, -ANSWER_LENGTH:].float()
 
 

@@ -1,0 +1,296 @@
+"""Which precision may the encoders have on this CPU? How long each takes, and what each changes in answers and masks.
+
+    python benchmarks/encoders.py --checkpoint DIR                     # exports the encoders, measures
+    python benchmarks/encoders.py --repository DIR --checkpoint DIR    # takes the graphs of an exported repository
+
+fp32 is ONNX Runtime's, bf16 OpenVINO's, int8 ONNX Runtime's with weights and activations quantised (weights by channel,
+activations by tensor at run time). Every pair of a vision and a segmentation encoder answers the questions, greedily in
+fp32 PyTorch, and draws its mask; the fp32 pair is what the others are compared with, on the checkpoint and on the
+recorded fixture of tests/fixtures. Within bounds: the same tokens, and a Dice of 0.999 or more, everywhere.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+if __package__ in (None, ""):  # run as a script, from any folder
+    sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from benchmarks import floor, scans  # noqa: E402
+from benchmarks.report import table  # noqa: E402
+from engine import contract  # noqa: E402
+from engine.errors import InvalidInput, M3DError  # noqa: E402
+from engine.models.checkpoint import load_lamed  # noqa: E402
+from engine.models.lamed import Lamed  # noqa: E402
+from engine.prompt import Prompt  # noqa: E402
+from engine.runtime.onnx_session import OnnxGraph, has_bf16  # noqa: E402
+from engine.scan import pack_scan, read_scan  # noqa: E402
+from engine.volume import prepare  # noqa: E402
+
+VISION, SEGMENTATION = "vision_encoder", "segmentation_encoder"
+PRECISIONS = ("fp32", "bf16", "int8")
+DICE_BOUND = 0.999
+QUESTION = "Please segment the left lung: [SEG]"  # a checkpoint of make_checkpoint.py answers it with a mask
+FIXTURE = ROOT / "tests" / "fixtures" / "dev_small"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What greedy decoding said to a question. state: mean `[SEG]` state, 1 x H_llm, None without a `[SEG]`."""
+
+    token_ids: tuple[int, ...]
+    state: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """A pair of encoders against the fp32 pair. same_tokens: before the first that differs, None if none does.
+
+    dice: the smallest of the masks, None if nothing was drawn.
+    """
+
+    case: str
+    vision: str
+    segmentation: str
+    same_tokens: int | None
+    dice: float | None
+
+    @property
+    def within_bounds(self) -> bool:
+        return self.same_tokens is None and (self.dice is None or self.dice >= DICE_BOUND)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        result = measure(arguments)
+    except M3DError as error:
+        print(f"the benchmark failed: {error}", file=sys.stderr)
+        return 1
+    print("\n" + text(result))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """{"precisions", "rates", "runs": {encoder: {precision: {...}}}, "exactness": [...]}, JSON-ready."""
+    precisions = [p for p in arguments.precisions if p != "bf16" or has_bf16()]
+    if "fp32" not in precisions:
+        raise InvalidInput("--precisions needs fp32, which the others are compared with")
+    rates = floor.measure(seconds=arguments.floor_seconds)
+    result = {"precisions": precisions, "rates": asdict(rates), "exactness": []}
+    with tempfile.TemporaryDirectory() as folder:
+        _say("the checkpoint")
+        encoders = Encoders(arguments.checkpoint, precisions, Path(folder) / "checkpoint", arguments.repository)
+        scan = scans.read(arguments.scan) if arguments.scan else scans.phantom()
+        data, affine = pack_scan(scan.array, scan.affine)
+        image = prepare(read_scan(data, affine=affine), encoders.model.config.vision.image_size).image
+        result["runs"] = encoders.timed(image, arguments.runs, rates)
+        result["exactness"] += encoders.exactness("checkpoint", image, arguments.question or [QUESTION],
+                                                  arguments.tokens)
+        if arguments.fixture:
+            _say("the fixture")
+            checkpoint, image, question, tokens = _fixture(Path(folder) / "fixture")
+            encoders = Encoders(str(checkpoint), precisions, Path(folder) / "fixture")
+            result["exactness"] += encoders.exactness("fixture", image, [question], tokens)
+    result["exactness"] = [{**asdict(e), "within_bounds": e.within_bounds} for e in result["exactness"]]
+    return result
+
+
+class Encoders:
+    """Both encoders of a checkpoint in several precisions. Their graphs are exported into `folder`, unless there is a
+    `repository` that holds them."""
+
+    def __init__(self, checkpoint: str, precisions: list[str], folder: Path, repository: Path | None = None):
+        self.model, tokenizer = load_lamed(checkpoint)
+        if self.model.seg_module is None:
+            raise InvalidInput(f"{checkpoint} has no segmentation encoder to compare")
+        config = self.model.config
+        self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.llm.get("max_position_embeddings", 2048))
+        self.precisions = precisions
+        self.graphs: dict[tuple[str, str], OnnxGraph] = {}
+        self.load_s: dict[tuple[str, str], float] = {}
+        if repository is None:
+            _export(self.model, folder)
+        for name in (VISION, SEGMENTATION):
+            path = (repository or folder) / name / "1" / "model.onnx"
+            for precision in precisions:
+                _say(f"{name}, {precision}")
+                source = _quantised(path, folder / f"{name}.int8") if precision == "int8" else path
+                started = time.perf_counter()
+                self.graphs[name, precision] = OnnxGraph(source, contract.MODELS[name],
+                                                         precision="bf16" if precision == "bf16" else "fp32")
+                self.load_s[name, precision] = time.perf_counter() - started
+
+    def encode(self, name: str, precision: str, image: np.ndarray) -> np.ndarray:
+        (found,) = self.graphs[name, precision]({"IMAGE": image[None]}).values()
+        return found
+
+    def timed(self, image: np.ndarray, runs: int, rates: floor.Rates) -> dict:
+        """By encoder and precision: load_s, seconds (one precision after the other, `runs` times), floor_s, and error,
+        root mean square against fp32."""
+        found: dict = {}
+        for name in (VISION, SEGMENTATION):
+            _say(f"{name}, {runs} runs of each")
+            outputs = {precision: self.encode(name, precision, image) for precision in self.precisions}  # warm-up
+            found[name] = {precision: {"load_s": self.load_s[name, precision], "seconds": []}
+                           for precision in self.precisions}
+            for _, precision in itertools.product(range(runs), self.precisions):
+                started = time.perf_counter()
+                self.encode(name, precision, image)
+                found[name][precision]["seconds"].append(time.perf_counter() - started)
+            exact = outputs["fp32"]
+            for precision, row in found[name].items():
+                # There is no measured rate of int8 products: bf16's stands for it, which int8 may beat.
+                rate = rates.matmul["fp32" if precision == "fp32" else "bf16"]
+                row["floor_s"] = self._flops(name) / rate
+                row["error"] = float(np.sqrt(np.square(outputs[precision] - exact).mean() / np.square(exact).mean()))
+        return found
+
+    @torch.inference_mode()
+    def exactness(self, case: str, image: np.ndarray, questions: list[str], tokens: int) -> list[Exactness]:
+        """Every pair of precisions against the fp32 pair."""
+        _say(f"answers and masks of the {case}")
+        answers = {p: [self._answer(self.encode(VISION, p, image), question, tokens) for question in questions]
+                   for p in self.precisions}
+        features = {p: torch.from_numpy(self.encode(SEGMENTATION, p, image)) for p in self.precisions}
+        masks = {pair: [self._mask(features[pair[1]], answered.state) for answered in answers[pair[0]]]
+                 for pair in itertools.product(self.precisions, repeat=2)}
+        exact = masks["fp32", "fp32"]
+        if all(mask is None for mask in exact):
+            _say(f"the {case} draws no mask: give a --question whose answer has a [SEG]")
+        found = []
+        for pair, drawn in masks.items():
+            same = [_same_tokens(a.token_ids, b.token_ids) for a, b in zip(answers["fp32"], answers[pair[0]])]
+            dices = [dice(a, b) for a, b in zip(exact, drawn) if a is not None or b is not None]
+            found.append(Exactness(case, *pair, min((n for n in same if n is not None), default=None),
+                                   min(dices, default=None)))
+        return found
+
+    def _answer(self, visual_tokens: np.ndarray, question: str, tokens: int) -> Answered:
+        embeds = self.model.prompt_embeddings(torch.tensor([self.prompt.input_ids(question)]),
+                                              torch.from_numpy(visual_tokens))
+        out = self.model.llm.generate(
+            inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), max_new_tokens=tokens,
+            do_sample=False, output_hidden_states=True, return_dict_in_generate=True)
+        states = torch.cat([step[-1][0, -1:] for step in out.hidden_states])
+        chosen = states[out.sequences[0] == self.model.config.seg_token_id]
+        return Answered(tuple(out.sequences[0].tolist()), chosen.mean(0, keepdim=True) if len(chosen) else None)
+
+    def _mask(self, features: torch.Tensor, state: torch.Tensor | None) -> np.ndarray | None:
+        return None if state is None else self.model.segment(features, state)[0, 0].numpy() > 0
+
+    def _flops(self, name: str) -> int:
+        return floor.stages(self.model.config, llm="bf16", graphs="fp32", question_tokens=1,
+                            answer_tokens=1)[name].flops
+
+
+def dice(a: np.ndarray | None, b: np.ndarray | None) -> float:
+    """Of two masks; 0 if one of them was not drawn."""
+    if a is None or b is None:
+        return 0.0
+    marked = int(a.sum()) + int(b.sum())
+    return 2 * int((a & b).sum()) / marked if marked else 1.0
+
+
+def text(result: dict) -> str:
+    """Markdown tables, and which pair is the fastest within bounds."""
+    runs = [(name.replace("_", " "), precision, f"{median(r['seconds']):.2f} s",
+             f"{min(r['seconds']):.2f} to {max(r['seconds']):.2f} s", f"{median(r['seconds']) / r['floor_s']:.1f}",
+             f"{r['load_s']:.1f} s", f"{r['error']:.1e}")
+            for name, by_precision in result["runs"].items() for precision, r in by_precision.items()]
+    exactness = [(e["case"], e["vision"], e["segmentation"],
+                  "none" if e["same_tokens"] is None else f"after {e['same_tokens']}",
+                  "no mask" if e["dice"] is None else f"{e['dice']:.5f}", "yes" if e["within_bounds"] else "no")
+                 for e in result["exactness"]]
+    best = fastest(result)
+    return "\n\n".join((
+        table(("encoder", "precision", "median", "spread", "÷ floor", "load", "error"), runs),
+        table(("on", "vision encoder", "segmentation encoder", "tokens differ", "Dice", "within bounds"), exactness),
+        f"Fastest within bounds: vision encoder in {best[0]}, segmentation encoder in {best[1]}."))
+
+
+def fastest(result: dict) -> tuple[str, str]:
+    """The pair of precisions (vision, segmentation) that takes the least time of those within bounds everywhere."""
+    allowed = {(e["vision"], e["segmentation"]) for e in result["exactness"]}
+    allowed -= {(e["vision"], e["segmentation"]) for e in result["exactness"] if not e["within_bounds"]}
+    return min(allowed, key=lambda pair: sum(median(result["runs"][name][precision]["seconds"])
+                                             for name, precision in zip((VISION, SEGMENTATION), pair)))
+
+
+# --- inside ----------------------------------------------------------------------------------------------------------
+def _export(model: Lamed, folder: Path) -> None:
+    from export.graphs import build, lamed_graphs
+
+    for graph in lamed_graphs(model):
+        if graph.name in (VISION, SEGMENTATION):
+            _say(f"{graph.name}: export")
+            build(graph, folder)
+
+
+def _quantised(path: Path, target: Path) -> Path:
+    """The graph with its matrix products in int8."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    quantize_dynamic(path, target, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8,
+                     per_channel=True, use_external_data_format=True)
+    return target
+
+
+def _fixture(folder: Path) -> tuple[Path, np.ndarray, str, int]:
+    """(checkpoint, model volume 1 x D x H x W, question, tokens) of the recorded case."""
+    sys.path.insert(0, str(FIXTURE.parent))
+    import weights
+    import write_checkpoint
+
+    case = json.loads((FIXTURE / "case.json").read_text())
+    checkpoint = write_checkpoint.write(FIXTURE / "case.json", folder / "checkpoint")
+    image = weights.volume(tuple(case["volume_shape"]), case["volume_seed"])[0]
+    return checkpoint, image, write_checkpoint.question(case), case["generate"]["max_new_tokens"]
+
+
+def _same_tokens(exact: tuple[int, ...], other: tuple[int, ...]) -> int | None:
+    """How many tokens are equal before the first that is not; None if all are."""
+    if exact == other:
+        return None
+    return next((n for n, (a, b) in enumerate(zip(exact, other)) if a != b), min(len(exact), len(other)))
+
+
+def _say(words: str) -> None:
+    print(f"- {words}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="M3D-LaMed: a folder or a Hugging Face id")
+    parser.add_argument("--repository", type=Path, help="an export of this checkpoint whose graphs are measured")
+    parser.add_argument("--scan", type=Path, help="a scan file (default: a made CT)")
+    parser.add_argument("--question", action="append", help="asked about the scan; its answer should have a [SEG]. May "
+                        "be given several times (the default does it with checkpoints of make_checkpoint.py)")
+    parser.add_argument("--tokens", type=int, default=24, help="of an answer (default: %(default)s)")
+    parser.add_argument("--precisions", type=lambda words: tuple(words.split(",")), default=PRECISIONS,
+                        help="default: fp32,bf16,int8; bf16 is left out where the processor does not have it")
+    parser.add_argument("--runs", type=int, default=5, help="of each encoder (default: %(default)s)")
+    parser.add_argument("--fixture", action=argparse.BooleanOptionalAction, default=True,
+                        help="also compare on the fixture of tests/fixtures (default: yes)")
+    parser.add_argument("--floor-seconds", type=float, default=2.0, help="for each of the machine's rates")
+    parser.add_argument("--json", type=Path, help="file for everything")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""The language models under M3D-LaMed, LLaMA (2 and 3) and Phi-3: what config.json says of them, and transformers'
+implementation."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from engine.errors import CheckpointError
+
+_SHARED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+           "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+           "rope_parameters", "hidden_act", "tie_word_embeddings", "attention_dropout", "bos_token_id", "eos_token_id",
+           "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Family:
+    """model_type: transformers' name. architecture: M3D-LaMed's on it. own_keys: of config.json, beside the shared."""
+
+    model_type: str
+    architecture: str
+    own_keys: tuple[str, ...]
+
+    def told(self, values: dict) -> dict:
+        """The language model's part of a checkpoint's config.json."""
+        keys = (*_SHARED, *self.own_keys)
+        return {"model_type": self.model_type, **{key: values[key] for key in keys if key in values}}
+
+
+# By the published model_type. Phi-3 has q, k and v, and gate and up, in one weight each, and may look back no further
+# than sliding_window.
+FAMILIES = {
+    "lamed_llama": Family("llama", "LamedLlamaForCausalLM", ("attention_bias", "mlp_bias")),
+    "lamed_phi3": Family("phi3", "LamedPhi3ForCausalLM", (
+        "sliding_window", "partial_rotary_factor", "original_max_position_embeddings", "resid_pdrop")),
+}
+
+
+def context_length(llm: dict) -> int:
+    """Tokens that prompt and answer may have together.
+
+    Under LongRoPE no more than before its extension: above, transformers chooses the factors by the length of the
+    text, vLLM by the length that it was started with, and their answers part.
+    """
+    length = llm.get("max_position_embeddings", 2048)
+    rope = llm.get("rope_parameters") or llm.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
+        return length
+    original = llm.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or length
+    return min(length, original)
+
+
+def causal_lm_config(llm: dict, **changes):
+    """transformers' configuration. Raises CheckpointError for values that it refuses."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        # Phi-3's own default for padding is a token that a smaller vocabulary has not.
+        return AutoConfig.for_model(**{"pad_token_id": None, **llm, **changes})
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"config.json does not describe a language model of type {llm['model_type']!r}: {error}"
+                              ) from None
+
+
+def causal_lm(llm: dict) -> nn.Module:
+    """`llm`, as `Family.told` gives it, as transformers' model with random weights: LlamaForCausalLM or
+    Phi3ForCausalLM."""
+    # transformers is slow to import; the export of the graphs alone does not need it.
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = causal_lm_config(llm)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
