@@ -4,7 +4,7 @@
 
 Everything goes the long way: the saved checkpoint is read back, questions are answered greedily, and masks come from
 the `[SEG]` states of those answers at the model's full volume. An answer without `[SEG]` counts as Dice 0. Beside each
-figure stand its 95 % interval and what guessing would give.
+figure stand its 95 % interval, what guessing gives, and what is known without a look at the scan: see `Score`.
 """
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import argparse
 import os
 import platform
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -27,14 +27,13 @@ from accelerate.utils import gather_object  # noqa: E402
 from rich.progress import track  # noqa: E402
 from scipy import stats  # noqa: E402
 
-from engine.errors import M3DError  # noqa: E402
+from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.models.checkpoint import load_clip, load_lamed, load_tokenizer  # noqa: E402
-from engine.prompt import Prompt, parse_boxes  # noqa: E402
+from engine.prompt import SEG_TOKEN, Prompt, parse_boxes  # noqa: E402
 from training.config import read  # noqa: E402
 from training.data.augment import Augmentation, View, view_of  # noqa: E402
-from training.data.jitter import swap_sides  # noqa: E402
 from training.data.questions import CLOSED, Question, ask, caption, is_right  # noqa: E402
-from training.data.scans import facts_of, load_scans  # noqa: E402
+from training.data.scans import SOURCES, LabelledScan, load_scans  # noqa: E402
 from training.files import write_json  # noqa: E402
 
 # Apart from training's seeds, which begin with the recipe's.
@@ -44,7 +43,9 @@ LARGE = 0.01
 KINDS = ("closed VQA", "open VQA", "yes or no", "caption", "REC", "REG", "segmentation", "refusal", "text retrieval",
          "scan retrieval")
 KIND_OF = {"modality": "closed VQA", "side": "closed VQA", "box_side": "closed VQA", "part": "open VQA"}
-Pair = tuple[str, np.ndarray, str]
+Pair = tuple[np.ndarray, str, tuple[str, str, str]]
+DRAWS = 200  # of each closed question about a view, to see which answer is the commonest
+RESAMPLES = 4000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +66,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Score:
-    """One answer. kind: of KINDS, or `unseen wording`. value: 1 or 0 for right or wrong, Dice, or IoU. chance: what a
-    guess gets on average. blind: what the same question got about an empty volume. structure, share: which one, and how
-    much of the volume it fills."""
+    """One answer.
+
+    kind: of KINDS, or `unseen wording`. view: number among the scan's. value: 1 or 0 for right or wrong, Dice, or IoU.
+    chance: what a guess among the possible answers gets on average. prior: what knowing these scans gets without a look
+    at any: the commonest answer to that question, the usual place of that structure. blind: what the model said to the
+    same question about an empty volume. structure, share: which one, and how much of the volume it fills.
+    """
 
     kind: str
     task: str
     scan: str
+    view: int
     value: float
     chance: float
+    prior: float | None = None
     blind: float | None = None
     structure: str | None = None
     share: float = 0.0
@@ -133,65 +140,122 @@ def box_iou(a: np.ndarray, b: np.ndarray, size: tuple[int, int, int]) -> float:
     return float(both / (np.prod(a1 - a0) + np.prod(b1 - b0) - both))
 
 
+# --- what is known without a look ------------------------------------------------------------------------------------
+class Priors:
+    """What can be known about the scans of `views` without a look at any of them."""
+
+    def __init__(self, views: list[View], unchanged: list[View]):
+        rng = np.random.default_rng(SEED)
+        self.unchanged = unchanged
+        counts = defaultdict(Counter)
+        for view in views:
+            for task in CLOSED:
+                for _ in range(DRAWS):
+                    if q := ask(task, view, rng):
+                        counts[task, q.about][q.key] += 1
+        self._commonest = {asked: keys.most_common(1)[0][0] for asked, keys in counts.items()}
+        self.reports = Counter(finding(view) for view in views)
+
+    def closed(self, q: Question) -> float:
+        """Whether the commonest answer to a closed question is right."""
+        return float(self._commonest.get((q.task, q.about)) == q.key)
+
+    def usual(self, view: View, name: str, score: Callable[[View], float]) -> float | None:
+        """The mean score of a structure as it lies in the unchanged scans of the same body part."""
+        found = [score(other) for other in self.unchanged
+                 if name in other.visible and other.facts["part"] == view.facts["part"]]
+        return float(np.mean(found)) if found else None
+
+
+def finding(view: View) -> tuple[str, str, str]:
+    """(modality, part, side of the tumour in view or nothing): what a report must get right."""
+    facts = view.facts
+    return facts["modality"], facts["part"], facts["tumour_side"] if facts["tumour"] in view.visible else ""
+
+
 # --- one view --------------------------------------------------------------------------------------------------------
-def measure(answerer: Answerer, view: View, rng: np.random.Generator, caption_chance: float) -> list[Score]:
+def measure(answerer: Answerer, view: View, number: int, rng: np.random.Generator, priors: Priors) -> list[Score]:
     """Ask about one view: every closed task, boxes, names of boxes, a description, and every visible structure."""
-    return [*_closed(answerer, view, rng), *_worded(answerer, view, rng, caption_chance),
-            *_segmented(answerer, view, rng)]
+    def score(kind: str, q: Question, value: float, chance: float, **more) -> Score:
+        return Score(kind, q.task, view.scan, number, float(value), chance, **more)
+
+    return [*_closed(answerer, view, rng, priors, score), *_worded(answerer, view, rng, priors, score),
+            *_segmented(answerer, view, rng, priors, score)]
 
 
-def _closed(answerer: Answerer, view: View, rng: np.random.Generator) -> list[Score]:
+def _closed(answerer: Answerer, view: View, rng: np.random.Generator, priors: Priors, score: Callable) -> list[Score]:
     """Short answers: closed questions, in known and in unseen wordings, and a structure that is not there."""
     known = [ask(task, view, rng) for task in CLOSED for _ in range(3 if task == "presence" else 1)]
     unseen = [ask(task, view, rng, "held_out") for task in CLOSED]
     known, unseen = ([q for q in questions if q] for questions in (known, unseen))
-    answers, _ = answerer(view.image, [*known, *unseen, ask("segment_absent", view, rng)], 14)
-    blind, _ = answerer(np.zeros_like(view.image), known, 14)
-    scores = [Score(KIND_OF.get(q.task, "yes or no"), q.task, view.scan, is_right(q, answer), CLOSED[q.task],
-                    is_right(q, unseeing)) for q, answer, unseeing in zip(known, answers, blind)]
-    scores += [Score("unseen wording", q.task, view.scan, is_right(q, answer), CLOSED[q.task])
-               for q, answer in zip(unseen, answers[len(known):])]
-    return [*scores, Score("refusal", "segment_absent", view.scan, "[SEG]" not in answers[-1], 0.5)]
+    absent = ask("segment_absent", view, rng)
+    asked = [*known, *unseen, absent]
+    (answers, _), (blind, _) = (answerer(image, asked, 14) for image in (view.image, np.zeros_like(view.image)))
+    scores = []
+    for k, (q, answer, unseeing) in enumerate(zip(asked[:-1], answers, blind)):
+        kind = KIND_OF.get(q.task, "yes or no") if k < len(known) else "unseen wording"
+        scores.append(score(kind, q, is_right(q, answer), CLOSED[q.task], prior=priors.closed(q),
+                            blind=float(is_right(q, unseeing))))
+    return [*scores, score("refusal", absent, _declines(answers[-1]), 0.5, blind=float(_declines(blind[-1])))]
 
 
-def _worded(answerer: Answerer, view: View, rng: np.random.Generator, caption_chance: float) -> list[Score]:
+def _declines(answer: str) -> bool:
+    return "not visible" in answer and SEG_TOKEN not in answer
+
+
+def _worded(answerer: Answerer, view: View, rng: np.random.Generator, priors: Priors, score: Callable) -> list[Score]:
     """Longer answers: boxes of named structures, names of boxes, a description. A guess is the box or the name of any
-    structure in view."""
+    structure in view, or any report."""
     names = [str(name) for name in rng.permutation(view.visible)[:4]]
     boxes = {name: view.box(name) for name in view.visible}
     questions = [ask(task, view, rng, structure=name) for task in ("box", "name_box") for name in names]
     questions = [q for q in [*questions, ask("describe", view, rng)] if q]
-    answers, _ = answerer(view.image, questions, 64)
-    blind, _ = answerer(np.zeros_like(view.image), questions, 64)
+    (answers, _), (blind, _) = (answerer(image, questions, 64) for image in (view.image, np.zeros_like(view.image)))
 
     def value(q: Question, answer: str) -> float:
         if q.task == "box":
             found = parse_boxes(answer)
             return box_iou(found[0], boxes[q.structure], answerer.size) if len(found) else 0.0
-        if q.task == "name_box":
-            return answer == q.answer
-        facts = view.facts
-        return all(part in answer for part in (facts["part"], facts["modality"], facts["finding"].format(**facts)))
+        return float(answer == q.answer if q.task == "name_box" else reports(view, answer))
 
     scores = []
     for q, answer, unseeing in zip(questions, answers, blind):
-        kind, chance = {"box": ("REC", 0.0), "name_box": ("REG", 1 / len(boxes)),
-                        "describe": ("caption", caption_chance)}[q.task]
-        if kind == "REC":
-            chance = float(np.mean([box_iou(box, boxes[q.structure], answerer.size) for box in boxes.values()]))
-        scores.append(Score(kind, q.task, view.scan, value(q, answer), chance, value(q, unseeing)))
+        got = {"value": value(q, answer), "blind": value(q, unseeing)}
+        if q.task == "box":
+            box = boxes[q.structure]
+            got |= {"chance": float(np.mean([box_iou(other, box, answerer.size) for other in boxes.values()])),
+                    "prior": priors.usual(view, q.structure, lambda other: box_iou(other.box(q.structure), box,
+                                                                                   answerer.size))}
+            scores.append(score("REC", q, **got))
+        elif q.task == "name_box":
+            scores.append(score("REG", q, chance=1 / len(boxes), **got))
+        else:
+            commonest = priors.reports.most_common(1)[0][0]
+            scores.append(score("caption", q, chance=1 / len(priors.reports), prior=float(commonest == finding(view)),
+                                **got))
     return scores
 
 
-def _segmented(answerer: Answerer, view: View, rng: np.random.Generator) -> list[Score]:
+def reports(view: View, text: str) -> bool:
+    """Whether a description has the right modality and body part, and says whether there is a tumour, and where."""
+    modality, part, side = finding(view)
+    says_tumour = "tumour" in text and "no tumour" not in text.lower()
+    sides = {word for word in ("left", "right") if word in text}
+    return modality in text and part in text and (sides == {side} and says_tumour if side else not says_tumour)
+
+
+def _segmented(answerer: Answerer, view: View, rng: np.random.Generator, priors: Priors,
+               score: Callable) -> list[Score]:
     """Masks of every visible structure. A guess is the right mask of any of them."""
     questions = [ask("segment", view, rng, structure=name) for name in view.visible]
     truths = [view.mask(name) for name in view.visible]
     scores = []
     for q, truth, mask in zip(questions, truths, answerer(view.image, questions, 14)[1]):
-        chance = float(np.mean([dice(truth, other) for other in truths]))
-        scores.append(Score("segmentation", "segment", view.scan, 0.0 if mask is None else dice(mask, truth), chance,
-                            structure=q.structure, share=float(truth.mean())))
+        scores.append(score(
+            "segmentation", q, 0.0 if mask is None else dice(mask, truth),
+            float(np.mean([dice(truth, other) for other in truths])),
+            prior=priors.usual(view, q.structure, lambda other: dice(other.mask(q.structure), truth)),
+            structure=q.structure, share=float(truth.mean())))
     return scores
 
 
@@ -216,14 +280,15 @@ class Retriever:
         return self.clip.encode_text(tokens["input_ids"], tokens["attention_mask"])[:, 0].numpy()
 
 
-def retrieval(images: np.ndarray, texts: np.ndarray, reports: list[str]) -> list[Score]:
-    """Recall at 1 in both directions, all against all; reports of the same words are the same report."""
+def retrieval(images: np.ndarray, texts: np.ndarray, findings: list[tuple]) -> list[Score]:
+    """Recall at 1 in both directions, all against all. What is found is right if it has the same finding: the wording
+    of a report, and which of the structures in view it names, cannot be told from a scan."""
     similarity = images @ texts.T
-    same = np.array([[a == b for b in reports] for a in reports])
+    same = np.array([[a == b for b in findings] for a in findings])
     scores = []
-    for kind, table in (("text retrieval", similarity), ("scan retrieval", similarity.T)):
-        scores += [Score(kind, f"1 of {len(reports)}", "", same[row, best], float(same[row].mean()))
-                   for row, best in enumerate(table.argmax(axis=1))]
+    for kind, ranked in (("text retrieval", similarity), ("scan retrieval", similarity.T)):
+        scores += [Score(kind, f"1 of {len(findings)}", "", row, float(same[row, best]), float(same[row].mean()))
+                   for row, best in enumerate(ranked.argmax(axis=1))]
     return scores
 
 
@@ -235,15 +300,16 @@ def summary(scores: list[Score]) -> dict:
     structures = _grouped(kinds.get("segmentation", ()), lambda score: f"{score.scan}: {score.structure}")
     dices = {name: float(np.mean([s.value for s in found])) for name, found in structures.items()}
     shares = {name: float(np.mean([s.share for s in found])) for name, found in structures.items()}
-    large = [dices[name] for name in dices if shares[name] > LARGE]
+    large = [name for name in dices if shares[name] > LARGE]
     return {
         "tasks": {kind: figure(kinds[kind]) for kind in KINDS if kind in kinds},
         "closed_questions": {**figure(closed), "unseen_wordings": figure(kinds["unseen wording"]),
                              "by_task": {task: figure(found) for task, found in _grouped(
                                  closed, lambda score: score.task).items()}},
         "segmentation": {
-            "mean_dice_large": _rounded(np.mean(large)), "interval": _interval(large), "large_structures": len(large),
-            "mean_dice_all": _rounded(np.mean(list(dices.values()))), "structures": len(dices),
+            "mean_dice_large": _mean([dices[name] for name in large]), "large_structures": len(large),
+            "interval": _interval([s for name in large for s in structures[name]]),
+            "mean_dice_all": _mean(list(dices.values())), "structures": len(dices),
             "by_structure": {name: {"n": len(structures[name]), "dice": round(dices[name], 3),
                                     "share_of_volume": round(shares[name], 4)} for name in dices},
         },
@@ -251,25 +317,39 @@ def summary(scores: list[Score]) -> dict:
 
 
 def figure(scores: list[Score]) -> dict:
-    """n, mean, its 95 % interval (as if the scores were independent), chance, and the mean about an empty volume."""
-    blind = [s.blind for s in scores if s.blind is not None]
-    return {"n": len(scores), "mean": _rounded(np.mean([s.value for s in scores])),
-            "interval": _interval([s.value for s in scores]), "chance": _rounded(np.mean([s.chance for s in scores])),
-            **({"without_the_scan": _rounded(np.mean(blind))} if blind else {})}
+    """n, mean, its 95 % interval, and beside it chance, prior and the mean about an empty volume (see `Score`)."""
+    known = {"prior": [s.prior for s in scores], "without_the_scan": [s.blind for s in scores]}
+    return {"n": len(scores), "mean": _mean([s.value for s in scores]), "interval": _interval(scores),
+            "chance": _mean([s.chance for s in scores]),
+            **{name: _mean([v for v in values if v is not None]) for name, values in known.items()
+               if any(v is not None for v in values)}}
 
 
-def _interval(values: list[float]) -> list[float]:
-    """Wilson's for shares of right answers, else of the mean by Student's t."""
-    if set(values) <= {0, 1}:
-        return list(map(_rounded, stats.binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")))
-    return list(map(_rounded, stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))))
+def _interval(scores: list[Score]) -> list[float] | None:
+    """95 % interval of the mean, by resampling views: answers about one view are not independent of each other.
+    (Neither are views of one scan, but six scans tell nothing about others.) Where all are right or all wrong, Wilson's
+    for as many answers as there are views. None for less than two views."""
+    views = [[s.value for s in found] for found in _grouped(scores, lambda s: (s.scan, s.view)).values()]
+    if len(views) < 2:
+        return None
+    values = {v for view in views for v in view}
+    if values == {0.0} or values == {1.0}:
+        right = len(views) * int(values.pop())
+        return [_rounded(end) for end in stats.binomtest(right, len(views)).proportion_ci(method="wilson")]
+    sums, counts = np.array([sum(view) for view in views]), np.array([len(view) for view in views])
+    drawn = np.random.default_rng(0).integers(len(views), size=(RESAMPLES, len(views)))
+    return [_rounded(end) for end in np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))]
+
+
+def _mean(values: list[float]) -> float | None:
+    return _rounded(np.mean(values)) if values else None
 
 
 def _rounded(value: float) -> float:
     return round(float(value), 4)
 
 
-def _grouped(scores: Iterable[Score], key: Callable[[Score], str]) -> dict[str, list[Score]]:
+def _grouped(scores: Iterable[Score], key: Callable[[Score], Hashable]) -> dict[Hashable, list[Score]]:
     groups = defaultdict(list)
     for score in scores:
         groups[key(score)].append(score)
@@ -278,33 +358,41 @@ def _grouped(scores: Iterable[Score], key: Callable[[Score], str]) -> dict[str, 
 
 def table(figures: dict[str, dict]) -> str:
     """Markdown for the card."""
-    lines = ["| task | n | mean | 95 % | chance | without the scan |", "|---|---|---|---|---|---|"]
+    lines = ["| task | n | mean | 95 % | chance | best guess | empty volume |", "|---|---|---|---|---|---|---|"]
     for name, f in figures.items():
-        low, high = f["interval"]
-        blind = f"{f['without_the_scan']:.2f}" if "without_the_scan" in f else ""
-        lines.append(f"| {name} | {f['n']} | {f['mean']:.2f} | {low:.2f} to {high:.2f} | {f['chance']:.2f} | {blind} |")
+        interval = " to ".join(f"{end:.2f}" for end in f["interval"] or ())
+        known = " | ".join(f"{f[key]:.2f}" if key in f else "" for key in ("chance", "prior", "without_the_scan"))
+        lines.append(f"| {name} | {f['n']} | {f['mean']:.2f} | {interval} | {known} |")
     return "\n".join(lines)
 
 
 def measure_share(settings: Settings, rank: int, processes: int) -> tuple[list[Score], list[Pair]]:
-    """What one process measures: scores, and (scan, image feature, report) of each view. Views are augmentations from
-    wider ranges than training's; the first of a scan that was held out is the scan as it is."""
+    """What one process measures: scores, and (image feature, report, its finding) of each view of a trained scan.
+
+    Views are augmentations from wider ranges than training's; the first of a scan that was held out is the scan as it
+    is.
+    """
     answerer = Answerer(settings.checkpoint)
     retriever = Retriever(settings.clip) if settings.clip else None
-    facts = facts_of()
-    reports = {tuple(turn(facts[name][key].format(**facts[name])) for key in ("modality", "part", "finding"))
-               for name in settings.train for turn in (str, swap_sides)}
     scans = load_scans((*settings.train, *settings.held_out), settings.fine_grid)
+
+    def seed(scan: LabelledScan, k: int) -> list[int]:
+        return [SEED + settings.seed, k, sum(scan.name.encode())]
+
+    def view(scan: LabelledScan, k: int) -> View:
+        ranges = None if k == 0 and scan.name in settings.held_out else settings.augmentation
+        return view_of(scan, ranges, answerer.size, np.random.default_rng(seed(scan, k)))
+
+    trained = [scan for scan in scans if scan.name in settings.train]
+    priors = Priors([view(scan, k) for scan in trained for k in range(settings.views)],
+                    [view_of(scan, None, answerer.size, np.random.default_rng(0)) for scan in trained])
     jobs = [(scan, k) for k in range(settings.views) for scan in scans][rank::processes]
     scores, pairs = [], []
     for scan, k in track(jobs, description="measuring", disable=rank > 0):
-        seed = [SEED + settings.seed, k, sum(scan.name.encode())]
-        ranges = None if k == 0 and scan.name in settings.held_out else settings.augmentation
-        view = view_of(scan, ranges, answerer.size, np.random.default_rng(seed))
-        rng = np.random.default_rng([*seed, 1])
-        scores += measure(answerer, view, rng, 1 / len(reports))
-        if retriever:
-            pairs.append((scan.name, retriever.image(view.image), caption(view, rng)))
+        seen, rng = view(scan, k), np.random.default_rng([*seed(scan, k), 1])
+        scores += measure(answerer, seen, k, rng, priors)
+        if retriever and scan.name in settings.train:
+            pairs.append((retriever.image(seen.image), caption(seen, rng), finding(seen)))
     return scores, pairs
 
 
@@ -313,6 +401,8 @@ def main() -> None:
     parser.add_argument("configuration", type=Path, help="a JSON file, e.g. from training/configs")
     try:
         settings = read(Settings, parser.parse_args().configuration)
+        if unknown := sorted({*settings.train, *settings.held_out} - set(SOURCES)):
+            raise InvalidInput(f"train and held_out name {', '.join(unknown)}; known scans: {', '.join(SOURCES)}")
         state = PartialState(cpu=True)
         shares = gather_object([measure_share(settings, state.process_index, state.num_processes)])
     except M3DError as error:
@@ -321,10 +411,9 @@ def main() -> None:
         return
     by_scan = _grouped((score for scores, _ in shares for score in scores), lambda score: score.scan)
     trained = [score for name in settings.train for score in by_scan[name]]
-    pairs = [pair for _, pairs in shares for pair in pairs if pair[0] in settings.train]
-    if pairs:
-        _, images, reports = zip(*pairs)
-        trained += retrieval(np.stack(images), Retriever(settings.clip).texts(list(reports)), list(reports))
+    if pairs := [pair for _, pairs in shares for pair in pairs]:
+        images, texts, findings = zip(*pairs)
+        trained += retrieval(np.stack(images), Retriever(settings.clip).texts(list(texts)), list(findings))
     result = {
         "date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "views_of_each_scan": settings.views, "held_out_augmentations": summary(trained),

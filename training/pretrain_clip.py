@@ -56,6 +56,13 @@ class ContrastiveClip(trainer.StageModel):
         clip.language_encoder.pooler.requires_grad_(False)
         self.shown: list[Sample] = []
 
+    def train(self, mode: bool = True) -> "ContrastiveClip":
+        """A text encoder that is not trained has no dropout either."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.clip.language_encoder.parameters()):
+            self.clip.language_encoder.eval()
+        return self
+
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, kept: Tensor,
                 totals: dict[str, Tensor]) -> dict:
         image = self.clip.encode_image(images)[:, 0].float()

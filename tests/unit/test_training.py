@@ -266,6 +266,8 @@ def test_a_packaged_text_encoder_that_was_not_trained_is_named_and_left_out(scan
         assert torch.equal(clip.language_encoder.state_dict()[key], value)
     model = pretrain_clip.build(build(pretrain_clip.Settings, values))
     model.restore(final)
+    # Kept as it is, it has no dropout while the others are trained.
+    assert model.train().clip.mm_vision_proj.training and not model.clip.language_encoder.training
     assert all(torch.equal(value, clip.state_dict()[key]) for key, value in model.clip.state_dict().items())
 
 

@@ -26,7 +26,9 @@ _NAMED_IN_CAPTION = 4
 class Question:
     """One question about a view. structure: what a mask, box or presence question is about, else None.
 
-    key: for closed tasks the word that the answer must begin with or contain, among `choices`.
+    about: of a closed question, what it tells by itself: the structure, modality, part or side it names, or the half of
+    the volume that its box lies in. key: for closed tasks the word that the answer must begin with or contain, among
+    `choices`.
     """
 
     task: str
@@ -35,6 +37,7 @@ class Question:
     structure: str | None = None
     key: str | None = None
     choices: tuple[str, ...] = ()
+    about: str | None = None
 
     @property
     def segments(self) -> bool:
@@ -100,11 +103,14 @@ def ask(task: str, view: View, rng: np.random.Generator, wording: str = "train",
         if task == "box_side":
             slots["box_side"] = key = name.split()[0]
             choices = ("left", "right")
+            slots["asked_half"] = str(view.box(name)[[2, 5]].mean() < 0.5)
     if name is not None:
         slots |= _named(name, rng)
     template = words()["tasks"][task]
     question, answer = (str(rng.choice(template[which])).format(**slots) for which in (wording, kind))
-    return Question(task, question, answer, name, key, choices)
+    asked = ("asked_modality", "asked_part", "asked_side", "asked_half")
+    about = next((slots[slot] for slot in asked if slot in slots), name)
+    return Question(task, question, answer, name, key, choices, about)
 
 
 def caption(view: View, rng: np.random.Generator) -> str:
