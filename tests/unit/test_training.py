@@ -26,6 +26,7 @@ from training.data.jitter import swap_sides
 from training.data.sample import Sample
 from training.data.scans import LabelledScan
 from training.lamed import GrownEmbedding, GrownHead, Lora, Start, TrainedLamed
+from training.evaluate import KINDS
 from training.losses import dice_loss, language_loss, mask_loss
 from training.packing import pack, sequence
 
@@ -393,4 +394,15 @@ def test_the_committed_demo_holds_what_its_config_promises_and_is_small():
         assert len(lora) == 2 * len(targets) == 2 * 7 * config["num_hidden_layers"] and targets <= set(shapes)
         for key in lora:
             assert torch.isfinite(file.get_tensor(key)).all()
-    assert sum(file.stat().st_size for file in DEMO.iterdir()) < 40e6
+    with safe_open(DEMO / "clip" / "model.safetensors", "pt") as file:
+        assert not any(key.startswith(checkpoint.TEXT_ENCODER) for key in file.keys())
+        assert all(torch.isfinite(file.get_tensor(key)).all() for key in file.keys())
+    assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) < 40e6
+
+
+def test_every_task_of_the_demo_was_measured_clearly_above_chance():
+    measured = json.loads((DEMO / "metrics.json").read_text())["held_out_augmentations"]
+    assert set(measured["tasks"]) == set(KINDS)
+    for name, figure in measured["tasks"].items():
+        assert figure["interval"][0] > figure["chance"], name
+    assert measured["closed_questions"]["mean"] >= 0.85 and measured["segmentation"]["mean_dice_large"] >= 0.7
