@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import training.data.jobs as jobs
 from engine.errors import InvalidInput, M3DError
+from engine.prompt import SEG_TOKEN
 from engine.scan import ARRAY_AFFINE, Scan, read_scan
 from engine.volume import prepare
 from tests.m3d_data import REFSEG_COLUMNS, SIZE, image, save, write_csv, write_root
@@ -87,7 +88,8 @@ def test_prepared_structures_are_what_the_presets_make_of_scan_and_label(seg_raw
     run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0)
     prepared = prepare(read_scan((seg_raw / "0010/a/image.nii.gz").read_bytes()), SIZE, "m3d-seg")
     structures = Structures(tmp_path / "root", "train", SIZE, code="0010", kind="segmentation")
-    assert [structures.name(k) for k in range(0, len(structures), 2)] == ["liver", "right kidney"] * 2
+    assert [structures.name(k) for k in range(0, len(structures), 2)] == [
+        name for name in class_names()["0010"] if name != "spleen"] * 2
     for k, value in ((0, 1), (2, 2)):
         np.testing.assert_array_equal(structures[k].image, prepared.image)
         # By hand: each voxel of the model is filled by as much as the finer voxels that it covers.
@@ -101,23 +103,36 @@ def test_prepared_structures_are_what_the_presets_make_of_scan_and_label(seg_raw
     assert lost == "spleen fills no voxel of the model by half"
 
 
+def test_a_class_that_is_not_in_the_scan_gets_the_published_empty_mask_and_is_denied(seg_raw, tmp_path):
+    run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0)
+    absent = tmp_path / "root/M3D_Seg_npy/0010/a/masks/mask_3.npy"
+    assert np.load(absent).tolist() == [[[[False]]]]
+    # The spleen is in the scan, too small to be seen: it is neither asked for nor denied.
+    assert not absent.with_name("mask_2.npy").exists()
+    structures = Structures(tmp_path / "root", "train", SIZE, code="0010", kind="segmentation")
+    (index,) = [k for k in range(0, len(structures), 2) if structures.files(k).mask == absent]
+    sample = structures[index]
+    assert "pancreas" in sample.answer and SEG_TOKEN not in sample.answer and sample.mask is None
+
+
 def test_one_label_image_one_file_per_class_and_the_published_arrays_give_the_same(seg_raw, tmp_path):
     folder = seg_raw / "0010"
     (folder / "b" / "label.nii.gz").unlink()
-    for value, name in ((1, "liver"), (2, "right_kidney"), (0, "spleen")):
+    for value, name in ((1, "liver"), (2, "right_kidney"), (0, "pancreas")):
         nifti(folder / "b" / "masks" / f"{name}.nii.gz", (labels() == value).astype(np.uint8) * bool(value))
     array, masks = scan_array().astype(np.float64), labels()
     bright = array[array > array.mean()]
     array = (np.clip(array, *np.percentile(bright, (0.05, 99.95))) - bright.mean()) / bright.std()
     save(folder / "c" / "image.npy", array[None])
-    stack = np.stack([masks == 1, masks == 2])
-    sparse.save_npz(folder / "c" / f"mask_{stack.shape}", sparse.csr_matrix(stack.reshape(2, -1).astype(np.int32)))
+    stack = np.stack([masks == value for value in (1, 2, 3, 4)])
+    sparse.save_npz(folder / "c" / f"mask_{stack.shape}", sparse.csr_matrix(stack.reshape(4, -1).astype(np.int32)))
     run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0)
     made = tmp_path / "root/M3D_Seg_npy/0010"
     for case in ("b", "c"):
         np.testing.assert_allclose(np.load(made / case / "image.npy"), np.load(made / "a" / "image.npy"), atol=1e-5)
-        assert sorted(path.name for path in (made / case / "masks").iterdir()) == ["mask_0.npy", "mask_1.npy"]
-        for name in ("mask_0.npy", "mask_1.npy"):
+        written = ["mask_0.npy", "mask_1.npy", "mask_3.npy"]  # mask_2, the spleen, fills no voxel or has no file
+        assert sorted(path.name for path in (made / case / "masks").iterdir()) == written
+        for name in written:
             np.testing.assert_array_equal(np.load(made / case / "masks" / name), np.load(made / "a" / "masks" / name))
 
 
@@ -189,9 +204,9 @@ def test_the_first_and_the_last_class_are_taken_and_one_more_is_refused(tmp_path
     run("seg", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
     (skipped,) = report(tmp_path / "root/M3D_Seg_npy")["skipped"]
     assert skipped["case"] == "0010/more" and f"from 0 to {classes}" in skipped["cause"]
-    index = json.loads((tmp_path / "root/M3D_Seg_npy/0010/0010.json").read_text())
-    assert [Path(entry["label"]).name for entry in index["train"]] == [
-        f"mask_{number}.npy" for number in (0, 1, 10, classes - 1)]
+    masks = {int(path.stem[5:]): np.load(path) for path in (tmp_path / "root/M3D_Seg_npy/0010/all/masks").iterdir()}
+    assert sorted(masks) == list(range(classes))
+    assert [number for number in sorted(masks) if masks[number].any()] == [0, 1, 10, classes - 1]
 
 
 def test_one_s_own_classes_may_be_more_than_nine_and_are_named_by_number(tmp_path):
@@ -202,7 +217,8 @@ def test_one_s_own_classes_may_be_more_than_nine_and_are_named_by_number(tmp_pat
         {"labels": {"0": "background"} | {str(k): f"part {chr(64 + k)}" for k in range(1, 11)}}))
     run("seg", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
     structures = Structures(tmp_path / "root", "train", SIZE, code="9000", kind="segmentation")
-    assert [structures.name(k) for k in range(0, len(structures), 2)] == ["part A", "part J"]
+    assert [structures.name(k) for k in range(0, len(structures), 2)] == [f"part {letter}" for letter in "ABCDEFGHIJ"]
+    assert [k // 2 for k in range(0, len(structures), 2) if structures[k].mask is not None] == [0, 9]
 
 
 def test_the_share_is_held_out_for_each_split():

@@ -92,8 +92,9 @@ def test_boxes_in_answers_and_questions_are_those_of_the_mask(complete):
     np.testing.assert_allclose(box_of(mask(LIVER)[0]), [1 / 8, 4 / 32, 2 / 32, 4 / 8, 15 / 32, 11 / 32])
 
 
-def test_a_structure_that_is_not_in_the_scan_is_denied(root):
-    save(root / "M3D_Seg_npy/0010/a/masks/mask_0.npy", np.zeros((1, *SIZE), bool))
+@pytest.mark.parametrize("empty", [np.zeros((1, 1, 1, 1), np.int8), np.zeros((1, *SIZE), bool)])
+def test_a_structure_that_is_not_in_the_scan_is_denied(root, empty):
+    save(root / "M3D_Seg_npy/0010/a/masks/mask_0.npy", empty)
     for kind in ("segmentation", "rec", "reg"):
         structures = Structures(root, "train", SIZE, code="0010", kind=kind)
         for k in (0, 1):
@@ -373,6 +374,15 @@ def test_a_mask_of_another_shape_than_its_image_is_broken(root):
         structures[2]
     assert broken.value.paths == (str(path), str(root / "M3D_Seg_npy/0010/a/image.npy"))
     assert structures[0].answer
+    save(path, np.ones((1, 1, 1, 1), bool))  # only a single 0 says that there is nothing
+    with pytest.raises(BrokenSample, match="mask has shape 1 x 1 x 1 x 1"):
+        structures[2]
+
+
+def test_a_single_0_is_no_mask_of_a_referring_question(root):
+    save(root / "M3D_RefSeg_npy/s0000/mask.npy", np.zeros((1, 1, 1, 1), np.uint16))
+    with pytest.raises(BrokenSample, match="mask has shape 1 x 1 x 1 x 1"):
+        Referring(root, "train", SIZE)[0]
 
 
 def test_broken_words_are_named_with_their_row(root):

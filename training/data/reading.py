@@ -14,6 +14,7 @@ import numpy as np
 from engine.errors import InvalidInput
 from training.data.sample import BrokenSample
 
+ABSENT = (1, 1, 1, 1)  # shape of M3D-Seg's mask of a structure that is not in the scan; it holds 0
 _ROUNDING = 1e-3  # how far beyond 0..1 resampling may have left an image
 _MAX_CELL = 1 << 24
 
@@ -97,8 +98,13 @@ def read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
 
 
 def read_mask(path: Path, image_path: Path, shape: tuple[int, ...], label: int | None = None) -> np.ndarray:
-    """bool of `shape`, which is the image's: the voxels that are `label`, or without one all that are not 0."""
+    """bool of `shape`, which is the image's: the voxels that are `label`, or without one all that are not 0.
+
+    Without a label a single 0 (`ABSENT`) stands for a mask that is 0 everywhere.
+    """
     array = _load(path)
+    if label is None and array.shape == ABSENT and not array.any():
+        return np.zeros(shape, bool)
     if array.shape != tuple(shape):
         raise BrokenSample([path, image_path], f"the mask has shape {_shape(array.shape)}, its image {_shape(shape)}")
     return array != 0 if label is None else array == label

@@ -219,7 +219,8 @@ class Structures(TrainingSet):
     """M3D-Seg: the structures of one data set, each asked for twice: by its name and by a description.
 
     code: of the data set, NNNN. kind: segmentation, rec (answer with a box) or reg (name what a box holds).
-    An empty mask is a structure that is not in the scan; it is asked for, and the answer says so.
+    An empty mask, as published a single 0, is a structure that is not in the scan; it is asked for, and the answer
+    says so.
     """
 
     KINDS = ("segmentation", "rec", "reg")
