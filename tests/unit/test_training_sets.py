@@ -311,6 +311,44 @@ def test_images_of_another_size_than_the_model_s_are_refused_at_once(complete):
             open_sets([task], complete, "train", (8, 32, 16))
 
 
+def damage_shape(path):
+    save(path, np.zeros((1, 8, 16, 32), bool))
+
+
+@pytest.mark.parametrize("task, masks", [("segmentation", "M3D_Seg_npy/0010/a/masks"),
+                                         ("reg", "M3D_Seg_npy/0010/a/masks"),
+                                         ("refseg", "M3D_RefSeg_npy/s0000")])
+@pytest.mark.parametrize("damage, said", [(damage_shape, "the masks of {} have shape 1 x 8 x 16 x 32 .*the model takes "
+                                                         "1 x 8 x 32 x 32"),
+                                          (Path.unlink, "none of . masks that .* can be read")])
+def test_masks_that_do_not_fit_the_images_are_refused_at_once(root, task, masks, damage, said):
+    for path in (root / masks).glob("mask*.npy"):
+        damage(path)
+    with pytest.raises(InvalidInput, match=said.format(task)):
+        open_sets([task], root, "train", SIZE)
+
+
+def test_masks_of_what_is_not_in_the_scan_hide_no_other_shape(root):
+    first, second = (root / f"M3D_Seg_npy/0010/a/masks/mask_{k}.npy" for k in (0, 1))
+    for path in (first, second):
+        save(path, np.zeros((1, 1, 1, 1), np.int8))
+    assert open_sets(["rec"], root, "train", SIZE)[0].answer
+    damage_shape(second)
+    with pytest.raises(InvalidInput, match="1 x 8 x 16 x 32 .*mask_1.npy"):
+        open_sets(["rec"], root, "train", SIZE)
+
+
+def test_the_look_at_a_few_masks_meets_several_classes(root, monkeypatch):
+    # 8 cases of 13 classes, each asked for twice: every 26th sample is of the same class.
+    index = root / "M3D_Seg_npy/0010/0010.json"
+    index.write_text(json.dumps({"train": [{"image": "0010/a/image.npy", "label": f"0010/{case}/masks/mask_{k}.npy"}
+                                           for case in range(8) for k in range(13)]}))
+    looked = []
+    monkeypatch.setattr(sets, "stored_shape", lambda path: looked.append(path.name) or (1, *SIZE))
+    Structures(root, "train", SIZE, code="0010", kind="rec")
+    assert len({name for name in looked if name.startswith("mask")}) > 3
+
+
 @pytest.mark.parametrize("label, said", [("0000/a/masks/liver.npy", "mask_<class id>.npy"),
                                          ("0000/a/masks/mask_1.npy", "1 classes, from 0")])
 def test_a_label_without_a_known_class_is_refused(root, label, said):
@@ -380,9 +418,12 @@ def test_a_mask_of_another_shape_than_its_image_is_broken(root):
 
 
 def test_a_single_0_is_no_mask_of_a_referring_question(root):
+    referring = Referring(root, "train", SIZE)
     save(root / "M3D_RefSeg_npy/s0000/mask.npy", np.zeros((1, 1, 1, 1), np.uint16))
     with pytest.raises(BrokenSample, match="mask has shape 1 x 1 x 1 x 1"):
-        Referring(root, "train", SIZE)[0]
+        referring[0]
+    with pytest.raises(InvalidInput, match="masks of refseg have shape 1 x 1 x 1 x 1"):
+        Referring(root, "train", SIZE)
 
 
 def test_broken_words_are_named_with_their_row(root):
