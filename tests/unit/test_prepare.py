@@ -273,6 +273,51 @@ def test_a_folder_of_somebody_else_s_is_never_overwritten(seg_raw, tmp_path):
     assert (theirs / "image.npy").read_bytes() == b"precious"
 
 
+def cases_of(root: Path, code: str = "0010") -> Counter:
+    """How many masks the index lists, by case."""
+    index = json.loads((root / f"M3D_Seg_npy/{code}/{code}.json").read_text())
+    return Counter(Path(entry["image"]).parent.name for split in ("train", "test") for entry in index[split])
+
+
+def test_cases_of_another_raw_folder_stay_in_the_index(seg_raw, tmp_path):
+    root, more = tmp_path / "root", tmp_path / "more"
+    shutil.copytree(seg_raw / "0010/a", more / "0010/c")
+    for folder in (seg_raw, more, seg_raw):
+        run("seg", folder, root, *SIZED)
+    each = len(class_names()["0010"]) - 1  # all but the spleen
+    assert cases_of(root) == {"a": each, "b": each, "c": each}
+    # What can no longer be made is still there as it was made.
+    (seg_raw / "0010/a/label.nii.gz").unlink()
+    run("seg", seg_raw, root, *SIZED)
+    assert report(root / "M3D_Seg_npy")["skipped"][0]["case"] == "0010/a" and cases_of(root)["a"] == each
+
+
+def test_cases_that_this_command_did_not_make_stay_in_the_index(seg_raw, tmp_path):
+    folder = tmp_path / "root/M3D_Seg_npy/0010"
+    for case in ("a", "z"):
+        save(folder / case / "image.npy", image(0))
+    (folder / "0010.json").write_text(json.dumps({"numTest": 0, "test": [], "train": [
+        {"image": f"{folder}/{case}/image.npy", "label": f"{folder}/{case}/masks/mask_0.npy"} for case in "az"]}))
+    run("seg", seg_raw, tmp_path / "root", *SIZED)
+    found = cases_of(tmp_path / "root")
+    assert (found["a"], found["z"]) == (1, 1) and found["b"] > 1
+
+
+def test_other_classes_under_the_same_numbers_are_refused_before_anything_is_made(tmp_path):
+    for raw_folder, case, name in (("one", "x", "wing bone"), ("two", "y", "beak")):
+        nifti(tmp_path / raw_folder / "9000" / case / "ct.nii.gz", scan_array())
+        nifti(tmp_path / raw_folder / "9000" / case / "masks" / f"{name}.nii.gz", (labels() == 1).astype(np.uint8))
+    root = tmp_path / "root"
+    run("seg", tmp_path / "one", root, *SIZED)
+    run("seg", tmp_path / "two", root, *SIZED, refused="for example x, whose classes are wing bone; here they are beak")
+    assert cases_of(root, "9000") == {"x": 1} and not (root / "M3D_Seg_npy/9000/y").exists()
+    # One's own case with other classes is made anew, so that nothing is left of the old ones.
+    (tmp_path / "one/9000/x/masks/wing bone.nii.gz").rename(tmp_path / "one/9000/x/masks/wing.nii.gz")
+    run("seg", tmp_path / "one", root, *SIZED)
+    assert json.loads((root / "M3D_Seg_npy/9000/9000.json").read_text())["labels"]["1"] == "wing"
+    assert cases_of(root, "9000") == {"x": 1}
+
+
 def _die(item: int) -> int:
     import os
     os._exit(1)
@@ -417,6 +462,28 @@ def test_referring_questions_keep_their_masks(tmp_path):
     causes = [entry["cause"] for entry in said["left_out"]]
     assert causes == ["mask 3 fills no voxel of the model by half", "s0000 has no mask 3", "s0000 has no mask 0",
                       "its case 's0001' is not prepared", "its case 's0002' is not prepared"]
+
+
+def test_referring_questions_of_another_raw_folder_stay(tmp_path):
+    root = tmp_path / "root"
+    for folder, case, tables in (("one", "s0000", ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv")),
+                                 ("two", "s0001", ("M3D_RefSeg.csv",))):
+        nifti(tmp_path / folder / case / "ct.nii.gz", scan_array())
+        nifti(tmp_path / folder / case / "mask.nii.gz", labels())
+        for name in tables:
+            write_csv(tmp_path / folder / name, REFSEG_COLUMNS,
+                      [(f"x/{case}/ct.nii.gz", f"x/{case}/mask.nii.gz", 1, 0, f"Segment {case}.", "[SEG].")])
+    for folder in ("one", "two", "one", "two"):
+        run("refseg", tmp_path / folder, root, *SIZED)
+
+    def asked(split: str) -> list[str]:
+        referring = Referring(root, split, SIZE)
+        return sorted(referring[k].question for k in range(len(referring)))
+
+    assert asked("train") == ["Segment s0000.", "Segment s0001."] and asked("test") == ["Segment s0000."]
+    (tmp_path / "one/M3D_RefSeg_test.csv").unlink()
+    run("refseg", tmp_path / "one", root, *SIZED)
+    assert len((root / "M3D_RefSeg_npy/M3D_RefSeg_test.csv").read_text().splitlines()) == 1
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
