@@ -449,11 +449,12 @@ def test_referring_questions_keep_their_masks(tmp_path):
     nifti(tmp_path / "raw/s0000/mask.nii.gz", labels())
     nifti(tmp_path / "raw/s0001/ct.nii.gz", scan_array())
     rows = [(f"M3D_RefSeg/{case}/ct.nii.gz", f"M3D_RefSeg/{case}/mask.nii.gz", number, 0, f"Segment {number}.", "[SEG].")
-            for case, number in (("s0000", 1), ("s0000", 2), ("s0000", 3), ("s0000", 0), ("s0001", 1), ("s0002", 1))]
+            for case, number in (("s0000", 1), ("s0000", "2.0"), ("s0000", 3), ("s0000", 0), ("s0001", 1),
+                                 ("s0002", 1))]
     write_csv(tmp_path / "raw/M3D_RefSeg.csv", REFSEG_COLUMNS, rows)
     run("refseg", tmp_path / "raw", tmp_path / "root", *SIZED)
     referring = Referring(tmp_path / "root", "train", SIZE)
-    assert [referring[k].question for k in range(len(referring))] == ["Segment 1.", "Segment 2."]
+    assert [referring[k].question for k in range(len(referring))] == ["Segment 1.", "Segment 2.0."]
     prepared = prepare(read_scan((tmp_path / "raw/s0000/ct.nii.gz").read_bytes()), SIZE, "m3d-refseg")
     np.testing.assert_array_equal(referring[1].mask[0], prepared.geometry.mask_to_model(labels() == 2) >= 0.5)
     said = report(tmp_path / "root/M3D_RefSeg_npy")

@@ -20,7 +20,7 @@ from engine.prompt import BOX_START, SEG_TOKEN, parse_boxes
 from tests.m3d_data import LIVER, RIGHT_KIDNEY, SIZE, VQA_COLUMNS, image, mask, save, write_csv, write_root
 from training.data import sets
 from training.data.jitter import Change, draw_change, swap_sides
-from training.data.reading import Table
+from training.data.reading import Table, mask_id
 from training.data.sample import BrokenSample
 from training.data.sets import (TASKS, Captions, ClosedVqa, Mixture, Referring, Structures, Vqa, YesNoVqa, box_of,
                                 open_sets)
@@ -442,7 +442,10 @@ def test_broken_words_are_named_with_their_row(root):
 
 
 @pytest.mark.parametrize("change, cause", [({"Mask_ID": "7"}, "no voxel of the mask is 7"),
-                                           ({"Mask_ID": "x"}, "Mask_ID 'x'"), ({"Answer": "There."}, r"no \[SEG\]")])
+                                           ({"Mask_ID": "x"}, "Mask_ID 'x'"), ({"Mask_ID": "0"}, "Mask_ID '0'"),
+                                           ({"Mask_ID": "1.5"}, "'1.5', not a whole number from 1"),
+                                           ({"Mask_ID": "nan"}, "Mask_ID 'nan'"),
+                                           ({"Answer": "There."}, r"no \[SEG\]")])
 def test_a_referring_row_that_cannot_be_taught_is_broken(root, change, cause):
     path = root / "M3D_RefSeg_npy/M3D_RefSeg.csv"
     rows = list(csv.DictReader(path.open()))
@@ -452,6 +455,11 @@ def test_a_referring_row_that_cannot_be_taught_is_broken(root, change, cause):
     with pytest.raises(BrokenSample, match=cause):
         referring[1]
     assert referring[0].mask.any()
+
+
+def test_a_mask_id_is_a_whole_number_however_it_is_written():
+    assert [mask_id(cell) for cell in ("1", "2.0", " 13 ", "1e2")] == [1, 2, 13, 100]
+    assert {mask_id(cell) for cell in ("0", "-1", "0.5", "1.5", "inf", "nan", "", "one")} == {None}
 
 
 def test_broken_samples_survive_the_way_between_processes():

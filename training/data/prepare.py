@@ -30,7 +30,7 @@ from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.volume import PRESETS  # noqa: E402
 from training.data.jobs import Job, LeftOut, Outcome, do_all  # noqa: E402
 from training.data.raw import cap_jobs, refseg_jobs, seg_jobs  # noqa: E402
-from training.data.reading import read_json, read_split, read_table  # noqa: E402
+from training.data.reading import mask_id, read_json, read_split, read_table  # noqa: E402
 from training.data.sets import CAP, REFSEG, SEG, names_of  # noqa: E402
 from training.files import write_json, write_text  # noqa: E402
 
@@ -123,7 +123,7 @@ def refseg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset
             case = _case(row["Image"])
             if case not in cases:
                 left_out.append(LeftOut(f"{raw / name}, row {number}", f"its case {case!r} is not prepared"))
-            elif row["Mask_ID"] not in map(str, values[case]):
+            elif mask_id(row["Mask_ID"]) not in values[case]:
                 left_out.append(LeftOut(f"{raw / name}, row {number}", f"{case} has no mask {row['Mask_ID']}"))
             else:
                 folder = cases[case].relative_to(out).as_posix()

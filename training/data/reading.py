@@ -82,6 +82,15 @@ def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...]) -> Iterator
     return ({column: row[column] or "" for column in columns} for row in reader)
 
 
+def mask_id(cell: str) -> int | None:
+    """The value in a mask that a cell of M3D_RefSeg.csv means, 1 or above (0 is the background); None if it is none."""
+    try:
+        value = float(cell)  # tables that went through other tools have 1.0 for 1
+    except ValueError:
+        return None
+    return int(value) if value >= 1 and value.is_integer() else None
+
+
 def read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
     """float32 [1, D, H, W] in 0..1 at `size`. Raises BrokenSample for anything else."""
     array = _load(path)

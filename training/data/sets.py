@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from engine.errors import InvalidInput
 from engine.prompt import SEG_TOKEN, format_box
 from training.data.jitter import Change, draw_change, swap_sides
-from training.data.reading import (ABSENT, read_image, read_json, read_mask, read_split, read_table, read_text,
-                                   stored_shape)
+from training.data.reading import (ABSENT, mask_id, read_image, read_json, read_mask, read_split, read_table,
+                                   read_text, stored_shape)
 from training.data.sample import BrokenSample, Sample
 from training.data.wording import choose, class_names, descriptions, templates
 
@@ -304,10 +304,9 @@ class Referring(TrainingSet):
 
     def files(self, index: int) -> Files:
         row = self.rows[index]
-        try:
-            label = int(float(row["Mask_ID"]))
-        except ValueError:
-            raise BrokenSample(self.index, f"row {index + 1} has Mask_ID {row['Mask_ID']!r}, not a number") from None
+        label = mask_id(row["Mask_ID"])
+        if label is None:
+            raise BrokenSample(self.index, f"row {index + 1} has Mask_ID {row['Mask_ID']!r}, not a whole number from 1")
         return Files(self.root / row["Image"], self.root / row["Mask"], label)
 
     def _words(self, index, mask, rng):
