@@ -443,6 +443,18 @@ def test_pairs_are_split_as_the_raw_json_says_and_other_folders_pairs_stay(tmp_p
         "train": ["ct_case/1/s.npy", "ct_quizze/1/s.npy", "ct_quizze/2/s.npy"], "test500": ["ct_case/2/s.npy"]}
 
 
+def test_pairs_whose_case_can_no_longer_be_made_stay(tmp_path):
+    for number in "12":
+        slices(tmp_path / "ct_case" / number / "s", seed=int(number))
+        (tmp_path / "ct_case" / number / "text.txt").write_text("Findings.")
+    run("cap", tmp_path / "ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
+    (tmp_path / "ct_case/1/text.txt").write_text(" ")
+    run("cap", tmp_path / "ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
+    assert report(tmp_path / "root/M3D_Cap_npy")["skipped"][0]["case"] == "ct_case/1"
+    captions = Captions(tmp_path / "root", "train", SIZE)
+    assert [captions[k].answer for k in range(len(captions))] == ["Findings."] * 2
+
+
 # --- M3D-RefSeg ------------------------------------------------------------------------------------------------------
 def test_referring_questions_keep_their_masks(tmp_path):
     nifti(tmp_path / "raw/s0000/ct.nii.gz", scan_array())
