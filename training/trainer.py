@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
-from engine.errors import M3DError
+from engine.errors import InvalidInput, M3DError
 from training import record
 from training.config import StageSettings, as_json, check_trainer, read, training_arguments
 from training.files import place
@@ -233,6 +233,7 @@ class StageTrainer(Trainer):
 def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Callable, **defaults) -> Path:
     """Train, or go on from the last whole checkpoint in `settings.out`; returns its `final`."""
     arguments = training_arguments(settings, **defaults)
+    _check_amount(len(data), arguments)
     trainer = StageTrainer(model, settings, data, collate, arguments)
     out = settings.out
     if arguments.process_index == 0:
@@ -252,10 +253,22 @@ def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Ca
         model.restore(Path(whole[-1]))
     else:
         trainer.train(resume_from_checkpoint=whole[-1] if whole else None)
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise InvalidInput(f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: "
+                               f"{out / FINAL} is not written")
     trainer.save_final(unwrapped=finished)
     if arguments.process_index == 0:
         record.end(out)
     return out / FINAL
+
+
+def _check_amount(samples: int, arguments) -> None:
+    """Raise InvalidInput where the data make no step: incomplete batches are dropped."""
+    batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and samples < batch:
+        raise InvalidInput(f"the data have {samples:,} samples, fewer than a batch of all processes "
+                           f"({arguments.train_batch_size} x {arguments.world_size}): make "
+                           "trainer.per_device_train_batch_size smaller")
 
 
 def main(description: str, cls: type[StageSettings], train: Callable[[StageSettings], None]) -> None:

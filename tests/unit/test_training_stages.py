@@ -482,6 +482,25 @@ def test_a_configuration_with_a_wrong_setting_is_refused_by_name(tmp_path, data,
     assert re.search(named, str(stopped.value)) and not (tmp_path / "run" / "checkpoint-1").exists()
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_data_that_fill_no_batch_are_refused_before_training(tmp_path, data, encoder, length):
+    """Four pairs: incomplete batches are dropped, and all of them would be."""
+    values = toy.clip_configuration(tmp_path / "run", data, encoder, per_device_train_batch_size=5, **length)
+    with pytest.raises(InvalidInput, match=r"4 samples, fewer than a batch of all processes \(5 x 1\)"):
+        run(pretrain_clip, values)
+    assert not (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_training_that_stops_early_leaves_no_final(tmp_path, data, encoder, monkeypatch):
+    def stop(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+    monkeypatch.setattr(trainer._Clock, "on_step_end", stop)
+    with pytest.raises(InvalidInput, match="stopped at step 2 of 4"):
+        run(pretrain_clip, toy.clip_configuration(tmp_path / "run", data, encoder))
+    assert not (tmp_path / "run" / "final").exists() and (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
 def test_a_finished_stage_is_left_as_it_is(tmp_path, tuned, data, llm, monkeypatch, capsys):
     values = toy.finetune_configuration(tuned.parent, data, llm)
     before = {file: file.stat().st_mtime_ns for file in tuned.parent.rglob("*")}
