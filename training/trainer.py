@@ -238,10 +238,7 @@ def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Ca
     out = settings.out
     if arguments.process_index == 0:
         out.mkdir(parents=True, exist_ok=True)
-        # Not the module's name: that is __main__ for a command.
-        stage = Path(sys.modules[type(settings).__module__].__file__).stem
-        record.begin(out, stage, as_json(settings), data.fingerprint(),
-                     arguments.world_size)
+        record.begin(out, _stage(settings), as_json(settings), data.fingerprint(), arguments.world_size)
         # What a kill left behind.
         shutil.rmtree(out / _STAGING, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -272,13 +269,14 @@ def _check_amount(samples: int, arguments) -> None:
 
 
 def main(description: str, cls: type[StageSettings], train: Callable[[StageSettings], None]) -> None:
-    """The command of a stage: one configuration file; a finished stage is left as it is."""
+    """The command of a stage: one configuration file; a finished stage is left as it is, if it is what is asked for."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("configuration", type=Path, help="a JSON file, e.g. from training/configs")
     path = parser.parse_args().configuration
     try:
         settings = read(cls, path)
         if (settings.out / FINAL).is_dir():
+            record.check(settings.out, _stage(settings), as_json(settings))
             print(f"{settings.out / FINAL} is already there: nothing to do (remove {settings.out} to train again)")
             return
         check_trainer(settings.trainer)
@@ -289,6 +287,11 @@ def main(description: str, cls: type[StageSettings], train: Callable[[StageSetti
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _stage(settings: StageSettings) -> str:
+    # Not the module's name: that is __main__ for a command.
+    return Path(sys.modules[type(settings).__module__].__file__).stem
 
 
 def _seed_of(*numbers: int) -> int:

@@ -26,6 +26,7 @@ from tests.conftest import ROOT
 from training import align_projector, finetune, merge_lora, pretrain_clip, trainer
 from training.config import build, read
 from training.losses import contrastive_loss
+from training.record import started_from
 
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Runs a stage that kills itself: before step N, or in the middle of writing the optimizer's state of checkpoint N.
@@ -511,6 +512,102 @@ def test_a_finished_stage_is_left_as_it_is(tmp_path, tuned, data, llm, monkeypat
     trainer.main("", finetune.Settings, finetune.train)
     assert "nothing to do" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in tuned.parent.rglob("*")} == before
+
+
+def called(monkeypatch, capsys, module, values: dict, file: Path) -> str:
+    """What a stage's command says."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", str(toy.written(values, file))])
+    try:
+        module.main() if module is merge_lora else trainer.main("", module.Settings, module.train)
+    except SystemExit as stopped:
+        return str(stopped)
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def chained(tmp_path_factory, data, llm, pretrained_clip) -> tuple[Path, dict]:
+    """A finished run that started from a copy of another one's `final`: (that copy, settings)."""
+    folder = tmp_path_factory.mktemp("chained")
+    tower = shutil.copytree(pretrained_clip, folder / "clip")
+    values = {**toy.finetune_configuration(folder / "run", data, llm, max_steps=1), "sample_every": 0}
+    values["start"] = {**values["start"], "vision_tower": str(tower)}
+    run(finetune, values)
+    return tower, values
+
+
+def change(file: Path) -> None:
+    tensors = load_file(file)
+    key = sorted(tensors)[0]
+    save_file({**tensors, key: tensors[key] + 1}, file)
+
+
+def test_a_finished_stage_of_other_settings_or_another_start_is_named_and_left(tmp_path, chained, monkeypatch, capsys):
+    """And a start that is gone, or another place for the curves, is no other start."""
+    tower, values = chained
+    final = Path(values["out"]) / "final"
+    before = weights(final)
+    other = {**values, "max_length": 128}
+    assert "max_length: 256 -> 128" in called(monkeypatch, capsys, finetune, other, tmp_path / "c.json")
+    sampled = {**values, "sample_every": 7}
+    assert "nothing to do" in called(monkeypatch, capsys, finetune, sampled, tmp_path / "c.json")
+    kept = shutil.copytree(tower, tmp_path / "kept")
+    change(tower / "model.safetensors")
+    said = called(monkeypatch, capsys, finetune, values, tmp_path / "c.json")
+    assert re.search(r"error: .*\(start.vision_tower/model.safetensors: '\w{64}' -> '\w{64}'\)", said)
+    shutil.rmtree(tower)
+    assert "nothing to do" in called(monkeypatch, capsys, finetune, values, tmp_path / "c.json")
+    shutil.move(kept, tower)
+    assert "nothing to do" in called(monkeypatch, capsys, finetune, values, tmp_path / "c.json")
+    assert all(torch.equal(value, before[key]) for key, value in weights(final).items())
+
+
+def test_a_run_does_not_go_on_from_another_start(tmp_path, data, tuned, llm):
+    model = Path(shutil.copytree(llm, tmp_path / "tiny-llama"))
+    shutil.copytree(tuned.parent, tmp_path / "run", ignore=shutil.ignore_patterns("final"))
+    values = toy.finetune_configuration(tmp_path / "run", data, str(model))
+    file = tmp_path / "run" / "run.json"
+    file.write_text(file.read_text().replace(llm, str(model)))
+    change(model / "model.safetensors")
+    with pytest.raises(InvalidInput, match="start.language_model/model.safetensors"):
+        run(finetune, values)
+
+
+def test_the_record_of_an_older_version_is_compared_by_what_it_holds(tmp_path, chained, monkeypatch, capsys):
+    tower, values = chained
+    values = {**values, "out": str(shutil.copytree(values["out"], tmp_path / "run"))}
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    assert any(key.startswith("start.vision_tower/") for key in record.pop("started_from"))
+    file.write_text(json.dumps(record))
+    assert "nothing to do" in called(monkeypatch, capsys, finetune, values, tmp_path / "c.json")
+    said = called(monkeypatch, capsys, finetune, {**values, "seed": 9}, tmp_path / "c.json")
+    assert "seed: 1 -> 9" in said
+
+
+def test_a_start_from_the_hub_is_recorded_by_its_commit(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    cached = {("owner/model", "config.json"): "hub/models--owner--model/snapshots/abc/config.json"}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *name: cached.get(name))
+    settings = {"start": {"language_model": "owner/model", "vision_tower": "owner/other"}, "teacher": None}
+    assert started_from(settings) == {"start.language_model/commit": "abc"}
+
+
+def test_a_merged_checkpoint_is_left_as_it_is_until_what_it_was_made_from_changes(tmp_path, tuned, monkeypatch, capsys):
+    trained = shutil.copytree(tuned, tmp_path / "final")
+    values = {"trained": str(trained), "out": str(tmp_path / "merged"), "dtype": "float32"}
+    assert "wrote" in called(monkeypatch, capsys, merge_lora, values, tmp_path / "c.json")
+    before = weights(tmp_path / "merged")
+    assert "nothing to do" in called(monkeypatch, capsys, merge_lora, values, tmp_path / "c.json")
+    other = {**values, "dtype": "float16"}
+    assert "dtype: 'float32' -> 'float16'" in called(monkeypatch, capsys, merge_lora, other, tmp_path / "c.json")
+    change(trained / base.ADAPTER_WEIGHTS)
+    assert "error: " in (said := called(monkeypatch, capsys, merge_lora, values, tmp_path / "c.json"))
+    assert "trained/adapter_model.safetensors" in said
+    (tmp_path / "merged" / "run.json").unlink()
+    assert "does not say what it was made from: nothing to do" in called(
+        monkeypatch, capsys, merge_lora, values, tmp_path / "c.json")
+    assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "merged").items())
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "training" / "configs").rglob("*.json"), key=str),
