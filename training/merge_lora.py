@@ -62,6 +62,8 @@ def merge(settings: Settings) -> Path:
     config = read_config(trained)
     if "base_model" not in config:
         raise CheckpointError(f"{trained} names no base_model: it is a whole checkpoint already")
+    if settings.keep_base and "package" not in config["base_model"]:
+        raise InvalidInput("keep_base needs a base model that a package carries: the engine composes no other")
     own, adapter = open_part(str(trained / "model.safetensors")), {}
     if (trained / base.ADAPTER_WEIGHTS).is_file():
         adapter = open_part(str(trained / base.ADAPTER_WEIGHTS))
@@ -84,8 +86,6 @@ def merge(settings: Settings) -> Path:
     staging.mkdir(parents=True)
     record.begin(staging, STAGE, as_json(settings))
     if settings.keep_base:
-        if "package" not in config["base_model"]:
-            raise InvalidInput("keep_base needs a base model that a package carries: the engine composes no other")
         _save(own, staging, "model", dtype)
         _save(adapter, staging, "adapter_model", dtype)
         if adapter:

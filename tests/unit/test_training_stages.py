@@ -445,6 +445,12 @@ def test_the_merge_refuses_what_is_incomplete(tmp_path, tuned, file, change, nam
     assert not (tmp_path / "merged").exists()
 
 
+def test_the_base_is_left_out_only_where_a_package_carries_it(tmp_path, tuned):
+    with pytest.raises(InvalidInput, match="keep_base needs a base model that a package carries"):
+        merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", keep_base=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_lora_of_another_base_model_is_refused_by_name_and_by_shape(tmp_path, tuned):
     other = toy.language_model(tmp_path / "another", hidden_size=48, head_dim=12)
     with pytest.raises(CheckpointError, match="tiny-llama, not on .*another"):
