@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import training
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, InvalidInput
 from engine.models import base, checkpoint
 from engine.models.config import LamedConfig, ViTConfig
 from engine.models.lamed import Lamed
@@ -324,6 +324,38 @@ def test_published_parts_load_as_the_reference_loads_them(packaged, tmp_path):
     assert torch.equal(found, rows)
     started = small(packaged, mm_projector=str(tmp_path / "mm_projector.bin"))
     assert torch.equal(started.lamed.llm.model.embed_tokens.added, rows)
+
+
+def test_rows_of_added_tokens_go_where_the_tokens_are_though_the_table_has_spare_rows(tmp_path):
+    """As Phi-3's has. They begin with the mean of the known tokens; nothing else in the table changes."""
+    source = toy.language_model(tmp_path / "phi3", "phi3", vocab_size=270)
+    model = TrainedLamed(Start(source, toy.PARTS), ("embeddings", "lm_head"))
+    assert model.added_ids == [259, 260, 261, 262]
+    theirs = load_file(Path(source) / "model.safetensors")
+    for key, now in (("model.embed_tokens", model.lamed.llm.model.embed_tokens), ("lm_head", model.lamed.llm.lm_head)):
+        old = theirs[f"{key}.weight"]
+        expected = torch.cat([old[:259], old[:259].mean(0).expand(4, -1), old[263:]])
+        torch.testing.assert_close(now.weight.detach(), expected, atol=0, rtol=0)
+    projector = {f"model.mm_projector.{key}": value for key, value in model.lamed.mm_projector.state_dict().items()}
+    rows, table = torch.randn(4, 32), torch.randn(270, 32)
+    for found, wanted in ((rows, {**dict(enumerate(model.lamed.llm.model.embed_tokens.weight.detach())),
+                                  **dict(enumerate(rows, 259))}), (table, dict(enumerate(table)))):
+        torch.save({**projector, "model.embed_tokens.weight": found}, tmp_path / "mm_projector.bin")
+        start = Start(source, toy.PARTS, mm_projector=str(tmp_path / "mm_projector.bin"))
+        weight = TrainedLamed(start, ("embeddings",)).lamed.llm.model.embed_tokens.weight.detach()
+        assert len(weight) == 270 and all(torch.equal(weight[k], row) for k, row in wanted.items())
+
+
+def test_added_rows_are_taken_from_a_whole_table(packaged, tmp_path):
+    projector = {f"model.mm_projector.{key}": value
+                 for key, value in small(packaged).lamed.mm_projector.state_dict().items()}
+    table = torch.randn(263, 32)
+    torch.save({**projector, "model.embed_tokens.weight": table}, tmp_path / "mm_projector.bin")
+    started = small(packaged, mm_projector=str(tmp_path / "mm_projector.bin"))
+    assert torch.equal(started.lamed.llm.model.embed_tokens.added, table[259:])
+    torch.save({**projector, "model.embed_tokens.weight": table[:259]}, tmp_path / "mm_projector.bin")
+    with pytest.raises(InvalidInput, match=r"\[259, 32\]; wanted are all \[263, 32\] or the rows of the 4"):
+        small(packaged, mm_projector=str(tmp_path / "mm_projector.bin"))
 
 
 def test_a_file_of_another_model_or_with_code_in_it_is_refused(packaged, tmp_path):
