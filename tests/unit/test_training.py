@@ -27,7 +27,7 @@ from training.data.sample import Sample
 from training.data.scans import LabelledScan
 from training.lamed import GrownEmbedding, GrownHead, Lora, Start, TrainedLamed
 from training.losses import dice_loss, language_loss, mask_loss
-from training.packing import pack, sequence
+from training.packing import Packer, pack, sequence
 
 DEMO = Path(training.__file__).parent / "demo"
 CONFIGS = Path(training.__file__).parent / "configs" / "demo"
@@ -182,6 +182,50 @@ def assert_packed_equals_alone(model) -> torch.Tensor:
     for together, single in zip(packed, map(torch.cat, zip(*alone))):
         torch.testing.assert_close(together, single, atol=1e-5, rtol=1e-5)
     return packed[0]
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("at_decoder_grid", [False, True])
+def test_losses_of_many_questions_in_a_batch_are_those_of_each_alone(packaged, at_decoder_grid, limit):
+    """Two scans with questions that have a mask and a taught structure, a mask alone, two [SEG], or none of these."""
+    model, rng = small(packaged).eval(), np.random.default_rng(0)
+    torch.manual_seed(5)
+    names = ("left lung", "heart", "right lung")
+    model.teacher = torch.nn.Embedding(3, 32)
+    packer = Packer(model.tokenizer, model.num_visual_tokens, SIZE, model.config_json["seg_token_id"], 256,
+                    grid=model.lamed.config.segmentation.grid, at_decoder_grid=at_decoder_grid, mask_limit=limit,
+                    taught=names)
+
+    def group(*asked) -> list:
+        image = rng.random((1, *SIZE), np.float32)
+        return [views.StructureSample(image, question, answer, rng.random((1, *SIZE)) < rng.random() if mask else None,
+                                      True, "segment", "toy", structure) for question, answer, mask, structure in asked]
+
+    groups = [group(("Is it?", "No.", False, None), ("Segment it.", "It is [SEG].", True, "right lung")),
+              group(("Where?", "[SEG] and [SEG]", True, None), ("Say [SEG].", "[SEG]", False, "heart"),
+                    ("And this?", "[SEG]", True, "left lung"), ("Why?", "So.", False, None))]
+    with torch.no_grad():
+        batch = packer(groups)
+        together = model(**batch)
+        alone = [(sample, packer([[sample]])) for part in groups for sample in part]
+        found = [(sample, single, model(**{**single, "totals": batch["totals"]})) for sample, single in alone]
+    segmenting = [(sample, single, losses) for sample, single, losses in found if sample.mask is not None]
+    expected = {"language": sum(losses["language"] for _, _, losses in found),
+                "mask": sum(losses["mask"] for _, _, losses in segmenting[:limit]),
+                "prompt": sum(losses["prompt"] for _, _, losses in segmenting)}
+    for part, value in expected.items():
+        torch.testing.assert_close(together[part], value, atol=1e-5, rtol=1e-5, msg=part)
+        assert value > 0
+    for part, total in {"language": sum(single["totals"]["language"] for _, single in alone),
+                        "mask": limit or 3, "prompt": 2}.items():
+        assert batch["totals"][part] == total
+    assert batch["taught"].tolist() == [2, -1, 0] and batch["mask_rows"].tolist() == [0, 1, 1][:limit]
+    for (sample, _, _), target in zip(segmenting[:limit], batch["masks"], strict=True):
+        mask = sample.mask[0].astype(np.float32)
+        if at_decoder_grid:  # 8 x 8 x 8 cells
+            mask = np.array([[[mask[z, y:y + 4, x:x + 4].mean() for x in range(0, 32, 4)] for y in range(0, 32, 4)]
+                             for z in range(8)])
+        np.testing.assert_allclose(target.numpy(), mask, atol=1e-6)
 
 
 def test_only_answers_and_their_end_are_learned(packaged):

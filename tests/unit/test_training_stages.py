@@ -25,6 +25,8 @@ from tests import toy_models as toy
 from tests.conftest import ROOT
 from training import align_projector, finetune, merge_lora, pretrain_clip, trainer
 from training.config import build, read
+from training.data import selection
+from training.data.tolerant import TooManyBroken
 from training.losses import contrastive_loss
 from training.record import started_from
 
@@ -212,6 +214,109 @@ def test_a_run_goes_on_only_with_the_settings_and_data_it_began_with(tmp_path, d
     index.write_text(index.read_text().replace("lesion", "tumour"))
     with pytest.raises(InvalidInput, match="begun with something else.*M3D_RefSeg.csv"):
         run(finetune, toy.finetune_configuration(tmp_path / "run", other, llm))
+
+
+# --- broken samples, epochs ------------------------------------------------------------------------------------------
+def only(values: dict, *tasks: str, broken: float = 0.01) -> dict:
+    """The configuration with other tasks, without sample predictions."""
+    m3d = {**values["data"]["m3d"], "broken": broken}
+    return {**values, "sample_every": 0, "data": {"m3d": {**m3d, "tasks": list(tasks)} if tasks else m3d}}
+
+
+def noted(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "broken.jsonl").read_text().splitlines()]
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("stage", ["finetune", "pretrain_clip"])
+def test_a_broken_sample_costs_a_batch_nothing_but_itself(tmp_path, data, llm, encoder, stage, monkeypatch):
+    """The step is that of a batch without it."""
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+
+    def trained(name: str, root: Path, batch: int, rate: float = 0.1) -> dict:
+        settings = {**SGD, "per_device_train_batch_size": batch, "max_steps": 1, "learning_rate": rate}
+        if stage == "finetune":
+            values = only(toy.finetune_configuration(tmp_path / name, root, llm, dropout=0.0, **settings), "caption")
+            return weights(run(finetune, values))
+        return weights(run(pretrain_clip, only(toy.clip_configuration(tmp_path / name, root, encoder, **settings))))
+
+    torn, fewer = (shutil.copytree(data, tmp_path / name) for name in ("torn", "fewer"))
+    (torn / "M3D_Cap_npy/ct_case/000003/Axial.npy").write_bytes(b"")
+    index = fewer / "M3D_Cap_npy" / "M3D_Cap.json"
+    listed = json.loads(index.read_text())
+    index.write_text(json.dumps({**listed, "train": listed["train"][:3]}))
+    without, found = trained("without", fewer, 3), trained("broken", torn, 4)
+    still = trained("still", fewer, 3, rate=0.0)
+    assert max((value - still[key]).abs().max().item() for key, value in without.items()) > 1e-3
+    for key, value in without.items():
+        torch.testing.assert_close(found[key], value, atol=2e-5, rtol=1e-4, msg=key)
+    (note,) = noted(tmp_path / "broken")
+    assert note["index"] == 3 and note["paths"][0].endswith("000003/Axial.npy")
+
+
+@pytest.mark.parametrize("stage", ["finetune", "pretrain_clip"])
+def test_a_stage_stops_on_too_many_broken_samples(tmp_path, data, llm, encoder, stage):
+    torn = shutil.copytree(data, tmp_path / "torn")
+    (torn / "M3D_Cap_npy/ct_case/000001/Axial.npy").write_bytes(b"")
+    module, values = {
+        "finetune": (finetune, only(toy.finetune_configuration(tmp_path / "run", torn, llm), "caption", broken=0.0)),
+        "pretrain_clip": (pretrain_clip, only(toy.clip_configuration(tmp_path / "run", torn, encoder), broken=0.0)),
+    }[stage]
+    with pytest.raises(TooManyBroken, match="000001/Axial.npy"):
+        run(module, values)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_questions_without_room_for_an_answer_are_recorded_and_batches_of_nothing_else_teach_nothing(
+        tmp_path, data, llm):
+    long = shutil.copytree(data, tmp_path / "long")
+    table = long / "M3D-VQA" / "M3D_VQA_yn_train.csv"
+    table.write_text(table.read_text().replace("a mass?", "a mass" + " or another" * 30 + "?"))
+
+    def trained(name: str, rate: float) -> dict:
+        settings = {**SGD, "max_steps": 2, "learning_rate": rate}
+        values = toy.finetune_configuration(tmp_path / name, long, llm, **settings)
+        return weights(run(finetune, only(values, "vqa_yes_no", broken=0.5)))
+
+    still = trained("still", 0.0)
+    assert all(torch.equal(value, still[key]) for key, value in trained("run", 0.1).items())
+    notes = noted(tmp_path / "run")
+    assert sorted(note["index"] for note in notes) == [0, 1, 2, 3]
+    assert all("leaves no room for its answer: Is there a mass or another" in note["cause"] for note in notes)
+    with pytest.raises(TooManyBroken, match="no room"):
+        run(finetune, only(toy.finetune_configuration(tmp_path / "strict", long, llm), "vqa_yes_no", broken=0.0))
+
+
+def test_every_epoch_has_every_sample_in_an_order_and_a_form_of_its_own(tmp_path, data, encoder, monkeypatch):
+    """Four pairs in batches of two."""
+    seen, read = [], selection.M3DSamples.__getitem__
+
+    def watched(self, place):
+        seen.append((*place, read(self, place).image))
+        return read(self, place)
+
+    monkeypatch.setattr(selection.M3DSamples, "__getitem__", watched)
+    run(pretrain_clip, only(toy.clip_configuration(tmp_path / "run", data, encoder, max_steps=6)))
+    epochs = [seen[k:k + 4] for k in (0, 4, 8)]
+    assert [{epoch for epoch, _, _ in part} for part in epochs] == [{0}, {1}, {2}]
+    orders = [[index for _, index, _ in part] for part in epochs]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders) and len(set(map(tuple, orders))) > 1
+    images = [{index: image for _, index, image in part} for part in epochs]
+    assert not torch.equal(*(torch.from_numpy(part[0]) for part in images[:2]))
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
+    def order(seed: int, epoch: int) -> list[tuple[int, int]]:
+        sampler = trainer.EpochSampler(50, seed)
+        sampler.epoch = epoch
+        return list(sampler)
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in (1, 2) for epoch in (0, 1)}
+    assert all(order(*place) == found for place, found in orders.items())
+    assert all(sorted(found) == [(epoch, k) for k in range(50)] for (_, epoch), found in orders.items())
+    assert len({tuple(k for _, k in found) for found in orders.values()}) == 4
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
