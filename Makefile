@@ -65,7 +65,7 @@ train-demo: $(VENV)/testing  ## train the demo model again, all stages, going on
 	@$(BIN)/python training/merge_lora.py $(DEMO)/5_merge_lora.json
 	@$(TRAIN) training/pretrain_clip.py $(DEMO)/6_pretrain_clip.json
 	@mkdir -p training/demo/clip
-	@cp $(OUT)/training/demo/5_merged/* training/demo/
+	@find $(OUT)/training/demo/5_merged -type f ! -name run.json -exec cp {} training/demo/ \;
 	@cp $(OUT)/training/demo/6_pretrain_clip/final/* training/demo/clip/
 	@$(TRAIN) training/evaluate.py $(DEMO)/7_evaluate.json
 

@@ -30,7 +30,7 @@ from training.data.scans import LabelledScan  # noqa: E402
 from training.data.selection import open_questions, open_views, shown  # noqa: E402
 from training.finetune import check_precision  # noqa: E402
 from training.lamed import Start, TrainedLamed  # noqa: E402
-from training.packing import Packer  # noqa: E402
+from training.packing import Packer, count_too_long  # noqa: E402
 
 OBJECTIVES = ("captions", "words")
 _SHOWN = 4
@@ -143,9 +143,10 @@ def train(settings: Settings) -> Path:
         aligned = WordAligned(model, list(views.scans.values()))
         return trainer.fit(aligned, settings, views, aligned.collate)
     captions = open_questions(settings, size)
-    model.shown = shown(captions, _SHOWN) if settings.sample_every else []
     packer = Packer(model.tokenizer, model.num_visual_tokens, size, model.config_json["seg_token_id"],
                     settings.max_length)
+    count_too_long(captions, packer)
+    model.shown = shown(captions, _SHOWN) if settings.sample_every else []
     return trainer.fit(model, settings, captions, packer)
 
 

@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 # Set by the stages; everything else of transformers' TrainingArguments may stand under `trainer`.
 MANAGED = {"output_dir": "out", "seed": "seed", "data_seed": "seed", "remove_unused_columns": None,
-           "resume_from_checkpoint": None, "load_best_model_at_end": None, "push_to_hub": None, "do_train": None}
+           "resume_from_checkpoint": None, "load_best_model_at_end": None, "push_to_hub": None, "do_train": None,
+           # With these a resumed run would not end where one that was never interrupted does.
+           "save_only_model": None, "ignore_data_skip": None, "auto_find_batch_size": None}
 
 
 @dataclass(frozen=True, kw_only=True)

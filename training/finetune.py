@@ -22,7 +22,7 @@ from training import trainer  # noqa: E402
 from training.config import StageSettings  # noqa: E402
 from training.data.selection import open_questions, shown  # noqa: E402
 from training.lamed import LossWeights, Lora, Start, TrainedLamed  # noqa: E402
-from training.packing import Packer  # noqa: E402
+from training.packing import Packer, count_too_long  # noqa: E402
 
 _SHOWN = 4
 MASK_GRIDS = ("volume", "decoder")
@@ -87,6 +87,7 @@ def learn_from(model: TrainedLamed, teacher: str) -> tuple[str, ...]:
 def train(settings: Settings) -> Path:
     model, packer = build(settings)
     questions = open_questions(settings, model.lamed.config.vision.image_size)
+    count_too_long(questions, packer)
     model.shown = shown(questions, _SHOWN) if settings.sample_every else []
     return trainer.fit(model, settings, questions, packer)
 

@@ -127,6 +127,7 @@ class TrainedLamed(StageModel):
         source = open_language_model(start.language_model)
         self.start, self.weights, self.train_parts = start, weights, train
         self.tokenizer = prepare_tokenizer(source)
+        self.added_ids = self.tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS))
         self.config_json = _config_json(source, start, self.tokenizer, segmentation, "added_tokens" in train)
         self.tokenizer.model_max_length = self.config_json["max_position_embeddings"]
         parts = LamedConfig.from_dict(self.config_json)
@@ -152,12 +153,15 @@ class TrainedLamed(StageModel):
         rows, tied = config["vocab_size"], config.get("tie_word_embeddings", False)
         if tied:
             state.pop(HEAD, None)
-        # The reference begins new rows with the mean of the old ones, in the input and in the output.
+        # The reference begins the added tokens' rows with the mean of the others, in the input and in the output. Some
+        # base models have spare rows, of which the added tokens take the first.
         for key in (EMBEDDINGS, HEAD):
-            if key in state and len(state[key]) < rows and not rows_only:
-                old = state[key]
-                new = old.float().mean(0).to(old.dtype).expand(rows - len(old), -1)
-                state[key] = torch.cat([old, new])
+            if key in state and not source.lamed and not rows_only:
+                old, ids = state[key], self.added_ids
+                others = old[[k for k in range(min(len(old), max(ids) + 1)) if k not in ids]]
+                mean = others.float().mean(0).to(old.dtype)
+                state[key] = torch.cat([old, mean.expand(rows - len(old), -1)])
+                state[key][ids] = mean
         if rows_only:
             known = len(state[EMBEDDINGS])
             llm.model.embed_tokens = nn.Embedding(known, config["hidden_size"])
@@ -197,13 +201,14 @@ class TrainedLamed(StageModel):
                 self._take_embeddings(embeddings, start.mm_projector)
 
     def _take_embeddings(self, rows: Tensor, source: str) -> None:
-        table = self.lamed.llm.model.embed_tokens
-        check_added_rows(rows, self.lamed.llm.model.embed_tokens.weight, len(ADDED_TOKENS), source)
+        table, config = self.lamed.llm.model.embed_tokens, self.config_json
+        check_added_rows(rows, (config["vocab_size"], config["hidden_size"]), len(self.added_ids), source)
+        whole = len(rows) == config["vocab_size"]
         with torch.no_grad():
             if isinstance(table, GrownEmbedding):
-                table.added.copy_(rows[-len(table.added):])
+                table.added.copy_(rows[self.added_ids] if whole else rows)
             else:
-                table.weight[-len(rows):] = rows.to(table.weight.dtype)
+                table.weight[slice(None) if whole else self.added_ids] = rows.to(table.weight.dtype)
 
     def _inject(self, lora: Lora) -> None:
         llm = self.lamed.llm

@@ -3,8 +3,9 @@
     python training/merge_lora.py training/configs/paper/merge_lora.json
 
 The result has the published key names and is read strictly by `engine.models.checkpoint`; what is incomplete is
-refused, and the folder appears whole or not at all. With `keep_base` the language model is left out: the folder holds
-what was trained, and the engine composes it with the package that carries the base model.
+refused, and the folder appears whole or not at all, with a `run.json` that says what it was made from. With `keep_base`
+the language model is left out: the folder holds what was trained, and the engine composes it with the package that
+carries the base model.
 """
 from __future__ import annotations
 
@@ -24,11 +25,13 @@ from engine.models import base  # noqa: E402
 from engine.models.checkpoint import TOKENIZER_FILES, lamed_shapes, read_config  # noqa: E402
 from engine.models.config import LamedConfig  # noqa: E402
 from engine.models.lamed import Lamed  # noqa: E402
-from training.config import build, read  # noqa: E402
+from training import record  # noqa: E402
+from training.config import as_json, build, read  # noqa: E402
 from training.files import place, write_json  # noqa: E402
 from training.starting_points import (EMBEDDINGS, HEAD, PackagedModel, check_shapes,  # noqa: E402
                                       open_language_model, open_part, read_adapter)
 
+STAGE = "merge_lora"
 DTYPES = ("float32", "bfloat16", "float16")
 _SHARD = "5GB"
 
@@ -59,6 +62,8 @@ def merge(settings: Settings) -> Path:
     config = read_config(trained)
     if "base_model" not in config:
         raise CheckpointError(f"{trained} names no base_model: it is a whole checkpoint already")
+    if settings.keep_base and "package" not in config["base_model"]:
+        raise InvalidInput("keep_base needs a base model that a package carries: the engine composes no other")
     own, adapter = open_part(str(trained / "model.safetensors")), {}
     if (trained / base.ADAPTER_WEIGHTS).is_file():
         adapter = open_part(str(trained / base.ADAPTER_WEIGHTS))
@@ -79,9 +84,8 @@ def merge(settings: Settings) -> Path:
     staging = settings.out.with_name(f".{settings.out.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    record.begin(staging, STAGE, as_json(settings))
     if settings.keep_base:
-        if "package" not in config["base_model"]:
-            raise InvalidInput("keep_base needs a base model that a package carries: the engine composes no other")
         _save(own, staging, "model", dtype)
         _save(adapter, staging, "adapter_model", dtype)
         if adapter:
@@ -93,6 +97,7 @@ def merge(settings: Settings) -> Path:
     for name in TOKENIZER_FILES:
         if (trained / name).is_file():
             shutil.copy(trained / name, staging)
+    record.end(staging)
     place(staging, settings.out)
     return settings.out
 
@@ -136,9 +141,13 @@ def main() -> None:
     parser.add_argument("configuration", type=Path, help="a JSON file, e.g. from training/configs")
     try:
         settings = read(Settings, parser.parse_args().configuration)
-        # As in the other stages: what is finished is left as it is.
-        done = settings.out.is_dir()
-        print(f"{settings.out} is already there: nothing to do" if done else f"wrote {merge(settings)}")
+        # As in the other stages: what is finished is left as it is, if it is what is asked for.
+        if settings.out.is_dir():
+            record.check(settings.out, STAGE, as_json(settings))
+            unknown = "" if (settings.out / record.FILE).is_file() else ", though it does not say what it was made from"
+            print(f"{settings.out} is already there{unknown}: nothing to do (remove it to merge again)")
+        else:
+            print(f"wrote {merge(settings)}")
     except M3DError as error:
         sys.exit(f"error: {error}")
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from engine.errors import InvalidInput
 from engine.prompt import IMAGE_TOKEN
-from training.data.sample import Sample
-from training.data.selection import images_of
+from training.data.sample import BrokenSample, Sample
+from training.data.selection import M3DQuestions, images_of
 
 _log = logging.getLogger(__name__)
 WEIGHTINGS = ("tokens", "root")
@@ -160,13 +161,17 @@ class Packer:
                             [row for row, group in enumerate(kept) for _ in group], batch)
         return collated
 
-    def _sequence(self, sample: Sample) -> Sequence | None:
+    def room_for(self, sample: Sample) -> Sequence | None:
+        """The question with its answer; None if the question leaves no room for it."""
         found = sequence(self.tokenizer, sample, self.room)
-        if len(found.ids) > found.answer_start:
-            return found
-        _log.warning("%s: the question leaves no room for its answer and is left out: %.80s", sample.source,
-                     sample.question)
-        return None
+        return found if len(found.ids) > found.answer_start else None
+
+    def _sequence(self, sample: Sample) -> Sequence | None:
+        found = self.room_for(sample)
+        if not found:
+            _log.warning("%s: the question leaves no room for its answer and is left out: %.80s", sample.source,
+                         sample.question)
+        return found
 
     def _add_masks(self, collated: dict, samples: list[Sample], rows: list[int], batch: Pack) -> None:
         """What the masks are learned from: of questions with a mask and a `[SEG]` that predicts it, numbered anew."""
@@ -188,3 +193,25 @@ class Packer:
             "taught": torch.tensor(taught, dtype=torch.long)}
         collated["totals"] |= {"mask": torch.tensor(float(len(masked))),
                                "prompt": torch.tensor(float(sum(k >= 0 for k in taught)))}
+
+
+class Fitting(Dataset):
+    """A set of M3D-Data in which a question that leaves no room for its answer is a broken sample."""
+
+    def __init__(self, dataset: Dataset, packer: Packer):
+        self.dataset, self.packer = dataset, packer
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def at(self, epoch: int, index: int) -> Sample:
+        sample = self.dataset.at(epoch, index)
+        if not self.packer.room_for(sample):
+            raise BrokenSample(sample.source, f"the question leaves no room for its answer: {sample.question:.80}")
+        return sample
+
+
+def count_too_long(questions, packer: Packer) -> None:
+    """From now on, questions of M3D-Data that are too long are recorded and counted as broken samples."""
+    if isinstance(questions, M3DQuestions):
+        questions.samples.dataset = Fitting(questions.samples.dataset, packer)

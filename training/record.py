@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -25,24 +26,27 @@ FREE = {"trainer." + name for name in (
     "dataloader_persistent_workers", "dataloader_pin_memory")} | {"sample_every", "out", "data.m3d.root"}
 
 
-def begin(folder: Path, stage: str, settings: dict, data: dict, world_size: int) -> None:
-    """Record that a run begins or goes on; the same folder, settings, data and number of processes or InvalidInput."""
-    file = folder / FILE
-    decisive = {"stage": stage, "processes": world_size, "settings": settings, "data": data}
-    record = {**decisive, "sessions": []}
-    if file.is_file():
-        record = json.loads(file.read_text())
-        before, now = _flat({key: record[key] for key in decisive}), _flat(decisive)
-        changed = [f"{key.removeprefix('settings.')}: {before.get(key)!r} -> {now.get(key)!r}"
-                   for key in sorted(before.keys() | now.keys())
-                   if before.get(key) != now.get(key) and key.removeprefix("settings.") not in FREE]
-        if changed:
-            raise InvalidInput(f"the run in {folder} was begun with something else ({'; '.join(changed[:6])}): give "
-                               "another `out`, or remove that folder to begin again")
+# Settings that name what a run starts from, and what is read of it where that is a folder.
+STARTS = ("start", "start.language_model", "start.vision_tower", "start.mm_projector", "start.seg_module", "teacher",
+          "text_encoder", "vision_tower", "trained", "base")
+_READ = {".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".txt"}
+
+
+def begin(folder: Path, stage: str, settings: dict, data: dict | None = None, world_size: int = 1) -> None:
+    """Record that a run begins or goes on; InvalidInput unless folder, settings, data, number of processes and the
+    files that it starts from are the same."""
+    decisive = {"stage": stage, "processes": world_size, "settings": settings, "started_from": started_from(settings),
+                "data": data or {}}
+    record = _matching(folder, decisive) or {**decisive, "sessions": []}
     record["sessions"].append({"started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                                "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "code": code_version(),
                                "packages": package_versions(), "machine": machine()})
-    write_json(file, record)
+    write_json(folder / FILE, record)
+
+
+def check(folder: Path, stage: str, settings: dict) -> None:
+    """InvalidInput if a finished run in `folder` had other settings, or if what it started from has changed since."""
+    _matching(folder, {"stage": stage, "settings": settings, "started_from": started_from(settings)})
 
 
 def end(folder: Path) -> None:
@@ -54,6 +58,60 @@ def end(folder: Path) -> None:
     session["seconds"] = round((datetime.now(timezone.utc) - began).total_seconds())
     session["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     write_json(file, record)
+
+
+def started_from(settings: dict) -> dict[str, str]:
+    """Hashes of the files that a run starts from, by setting and file name, and commits of Hugging Face ids.
+
+    What is not on this machine is left out, and what a package carries, too: the settings name its version.
+    """
+    named = _flat(settings)
+    found = {}
+    for name in STARTS:
+        if not isinstance(source := named.get(name), str):
+            continue
+        path = Path(source).expanduser()
+        files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+        found |= {f"{name}/{file.name}": sha256(file) for file in files
+                  if file == path or file.is_file() and file.suffix in _READ and file.name != FILE}
+        if not path.exists() and (commit := _commit(source)):
+            found[f"{name}/commit"] = commit
+    return found
+
+
+def _commit(source: str) -> str | None:
+    """The commit of a Hugging Face id that was fetched last, if any was."""
+    import huggingface_hub
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return None
+    config = huggingface_hub.try_to_load_from_cache(source, "config.json")
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
+def _matching(folder: Path, decisive: dict) -> dict | None:
+    """The record in `folder`, None without one. InvalidInput if something decisive is not as recorded; what a record
+    of an older version does not hold is not compared."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise InvalidInput(f"{file} cannot be read: {error}") from None
+    decisive = {key: value for key, value in decisive.items() if key in record}
+    before, now = (_flat({key: values[key] for key in decisive}) for values in (record, decisive))
+    # Whatever a run started from may be gone once it was read.
+    sources = [{key.partition("/")[0] for key in flat if key.startswith("started_from.")} for flat in (before, now)]
+    gone = sources[0] ^ sources[1]
+    changed = [f"{key.removeprefix('settings.').removeprefix('started_from.')}: {before.get(key)!r} -> {now.get(key)!r}"
+               for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and key.removeprefix("settings.") not in FREE
+               and key.partition("/")[0] not in gone]
+    if changed:
+        raise InvalidInput(f"the run in {folder} was begun with something else ({'; '.join(changed[:6])}): give "
+                           "another `out`, or remove that folder to begin again")
+    return record
 
 
 def code_version() -> dict:

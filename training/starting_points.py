@@ -253,8 +253,8 @@ def read_adapter(folder: Path) -> dict:
     return config
 
 
-def check_added_rows(rows: Tensor, table: Tensor, count: int, source: str) -> None:
-    """Raise InvalidInput unless `rows` are a whole embedding table or the rows of `count` added tokens."""
-    if rows.shape[1] != table.shape[1] or len(rows) not in (len(table), count):
-        raise InvalidInput(f"{source} has embeddings {list(rows.shape)}; wanted are all {list(table.shape)} or the "
-                           f"rows of the {count} added tokens")
+def check_added_rows(rows: Tensor, whole: tuple[int, int], count: int, source: str) -> None:
+    """Raise InvalidInput unless `rows` are the `whole` embedding table or the rows of `count` added tokens."""
+    if rows.shape[1] != whole[1] or len(rows) not in (whole[0], count):
+        raise InvalidInput(f"{source} has embeddings {list(rows.shape)}; wanted are all {list(whole)} or the rows of "
+                           f"the {count} added tokens")

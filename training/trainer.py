@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
-from engine.errors import M3DError
+from engine.errors import InvalidInput, M3DError
 from training import record
 from training.config import StageSettings, as_json, check_trainer, read, training_arguments
 from training.files import place
@@ -233,14 +233,12 @@ class StageTrainer(Trainer):
 def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Callable, **defaults) -> Path:
     """Train, or go on from the last whole checkpoint in `settings.out`; returns its `final`."""
     arguments = training_arguments(settings, **defaults)
+    _check_amount(len(data), arguments)
     trainer = StageTrainer(model, settings, data, collate, arguments)
     out = settings.out
     if arguments.process_index == 0:
         out.mkdir(parents=True, exist_ok=True)
-        # Not the module's name: that is __main__ for a command.
-        stage = Path(sys.modules[type(settings).__module__].__file__).stem
-        record.begin(out, stage, as_json(settings), data.fingerprint(),
-                     arguments.world_size)
+        record.begin(out, _stage(settings), as_json(settings), data.fingerprint(), arguments.world_size)
         # What a kill left behind.
         shutil.rmtree(out / _STAGING, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -252,20 +250,33 @@ def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Ca
         model.restore(Path(whole[-1]))
     else:
         trainer.train(resume_from_checkpoint=whole[-1] if whole else None)
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise InvalidInput(f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: "
+                               f"{out / FINAL} is not written")
     trainer.save_final(unwrapped=finished)
     if arguments.process_index == 0:
         record.end(out)
     return out / FINAL
 
 
+def _check_amount(samples: int, arguments) -> None:
+    """Raise InvalidInput where the data make no step: incomplete batches are dropped."""
+    batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and samples < batch:
+        raise InvalidInput(f"the data have {samples:,} samples, fewer than a batch of all processes "
+                           f"({arguments.train_batch_size} x {arguments.world_size}): make "
+                           "trainer.per_device_train_batch_size smaller")
+
+
 def main(description: str, cls: type[StageSettings], train: Callable[[StageSettings], None]) -> None:
-    """The command of a stage: one configuration file; a finished stage is left as it is."""
+    """The command of a stage: one configuration file; a finished stage is left as it is, if it is what is asked for."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("configuration", type=Path, help="a JSON file, e.g. from training/configs")
     path = parser.parse_args().configuration
     try:
         settings = read(cls, path)
         if (settings.out / FINAL).is_dir():
+            record.check(settings.out, _stage(settings), as_json(settings))
             print(f"{settings.out / FINAL} is already there: nothing to do (remove {settings.out} to train again)")
             return
         check_trainer(settings.trainer)
@@ -276,6 +287,11 @@ def main(description: str, cls: type[StageSettings], train: Callable[[StageSetti
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _stage(settings: StageSettings) -> str:
+    # Not the module's name: that is __main__ for a command.
+    return Path(sys.modules[type(settings).__module__].__file__).stem
 
 
 def _seed_of(*numbers: int) -> int:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import training.data.jobs as jobs
 from engine.errors import InvalidInput, M3DError
+from engine.prompt import SEG_TOKEN
 from engine.scan import ARRAY_AFFINE, Scan, read_scan
 from engine.volume import prepare
 from tests.m3d_data import REFSEG_COLUMNS, SIZE, image, save, write_csv, write_root
@@ -87,7 +88,8 @@ def test_prepared_structures_are_what_the_presets_make_of_scan_and_label(seg_raw
     run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0)
     prepared = prepare(read_scan((seg_raw / "0010/a/image.nii.gz").read_bytes()), SIZE, "m3d-seg")
     structures = Structures(tmp_path / "root", "train", SIZE, code="0010", kind="segmentation")
-    assert [structures.name(k) for k in range(0, len(structures), 2)] == ["liver", "right kidney"] * 2
+    assert [structures.name(k) for k in range(0, len(structures), 2)] == [
+        name for name in class_names()["0010"] if name != "spleen"] * 2
     for k, value in ((0, 1), (2, 2)):
         np.testing.assert_array_equal(structures[k].image, prepared.image)
         # By hand: each voxel of the model is filled by as much as the finer voxels that it covers.
@@ -101,23 +103,36 @@ def test_prepared_structures_are_what_the_presets_make_of_scan_and_label(seg_raw
     assert lost == "spleen fills no voxel of the model by half"
 
 
+def test_a_class_that_is_not_in_the_scan_gets_the_published_empty_mask_and_is_denied(seg_raw, tmp_path):
+    run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0)
+    absent = tmp_path / "root/M3D_Seg_npy/0010/a/masks/mask_3.npy"
+    assert np.load(absent).tolist() == [[[[False]]]]
+    # The spleen is in the scan, too small to be seen: it is neither asked for nor denied.
+    assert not absent.with_name("mask_2.npy").exists()
+    structures = Structures(tmp_path / "root", "train", SIZE, code="0010", kind="segmentation")
+    (index,) = [k for k in range(0, len(structures), 2) if structures.files(k).mask == absent]
+    sample = structures[index]
+    assert "pancreas" in sample.answer and SEG_TOKEN not in sample.answer and sample.mask is None
+
+
 def test_one_label_image_one_file_per_class_and_the_published_arrays_give_the_same(seg_raw, tmp_path):
     folder = seg_raw / "0010"
     (folder / "b" / "label.nii.gz").unlink()
-    for value, name in ((1, "liver"), (2, "right_kidney"), (0, "spleen")):
+    for value, name in ((1, "liver"), (2, "right_kidney"), (0, "pancreas")):
         nifti(folder / "b" / "masks" / f"{name}.nii.gz", (labels() == value).astype(np.uint8) * bool(value))
     array, masks = scan_array().astype(np.float64), labels()
     bright = array[array > array.mean()]
     array = (np.clip(array, *np.percentile(bright, (0.05, 99.95))) - bright.mean()) / bright.std()
     save(folder / "c" / "image.npy", array[None])
-    stack = np.stack([masks == 1, masks == 2])
-    sparse.save_npz(folder / "c" / f"mask_{stack.shape}", sparse.csr_matrix(stack.reshape(2, -1).astype(np.int32)))
+    stack = np.stack([masks == value for value in (1, 2, 3, 4)])
+    sparse.save_npz(folder / "c" / f"mask_{stack.shape}", sparse.csr_matrix(stack.reshape(4, -1).astype(np.int32)))
     run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0)
     made = tmp_path / "root/M3D_Seg_npy/0010"
     for case in ("b", "c"):
         np.testing.assert_allclose(np.load(made / case / "image.npy"), np.load(made / "a" / "image.npy"), atol=1e-5)
-        assert sorted(path.name for path in (made / case / "masks").iterdir()) == ["mask_0.npy", "mask_1.npy"]
-        for name in ("mask_0.npy", "mask_1.npy"):
+        written = ["mask_0.npy", "mask_1.npy", "mask_3.npy"]  # mask_2, the spleen, fills no voxel or has no file
+        assert sorted(path.name for path in (made / case / "masks").iterdir()) == written
+        for name in written:
             np.testing.assert_array_equal(np.load(made / case / "masks" / name), np.load(made / "a" / "masks" / name))
 
 
@@ -189,9 +204,9 @@ def test_the_first_and_the_last_class_are_taken_and_one_more_is_refused(tmp_path
     run("seg", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
     (skipped,) = report(tmp_path / "root/M3D_Seg_npy")["skipped"]
     assert skipped["case"] == "0010/more" and f"from 0 to {classes}" in skipped["cause"]
-    index = json.loads((tmp_path / "root/M3D_Seg_npy/0010/0010.json").read_text())
-    assert [Path(entry["label"]).name for entry in index["train"]] == [
-        f"mask_{number}.npy" for number in (0, 1, 10, classes - 1)]
+    masks = {int(path.stem[5:]): np.load(path) for path in (tmp_path / "root/M3D_Seg_npy/0010/all/masks").iterdir()}
+    assert sorted(masks) == list(range(classes))
+    assert [number for number in sorted(masks) if masks[number].any()] == [0, 1, 10, classes - 1]
 
 
 def test_one_s_own_classes_may_be_more_than_nine_and_are_named_by_number(tmp_path):
@@ -202,7 +217,8 @@ def test_one_s_own_classes_may_be_more_than_nine_and_are_named_by_number(tmp_pat
         {"labels": {"0": "background"} | {str(k): f"part {chr(64 + k)}" for k in range(1, 11)}}))
     run("seg", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
     structures = Structures(tmp_path / "root", "train", SIZE, code="9000", kind="segmentation")
-    assert [structures.name(k) for k in range(0, len(structures), 2)] == ["part A", "part J"]
+    assert [structures.name(k) for k in range(0, len(structures), 2)] == [f"part {letter}" for letter in "ABCDEFGHIJ"]
+    assert [k // 2 for k in range(0, len(structures), 2) if structures[k].mask is not None] == [0, 9]
 
 
 def test_the_share_is_held_out_for_each_split():
@@ -255,6 +271,51 @@ def test_a_folder_of_somebody_else_s_is_never_overwritten(seg_raw, tmp_path):
     (skipped,) = report(tmp_path / "root/M3D_Seg_npy")["skipped"]
     assert "was not made by this command" in skipped["cause"]
     assert (theirs / "image.npy").read_bytes() == b"precious"
+
+
+def cases_of(root: Path, code: str = "0010") -> Counter:
+    """How many masks the index lists, by case."""
+    index = json.loads((root / f"M3D_Seg_npy/{code}/{code}.json").read_text())
+    return Counter(Path(entry["image"]).parent.name for split in ("train", "test") for entry in index[split])
+
+
+def test_cases_of_another_raw_folder_stay_in_the_index(seg_raw, tmp_path):
+    root, more = tmp_path / "root", tmp_path / "more"
+    shutil.copytree(seg_raw / "0010/a", more / "0010/c")
+    for folder in (seg_raw, more, seg_raw):
+        run("seg", folder, root, *SIZED)
+    each = len(class_names()["0010"]) - 1  # all but the spleen
+    assert cases_of(root) == {"a": each, "b": each, "c": each}
+    # What can no longer be made is still there as it was made.
+    (seg_raw / "0010/a/label.nii.gz").unlink()
+    run("seg", seg_raw, root, *SIZED)
+    assert report(root / "M3D_Seg_npy")["skipped"][0]["case"] == "0010/a" and cases_of(root)["a"] == each
+
+
+def test_cases_that_this_command_did_not_make_stay_in_the_index(seg_raw, tmp_path):
+    folder = tmp_path / "root/M3D_Seg_npy/0010"
+    for case in ("a", "z"):
+        save(folder / case / "image.npy", image(0))
+    (folder / "0010.json").write_text(json.dumps({"numTest": 0, "test": [], "train": [
+        {"image": f"{folder}/{case}/image.npy", "label": f"{folder}/{case}/masks/mask_0.npy"} for case in "az"]}))
+    run("seg", seg_raw, tmp_path / "root", *SIZED)
+    found = cases_of(tmp_path / "root")
+    assert (found["a"], found["z"]) == (1, 1) and found["b"] > 1
+
+
+def test_other_classes_under_the_same_numbers_are_refused_before_anything_is_made(tmp_path):
+    for raw_folder, case, name in (("one", "x", "wing bone"), ("two", "y", "beak")):
+        nifti(tmp_path / raw_folder / "9000" / case / "ct.nii.gz", scan_array())
+        nifti(tmp_path / raw_folder / "9000" / case / "masks" / f"{name}.nii.gz", (labels() == 1).astype(np.uint8))
+    root = tmp_path / "root"
+    run("seg", tmp_path / "one", root, *SIZED)
+    run("seg", tmp_path / "two", root, *SIZED, refused="for example x, whose classes are wing bone; here they are beak")
+    assert cases_of(root, "9000") == {"x": 1} and not (root / "M3D_Seg_npy/9000/y").exists()
+    # One's own case with other classes is made anew, so that nothing is left of the old ones.
+    (tmp_path / "one/9000/x/masks/wing bone.nii.gz").rename(tmp_path / "one/9000/x/masks/wing.nii.gz")
+    run("seg", tmp_path / "one", root, *SIZED)
+    assert json.loads((root / "M3D_Seg_npy/9000/9000.json").read_text())["labels"]["1"] == "wing"
+    assert cases_of(root, "9000") == {"x": 1}
 
 
 def _die(item: int) -> int:
@@ -382,17 +443,30 @@ def test_pairs_are_split_as_the_raw_json_says_and_other_folders_pairs_stay(tmp_p
         "train": ["ct_case/1/s.npy", "ct_quizze/1/s.npy", "ct_quizze/2/s.npy"], "test500": ["ct_case/2/s.npy"]}
 
 
+def test_pairs_whose_case_can_no_longer_be_made_stay(tmp_path):
+    for number in "12":
+        slices(tmp_path / "ct_case" / number / "s", seed=int(number))
+        (tmp_path / "ct_case" / number / "text.txt").write_text("Findings.")
+    run("cap", tmp_path / "ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
+    (tmp_path / "ct_case/1/text.txt").write_text(" ")
+    run("cap", tmp_path / "ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
+    assert report(tmp_path / "root/M3D_Cap_npy")["skipped"][0]["case"] == "ct_case/1"
+    captions = Captions(tmp_path / "root", "train", SIZE)
+    assert [captions[k].answer for k in range(len(captions))] == ["Findings."] * 2
+
+
 # --- M3D-RefSeg ------------------------------------------------------------------------------------------------------
 def test_referring_questions_keep_their_masks(tmp_path):
     nifti(tmp_path / "raw/s0000/ct.nii.gz", scan_array())
     nifti(tmp_path / "raw/s0000/mask.nii.gz", labels())
     nifti(tmp_path / "raw/s0001/ct.nii.gz", scan_array())
     rows = [(f"M3D_RefSeg/{case}/ct.nii.gz", f"M3D_RefSeg/{case}/mask.nii.gz", number, 0, f"Segment {number}.", "[SEG].")
-            for case, number in (("s0000", 1), ("s0000", 2), ("s0000", 3), ("s0000", 0), ("s0001", 1), ("s0002", 1))]
+            for case, number in (("s0000", 1), ("s0000", "2.0"), ("s0000", 3), ("s0000", 0), ("s0001", 1),
+                                 ("s0002", 1))]
     write_csv(tmp_path / "raw/M3D_RefSeg.csv", REFSEG_COLUMNS, rows)
     run("refseg", tmp_path / "raw", tmp_path / "root", *SIZED)
     referring = Referring(tmp_path / "root", "train", SIZE)
-    assert [referring[k].question for k in range(len(referring))] == ["Segment 1.", "Segment 2."]
+    assert [referring[k].question for k in range(len(referring))] == ["Segment 1.", "Segment 2.0."]
     prepared = prepare(read_scan((tmp_path / "raw/s0000/ct.nii.gz").read_bytes()), SIZE, "m3d-refseg")
     np.testing.assert_array_equal(referring[1].mask[0], prepared.geometry.mask_to_model(labels() == 2) >= 0.5)
     said = report(tmp_path / "root/M3D_RefSeg_npy")
@@ -401,6 +475,28 @@ def test_referring_questions_keep_their_masks(tmp_path):
     causes = [entry["cause"] for entry in said["left_out"]]
     assert causes == ["mask 3 fills no voxel of the model by half", "s0000 has no mask 3", "s0000 has no mask 0",
                       "its case 's0001' is not prepared", "its case 's0002' is not prepared"]
+
+
+def test_referring_questions_of_another_raw_folder_stay(tmp_path):
+    root = tmp_path / "root"
+    for folder, case, tables in (("one", "s0000", ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv")),
+                                 ("two", "s0001", ("M3D_RefSeg.csv",))):
+        nifti(tmp_path / folder / case / "ct.nii.gz", scan_array())
+        nifti(tmp_path / folder / case / "mask.nii.gz", labels())
+        for name in tables:
+            write_csv(tmp_path / folder / name, REFSEG_COLUMNS,
+                      [(f"x/{case}/ct.nii.gz", f"x/{case}/mask.nii.gz", 1, 0, f"Segment {case}.", "[SEG].")])
+    for folder in ("one", "two", "one", "two"):
+        run("refseg", tmp_path / folder, root, *SIZED)
+
+    def asked(split: str) -> list[str]:
+        referring = Referring(root, split, SIZE)
+        return sorted(referring[k].question for k in range(len(referring)))
+
+    assert asked("train") == ["Segment s0000.", "Segment s0001."] and asked("test") == ["Segment s0000."]
+    (tmp_path / "one/M3D_RefSeg_test.csv").unlink()
+    run("refseg", tmp_path / "one", root, *SIZED)
+    assert len((root / "M3D_RefSeg_npy/M3D_RefSeg_test.csv").read_text().splitlines()) == 1
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import training
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, InvalidInput
 from engine.models import base, checkpoint
 from engine.models.config import LamedConfig, ViTConfig
 from engine.models.lamed import Lamed
@@ -28,7 +28,7 @@ from training.data.scans import LabelledScan
 from training.lamed import GrownEmbedding, GrownHead, Lora, Start, TrainedLamed
 from training.evaluate import KINDS
 from training.losses import dice_loss, language_loss, mask_loss
-from training.packing import pack, sequence
+from training.packing import Packer, pack, sequence
 
 DEMO = Path(training.__file__).parent / "demo"
 CONFIGS = Path(training.__file__).parent / "configs" / "demo"
@@ -185,6 +185,50 @@ def assert_packed_equals_alone(model) -> torch.Tensor:
     return packed[0]
 
 
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("at_decoder_grid", [False, True])
+def test_losses_of_many_questions_in_a_batch_are_those_of_each_alone(packaged, at_decoder_grid, limit):
+    """Two scans with questions that have a mask and a taught structure, a mask alone, two [SEG], or none of these."""
+    model, rng = small(packaged).eval(), np.random.default_rng(0)
+    torch.manual_seed(5)
+    names = ("left lung", "heart", "right lung")
+    model.teacher = torch.nn.Embedding(3, 32)
+    packer = Packer(model.tokenizer, model.num_visual_tokens, SIZE, model.config_json["seg_token_id"], 256,
+                    grid=model.lamed.config.segmentation.grid, at_decoder_grid=at_decoder_grid, mask_limit=limit,
+                    taught=names)
+
+    def group(*asked) -> list:
+        image = rng.random((1, *SIZE), np.float32)
+        return [views.StructureSample(image, question, answer, rng.random((1, *SIZE)) < rng.random() if mask else None,
+                                      True, "segment", "toy", structure) for question, answer, mask, structure in asked]
+
+    groups = [group(("Is it?", "No.", False, None), ("Segment it.", "It is [SEG].", True, "right lung")),
+              group(("Where?", "[SEG] and [SEG]", True, None), ("Say [SEG].", "[SEG]", False, "heart"),
+                    ("And this?", "[SEG]", True, "left lung"), ("Why?", "So.", False, None))]
+    with torch.no_grad():
+        batch = packer(groups)
+        together = model(**batch)
+        alone = [(sample, packer([[sample]])) for part in groups for sample in part]
+        found = [(sample, single, model(**{**single, "totals": batch["totals"]})) for sample, single in alone]
+    segmenting = [(sample, single, losses) for sample, single, losses in found if sample.mask is not None]
+    expected = {"language": sum(losses["language"] for _, _, losses in found),
+                "mask": sum(losses["mask"] for _, _, losses in segmenting[:limit]),
+                "prompt": sum(losses["prompt"] for _, _, losses in segmenting)}
+    for part, value in expected.items():
+        torch.testing.assert_close(together[part], value, atol=1e-5, rtol=1e-5, msg=part)
+        assert value > 0
+    for part, total in {"language": sum(single["totals"]["language"] for _, single in alone),
+                        "mask": limit or 3, "prompt": 2}.items():
+        assert batch["totals"][part] == total
+    assert batch["taught"].tolist() == [2, -1, 0] and batch["mask_rows"].tolist() == [0, 1, 1][:limit]
+    for (sample, _, _), target in zip(segmenting[:limit], batch["masks"], strict=True):
+        mask = sample.mask[0].astype(np.float32)
+        if at_decoder_grid:  # 8 x 8 x 8 cells
+            mask = np.array([[[mask[z, y:y + 4, x:x + 4].mean() for x in range(0, 32, 4)] for y in range(0, 32, 4)]
+                             for z in range(8)])
+        np.testing.assert_allclose(target.numpy(), mask, atol=1e-6)
+
+
 def test_only_answers_and_their_end_are_learned(packaged):
     tokenizer = _tokenizer(packaged)
     seg = tokenizer.convert_tokens_to_ids("[SEG]")
@@ -327,6 +371,38 @@ def test_published_parts_load_as_the_reference_loads_them(packaged, tmp_path):
     assert torch.equal(found, rows)
     started = small(packaged, mm_projector=str(tmp_path / "mm_projector.bin"))
     assert torch.equal(started.lamed.llm.model.embed_tokens.added, rows)
+
+
+def test_rows_of_added_tokens_go_where_the_tokens_are_though_the_table_has_spare_rows(tmp_path):
+    """As Phi-3's has. They begin with the mean of the known tokens; nothing else in the table changes."""
+    source = toy.language_model(tmp_path / "phi3", "phi3", vocab_size=270)
+    model = TrainedLamed(Start(source, toy.PARTS), ("embeddings", "lm_head"))
+    assert model.added_ids == [259, 260, 261, 262]
+    theirs = load_file(Path(source) / "model.safetensors")
+    for key, now in (("model.embed_tokens", model.lamed.llm.model.embed_tokens), ("lm_head", model.lamed.llm.lm_head)):
+        old = theirs[f"{key}.weight"]
+        expected = torch.cat([old[:259], old[:259].mean(0).expand(4, -1), old[263:]])
+        torch.testing.assert_close(now.weight.detach(), expected, atol=0, rtol=0)
+    projector = {f"model.mm_projector.{key}": value for key, value in model.lamed.mm_projector.state_dict().items()}
+    rows, table = torch.randn(4, 32), torch.randn(270, 32)
+    for found, wanted in ((rows, {**dict(enumerate(model.lamed.llm.model.embed_tokens.weight.detach())),
+                                  **dict(enumerate(rows, 259))}), (table, dict(enumerate(table)))):
+        torch.save({**projector, "model.embed_tokens.weight": found}, tmp_path / "mm_projector.bin")
+        start = Start(source, toy.PARTS, mm_projector=str(tmp_path / "mm_projector.bin"))
+        weight = TrainedLamed(start, ("embeddings",)).lamed.llm.model.embed_tokens.weight.detach()
+        assert len(weight) == 270 and all(torch.equal(weight[k], row) for k, row in wanted.items())
+
+
+def test_added_rows_are_taken_from_a_whole_table(packaged, tmp_path):
+    projector = {f"model.mm_projector.{key}": value
+                 for key, value in small(packaged).lamed.mm_projector.state_dict().items()}
+    table = torch.randn(263, 32)
+    torch.save({**projector, "model.embed_tokens.weight": table}, tmp_path / "mm_projector.bin")
+    started = small(packaged, mm_projector=str(tmp_path / "mm_projector.bin"))
+    assert torch.equal(started.lamed.llm.model.embed_tokens.added, table[259:])
+    torch.save({**projector, "model.embed_tokens.weight": table[:259]}, tmp_path / "mm_projector.bin")
+    with pytest.raises(InvalidInput, match=r"\[259, 32\]; wanted are all \[263, 32\] or the rows of the 4"):
+        small(packaged, mm_projector=str(tmp_path / "mm_projector.bin"))
 
 
 def test_a_file_of_another_model_or_with_code_in_it_is_refused(packaged, tmp_path):

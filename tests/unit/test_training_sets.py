@@ -20,7 +20,7 @@ from engine.prompt import BOX_START, SEG_TOKEN, parse_boxes
 from tests.m3d_data import LIVER, RIGHT_KIDNEY, SIZE, VQA_COLUMNS, image, mask, save, write_csv, write_root
 from training.data import sets
 from training.data.jitter import Change, draw_change, swap_sides
-from training.data.reading import Table
+from training.data.reading import Table, mask_id
 from training.data.sample import BrokenSample
 from training.data.sets import (TASKS, Captions, ClosedVqa, Mixture, Referring, Structures, Vqa, YesNoVqa, box_of,
                                 open_sets)
@@ -92,8 +92,9 @@ def test_boxes_in_answers_and_questions_are_those_of_the_mask(complete):
     np.testing.assert_allclose(box_of(mask(LIVER)[0]), [1 / 8, 4 / 32, 2 / 32, 4 / 8, 15 / 32, 11 / 32])
 
 
-def test_a_structure_that_is_not_in_the_scan_is_denied(root):
-    save(root / "M3D_Seg_npy/0010/a/masks/mask_0.npy", np.zeros((1, *SIZE), bool))
+@pytest.mark.parametrize("empty", [np.zeros((1, 1, 1, 1), np.int8), np.zeros((1, *SIZE), bool)])
+def test_a_structure_that_is_not_in_the_scan_is_denied(root, empty):
+    save(root / "M3D_Seg_npy/0010/a/masks/mask_0.npy", empty)
     for kind in ("segmentation", "rec", "reg"):
         structures = Structures(root, "train", SIZE, code="0010", kind=kind)
         for k in (0, 1):
@@ -310,6 +311,44 @@ def test_images_of_another_size_than_the_model_s_are_refused_at_once(complete):
             open_sets([task], complete, "train", (8, 32, 16))
 
 
+def damage_shape(path):
+    save(path, np.zeros((1, 8, 16, 32), bool))
+
+
+@pytest.mark.parametrize("task, masks", [("segmentation", "M3D_Seg_npy/0010/a/masks"),
+                                         ("reg", "M3D_Seg_npy/0010/a/masks"),
+                                         ("refseg", "M3D_RefSeg_npy/s0000")])
+@pytest.mark.parametrize("damage, said", [(damage_shape, "the masks of {} have shape 1 x 8 x 16 x 32 .*the model takes "
+                                                         "1 x 8 x 32 x 32"),
+                                          (Path.unlink, "none of . masks that .* can be read")])
+def test_masks_that_do_not_fit_the_images_are_refused_at_once(root, task, masks, damage, said):
+    for path in (root / masks).glob("mask*.npy"):
+        damage(path)
+    with pytest.raises(InvalidInput, match=said.format(task)):
+        open_sets([task], root, "train", SIZE)
+
+
+def test_masks_of_what_is_not_in_the_scan_hide_no_other_shape(root):
+    first, second = (root / f"M3D_Seg_npy/0010/a/masks/mask_{k}.npy" for k in (0, 1))
+    for path in (first, second):
+        save(path, np.zeros((1, 1, 1, 1), np.int8))
+    assert open_sets(["rec"], root, "train", SIZE)[0].answer
+    damage_shape(second)
+    with pytest.raises(InvalidInput, match="1 x 8 x 16 x 32 .*mask_1.npy"):
+        open_sets(["rec"], root, "train", SIZE)
+
+
+def test_the_look_at_a_few_masks_meets_several_classes(root, monkeypatch):
+    # 8 cases of 13 classes, each asked for twice: every 26th sample is of the same class.
+    index = root / "M3D_Seg_npy/0010/0010.json"
+    index.write_text(json.dumps({"train": [{"image": "0010/a/image.npy", "label": f"0010/{case}/masks/mask_{k}.npy"}
+                                           for case in range(8) for k in range(13)]}))
+    looked = []
+    monkeypatch.setattr(sets, "stored_shape", lambda path: looked.append(path.name) or (1, *SIZE))
+    Structures(root, "train", SIZE, code="0010", kind="rec")
+    assert len({name for name in looked if name.startswith("mask")}) > 3
+
+
 @pytest.mark.parametrize("label, said", [("0000/a/masks/liver.npy", "mask_<class id>.npy"),
                                          ("0000/a/masks/mask_1.npy", "1 classes, from 0")])
 def test_a_label_without_a_known_class_is_refused(root, label, said):
@@ -373,6 +412,18 @@ def test_a_mask_of_another_shape_than_its_image_is_broken(root):
         structures[2]
     assert broken.value.paths == (str(path), str(root / "M3D_Seg_npy/0010/a/image.npy"))
     assert structures[0].answer
+    save(path, np.ones((1, 1, 1, 1), bool))  # only a single 0 says that there is nothing
+    with pytest.raises(BrokenSample, match="mask has shape 1 x 1 x 1 x 1"):
+        structures[2]
+
+
+def test_a_single_0_is_no_mask_of_a_referring_question(root):
+    referring = Referring(root, "train", SIZE)
+    save(root / "M3D_RefSeg_npy/s0000/mask.npy", np.zeros((1, 1, 1, 1), np.uint16))
+    with pytest.raises(BrokenSample, match="mask has shape 1 x 1 x 1 x 1"):
+        referring[0]
+    with pytest.raises(InvalidInput, match="masks of refseg have shape 1 x 1 x 1 x 1"):
+        Referring(root, "train", SIZE)
 
 
 def test_broken_words_are_named_with_their_row(root):
@@ -391,7 +442,10 @@ def test_broken_words_are_named_with_their_row(root):
 
 
 @pytest.mark.parametrize("change, cause", [({"Mask_ID": "7"}, "no voxel of the mask is 7"),
-                                           ({"Mask_ID": "x"}, "Mask_ID 'x'"), ({"Answer": "There."}, r"no \[SEG\]")])
+                                           ({"Mask_ID": "x"}, "Mask_ID 'x'"), ({"Mask_ID": "0"}, "Mask_ID '0'"),
+                                           ({"Mask_ID": "1.5"}, "'1.5', not a whole number from 1"),
+                                           ({"Mask_ID": "nan"}, "Mask_ID 'nan'"),
+                                           ({"Answer": "There."}, r"no \[SEG\]")])
 def test_a_referring_row_that_cannot_be_taught_is_broken(root, change, cause):
     path = root / "M3D_RefSeg_npy/M3D_RefSeg.csv"
     rows = list(csv.DictReader(path.open()))
@@ -401,6 +455,11 @@ def test_a_referring_row_that_cannot_be_taught_is_broken(root, change, cause):
     with pytest.raises(BrokenSample, match=cause):
         referring[1]
     assert referring[0].mask.any()
+
+
+def test_a_mask_id_is_a_whole_number_however_it_is_written():
+    assert [mask_id(cell) for cell in ("1", "2.0", " 13 ", "1e2")] == [1, 2, 13, 100]
+    assert {mask_id(cell) for cell in ("0", "-1", "0.5", "1.5", "inf", "nan", "", "one")} == {None}
 
 
 def test_broken_samples_survive_the_way_between_processes():

@@ -25,7 +25,10 @@ from tests import toy_models as toy
 from tests.conftest import ROOT
 from training import align_projector, finetune, merge_lora, pretrain_clip, trainer
 from training.config import build, read
+from training.data import selection
+from training.data.tolerant import TooManyBroken
 from training.losses import contrastive_loss
+from training.record import started_from
 
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Runs a stage that kills itself: before step N, or in the middle of writing the optimizer's state of checkpoint N.
@@ -211,6 +214,109 @@ def test_a_run_goes_on_only_with_the_settings_and_data_it_began_with(tmp_path, d
     index.write_text(index.read_text().replace("lesion", "tumour"))
     with pytest.raises(InvalidInput, match="begun with something else.*M3D_RefSeg.csv"):
         run(finetune, toy.finetune_configuration(tmp_path / "run", other, llm))
+
+
+# --- broken samples, epochs ------------------------------------------------------------------------------------------
+def only(values: dict, *tasks: str, broken: float = 0.01) -> dict:
+    """The configuration with other tasks, without sample predictions."""
+    m3d = {**values["data"]["m3d"], "broken": broken}
+    return {**values, "sample_every": 0, "data": {"m3d": {**m3d, "tasks": list(tasks)} if tasks else m3d}}
+
+
+def noted(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "broken.jsonl").read_text().splitlines()]
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("stage", ["finetune", "pretrain_clip"])
+def test_a_broken_sample_costs_a_batch_nothing_but_itself(tmp_path, data, llm, encoder, stage, monkeypatch):
+    """The step is that of a batch without it."""
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+
+    def trained(name: str, root: Path, batch: int, rate: float = 0.1) -> dict:
+        settings = {**SGD, "per_device_train_batch_size": batch, "max_steps": 1, "learning_rate": rate}
+        if stage == "finetune":
+            values = only(toy.finetune_configuration(tmp_path / name, root, llm, dropout=0.0, **settings), "caption")
+            return weights(run(finetune, values))
+        return weights(run(pretrain_clip, only(toy.clip_configuration(tmp_path / name, root, encoder, **settings))))
+
+    torn, fewer = (shutil.copytree(data, tmp_path / name) for name in ("torn", "fewer"))
+    (torn / "M3D_Cap_npy/ct_case/000003/Axial.npy").write_bytes(b"")
+    index = fewer / "M3D_Cap_npy" / "M3D_Cap.json"
+    listed = json.loads(index.read_text())
+    index.write_text(json.dumps({**listed, "train": listed["train"][:3]}))
+    without, found = trained("without", fewer, 3), trained("broken", torn, 4)
+    still = trained("still", fewer, 3, rate=0.0)
+    assert max((value - still[key]).abs().max().item() for key, value in without.items()) > 1e-3
+    for key, value in without.items():
+        torch.testing.assert_close(found[key], value, atol=2e-5, rtol=1e-4, msg=key)
+    (note,) = noted(tmp_path / "broken")
+    assert note["index"] == 3 and note["paths"][0].endswith("000003/Axial.npy")
+
+
+@pytest.mark.parametrize("stage", ["finetune", "pretrain_clip"])
+def test_a_stage_stops_on_too_many_broken_samples(tmp_path, data, llm, encoder, stage):
+    torn = shutil.copytree(data, tmp_path / "torn")
+    (torn / "M3D_Cap_npy/ct_case/000001/Axial.npy").write_bytes(b"")
+    module, values = {
+        "finetune": (finetune, only(toy.finetune_configuration(tmp_path / "run", torn, llm), "caption", broken=0.0)),
+        "pretrain_clip": (pretrain_clip, only(toy.clip_configuration(tmp_path / "run", torn, encoder), broken=0.0)),
+    }[stage]
+    with pytest.raises(TooManyBroken, match="000001/Axial.npy"):
+        run(module, values)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_questions_without_room_for_an_answer_are_recorded_and_batches_of_nothing_else_teach_nothing(
+        tmp_path, data, llm):
+    long = shutil.copytree(data, tmp_path / "long")
+    table = long / "M3D-VQA" / "M3D_VQA_yn_train.csv"
+    table.write_text(table.read_text().replace("a mass?", "a mass" + " or another" * 30 + "?"))
+
+    def trained(name: str, rate: float) -> dict:
+        settings = {**SGD, "max_steps": 2, "learning_rate": rate}
+        values = toy.finetune_configuration(tmp_path / name, long, llm, **settings)
+        return weights(run(finetune, only(values, "vqa_yes_no", broken=0.5)))
+
+    still = trained("still", 0.0)
+    assert all(torch.equal(value, still[key]) for key, value in trained("run", 0.1).items())
+    notes = noted(tmp_path / "run")
+    assert sorted(note["index"] for note in notes) == [0, 1, 2, 3]
+    assert all("leaves no room for its answer: Is there a mass or another" in note["cause"] for note in notes)
+    with pytest.raises(TooManyBroken, match="no room"):
+        run(finetune, only(toy.finetune_configuration(tmp_path / "strict", long, llm), "vqa_yes_no", broken=0.0))
+
+
+def test_every_epoch_has_every_sample_in_an_order_and_a_form_of_its_own(tmp_path, data, encoder, monkeypatch):
+    """Four pairs in batches of two."""
+    seen, read = [], selection.M3DSamples.__getitem__
+
+    def watched(self, place):
+        seen.append((*place, read(self, place).image))
+        return read(self, place)
+
+    monkeypatch.setattr(selection.M3DSamples, "__getitem__", watched)
+    run(pretrain_clip, only(toy.clip_configuration(tmp_path / "run", data, encoder, max_steps=6)))
+    epochs = [seen[k:k + 4] for k in (0, 4, 8)]
+    assert [{epoch for epoch, _, _ in part} for part in epochs] == [{0}, {1}, {2}]
+    orders = [[index for _, index, _ in part] for part in epochs]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders) and len(set(map(tuple, orders))) > 1
+    images = [{index: image for _, index, image in part} for part in epochs]
+    assert not torch.equal(*(torch.from_numpy(part[0]) for part in images[:2]))
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
+    def order(seed: int, epoch: int) -> list[tuple[int, int]]:
+        sampler = trainer.EpochSampler(50, seed)
+        sampler.epoch = epoch
+        return list(sampler)
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in (1, 2) for epoch in (0, 1)}
+    assert all(order(*place) == found for place, found in orders.items())
+    assert all(sorted(found) == [(epoch, k) for k in range(50)] for (_, epoch), found in orders.items())
+    assert len({tuple(k for _, k in found) for found in orders.values()}) == 4
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -444,6 +550,12 @@ def test_the_merge_refuses_what_is_incomplete(tmp_path, tuned, file, change, nam
     assert not (tmp_path / "merged").exists()
 
 
+def test_the_base_is_left_out_only_where_a_package_carries_it(tmp_path, tuned):
+    with pytest.raises(InvalidInput, match="keep_base needs a base model that a package carries"):
+        merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", keep_base=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_lora_of_another_base_model_is_refused_by_name_and_by_shape(tmp_path, tuned):
     other = toy.language_model(tmp_path / "another", hidden_size=48, head_dim=12)
     with pytest.raises(CheckpointError, match="tiny-llama, not on .*another"):
@@ -468,6 +580,9 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
     ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate must be float"),
     ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps must be int"),
     ({"trainer": {"bf16": 1}}, "trainer.bf16 must be bool"), ({"trainer": {"seed": 1}}, "use `seed`"),
+    ({"trainer": {"save_only_model": True}}, "trainer.save_only_model is set by the stage itself"),
+    ({"trainer": {"ignore_data_skip": True}}, "trainer.ignore_data_skip is set by the stage itself"),
+    ({"trainer": {"auto_find_batch_size": True}}, "trainer.auto_find_batch_size is set by the stage itself"),
     ({"data": {}}, "data must have either"), ({"data": {"m3d": {"root": "x"}}}, "missing setting data.m3d.tasks"),
     ({"mask_grid": "patches"}, "mask_grid"), ({"answer_weights": "equal"}, "answer_weights"),
     ({"train": ["tower"]}, "train names tower"), ({"train": ["added_tokens"]}, "tied embeddings"),
@@ -482,6 +597,25 @@ def test_a_configuration_with_a_wrong_setting_is_refused_by_name(tmp_path, data,
     assert re.search(named, str(stopped.value)) and not (tmp_path / "run" / "checkpoint-1").exists()
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_data_that_fill_no_batch_are_refused_before_training(tmp_path, data, encoder, length):
+    """Four pairs: incomplete batches are dropped, and all of them would be."""
+    values = toy.clip_configuration(tmp_path / "run", data, encoder, per_device_train_batch_size=5, **length)
+    with pytest.raises(InvalidInput, match=r"4 samples, fewer than a batch of all processes \(5 x 1\)"):
+        run(pretrain_clip, values)
+    assert not (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_training_that_stops_early_leaves_no_final(tmp_path, data, encoder, monkeypatch):
+    def stop(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+    monkeypatch.setattr(trainer._Clock, "on_step_end", stop)
+    with pytest.raises(InvalidInput, match="stopped at step 2 of 4"):
+        run(pretrain_clip, toy.clip_configuration(tmp_path / "run", data, encoder))
+    assert not (tmp_path / "run" / "final").exists() and (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
 def test_a_finished_stage_is_left_as_it_is(tmp_path, tuned, data, llm, monkeypatch, capsys):
     values = toy.finetune_configuration(tuned.parent, data, llm)
     before = {file: file.stat().st_mtime_ns for file in tuned.parent.rglob("*")}
@@ -489,6 +623,102 @@ def test_a_finished_stage_is_left_as_it_is(tmp_path, tuned, data, llm, monkeypat
     trainer.main("", finetune.Settings, finetune.train)
     assert "nothing to do" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in tuned.parent.rglob("*")} == before
+
+
+def called(monkeypatch, capsys, module, values: dict, file: Path) -> str:
+    """What a stage's command says."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", str(toy.written(values, file))])
+    try:
+        module.main() if module is merge_lora else trainer.main("", module.Settings, module.train)
+    except SystemExit as stopped:
+        return str(stopped)
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def chained(tmp_path_factory, data, llm, pretrained_clip) -> tuple[Path, dict]:
+    """A finished run that started from a copy of another one's `final`: (that copy, settings)."""
+    folder = tmp_path_factory.mktemp("chained")
+    tower = shutil.copytree(pretrained_clip, folder / "clip")
+    values = {**toy.finetune_configuration(folder / "run", data, llm, max_steps=1), "sample_every": 0}
+    values["start"] = {**values["start"], "vision_tower": str(tower)}
+    run(finetune, values)
+    return tower, values
+
+
+def change(file: Path) -> None:
+    tensors = load_file(file)
+    key = sorted(tensors)[0]
+    save_file({**tensors, key: tensors[key] + 1}, file)
+
+
+def test_a_finished_stage_of_other_settings_or_another_start_is_named_and_left(tmp_path, chained, monkeypatch, capsys):
+    """And a start that is gone, or another place for the curves, is no other start."""
+    tower, values = chained
+    final = Path(values["out"]) / "final"
+    before = weights(final)
+    other = {**values, "max_length": 128}
+    assert "max_length: 256 -> 128" in called(monkeypatch, capsys, finetune, other, tmp_path / "c.json")
+    sampled = {**values, "sample_every": 7}
+    assert "nothing to do" in called(monkeypatch, capsys, finetune, sampled, tmp_path / "c.json")
+    kept = shutil.copytree(tower, tmp_path / "kept")
+    change(tower / "model.safetensors")
+    said = called(monkeypatch, capsys, finetune, values, tmp_path / "c.json")
+    assert re.search(r"error: .*\(start.vision_tower/model.safetensors: '\w{64}' -> '\w{64}'\)", said)
+    shutil.rmtree(tower)
+    assert "nothing to do" in called(monkeypatch, capsys, finetune, values, tmp_path / "c.json")
+    shutil.move(kept, tower)
+    assert "nothing to do" in called(monkeypatch, capsys, finetune, values, tmp_path / "c.json")
+    assert all(torch.equal(value, before[key]) for key, value in weights(final).items())
+
+
+def test_a_run_does_not_go_on_from_another_start(tmp_path, data, tuned, llm):
+    model = Path(shutil.copytree(llm, tmp_path / "tiny-llama"))
+    shutil.copytree(tuned.parent, tmp_path / "run", ignore=shutil.ignore_patterns("final"))
+    values = toy.finetune_configuration(tmp_path / "run", data, str(model))
+    file = tmp_path / "run" / "run.json"
+    file.write_text(file.read_text().replace(llm, str(model)))
+    change(model / "model.safetensors")
+    with pytest.raises(InvalidInput, match="start.language_model/model.safetensors"):
+        run(finetune, values)
+
+
+def test_the_record_of_an_older_version_is_compared_by_what_it_holds(tmp_path, chained, monkeypatch, capsys):
+    tower, values = chained
+    values = {**values, "out": str(shutil.copytree(values["out"], tmp_path / "run"))}
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    assert any(key.startswith("start.vision_tower/") for key in record.pop("started_from"))
+    file.write_text(json.dumps(record))
+    assert "nothing to do" in called(monkeypatch, capsys, finetune, values, tmp_path / "c.json")
+    said = called(monkeypatch, capsys, finetune, {**values, "seed": 9}, tmp_path / "c.json")
+    assert "seed: 1 -> 9" in said
+
+
+def test_a_start_from_the_hub_is_recorded_by_its_commit(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    cached = {("owner/model", "config.json"): "hub/models--owner--model/snapshots/abc/config.json"}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *name: cached.get(name))
+    settings = {"start": {"language_model": "owner/model", "vision_tower": "owner/other"}, "teacher": None}
+    assert started_from(settings) == {"start.language_model/commit": "abc"}
+
+
+def test_a_merged_checkpoint_is_left_as_it_is_until_what_it_was_made_from_changes(tmp_path, tuned, monkeypatch, capsys):
+    trained = shutil.copytree(tuned, tmp_path / "final")
+    values = {"trained": str(trained), "out": str(tmp_path / "merged"), "dtype": "float32"}
+    assert "wrote" in called(monkeypatch, capsys, merge_lora, values, tmp_path / "c.json")
+    before = weights(tmp_path / "merged")
+    assert "nothing to do" in called(monkeypatch, capsys, merge_lora, values, tmp_path / "c.json")
+    other = {**values, "dtype": "float16"}
+    assert "dtype: 'float32' -> 'float16'" in called(monkeypatch, capsys, merge_lora, other, tmp_path / "c.json")
+    change(trained / base.ADAPTER_WEIGHTS)
+    assert "error: " in (said := called(monkeypatch, capsys, merge_lora, values, tmp_path / "c.json"))
+    assert "trained/adapter_model.safetensors" in said
+    (tmp_path / "merged" / "run.json").unlink()
+    assert "does not say what it was made from: nothing to do" in called(
+        monkeypatch, capsys, merge_lora, values, tmp_path / "c.json")
+    assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "merged").items())
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "training" / "configs").rglob("*.json"), key=str),

@@ -28,10 +28,10 @@ from rich.console import Console  # noqa: E402
 
 from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.volume import PRESETS  # noqa: E402
-from training.data.jobs import LeftOut, Outcome, do_all  # noqa: E402
+from training.data.jobs import Job, LeftOut, Outcome, do_all  # noqa: E402
 from training.data.raw import cap_jobs, refseg_jobs, seg_jobs  # noqa: E402
-from training.data.reading import read_json, read_table  # noqa: E402
-from training.data.sets import CAP, REFSEG, SEG  # noqa: E402
+from training.data.reading import mask_id, read_json, read_split, read_table  # noqa: E402
+from training.data.sets import CAP, REFSEG, SEG, names_of  # noqa: E402
 from training.files import write_json, write_text  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -48,6 +48,7 @@ TestShare = Annotated[float, typer.Option(min=0, max=0.5,
 
 _CORES = os.cpu_count() or 1
 _SHOWN = 10
+_REFSEG_COLUMNS = ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Answer")
 
 
 @app.command()
@@ -57,9 +58,9 @@ def cap(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = 
     began = _begin(raw, out, preset)
     jobs, others = cap_jobs(raw, out / CAP, image_size, preset)
     outcomes = do_all(jobs, workers, "M3D-Cap")
-    given, names = _given_pairs(raw), {job.name for job in jobs}
+    given, names = _given_pairs(raw), {case.name for case in _usable(outcomes)}
     index: dict[str, list] = {split: [] for split in ("train", "validation", "test", *given.values())}
-    if (out / CAP / "M3D_Cap.json").is_file():  # the pairs of other raw folders stay
+    if (out / CAP / "M3D_Cap.json").is_file():  # the pairs of other cases stay
         for split, pairs in read_json(out / CAP / "M3D_Cap.json").items():
             kept = [pair for pair in pairs if Path(pair["image"]).parent.relative_to(CAP).as_posix() not in names]
             index.setdefault(split, []).extend(kept)
@@ -82,18 +83,19 @@ def seg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = 
     began = _begin(raw, out, preset)
     codes = sorted(path.name for path in raw.iterdir() if path.is_dir() and not path.name.startswith("."))
     listed = {code: seg_jobs(raw, out / SEG, code, image_size, preset) for code in codes}
+    earlier = {code: _earlier_masks(out, code, jobs, names) for code, (jobs, names, _) in listed.items()}
     outcomes = do_all([job for jobs, _, _ in listed.values() for job in jobs], workers, "M3D-Seg")
     _finish(out / SEG, "seg", began, raw, image_size, preset, outcomes)
     for code, (jobs, names, splits) in listed.items():
-        index: dict = {"name": code, "labels": {"0": "background"} | {str(k): name for k, name in enumerate(names, 1)},
-                       "train": [], "test": []}
-        names_of_code = {job.name for job in jobs}
-        for case in _usable(outcomes):
-            if case.name in names_of_code:
-                split = splits.get(case.target.name) or _drawn(case.name, test_share, ("test",))
-                masks = sorted((case.target / "masks").glob("mask_*.npy"), key=lambda path: int(path.stem[5:]))
-                index[split] += [{"image": (case.target / "image.npy").relative_to(out / SEG).as_posix(),
-                                  "label": mask.relative_to(out / SEG).as_posix()} for mask in masks]
+        targets = {job.target for job in jobs}
+        cases = [case for case in _usable(outcomes) if case.target in targets]
+        index: dict = {"name": code, "labels": {"0": "background"} | {str(k): name for k, name in enumerate(names, 1)}}
+        index |= _without(earlier[code], {case.target.name for case in cases})
+        for case in cases:
+            split = splits.get(case.target.name) or _drawn(case.name, test_share, ("test",))
+            masks = sorted((case.target / "masks").glob("mask_*.npy"), key=lambda path: int(path.stem[5:]))
+            index[split] += [{"image": (case.target / "image.npy").relative_to(out / SEG).as_posix(),
+                              "label": mask.relative_to(out / SEG).as_posix()} for mask in masks]
         if index["train"] or index["test"]:
             write_json(out / SEG / code / f"{code}.json", index)
 
@@ -103,22 +105,25 @@ def refseg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset
            workers: Workers = _CORES) -> None:
     """Referring questions: RAW/CASE with ct.nii.gz and mask.nii.gz, and M3D_RefSeg.csv (and M3D_RefSeg_test.csv)."""
     began = _begin(raw, out, preset)
-    tables = {name: read_table(raw / name, ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Answer"))
-              for name in ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv")
-              if name == "M3D_RefSeg.csv" or (raw / name).is_file()}
+    names = ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv")
+    tables = {name: read_table(raw / name, _REFSEG_COLUMNS) for name in names
+              if name == names[0] or (raw / name).is_file()}
+    earlier = {name: read_table(out / REFSEG / name, _REFSEG_COLUMNS) for name in names
+               if (out / REFSEG / name).is_file()}
     outcomes = do_all(refseg_jobs(raw, out / REFSEG, image_size, preset), workers, "M3D-RefSeg")
     cases = {case.target.name: case.target for case in _usable(outcomes)}
     values = {name: set(np.unique(np.load(folder / "mask.npy")).tolist()) - {0} for name, folder in cases.items()}
-    left_out, texts = [], {}
-    for name, table in tables.items():
+    left_out, texts, kept = [], {}, _without(earlier, set(cases), "Image")
+    for name in tables | earlier:
         texts[name] = text = io.StringIO()
-        writer = csv.DictWriter(text, table[0].keys() if len(table) else (), lineterminator="\n")
+        writer = csv.DictWriter(text, _REFSEG_COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for number, row in enumerate(table, 1):
-            case = Path(row["Image"]).parent.name
+        writer.writerows(kept.get(name, ()))
+        for number, row in enumerate(tables.get(name, ()), 1):
+            case = _case(row["Image"])
             if case not in cases:
                 left_out.append(LeftOut(f"{raw / name}, row {number}", f"its case {case!r} is not prepared"))
-            elif row["Mask_ID"] not in map(str, values[case]):
+            elif mask_id(row["Mask_ID"]) not in values[case]:
                 left_out.append(LeftOut(f"{raw / name}, row {number}", f"{case} has no mask {row['Mask_ID']}"))
             else:
                 folder = cases[case].relative_to(out).as_posix()
@@ -136,6 +141,37 @@ def _begin(raw: Path, out: Path, preset: str) -> float:
     if out.resolve().is_relative_to(raw.resolve()):
         raise InvalidInput(f"{out} lies inside {raw}, and would be taken for raw data the next time: write elsewhere")
     return time.monotonic()
+
+
+def _earlier_masks(out: Path, code: str, jobs: Sequence[Job], names: tuple[str, ...]) -> dict[str, list]:
+    """The entries by split that a data set's index has already.
+
+    Raises InvalidInput if some are of cases that are not in `jobs` and number the classes otherwise than `names`.
+    """
+    path = out / SEG / code / f"{code}.json"
+    none: dict[str, list] = {"train": [], "test": []}
+    if not path.is_file():
+        return none
+    earlier = {split: list(read_split(path, split, ("image", "label"))) for split in none}
+    if (theirs := names_of(path, code)) == names:
+        return earlier
+    others = {_case(entry["image"]) for split in _without(earlier, {job.target.name for job in jobs}).values()
+              for entry in split}
+    if others:
+        raise InvalidInput(f"{path} has {len(others):,} cases of other raw folders, for example {min(others)}, whose "
+                           f"classes are {', '.join(theirs)}; here they are {', '.join(names)}. Give both the same "
+                           f'"labels" in their {code}/{code}.json, or prepare them to different roots')
+    return none  # all its cases are here, and will be made again with these classes
+
+
+def _without(entries: dict[str, Sequence[dict]], cases: set[str], key: str = "image") -> dict[str, list[dict]]:
+    """Of each list in `entries`, what is of none of `cases`. key: under which an entry has its image."""
+    return {name: [entry for entry in listed if _case(entry[key]) not in cases] for name, listed in entries.items()}
+
+
+def _case(image: str) -> str:
+    """The case of an image, in whatever folder it is."""
+    return Path(image).parent.name
 
 
 def _given_pairs(raw: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from engine.scan.limits import Limits
 from engine.scan.nifti import read_gzipped_nifti, read_nifti
 from engine.volume import Geometry, prepare
 from training.data.jobs import Job, LeftOut
-from training.data.reading import read_json
+from training.data.reading import ABSENT, read_json
 from training.data.wording import class_names
 
 _NIFTI = (".nii.gz", ".nii")
@@ -160,28 +160,33 @@ def _make_seg(case: Path, names: Sequence[str], size: Size, preset: str, folder:
     prepared = prepare(scan, size, preset)
     (folder / "masks").mkdir()
     np.save(folder / "image.npy", prepared.image)
-    written = 0
+    structures = 0
     for number, mask in masks:
-        small = _in_model(prepared.geometry, mask)
-        if small.any():
-            np.save(folder / "masks" / f"mask_{number}.npy", small)
-            written += 1
-        elif mask.any():
+        present = bool(mask.any())
+        small = _in_model(prepared.geometry, mask) if present else np.zeros(ABSENT, bool)
+        if present and not small.any():  # it is in the scan, so it cannot be denied either
             left_out.append(LeftOut(str(case), f"{names[number]} fills no voxel of the model by half"))
-    if not written:
+            continue
+        np.save(folder / "masks" / f"mask_{number}.npy", small)
+        structures += present
+    if not structures:
         raise InvalidInput("no class of the data set is in the image")
     return left_out
 
 
 def _labelled(case: Path, scan: Scan, names: Sequence[str], left_out: list[LeftOut]):
-    """(class id, mask) of the classes in a label image, or in one mask file per class."""
+    """(class id, mask) of all classes where there is a label image, or of those that have a mask file.
+
+    The mask of a class that is not in the scan holds nothing but 0, in any shape.
+    """
     if label := _one_of(case, _LABELS):
         labels = _label_image(label, scan)
         found = np.unique(labels)
         if (found != np.round(found)).any() or found[0] < 0 or found[-1] > len(names):
             raise InvalidInput(f"{label.name} holds {_some(found)}; whole numbers from 0 to {len(names)} are wanted, "
                                f"one for each class of the data set")
-        return ((int(value) - 1, labels == value) for value in found if value > 0)
+        return ((number, labels == number + 1 if number + 1 in found else np.zeros(1, bool))
+                for number in range(len(names)))
     files = _mask_files(case)
     if not files:
         raise InvalidInput(f"there are no labels: {_LABELS[0]}.nii.gz, or a folder {' or '.join(_MASK_FOLDERS)} with "

@@ -14,6 +14,7 @@ import numpy as np
 from engine.errors import InvalidInput
 from training.data.sample import BrokenSample
 
+ABSENT = (1, 1, 1, 1)  # shape of M3D-Seg's mask of a structure that is not in the scan; it holds 0
 _ROUNDING = 1e-3  # how far beyond 0..1 resampling may have left an image
 _MAX_CELL = 1 << 24
 
@@ -81,6 +82,15 @@ def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...]) -> Iterator
     return ({column: row[column] or "" for column in columns} for row in reader)
 
 
+def mask_id(cell: str) -> int | None:
+    """The value in a mask that a cell of M3D_RefSeg.csv means, 1 or above (0 is the background); None if it is none."""
+    try:
+        value = float(cell)  # tables that went through other tools have 1.0 for 1
+    except ValueError:
+        return None
+    return int(value) if value >= 1 and value.is_integer() else None
+
+
 def read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
     """float32 [1, D, H, W] in 0..1 at `size`. Raises BrokenSample for anything else."""
     array = _load(path)
@@ -97,8 +107,13 @@ def read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
 
 
 def read_mask(path: Path, image_path: Path, shape: tuple[int, ...], label: int | None = None) -> np.ndarray:
-    """bool of `shape`, which is the image's: the voxels that are `label`, or without one all that are not 0."""
+    """bool of `shape`, which is the image's: the voxels that are `label`, or without one all that are not 0.
+
+    Without a label a single 0 (`ABSENT`) stands for a mask that is 0 everywhere.
+    """
     array = _load(path)
+    if label is None and array.shape == ABSENT and not array.any():
+        return np.zeros(shape, bool)
     if array.shape != tuple(shape):
         raise BrokenSample([path, image_path], f"the mask has shape {_shape(array.shape)}, its image {_shape(shape)}")
     return array != 0 if label is None else array == label

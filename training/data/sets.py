@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 from engine.errors import InvalidInput
 from engine.prompt import SEG_TOKEN, format_box
 from training.data.jitter import Change, draw_change, swap_sides
-from training.data.reading import read_image, read_json, read_mask, read_split, read_table, read_text, stored_shape
+from training.data.reading import (ABSENT, mask_id, read_image, read_json, read_mask, read_split, read_table,
+                                   read_text, stored_shape)
 from training.data.sample import BrokenSample, Sample
 from training.data.wording import choose, class_names, descriptions, templates
 
@@ -50,7 +51,7 @@ class TrainingSet(Dataset):
     root: the data root. split: train, validation or test; M3D-Cap has the splits that its JSON has.
     image_size: (D, H, W) of the model. seed: of everything that is drawn. jitter: whether the recipe's random changes
     are made. wording: `train` or `held_out` questions.
-    Raises InvalidInput if the root lacks the set, or its index or images are not as the model needs them.
+    Raises InvalidInput if the root lacks the set, or its index, images or masks are not as the model needs them.
     """
 
     task: str
@@ -124,19 +125,30 @@ class TrainingSet(Dataset):
         return path
 
     def _probe(self) -> None:
-        """Looks at the headers of a few images: a wrong root or size shows before training, not as broken samples."""
-        paths = []
-        for index in range(0, len(self), max(1, len(self) // _PROBED)):
+        """Looks at the headers of a few images and masks: a wrong root or size shows before training, not as broken
+        samples.
+        """
+        # Over the whole set, in unequal steps: an even one might meet the same class of each case.
+        probed = []
+        for index in np.unique(np.linspace(0, len(self) - 1, _PROBED, dtype=int)).tolist():
             with suppress(BrokenSample):
-                paths.append(self.files(index).image)
-        shapes = [stored_shape(path) for path in paths]
-        if not any(shapes):
+                probed.append(self.files(index))
+        self._probe_shapes("images", [files.image for files in probed])
+        if masks := [files.mask for files in probed if files.mask]:
+            self._probe_shapes("masks", masks, ABSENT if probed[0].label is None else None)
+
+    def _probe_shapes(self, what: str, paths: Sequence[Path], either: tuple[int, ...] | None = None) -> None:
+        """either: a shape that is right as well, but says nothing of the others."""
+        shapes = {path: stored_shape(path) for path in paths}
+        if not any(shapes.values()):
             example = f", for example {paths[0]}" if paths else ""
-            raise InvalidInput(f"none of {len(paths)} images that {self.index} names can be read{example}; "
+            raise InvalidInput(f"none of {len(shapes)} {what} that {self.index} names can be read{example}; "
                                f"paths in it count from {self._base}")
         wanted = (1, *self.image_size)
-        if all(shape not in (None, wanted) for shape in shapes):
-            raise InvalidInput(f"the images of {self.task} have shape {' x '.join(map(str, shapes[0]))} ({paths[0]}), "
+        found = {shape: path for path, shape in shapes.items() if shape not in (None, either)}
+        if found and wanted not in found:
+            shape, path = next(iter(found.items()))
+            raise InvalidInput(f"the {what} of {self.task} have shape {' x '.join(map(str, shape))} ({path}), "
                                f"the model takes {' x '.join(map(str, wanted))}: prepare them at that size")
 
     @property
@@ -219,7 +231,8 @@ class Structures(TrainingSet):
     """M3D-Seg: the structures of one data set, each asked for twice: by its name and by a description.
 
     code: of the data set, NNNN. kind: segmentation, rec (answer with a box) or reg (name what a box holds).
-    An empty mask is a structure that is not in the scan; it is asked for, and the answer says so.
+    An empty mask, as published a single 0, is a structure that is not in the scan; it is asked for, and the answer
+    says so.
     """
 
     KINDS = ("segmentation", "rec", "reg")
@@ -291,10 +304,9 @@ class Referring(TrainingSet):
 
     def files(self, index: int) -> Files:
         row = self.rows[index]
-        try:
-            label = int(float(row["Mask_ID"]))
-        except ValueError:
-            raise BrokenSample(self.index, f"row {index + 1} has Mask_ID {row['Mask_ID']!r}, not a number") from None
+        label = mask_id(row["Mask_ID"])
+        if label is None:
+            raise BrokenSample(self.index, f"row {index + 1} has Mask_ID {row['Mask_ID']!r}, not a whole number from 1")
         return Files(self.root / row["Image"], self.root / row["Mask"], label)
 
     def _words(self, index, mask, rng):
