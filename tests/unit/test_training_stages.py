@@ -235,7 +235,7 @@ def test_a_broken_sample_costs_a_batch_nothing_but_itself(tmp_path, data, llm, e
     """The step is that of a batch without it."""
     monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
 
-    def trained(name: str, root: Path, batch: int, rate: float = 0.1) -> dict:
+    def trained(name: str, root: Path, batch: int, rate: float = 1.0) -> dict:
         settings = {**SGD, "per_device_train_batch_size": batch, "max_steps": 1, "learning_rate": rate}
         if stage == "finetune":
             values = only(toy.finetune_configuration(tmp_path / name, root, llm, dropout=0.0, **settings), "caption")
