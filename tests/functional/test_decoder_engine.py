@@ -357,7 +357,7 @@ def test_phi3_answers_like_transformers_with_a_sliding_window_and_long_rope(tmp_
     """The start itself compares states with transformers'."""
     tiny = write_tiny_llm(tmp_path / "repository", phi3=True)
     right = [right_answer(tiny, long_case(i)) for i in range(3)] + [right_answer(tiny, case(i)) for i in range(AT_ONCE)]
-    assert sum(len(states) for _, states in right) > 12
+    assert sum(len(states) for _, states in right) >= 8
     with started(tiny) as running:
         answers = running.ask_all(*map(long_case, range(3)), *map(case, range(AT_ONCE)), max_new_tokens=LENGTH)
         for answer, expected in zip(answers, right):
