@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test bench bench-settings rehearse-7b gpu-check train-demo clean
+.PHONY: help demo serve test quantizing bench bench-settings rehearse-7b gpu-check train-demo clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -18,6 +18,8 @@ TAG := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])'
 LOCAL_TORCH := $(firstword $(foreach folder,$(PIP_FIND_LINKS),$(wildcard $(folder)/torch-*cpu-$(TAG)-*.whl)))
 TORCH_FROM := $(if $(LOCAL_TORCH),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --override overrides.txt
+# llm-compressor wants other versions of transformers, compressed-tensors and NumPy than vLLM and Triton.
+QUANTIZING := $(VENV)/quantizing
 
 help:  ## list what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,8 +32,10 @@ serve: $(VENV)/serving  ## export the demo model and serve it until Ctrl-C
 	@$(EXPORT_DEMO)
 	@$(BIN)/m3d serve --target cpu --repository model_repository
 
-test: $(VENV)/testing  ## run the test suite (unit and functional, with a real Triton)
+test: $(VENV)/testing $(QUANTIZING)/ready  ## run the test suite (unit and functional, with a real Triton)
 	@$(BIN)/python -m pytest
+
+quantizing: $(QUANTIZING)/ready  ## install llm-compressor, in an environment of its own, for --llm-quantization
 
 gpu-check:  ## on a machine with a GPU: build, compare with PyTorch, serve, fixtures, latency, with a report
 	@$(GPU_PYTHON) deploy/gpu_check.py --out $(OUT)/gpu-check
@@ -89,4 +93,11 @@ $(VENV)/serving: pyproject.toml overrides.txt | $(VENV)/bin/uv
 $(VENV)/testing: $(VENV)/serving
 	@echo "installing what training, benchmarks and tests need ..."
 	@$(INSTALL) --editable '.[cpu,train,bench,test,tensorrt-rtx]'
+	@touch $@
+
+$(QUANTIZING)/ready: export/quantizing.txt | $(VENV)/bin/uv
+	@echo "installing llm-compressor in $(QUANTIZING) ..."
+	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(QUANTIZING)
+	@$(BIN)/uv pip install --quiet --python $(QUANTIZING)/bin/python $(TORCH_FROM) --override export/quantizing.txt \
+	  --requirements export/quantizing.txt
 	@touch $@

@@ -1,10 +1,12 @@
-"""Which precision may the encoders have on this CPU? How long each takes, and what each changes in answers and masks.
+"""Which precision may the encoders have? How long each takes on this CPU, and what each changes in answers and masks.
 
     python benchmarks/encoders.py --checkpoint DIR                     # exports the encoders, measures
     python benchmarks/encoders.py --repository DIR --checkpoint DIR    # takes the graphs of an exported repository
+    python benchmarks/encoders.py --target tensorrt --checkpoint DIR   # what a GPU's precisions change, without one
 
-fp32 is ONNX Runtime's, bf16 OpenVINO's, int8 ONNX Runtime's with weights and activations quantised (weights by channel,
-activations by tensor at run time). Every pair of a vision and a segmentation encoder answers the questions, greedily in
+On a CPU fp32 is ONNX Runtime's, bf16 OpenVINO's, int8 ONNX Runtime's with weights and activations quantised (weights by
+channel, activations by tensor at run time). For target tensorrt the typed graphs of which plans are made are computed in
+fp32 with the roundings that they have on a GPU (fp8 calibrated on the scans); their times mean nothing. Every pair of a vision and a segmentation encoder answers the questions, greedily in
 fp32 PyTorch, and draws its mask; the fp32 pair is what the others are compared with, on the checkpoint and on the
 recorded fixture of tests/fixtures. Within bounds: the same tokens, and a Dice of 0.999 or more, everywhere.
 """
@@ -16,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -25,6 +28,7 @@ if __package__ in (None, ""):  # run as a script, from any folder
     sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import onnx  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks import floor, scans  # noqa: E402
@@ -39,7 +43,7 @@ from engine.scan import pack_scan, read_scan  # noqa: E402
 from engine.volume import prepare  # noqa: E402
 
 VISION, SEGMENTATION = "vision_encoder", "segmentation_encoder"
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "tensorrt": ("fp32", "fp16", "bf16", "fp8")}
 DICE_BOUND = 0.999
 QUESTION = "Please segment the left lung: [SEG]"  # a checkpoint of make_checkpoint.py answers it with a mask
 FIXTURE = ROOT / "tests" / "fixtures" / "dev_small"
@@ -86,25 +90,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """{"precisions", "rates", "runs": {encoder: {precision: {...}}}, "exactness": [...]}, JSON-ready."""
-    precisions = [p for p in arguments.precisions if p != "bf16" or has_bf16()]
-    if "fp32" not in precisions:
-        raise InvalidInput("--precisions needs fp32, which the others are compared with")
+    """{"target", "precisions", "rates", "runs": {encoder: {precision: {...}}}, "exactness": [...]}, JSON-ready."""
+    target = arguments.target
+    precisions = [p for p in arguments.precisions or PRECISIONS[target]
+                  if p != "bf16" or target == "tensorrt" or has_bf16()]
+    if "fp32" not in precisions or set(precisions) - set(PRECISIONS[target]):
+        raise InvalidInput(f"--precisions for target {target} are some of {', '.join(PRECISIONS[target])}; fp32 must be "
+                           "one, since the others are compared with it")
     rates = floor.measure(seconds=arguments.floor_seconds)
-    result = {"precisions": precisions, "rates": asdict(rates), "exactness": []}
+    result = {"target": target, "precisions": precisions, "rates": asdict(rates), "exactness": []}
     with tempfile.TemporaryDirectory() as folder:
         _say("the checkpoint")
-        encoders = Encoders(arguments.checkpoint, precisions, Path(folder) / "checkpoint", arguments.repository)
-        scan = scans.read(arguments.scan) if arguments.scan else scans.phantom()
-        data, affine = pack_scan(scan.array, scan.affine)
-        image = prepare(read_scan(data, affine=affine), encoders.model.config.vision.image_size).image
-        result["runs"] = encoders.timed(image, arguments.runs, rates)
-        result["exactness"] += encoders.exactness("checkpoint", image, arguments.question or [QUESTION],
-                                                  arguments.tokens)
+        model, tokenizer = _open(arguments.checkpoint)
+        images = {}
+        for scan in map(scans.read, arguments.scan) if arguments.scan else [scans.phantom()]:
+            data, affine = pack_scan(scan.array, scan.affine)
+            images[f"scan {len(images) + 1}"] = prepare(read_scan(data, affine=affine),
+                                                        model.config.vision.image_size).image
+        encoders = Encoders(model, tokenizer, precisions, Path(folder) / "checkpoint", target, list(images.values()),
+                            arguments.repository)
+        result["runs"] = encoders.timed(next(iter(images.values())), arguments.runs, rates)
+        for name, image in images.items():
+            result["exactness"] += encoders.exactness(name, image, arguments.question or [QUESTION], arguments.tokens)
         if arguments.fixture:
             _say("the fixture")
             checkpoint, image, question, tokens = _fixture(Path(folder) / "fixture")
-            encoders = Encoders(str(checkpoint), precisions, Path(folder) / "fixture")
+            encoders = Encoders(*_open(str(checkpoint)), precisions, Path(folder) / "fixture", target, [image])
             result["exactness"] += encoders.exactness("fixture", image, [question], tokens)
     result["exactness"] = [{**asdict(e), "within_bounds": e.within_bounds} for e in result["exactness"]]
     return result
@@ -112,16 +123,15 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 class Encoders:
     """Both encoders of a checkpoint in several precisions. Their graphs are exported into `folder`, unless there is a
-    `repository` that holds them."""
+    `repository` that holds them. images: volumes [1, D, H, W] that fp8 is calibrated on."""
 
-    def __init__(self, checkpoint: str, precisions: list[str], folder: Path, repository: Path | None = None):
-        self.model, tokenizer = load_lamed(checkpoint)
-        if self.model.seg_module is None:
-            raise InvalidInput(f"{checkpoint} has no segmentation encoder to compare")
-        config = self.model.config
-        self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.llm.get("max_position_embeddings", 2048))
+    def __init__(self, model: Lamed, tokenizer, precisions: list[str], folder: Path, target: str,
+                 images: list[np.ndarray], repository: Path | None = None):
+        config = model.config
+        self.model = model
+        self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.context_length)
         self.precisions = precisions
-        self.graphs: dict[tuple[str, str], OnnxGraph] = {}
+        self.graphs: dict[tuple[str, str], Callable] = {}
         self.load_s: dict[tuple[str, str], float] = {}
         if repository is None:
             _export(self.model, folder)
@@ -129,10 +139,11 @@ class Encoders:
             path = (repository or folder) / name / "1" / "model.onnx"
             for precision in precisions:
                 _say(f"{name}, {precision}")
-                source = _quantised(path, folder / f"{name}.int8") if precision == "int8" else path
                 started = time.perf_counter()
-                self.graphs[name, precision] = OnnxGraph(source, contract.MODELS[name],
-                                                         precision="bf16" if precision == "bf16" else "fp32")
+                self.graphs[name, precision] = (
+                    _typed(path, precision, images) if target == "tensorrt" else
+                    OnnxGraph(_quantised(path, folder / f"{name}.int8"), contract.MODELS[name]) if precision == "int8" else
+                    OnnxGraph(path, contract.MODELS[name], precision=precision))
                 self.load_s[name, precision] = time.perf_counter() - started
 
     def encode(self, name: str, precision: str, image: np.ndarray) -> np.ndarray:
@@ -140,8 +151,9 @@ class Encoders:
         return found
 
     def timed(self, image: np.ndarray, runs: int, rates: floor.Rates) -> dict:
-        """By encoder and precision: load_s, seconds (one precision after the other, `runs` times), floor_s, and error,
-        root mean square against fp32."""
+        """By encoder and precision: load_s, seconds (one precision after the other, `runs` times), floor_s; and error,
+        root mean square against fp32, with max_error, both as a share of fp32's (of its root mean square, its largest).
+        """
         found: dict = {}
         for name in (VISION, SEGMENTATION):
             _say(f"{name}, {runs} runs of each")
@@ -157,7 +169,9 @@ class Encoders:
                 # There is no measured rate of int8 products: bf16's stands for it, which int8 may beat.
                 rate = rates.matmul["fp32" if precision == "fp32" else "bf16"]
                 row["floor_s"] = self._flops(name) / rate
-                row["error"] = float(np.sqrt(np.square(outputs[precision] - exact).mean() / np.square(exact).mean()))
+                off = np.abs(outputs[precision] - exact)
+                row["error"] = float(np.sqrt(np.square(off).mean() / np.square(exact).mean()))
+                row["max_error"] = float(off.max() / np.abs(exact).max())
         return found
 
     @torch.inference_mode()
@@ -208,18 +222,21 @@ def dice(a: np.ndarray | None, b: np.ndarray | None) -> float:
 
 def text(result: dict) -> str:
     """Markdown tables, and which pair is the fastest within bounds."""
-    runs = [(name.replace("_", " "), precision, f"{median(r['seconds']):.2f} s",
+    runs = [(name.replace("_", " "), precision, f"{r['error']:.1e}", f"{r['max_error']:.1e}", f"{median(r['seconds']):.2f} s",
              f"{min(r['seconds']):.2f} to {max(r['seconds']):.2f} s", f"{median(r['seconds']) / r['floor_s']:.1f}",
-             f"{r['load_s']:.1f} s", f"{r['error']:.1e}")
+             f"{r['load_s']:.1f} s")
             for name, by_precision in result["runs"].items() for precision, r in by_precision.items()]
     exactness = [(e["case"], e["vision"], e["segmentation"],
                   "none" if e["same_tokens"] is None else f"after {e['same_tokens']}",
                   "no mask" if e["dice"] is None else f"{e['dice']:.5f}", "yes" if e["within_bounds"] else "no")
                  for e in result["exactness"]]
+    columns = ("encoder", "precision", "error", "max error", "median", "spread", "÷ floor", "load")
+    compared = table(("on", "vision encoder", "segmentation encoder", "tokens differ", "Dice", "within bounds"), exactness)
+    if result["target"] == "tensorrt":  # whose times are those of another device
+        return "\n\n".join((table(columns[:4], [row[:4] for row in runs]), compared))
     best = fastest(result)
     return "\n\n".join((
-        table(("encoder", "precision", "median", "spread", "÷ floor", "load", "error"), runs),
-        table(("on", "vision encoder", "segmentation encoder", "tokens differ", "Dice", "within bounds"), exactness),
+        table(columns, runs), compared,
         f"Fastest within bounds: vision encoder in {best[0]}, segmentation encoder in {best[1]}."))
 
 
@@ -232,6 +249,13 @@ def fastest(result: dict) -> tuple[str, str]:
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------
+def _open(checkpoint: str) -> tuple[Lamed, object]:
+    model, tokenizer = load_lamed(checkpoint)
+    if model.seg_module is None:
+        raise InvalidInput(f"{checkpoint} has no segmentation encoder to compare")
+    return model, tokenizer
+
+
 def _export(model: Lamed, folder: Path) -> None:
     from export.graphs import build, lamed_graphs
 
@@ -249,6 +273,14 @@ def _quantised(path: Path, target: Path) -> Path:
     quantize_dynamic(path, target, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8,
                      per_channel=True, use_external_data_format=True)
     return target
+
+
+def _typed(path: Path, precision: str, images: list[np.ndarray]) -> Callable:
+    """The graph that a plan is made of, computed here."""
+    from export import plans, typed_graph
+
+    amax = plans.calibrate(path, images) if precision == "fp8" else None
+    return plans.on_cpu(typed_graph.typed(onnx.load(path), precision, amax))
 
 
 def _fixture(folder: Path) -> tuple[Path, np.ndarray, str, int]:
@@ -278,12 +310,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="M3D-LaMed: a folder or a Hugging Face id")
     parser.add_argument("--repository", type=Path, help="an export of this checkpoint whose graphs are measured")
-    parser.add_argument("--scan", type=Path, help="a scan file (default: a made CT)")
-    parser.add_argument("--question", action="append", help="asked about the scan; its answer should have a [SEG]. May "
+    parser.add_argument("--target", choices=tuple(PRECISIONS), default="cpu", help="whose precisions (default: cpu)")
+    parser.add_argument("--scan", type=Path, nargs="+", help="scan files (default: a made CT)")
+    parser.add_argument("--question", action="append", help="asked about each scan; its answer should have a [SEG]. May "
                         "be given several times (the default does it with checkpoints of make_checkpoint.py)")
     parser.add_argument("--tokens", type=int, default=24, help="of an answer (default: %(default)s)")
-    parser.add_argument("--precisions", type=lambda words: tuple(words.split(",")), default=PRECISIONS,
-                        help="default: fp32,bf16,int8; bf16 is left out where the processor does not have it")
+    parser.add_argument("--precisions", type=lambda words: tuple(words.split(",")),
+                        help="default: fp32,bf16,int8 (bf16 is left out where the processor does not have it), for "
+                             "target tensorrt fp32,fp16,bf16,fp8")
     parser.add_argument("--runs", type=int, default=5, help="of each encoder (default: %(default)s)")
     parser.add_argument("--fixture", action=argparse.BooleanOptionalAction, default=True,
                         help="also compare on the fixture of tests/fixtures (default: yes)")

@@ -32,6 +32,8 @@ class Manifest:
     target tensorrt also {"plan": ...}: precision, errors, builder, TensorRT version, compute capability, bindings.
     models: the models of the repository that this export makes servable.
     plans: for target tensorrt, how the plans were built; empty for a CPU.
+    quantization: of the language model's weights: {"scheme", "calibration", "perplexity", "perplexity_before",
+    "agreement", "tokens", "bound"}, see `export/quantize.py`; empty where it has none.
     clip_text_length: tokens that retrieval pads texts to; None without CLIP or without its tokenizer.
     files: size in bytes of every exported file, by path inside the repository.
     """
@@ -57,6 +59,7 @@ class Manifest:
     clip_text_length: int | None = None
     clip_image_size: tuple[int, int, int] | None = None
     plans: dict = field(default_factory=dict)
+    quantization: dict = field(default_factory=dict)
     format: int = FORMAT
     files: dict[str, int] = field(default_factory=dict)
 

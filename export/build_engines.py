@@ -30,6 +30,7 @@ from engine.prompt import IMAGE_TOKEN, Prompt  # noqa: E402
 from export.build_settings import BUILDERS, RTX_CAPABILITIES, BuildSettings  # noqa: E402
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+QUANTIZATIONS = ("fp8", "awq", "gptq")
 VERSIONED = ("m3d-engine", "torch", "onnx", "onnxruntime", "transformers")
 PLANNED = ("vision_encoder", "segmentation_encoder", "clip_image_encoder")  # TensorRT's; the others stay ONNX graphs
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         export(arguments.checkpoint, arguments.repository, clip_checkpoint=arguments.clip_checkpoint,
                target=arguments.target, precision=arguments.precision, settings=_settings(arguments),
-               calibration=arguments.calibration, force=arguments.force)
+               calibration=arguments.calibration, quantization=arguments.llm_quantization, force=arguments.force)
     except M3DError as error:
         print(f"export failed: {error}", file=sys.stderr)
         return 1
@@ -48,16 +49,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = None, target: str = "cpu",
            precision: str = "fp32", settings: BuildSettings | None = None, calibration: Sequence[Path] = (),
-           force: bool = False) -> Manifest:
+           quantization: str | None = None, force: bool = False) -> Manifest:
     """Export into `repository` and return its manifest; the one that is there if nothing changed since.
 
     precision: on a CPU the language model's. For TensorRT the encoders', and the language model's, which has bf16
-    beside fp8 encoders. settings: how plans are built, for target tensorrt alone. calibration: scans that fp8 is
-    calibrated on; every plan is compared with PyTorch on them.
+    beside fp8 encoders. settings: how plans are built, for target tensorrt alone. quantization: of the language model's
+    weights, see `export.quantize`. calibration: scans that fp8 encoders and a quantised language model are calibrated
+    on; every plan is compared with PyTorch on them.
     Raises CheckpointError (naming what does not fit), RepositoryError (no model repository there) or ExportError (a
     graph does not compute what PyTorch does). A repository whose export broke off has no manifest and is not served.
     """
     from engine.models import checkpoint as checkpoints
+    from export import quantize
 
     repository = Path(repository)
     _check_repository(repository)
@@ -65,18 +68,21 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
     if clip_checkpoint is not None:
         sources["clip_checkpoint"] = checkpoints.resolve(clip_checkpoint)
     hashes = {f"{name}_sha256": checkpoints.sha256(folder) for name, folder in sources.items()}
-    plans = _check_target(target, precision, settings, calibration)
+    quantize.check(quantization, len(calibration))
+    plans = _check_target(target, precision, settings, calibration, quantization)
     llm_precision = "bf16" if precision == "fp8" else precision
     wanted = {**hashes, "target": target, "precision": llm_precision, "versions": _versions(), "plans": plans}
-    if not force and (current := _current(repository, wanted)) is not None:
+    quantized = {"scheme": quantization, "calibration": _hashes(calibration)} if quantization else {}
+    if not force and (current := _current(repository, wanted, quantized)) is not None:
         print(f"{repository}: nothing changed since the last export, nothing to do")
         return current
 
     (repository / manifest.FILE_NAME).unlink(missing_ok=True)
     _remove_artifacts(repository)
     started = time.perf_counter()
-    finish = _Planner(repository, precision, settings, calibration).finish if settings is not None else None
-    values, graphs = _export_lamed(checkpoint, repository, llm_precision, finish)
+    volumes = _Calibration(calibration)
+    finish = _Planner(repository, precision, settings, volumes).finish if settings is not None else None
+    values, graphs = _export_lamed(checkpoint, repository, llm_precision, quantized, volumes, finish)
     models = list(contract.CHAT_MODELS)
     if values["seg_token_id"] is not None:
         models += contract.SEGMENT_MODELS
@@ -92,12 +98,14 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
     return result
 
 
-def _export_lamed(checkpoint: str, repository: Path, precision: str, finish=None) -> tuple[dict, dict]:
+def _export_lamed(checkpoint: str, repository: Path, precision: str, quantized: dict, calibration: "_Calibration",
+                  finish=None) -> tuple[dict, dict]:
     import torch
 
     from engine.models.checkpoint import build_lamed, load_tokenizer, open_lamed
     from export.graphs import build, lamed_graphs
-    from export.llm import write_llm
+    from export.llm import DTYPES, write_llm
+    from export.quantize import quantize
 
     config, weights, source = open_lamed(checkpoint)
     tokenizer = load_tokenizer(source)
@@ -109,6 +117,12 @@ def _export_lamed(checkpoint: str, repository: Path, precision: str, finish=None
     write_llm(config, weights, source, repository / LLM_FOLDER, precision, lambda text: _say("decoder", text))
     model = build_lamed(config, weights, torch.float32, with_llm=False)
     del weights
+    if quantized:
+        with torch.inference_mode():
+            visual = [model.encode_images(torch.tensor(volume)[None])[0]
+                      for volume in calibration.volumes(config.vision.image_size)]
+        quantized = {**quantized, **quantize(repository / LLM_FOLDER, quantized["scheme"], DTYPES[precision], prompt,
+                                             visual, lambda text: _say("decoder", text))}
     graphs = {}
     pending = lamed_graphs(model)
     del model
@@ -123,7 +137,7 @@ def _export_lamed(checkpoint: str, repository: Path, precision: str, finish=None
         "num_visual_tokens": config.num_visual_tokens, "llm_width": config.llm_width,
         "vocab_size": config.llm["vocab_size"], "context_length": config.context_length,
         "image_token_id": prompt.image_token_id, "eos_token_ids": tuple(eos if isinstance(eos, list) else [eos]),
-        "seg_token_id": config.seg_token_id if config.segmentation is not None else None,
+        "seg_token_id": config.seg_token_id if config.segmentation is not None else None, "quantization": quantized,
     }
     return values, graphs
 
@@ -149,15 +163,33 @@ def _built(build, graph, repository: Path, finish) -> dict:
     return entry if finish is None else {**entry, **finish(graph)}
 
 
+class _Calibration:
+    """Scans to calibrate on, prepared once for each size of volume."""
+
+    def __init__(self, scans: Sequence[Path]):
+        self.scans = scans
+        self._volumes: dict[tuple, list] = {}
+
+    def volumes(self, image_size: tuple[int, ...]) -> list:
+        """[1, D, H, W] of each scan."""
+        from engine.scan import pack_scan, read_scan
+        from engine.volume import prepare
+
+        if image_size not in self._volumes:
+            packed = [pack_scan(path) for path in self.scans]
+            self._volumes[image_size] = [prepare(read_scan(data, affine=affine), image_size).image
+                                         for data, affine in packed]
+        return self._volumes[image_size]
+
+
 class _Planner:
     """What target tensorrt does with an exported ONNX graph."""
 
-    def __init__(self, repository: Path, precision: str, settings: BuildSettings, calibration: Sequence[Path]):
+    def __init__(self, repository: Path, precision: str, settings: BuildSettings, calibration: _Calibration):
         self.repository = repository
         self.precision = precision
         self.settings = settings
         self.calibration = calibration
-        self._volumes: dict[tuple, list] = {}
 
     def finish(self, graph) -> dict:
         """Build the plan, or fit the ONNX graph to Triton's ONNX Runtime backend; more of the manifest's entry."""
@@ -171,30 +203,22 @@ class _Planner:
         if graph.name not in PLANNED:
             typed_graph.save(typed_graph.free_shapes(onnx.load(path)), path)
             return {}
-        volumes = self._prepared(graph.input_shapes[0][1:])
+        volumes = self.calibration.volumes(graph.input_shapes[0][1:])
         return {"plan": plans.build(graph, self.repository, self.precision, self.settings, volumes,
                                     lambda text: _say(graph.name, text))}
 
-    def _prepared(self, image_size: tuple[int, ...]) -> list:
-        from engine.scan import pack_scan, read_scan
-        from engine.volume import prepare
 
-        if image_size not in self._volumes:
-            packed = [pack_scan(path) for path in self.calibration]
-            self._volumes[image_size] = [prepare(read_scan(data, affine=affine), image_size).image
-                                         for data, affine in packed]
-        return self._volumes[image_size]
-
-
-def _check_target(target: str, precision: str, settings: BuildSettings | None, calibration: Sequence[Path]) -> dict:
+def _check_target(target: str, precision: str, settings: BuildSettings | None, calibration: Sequence[Path],
+                  quantization: str | None) -> dict:
     """What the manifest says about how plans are built. Raises InvalidInput for what does not go together."""
     if target == "cpu":
         if precision == "fp8":
             raise InvalidInput("fp8 is for --target tensorrt; a CPU has fp32, bf16 and fp16")
-        if settings is not None or calibration:
-            raise InvalidInput("builder settings and --calibration are for --target tensorrt")
+        if settings is not None:
+            raise InvalidInput("builder settings are for --target tensorrt")
+        if calibration and not quantization:
+            raise InvalidInput("--calibration is for --target tensorrt or --llm-quantization")
         return {}
-    from engine.scan import pack_scan
     from export.tensorrt import bindings_module
 
     if settings is None:
@@ -203,11 +227,17 @@ def _check_target(target: str, precision: str, settings: BuildSettings | None, c
     if precision == "fp8" and not calibration:
         raise InvalidInput("fp8 is calibrated on scans: give --calibration SCAN [SCAN ...], some of the kind that will "
                            "be asked about")
-    scans = sorted(hashlib.sha256(pack_scan(path)[0]).hexdigest() for path in calibration)
     described = {**asdict(settings), "timing_cache": None}
     described["best_batches"] = list(settings.best_batches)  # as JSON reads it
-    return {**described, "precision": precision, "calibration": scans,
+    return {**described, "precision": precision, "calibration": _hashes(calibration),
             "tensorrt": bindings_module(settings.builder).__version__}
+
+
+def _hashes(scans: Sequence[Path]) -> list[str]:
+    """SHA-256 of each scan's bytes, sorted."""
+    from engine.scan import pack_scan
+
+    return sorted(hashlib.sha256(pack_scan(path)[0]).hexdigest() for path in scans)
 
 
 def _say(name: str, text: str) -> None:
@@ -231,13 +261,17 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _current(repository: Path, wanted: dict) -> Manifest | None:
-    """The manifest that is there, if it says what is wanted and its files are all there at their sizes."""
+def _current(repository: Path, wanted: dict, quantized: dict) -> Manifest | None:
+    """The manifest that is there, if it says what is wanted and its files are all there at their sizes.
+
+    quantized: how the language model's weights are quantised; the manifest has what was measured of it, too.
+    """
     try:
         found = Manifest.read(repository)
     except RepositoryError:
         return None
     same = all(getattr(found, name) == value for name, value in {"clip_checkpoint_sha256": None, **wanted}.items())
+    same = same and bool(found.quantization) == bool(quantized) and quantized.items() <= found.quantization.items()
     return found if same and found.files == _artifacts(repository) else None
 
 
@@ -269,14 +303,18 @@ def _parser() -> argparse.ArgumentParser:
                              "the language model; with fp8 encoders it has bf16 (default: %(default)s)")
     parser.add_argument("--repository", type=Path, default=Path("model_repository"),
                         help="the model repository, or a copy of its tracked files (default: %(default)s)")
+    parser.add_argument("--llm-quantization", choices=QUANTIZATIONS,
+                        help="quantise the language model's weights by llm-compressor (needs `make quantizing` and "
+                             "--calibration): fp8, or 4 bits by awq or gptq (default: none)")
+    parser.add_argument("--calibration", nargs="+", type=Path, default=(), metavar="SCAN",
+                        help="scans that fp8 encoders and a quantised language model are calibrated on, and that every "
+                             "plan is compared with PyTorch on")
     parser.add_argument("--force", action="store_true", help="export again although nothing changed")
     group = parser.add_argument_group("target tensorrt")
     group.add_argument("--builder", choices=BUILDERS, default="tensorrt",
                        help="tensorrt builds for this machine's GPU. rtx, TensorRT for RTX, needs no GPU: it proves that "
                             "everything builds, but Triton does not load its plans (default: %(default)s)")
     group.add_argument("--compute-capability", metavar="X.Y", help="what rtx builds for: " + ", ".join(RTX_CAPABILITIES))
-    group.add_argument("--calibration", nargs="+", type=Path, default=(), metavar="SCAN",
-                       help="scans that fp8 is calibrated on, and that every plan is compared with PyTorch on")
     group.add_argument("--workspace-gib", type=float, default=4.0,
                        help="scratch memory that a kernel may use, GiB (default: %(default)s)")
     group.add_argument("--timing-cache", type=Path, metavar="FILE",

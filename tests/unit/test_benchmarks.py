@@ -16,6 +16,7 @@ from benchmarks import compare, decode, encoders, floor, load, preprocessing, re
 from benchmarks.baseline import Baseline
 from benchmarks.make_checkpoint import config_of
 from benchmarks.samples import Sample, ratios, summary
+from engine.errors import InvalidInput
 from engine.models.checkpoint import load_lamed
 from engine.models.config import LamedConfig
 from engine.prompt import Prompt
@@ -423,6 +424,26 @@ def test_encoders_are_compared_with_fp32_and_the_fastest_within_bounds_is_named(
     errors = {p: row["error"] for p, row in found["runs"]["vision_encoder"].items()}
     assert errors["fp32"] == 0 and all(error > 1e-5 for p, error in errors.items() if p != "fp32")
     assert "Fastest within bounds: vision encoder in" in done.stdout
+
+
+def test_the_precisions_of_a_gpu_are_compared_without_one(tmp_path):
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
+    np.save(tmp_path / "scan.npy", np.random.default_rng(0).random(IMAGE_SIZE, np.float32))
+    arguments = encoders._parser().parse_args([
+        "--target", "tensorrt", "--checkpoint", str(checkpoint), "--scan", str(tmp_path / "scan.npy"), "--runs", "1",
+        "--tokens", "4", "--no-fixture", "--floor-seconds", "0.01"])
+    found = encoders.measure(arguments)
+    assert found["precisions"] == ["fp32", "fp16", "bf16", "fp8"] and len(found["exactness"]) == 16
+    for by_precision in found["runs"].values():
+        errors = [by_precision[p]["error"] for p in found["precisions"]]
+        assert errors[0] == 0 and 0 < errors[1] < errors[2] and errors[1] < errors[3] < 0.2
+    assert "median" not in encoders.text(found)
+
+
+def test_a_precision_of_another_target_is_refused(tmp_path):
+    arguments = encoders._parser().parse_args(["--checkpoint", str(tmp_path), "--precisions", "fp32,fp8"])
+    with pytest.raises(InvalidInput, match="target cpu"):
+        encoders.measure(arguments)
 
 
 def test_a_faster_pair_out_of_bounds_on_one_case_is_not_chosen():

@@ -57,8 +57,10 @@ def _direct(folder: Path, dtype: torch.dtype, rows: torch.Tensor) -> torch.Tenso
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model.eval()
-    return model(inputs_embeds=rows[None]).last_hidden_state[0, -ANSWER_LENGTH:].float()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    # The whole model is called: quantised weights are unpacked before its first forward.
+    out = model(inputs_embeds=rows[None], output_hidden_states=True, logits_to_keep=1)
+    return out.hidden_states[-1][0, -ANSWER_LENGTH:].float()
 
 
 def _wrong(what: str) -> RepositoryError:
