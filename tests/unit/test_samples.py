@@ -58,6 +58,8 @@ def test_every_sample_is_a_scan_of_a_package_that_carries_it(tmp_path, monkeypat
         np.testing.assert_array_equal(scan.array, volume())
         assert scan.orientation == ("LPS" if SAMPLES[name].member.endswith(".nrrd") else "RAS")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(f"{name}.nii.gz" for name in SAMPLES)
+    named = tmp_path / "new" / "mine.nii.gz"
+    assert write_sample("brain-mr", named) == named and named.is_file()
 
 
 def test_an_unknown_sample_is_refused_with_the_list():
