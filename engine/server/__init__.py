@@ -30,9 +30,11 @@ EXIT_TIMEOUT_S = 20  # Triton's own limit for finishing requests and unloading m
 GRACE_S = 30  # after this all that is left gets killed
 ORPHANS_GRACE_S = 5  # for processes that outlive Triton, such as those that tidy up after killed ones
 START_ATTEMPTS = 3
+STUB = "triton_python_b"  # the name of a Python model's process; Triton neither restarts it nor tells who waits for it
 SHM_NEEDED = 256 << 20  # requests, answers and studies travel through shared memory
 _LOADING = re.compile(r'loading: (\w+):')
 _LOADED = re.compile(r"successfully loaded '(\w+)'")
+_ENDED = re.compile(re.escape(keeper.VITAL_ENDED) + r"\d+: .*/(\w+)/\d+/model\.py")
 _FAILED = re.compile(r"failed to load '(\w+)' version \d+: (?:[A-Z][\w ]*?: )?(.*)")
 
 
@@ -116,7 +118,8 @@ class Server:
             command = triton.command(self.repository, models, self.host, self.ports, backends, shm_prefix,
                                      EXIT_TIMEOUT_S, self.trace)
             spec = json.dumps({"command": command, "grace_s": GRACE_S, "orphans_grace_s": ORPHANS_GRACE_S,
-                               "remove": [str(run_folder)], "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"]})
+                               "remove": [str(run_folder)], "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"],
+                               "vital": STUB})
             with open(self.log, "wb") as log:
                 self._keeper = subprocess.Popen(
                     [sys.executable, "-I", "-S", keeper.__file__, spec], stdin=subprocess.PIPE, stdout=log, stderr=log,
@@ -213,6 +216,8 @@ class Server:
         # Triton escapes line ends in its log; where in the Python code it was stands there, too.
         if self._was_starved():
             return f"the machine is too busy for Triton's start-up checks; try again in a while\n(log: {self.log})"
+        if ended := sorted(set(_ENDED.findall(text))):
+            return f"the process of {', '.join(ended)} ended, killed or crashed, and was not asked to\n(log: {self.log})"
         failed = {model: words.rstrip('"').replace("\\n", "\n").partition("\n\nAt:")[0].strip()
                   for model, words in _FAILED.findall(text)}
         # An ensemble fails because a part of it did: the part is the cause.

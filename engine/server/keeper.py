@@ -7,7 +7,8 @@ and when the command itself ends; then it removes the shared memory that the tre
 
 SPEC is JSON: command (list), grace_s (time for an orderly stop), orphans_grace_s (time for what outlives the command),
 remove (folders to delete at the end), shm_prefixes (names in /dev/shm that belong to the tree; `{pid}` stands for the
-command's process id).
+command's process id), vital (name, as in /proc/PID/comm, of the processes below the command without which it is broken:
+when one ends, the whole tree does).
 """
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ import time
 from pathlib import Path
 
 SHM = "/dev/shm/"
+VITAL_ENDED = "keeper: the command cannot go on without process "
+LOOKS = 5  # for vital processes, once a second after shared memory has appeared: they start at such times
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -78,7 +81,9 @@ def everybody() -> list[int]:
 
 class Keeper:
     def __init__(self, command: list[str], grace_s: float, orphans_grace_s: float, remove: list[str],
-                 shm_prefixes: list[str]):
+                 shm_prefixes: list[str], vital: str = ""):
+        self.vital = vital
+        self.watched: dict[int, tuple[int, str]] = {}  # by descriptor: process id, command line
         self.grace_s = grace_s
         self.orphans_grace_s = orphans_grace_s
         self.remove = remove
@@ -103,13 +108,19 @@ class Keeper:
 
     def run(self) -> int:
         """Returns the command's exit status, as a shell would: 128 + n after signal n."""
-        known = set(self.shm_before)
+        known, unsettled = set(self.shm_before), 0
         while self.status is None and not self.stop_asked:
             if (names := set(os.listdir(SHM))) - known:
                 self._survey()
+                unsettled = LOOKS
             known = names
-            ready, _, _ = select.select([sys.stdin, self.wake_read], [], [], 1.0)
+            if unsettled:
+                self._watch()
+                unsettled -= 1
+            ready, _, _ = select.select([sys.stdin, self.wake_read, *self.watched], [], [], 1.0)
             self._reap(ready)
+            if dead := [self.watched[fd] for fd in ready if fd in self.watched]:
+                self._end_without(dead)
             if (sys.stdin in ready and not os.read(0, 4096)) or os.getppid() != self.owner:
                 self.stop_asked = True
         self._survey()
@@ -127,6 +138,28 @@ class Keeper:
         self._clean()
         code = os.waitstatus_to_exitcode(self.status) if self.status is not None else -signal.SIGKILL
         return code if code >= 0 else 128 - code
+
+    def _watch(self) -> None:
+        """Be told of the end of the vital processes, too."""
+        known = {pid for pid, _ in self.watched.values()}
+        for pid in set(descendants(self.child)) - known if self.vital else ():
+            try:
+                if Path("/proc", str(pid), "comm").read_text().strip() == self.vital:
+                    words = Path("/proc", str(pid), "cmdline").read_text().replace("\0", " ").strip()
+                    self.watched[os.pidfd_open(pid)] = pid, words
+            except OSError:
+                continue  # it ended meanwhile
+
+    def _end_without(self, dead: list[tuple[int, str]]) -> None:
+        """Vital processes ended. If the command does not end by itself then, whoever waits for them would wait for ever,
+        and so would the command when it is asked to stop."""
+        self._wait(self.orphans_grace_s, lambda: self.status is not None)
+        if self.status is None and not self.stop_asked:
+            for pid, words in dead:
+                print(f"{VITAL_ENDED}{pid}: {words}", file=sys.stderr, flush=True)
+            self._signal([self.child], signal.SIGKILL)
+            self._wait(self.grace_s, lambda: self.status is not None)
+        self.watched.clear()
 
     def _ask_stop(self, *_) -> None:
         self.stop_asked = True

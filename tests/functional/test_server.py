@@ -114,6 +114,20 @@ def test_a_triton_killed_in_the_middle_of_an_answer_is_a_clear_error_and_leaves_
     assert footprint.left() == []
 
 
+def test_the_death_of_a_python_model_ends_the_server_instead_of_letting_everybody_wait(light_repository, scans, log):
+    with Server(light_repository, **free_ports(), log=log) as server, M3DClient(server.url, timeout=300) as client:
+        footprint = Footprint(server.keeper_pid)
+        client.upload(scans[0])
+        (pid, *_) = (pid for pid in footprint.processes
+                     if b"/vision_encoder/1/model.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(Unavailable, match="the process of vision_encoder ended"):
+            server.wait()
+        with pytest.raises(Unavailable, match=server.url):
+            client.upload(scans[1])
+    assert footprint.left() == []
+
+
 # --- starts that fail ------------------------------------------------------------------------------------------------
 def test_a_repository_that_was_never_exported_is_refused_with_the_command(tmp_path, log):
     with pytest.raises(RepositoryError, match="never exported.*build_engines.py --checkpoint"):

@@ -98,6 +98,44 @@ def test_the_commands_exit_status_is_passed_on(tmp_path):
     assert tree.process.wait(PATIENCE_S) == 7
 
 
+def open_files(pid: int) -> list[str]:
+    files = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            files.append(os.readlink(link))
+        except FileNotFoundError:
+            pass  # it was closed meanwhile
+    return files
+
+
+VITAL = """
+import os, signal, subprocess, sys, time
+worker = subprocess.Popen([sys.argv[1], "-c", "import signal; signal.pause()", "the", "worker"])
+open(f"/dev/shm/{sys.argv[2]}", "w").close()
+print(worker.pid, flush=True)
+sys.exit(worker.wait() + 50) if sys.argv[3] == "notices" else signal.pause()
+"""
+
+
+@pytest.mark.parametrize("command", ["notices", "waits"])
+def test_the_tree_ends_when_a_vital_process_does(tmp_path, command):
+    """A command that notices ends as it likes; one that would wait for ever is killed, and the log says why."""
+    worker, name = tmp_path / "vital-worker", f"test-{uuid.uuid4().hex[:8]}"
+    worker.symlink_to(sys.executable)
+    spec = {"command": [sys.executable, "-c", VITAL, str(worker), name, command], "grace_s": 20.0, "orphans_grace_s": 3.0,
+            "remove": [], "shm_prefixes": [name], "vital": "vital-worker"}
+    with subprocess.Popen([sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        pid = int(process.stdout.readline())
+        while not any("pidfd" in file for file in open_files(process.pid)):
+            os.sched_yield()  # the keeper has not seen it yet
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(PATIENCE_S) == (50 - signal.SIGKILL if command == "notices" else 128 + signal.SIGKILL)
+        said = process.stderr.read()
+    assert (f"{keeper.VITAL_ENDED}{pid}: {worker}" in said) == (command == "waits")
+    assert not Path(f"/dev/shm/{name}").exists()
+
+
 def test_shared_memory_of_others_is_left_alone(tree):
     other = Path("/dev/shm") / f"psm_{uuid.uuid4().hex[:8]}"
     other.write_bytes(b"other")
