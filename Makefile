@@ -3,6 +3,10 @@
 .PHONY: help demo serve test quantizing bench bench-settings rehearse-7b gpu-check train-demo clean
 SHELL := /bin/bash
 
+ifneq (1,$(words $(CURDIR)))
+$(error make cannot work in a folder whose path has spaces ($(CURDIR)): move the checkout)
+endif
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from engine.errors import InvalidInput, M3DError
 
@@ -72,7 +73,7 @@ def serve(
     try:
         server.start()
         notes.print(f"[green]ready[/] on {server.url} (gRPC), {server.http_url}, {server.metrics_url}; "
-                    f"log: {server.log}")
+                    f"log: {escape(str(server.log))}")
         notes.print(f'try: m3d ask SCAN "Describe the scan." --server {server.url}   (stop with Ctrl-C)')
         server.wait()
     except KeyboardInterrupt:
@@ -132,6 +133,8 @@ def segment(scan: ScanPath, question: Question,
     for path in (output, picture):
         if not path.absolute().parent.is_dir():
             raise InvalidInput(f"the folder {path.parent} does not exist")
+        if path.exists() and scan.exists() and path.samefile(scan):
+            raise InvalidInput(f"{path} is the scan itself, which would be overwritten: give another --output")
     sampling = _sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
                          repetition_penalty=repetition_penalty, stop=stop)
     with M3DClient(server, timeout) as client:
@@ -148,7 +151,8 @@ def segment(scan: ScanPath, question: Question,
     shown = read_scan(data, affine=affine)
     montage(picture, shown.array, shown.affine, result.mask, question, result.answer.text)
     share = result.mask.mean()
-    notes.print(f"[green]wrote[/] {path} ({int(result.mask.sum()):,} voxels, {share:.2%} of the scan) and {picture}")
+    notes.print(f"[green]wrote[/] {escape(str(path))} ({int(result.mask.sum()):,} voxels, {share:.2%} of the scan) and "
+                f"{escape(str(picture))}")
 
 
 @app.command()
@@ -213,11 +217,11 @@ def doctor(
 
 
 def _progress(text: str) -> None:
-    notes.print(f"[dim]{text}[/]")
+    notes.print(f"[dim]{escape(text)}[/]")
 
 
 def _note_study(study) -> None:
-    notes.print(f"[dim]{study.info.get('reason', study)}[/]")
+    notes.print(f"[dim]{escape(str(study.info.get('reason', study)))}[/]")
 
 
 def _note_answer(answer) -> None:
@@ -225,8 +229,8 @@ def _note_answer(answer) -> None:
     notes.print(f"[dim]{len(answer.token_ids)} tokens in {answer.timings['total_s']:.2f} s{first} "
                 f"({answer.finish_reason})[/]")
     for box in answer.boxes:
-        notes.print(f"[dim]box, voxels (i0, j0, k0) to (i1, j1, k1): {[round(float(v), 1) for v in box]}[/]",
-                    markup=True)
+        corners = escape(str([round(float(v), 1) for v in box]))
+        notes.print(f"[dim]box, voxels (i0, j0, k0) to (i1, j1, k1): {corners}[/]")
 
 
 def _interrupt(*_) -> None:

@@ -77,17 +77,19 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
         print(f"{repository}: nothing changed since the last export, nothing to do")
         return current
 
+    started = time.perf_counter()
+    lamed, clip = [_open_lamed(checkpoint)], None if clip_checkpoint is None else checkpoints.load_clip(clip_checkpoint)
+    # A checkpoint that does not load has been refused by now: what lies here is still good then.
     (repository / manifest.FILE_NAME).unlink(missing_ok=True)
     _remove_artifacts(repository)
-    started = time.perf_counter()
     volumes = _Calibration(calibration)
     finish = _Planner(repository, precision, settings, volumes).finish if settings is not None else None
-    values, graphs = _export_lamed(checkpoint, repository, llm_precision, quantized, volumes, finish)
+    values, graphs = _export_lamed(lamed, repository, llm_precision, quantized, volumes, finish)
     models = list(contract.CHAT_MODELS)
     if values["seg_token_id"] is not None:
         models += contract.SEGMENT_MODELS
     if clip_checkpoint is not None:
-        clip_values, clip_graphs = _export_clip(clip_checkpoint, repository, finish)
+        clip_values, clip_graphs = _export_clip(*clip, repository, finish)
         values, graphs = {**values, **clip_values, "clip_checkpoint": str(clip_checkpoint)}, {**graphs, **clip_graphs}
         models += contract.CLIP_ENCODERS if clip_values["clip_text_length"] is None else contract.RETRIEVE_MODELS
     result = Manifest(checkpoint=str(checkpoint), models=tuple(models), graphs=graphs, **wanted, **values)
@@ -98,21 +100,28 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
     return result
 
 
-def _export_lamed(checkpoint: str, repository: Path, precision: str, quantized: dict, calibration: "_Calibration",
+def _open_lamed(checkpoint: str) -> tuple:
+    """(config, weights, folder with the tokenizer, Prompt) of a checkpoint that has all that is exported."""
+    from engine.models.checkpoint import checked_lamed, load_tokenizer, open_lamed
+
+    config, weights, source = open_lamed(checkpoint)
+    checked_lamed(config, weights)
+    tokenizer = load_tokenizer(source)
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        raise CheckpointError(f"{source}: the tokenizer does not know {IMAGE_TOKEN}")
+    return config, weights, source, Prompt(tokenizer, config.num_visual_tokens, config.context_length)
+
+
+def _export_lamed(lamed: list[tuple], repository: Path, precision: str, quantized: dict, calibration: "_Calibration",
                   finish=None) -> tuple[dict, dict]:
     import torch
 
-    from engine.models.checkpoint import build_lamed, load_tokenizer, open_lamed
+    from engine.models.checkpoint import build_lamed
     from export.graphs import build, lamed_graphs
     from export.llm import DTYPES, write_llm
     from export.quantize import quantize
 
-    config, weights, source = open_lamed(checkpoint)
-    tokenizer = load_tokenizer(source)
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        raise CheckpointError(f"{source}: the tokenizer does not know {IMAGE_TOKEN}")
-    prompt = Prompt(tokenizer, config.num_visual_tokens, config.context_length)
-
+    config, weights, source, prompt = lamed.pop()  # the last reference, so that weights can be freed
     _say("decoder", "language model for vLLM")
     write_llm(config, weights, source, repository / LLM_FOLDER, precision, lambda text: _say("decoder", text))
     model = build_lamed(config, weights, torch.float32, with_llm=False)
@@ -131,7 +140,7 @@ def _export_lamed(checkpoint: str, repository: Path, precision: str, quantized: 
         graphs[graph.name] = _built(build, graph, repository, finish)
         del graph
         gc.collect()
-    eos = config.llm.get("eos_token_id", tokenizer.eos_token_id)
+    eos = config.llm.get("eos_token_id", prompt.tokenizer.eos_token_id)
     values = {
         "image_size": config.vision.image_size, "patch_size": config.vision.patch_size,
         "num_visual_tokens": config.num_visual_tokens, "llm_width": config.llm_width,
@@ -142,11 +151,10 @@ def _export_lamed(checkpoint: str, repository: Path, precision: str, quantized: 
     return values, graphs
 
 
-def _export_clip(checkpoint: str, repository: Path, finish=None) -> tuple[dict, dict]:
-    from engine.models.checkpoint import has_tokenizer, load_clip, load_tokenizer
+def _export_clip(model, source: Path, repository: Path, finish=None) -> tuple[dict, dict]:
+    from engine.models.checkpoint import has_tokenizer, load_tokenizer
     from export.graphs import build, clip_graphs
 
-    model, source = load_clip(checkpoint)
     values = {"clip_text_length": None, "clip_image_size": model.config.vision.image_size}
     if has_tokenizer(source):
         load_tokenizer(source).save_pretrained(repository / CLIP_TOKENIZER_FOLDER)

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from engine.models.checkpoint import PARTS, TOKENIZER_FILES, Weights, check, lamed_shapes
+from engine.models.checkpoint import PARTS, TOKENIZER_FILES, Weights, checked_lamed
 from engine.models.config import LamedConfig
-from engine.models.lamed import Lamed
 from engine.models.language_model import causal_lm_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,10 +24,7 @@ def write_llm(config: LamedConfig, weights: Weights, source: Path, folder: Path,
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tied = bool(config.llm.get("tie_word_embeddings"))
-    with torch.device("meta"):
-        model = Lamed(config)
-    expected = lamed_shapes(model)
-    check(weights, expected, optional={"lm_head.weight"} if tied else set())
+    model, expected = checked_lamed(config, weights)
     keys = [key for key in expected if not key.startswith(tuple(PARTS)) and not (tied and key == "lm_head.weight")]
     dtype = DTYPES[precision]
     shards = _shards(keys, expected, dtype.itemsize)

@@ -152,6 +152,8 @@ class M3DClient:
 
     def __init__(self, url: str = DEFAULT_URL, timeout: float | None = 600.0):
         self.timeout = _checked_timeout(timeout)
+        if not url or "://" in url:
+            raise InvalidInput(f"the server's address is host:port of its gRPC port, such as {DEFAULT_URL}, not {url!r}")
         self._connection = Connection(url)
 
     @property

@@ -102,6 +102,8 @@ def server_error(message: str, status: grpc.StatusCode | None = None) -> M3DErro
     if re.search(r"unknown model|model .*is not (ready|found)", message):
         return Unavailable(f"the server does not serve this: {message}. A repository serves what its checkpoint has: "
                            "ranking needs --clip-checkpoint at export, segmentation a checkpoint with a [SEG] token")
+    if "not healthy" in message:  # the process of a Python model died; the server is about to end
+        return Unavailable(f"a part of the server died ({message}): it must be started again")
     return _BY_STATUS.get(status, M3DError)(message)
 
 

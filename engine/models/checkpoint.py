@@ -179,12 +179,21 @@ def load_lamed(source: str | Path, dtype: torch.dtype = torch.float32, with_llm:
     return build_lamed(config, weights, dtype, with_llm), load_tokenizer(folder)
 
 
-def build_lamed(config: LamedConfig, weights: Weights, dtype: torch.dtype, with_llm: bool = True) -> Lamed:
-    """A Lamed filled from `weights`, strictly; with_llm=False skips (but still checks) the language model's keys."""
+def checked_lamed(config: LamedConfig, weights: Weights) -> tuple[Lamed, dict[str, tuple[int, ...]]]:
+    """An empty Lamed (on the device meta), and the published key -> shape of all that `weights` must hold, and does.
+
+    Raises CheckpointError naming every key that does not fit.
+    """
     with torch.device("meta"):
         model = Lamed(config)
     expected = lamed_shapes(model)
     check(weights, expected, optional={"lm_head.weight"} if config.llm.get("tie_word_embeddings") else set())
+    return model, expected
+
+
+def build_lamed(config: LamedConfig, weights: Weights, dtype: torch.dtype, with_llm: bool = True) -> Lamed:
+    """A Lamed filled from `weights`, strictly; with_llm=False skips (but still checks) the language model's keys."""
+    model, expected = checked_lamed(config, weights)
     if not with_llm:
         model.llm = None
     names = {published: own for published, own in _own_names(expected).items() if with_llm or not own.startswith("llm.")}

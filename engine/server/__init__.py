@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import signal
@@ -24,13 +25,14 @@ from engine.manifest import Manifest
 from engine.packages import cache_folder
 from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
 from engine.server import keeper
-from engine.server.triton import Triton
+from engine.server.triton import TARGETS, Triton
 
-EXIT_TIMEOUT_S = 20  # Triton's own limit for finishing requests and unloading models
+EXIT_TIMEOUT_S = 10  # Triton's own limit for finishing requests and unloading models
 GRACE_S = 30  # after this all that is left gets killed
 ORPHANS_GRACE_S = 5  # for processes that outlive Triton, such as those that tidy up after killed ones
 START_ATTEMPTS = 3
 STUB = "triton_python_b"  # the name of a Python model's process; Triton neither restarts it nor tells who waits for it
+LOWEST_FREE_PORT = 10_000
 SHM_NEEDED = 256 << 20  # requests, answers and studies travel through shared memory
 _LOADING = re.compile(r'loading: (\w+):')
 _LOADED = re.compile(r"successfully loaded '(\w+)'")
@@ -115,7 +117,10 @@ class Server:
         try:
             backends = triton.assemble_backends(run_folder) if triton.wheel else None
             shm_prefix = f"{run_folder.name}-"
-            command = triton.command(self.repository, models, self.host, self.ports, backends, shm_prefix,
+            # Triton, its stubs and vLLM each trip over some paths: spaces, brackets, letters beyond ASCII.
+            repository = run_folder / "model_repository"
+            repository.symlink_to(self.repository)
+            command = triton.command(repository, models, self.host, self.ports, backends, shm_prefix,
                                      EXIT_TIMEOUT_S, self.trace)
             spec = json.dumps({"command": command, "grace_s": GRACE_S, "orphans_grace_s": ORPHANS_GRACE_S,
                                "remove": [str(run_folder)], "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"],
@@ -153,6 +158,8 @@ class Server:
 
     def _check(self) -> Manifest:
         """What can be refused before anything starts."""
+        if self.target not in TARGETS:
+            raise InvalidInput(f"target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
         manifest = Manifest.read(self.repository)
         if manifest.target != self.target:
             raise RepositoryError(f"{self.repository} was exported for target {manifest.target}, not {self.target}: "
@@ -228,18 +235,30 @@ class Server:
         """The last lines of the log that report something wrong, or just the last ones."""
         every = self._log_text().splitlines()
         wrong = [line for line in every if re.match(r"[EF]\d{4} |Bad option|\S.*(?:[Ee]rror|Traceback)", line)
-                 and "CudaDriverHelper" not in line]
+                 and not (self.target == "cpu" and "cuda" in line.lower())]
         return "\n".join((wrong or every)[-lines:])
 
 
 def free_ports(host: str = "127.0.0.1") -> dict[str, int]:
-    """Ports that nobody listens on now, as Server's arguments of the same names."""
-    names = ("grpc_port", "http_port", "metrics_port")
-    sockets = [socket.create_server((host, 0)) for _ in names]
-    ports = {name: s.getsockname()[1] for name, s in zip(names, sockets)}
-    for s in sockets:
-        s.close()
-    return ports
+    """Ports that nobody listens on now, as Server's arguments of the same names.
+
+    From below those that the system hands out by itself: vLLM's processes ask for some before Triton listens.
+    """
+    handed_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found: list[int] = []
+    while len(found) < 3:
+        port = random.randrange(LOWEST_FREE_PORT, handed_out)
+        if port not in found and _can_listen(host, port):
+            found.append(port)
+    return dict(zip(("grpc_port", "http_port", "metrics_port"), found))
+
+
+def _can_listen(host: str, port: int) -> bool:
+    try:
+        socket.create_server((host, port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def _check_port(host: str, name: str, port: int) -> None:

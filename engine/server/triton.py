@@ -118,7 +118,8 @@ class Triton:
 
     def environment(self, run_folder: Path) -> dict[str, str]:
         """This process's environment, as the Python backend needs it."""
-        environment = {**os.environ, **QUIET, "VLLM_RPC_BASE_PATH": str(run_folder)}
+        # What is left in the folder for temporary files goes with the run folder.
+        environment = {**os.environ, **QUIET, "VLLM_RPC_BASE_PATH": str(run_folder), "TMPDIR": str(run_folder)}
         environment["PYTHONPATH"] = _joined(Path(__file__).parents[2], os.environ.get("PYTHONPATH"))
         if self.wheel is not None:
             # The stub embeds Python: it finds the environment by the first python3 on PATH, libpython by its own path.

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,11 +45,13 @@ def light_repository(repository, tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(repository, tmp_path_factory):
     """A running server. Its end is a test, too: nothing of it may be left."""
+    before = set(Path(tempfile.gettempdir()).glob("vllm*"))  # vLLM removes none of its own
     with Server(repository, **free_ports(), log=tmp_path_factory.mktemp("log") / "triton.log") as server:
         yield server
         footprint = Footprint(server.keeper_pid)
         assert len(footprint.processes) > len(contract.MODELS) // 2 and footprint.mapped
     assert footprint.left() == []
+    assert set(Path(tempfile.gettempdir()).glob("vllm*")) <= before
 
 
 @pytest.fixture(scope="session")

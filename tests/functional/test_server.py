@@ -153,6 +153,13 @@ def test_a_port_in_use_is_named_with_its_option(light_repository, log):
             Server(light_repository, **ports, log=log).start()
 
 
+def test_free_ports_are_none_that_the_system_hands_out_to_others():
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(20):
+        ports = list(free_ports().values())
+        assert len(set(ports)) == 3 and all(1024 < port < low for port in ports)
+
+
 def test_equal_ports_are_refused(light_repository, log):
     with pytest.raises(InvalidInput, match="must differ"):
         Server(light_repository, grpc_port=9001, http_port=9001, metrics_port=9002, log=log).start()
@@ -195,6 +202,13 @@ def test_clients_cannot_load_models(server):
     with pytest.raises(InferenceServerException, match="restricted"):
         client.unload_model("decoder")
     client.close()
+
+
+def test_a_repository_may_lie_anywhere(light_repository, scans, log, tmp_path):
+    odd = shutil.copytree(light_repository, tmp_path / "mödel [re] pos" / "x y", symlinks=True)
+    with Server(odd, **free_ports(), log=log) as server, M3DClient(server.url) as client:
+        assert client.upload(scans[0]).info["shape"]
+    assert (odd / "study" / "config.pbtxt").is_file()  # the server removed its own link only
 
 
 def test_two_servers_run_side_by_side(light_repository, server, scans, tmp_path):

@@ -69,7 +69,7 @@ def test_segment_writes_pictures_as_png_only(m3d, scan, triton, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_one_line_of_error(m3d, scan):
-    code, out, err = m3d("sample", "brain-mr", "-o", scan)
+    code, out, err = m3d("sample", "brain-mr", "-o", scan / "folder")
     assert code == 1 and err.startswith("error: ") and "Traceback" not in err
 
 
@@ -77,6 +77,22 @@ def test_a_folder_that_cannot_be_written_is_one_line_of_error(m3d, scan):
 def test_segment_refuses_an_unusable_output_before_asking(m3d, scan, triton, tmp_path, output, words):
     code, out, err = m3d("segment", scan, "What?", "-o", tmp_path / output, "--server", triton.url)
     assert code == 2 and words in err and not triton.uploads
+
+
+@pytest.mark.parametrize("option", ["--output", "--picture"])
+def test_segment_never_writes_over_the_scan(m3d, scan, triton, tmp_path, option):
+    link = tmp_path / {"--output": "link.nii.gz", "--picture": "link.png"}[option]
+    link.symlink_to(scan)
+    code, out, err = m3d("segment", scan, "What?", option, link, "--server", triton.url)
+    assert code == 2 and "the scan itself" in err and not triton.uploads
+
+
+def test_names_are_printed_as_they_are(m3d, scan, triton, tmp_path):
+    triton.mask = np.ones((12, 13, 14), bool)
+    output = tmp_path / "a [bold]b[" / "x].nii.gz"
+    output.parent.mkdir()
+    code, _, err = m3d("segment", scan, "Segment it.", "-o", output, "--server", triton.url)
+    assert code == 0 and f"wrote {output}" in err and output.is_file()
 
 
 def test_rank_prints_scores_best_first(m3d, scan, triton, tmp_path):
@@ -97,7 +113,10 @@ def test_rank_prints_scores_best_first(m3d, scan, triton, tmp_path):
     (["rank", "SCAN", "--file", "nowhere.txt", "--server", "URL"], 2, ["nowhere.txt"]),
     (["sample", "foot-mr"], 2, ["foot-mr", "brain-mr"]),
     (["serve", "--repository", "FOLDER"], 1, ["never exported", "build_engines.py"]),
+    (["serve", "--repository", "FOLDER", "--target", "gpu"], 2, ["gpu", "cpu, tensorrt"]),
     (["ask", "SCAN", "What?", "--beams", "3"], 2, ["--beams"]),
+    (["ask", "SCAN", "What?", "--server", "http://127.0.0.1:1"], 2, ["http://127.0.0.1:1", "host:port"]),
+    (["ask", "SCAN", "What?", "--server", ""], 2, ["host:port"]),
 ])
 def test_a_mistake_gives_its_cause_and_no_traceback(m3d, scan, triton, tmp_path, arguments, code, words):
     replaced = {"SCAN": scan, "URL": triton.url, "FOLDER": tmp_path}

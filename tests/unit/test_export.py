@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine import contract
-from engine.errors import RepositoryError
+from engine.errors import CheckpointError, RepositoryError
 from engine.manifest import FILE_NAME, LLM_FOLDER, Manifest
 from export import graphs, llm
 from export.build_engines import export, main
@@ -126,3 +127,18 @@ def test_a_folder_that_is_no_model_repository_is_refused(checkpoints, tmp_path):
 def test_errors_are_one_line_and_a_status(tmp_path, capsys):
     assert main(["--checkpoint", str(tmp_path / "nothing"), "--repository", str(ROOT / "model_repository")]) == 1
     assert capsys.readouterr().err.startswith("export failed: ")
+
+
+@pytest.mark.parametrize("part", ["lamed", "clip"])
+def test_a_checkpoint_that_does_not_load_leaves_the_export_that_is_there(part, exported, checkpoints, tmp_path):
+    repository, manifest = exported
+    broken = tmp_path / part
+    shutil.copytree(checkpoints[part == "clip"], broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, broken / "model.safetensors")
+    lamed, clip = (broken, checkpoints[1]) if part == "lamed" else (checkpoints[0], broken)
+    with pytest.raises(CheckpointError, match="missing"):
+        export(lamed, repository, clip_checkpoint=clip)
+    assert Manifest.read(repository) == manifest
+    assert all((repository / path).stat().st_size == size for path, size in manifest.files.items())

@@ -131,8 +131,8 @@ class LlmEngine:
             async with aclosing(llm.generate(prompt, params, key)) as outputs:
                 async for output in outputs:
                     if output.finished and output.outputs[0].finish_reason not in ("stop", "length"):
-                        raise Unavailable("the language model gave this answer up "
-                                          f"({output.outputs[0].finish_reason}): ask again")
+                        raise Unavailable("the language model was stopped in the middle of this answer "
+                                          f"({output.outputs[0].finish_reason}): ask again when the server is ready")
                     yield output
         except (VLLMClientError, ValueError) as error:
             raise InvalidInput(f"the language model refuses this request: {error}") from error
