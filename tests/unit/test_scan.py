@@ -131,6 +131,11 @@ def test_gzip_of_several_members_is_one_stream():
     np.testing.assert_array_equal(scan.array, values())
 
 
+def test_what_follows_a_tiny_gzipped_scan_is_ignored():
+    array = values((2, 2, 2), np.uint8)
+    np.testing.assert_array_equal(read_scan(gzip.compress(nifti(array) + bytes(1000))).array, array)
+
+
 def gzip_bomb(head, megabytes):
     """A gzip that starts with `head` and expands to so many megabytes of zeros, made without holding them."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
