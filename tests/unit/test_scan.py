@@ -1,9 +1,12 @@
 """Every scan format is read as the file means it, and nothing about a file is trusted."""
+import errno
 import gzip
 import io
+import os
 import tracemalloc
 import zipfile
 import zlib
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -383,6 +386,33 @@ def test_a_folder_of_dicom_files_is_read(tmp_path):
     data, affine = pack_scan(tmp_path / "study")
     assert affine is None
     np.testing.assert_array_equal(read_scan(data).array, read_scan(zipped(series())).array)
+
+
+def test_a_folder_with_file_names_that_are_not_utf8_is_read(tmp_path):
+    for index, dataset in enumerate(series()):
+        (tmp_path / os.fsdecode(b"Sch\xe4del%d" % index)).write_bytes(saved(dataset))
+    np.testing.assert_array_equal(read_scan(pack_scan(tmp_path)[0]).array, read_scan(zipped(series())).array)
+
+
+@pytest.mark.parametrize("limits", [Limits(max_files=5), Limits(max_bytes=599)])
+def test_a_folder_over_the_limits_is_refused_before_a_file_is_read(tmp_path, monkeypatch, limits):
+    for index in range(6):
+        (tmp_path / f"IM{index}").write_bytes(bytes(100))
+    pack_scan(tmp_path, limits=Limits(max_files=6, max_bytes=600))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    with pytest.raises(InvalidInput, match=f"{tmp_path.name} has more than .*one DICOM series"):
+        pack_scan(tmp_path, limits=limits)
+
+
+def test_a_file_of_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "IM0").touch()
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(InvalidInput, match="IM0 cannot be read: Permission denied"):
+        pack_scan(tmp_path)
 
 
 def test_a_tilted_gantry_gives_a_sheared_affine():
