@@ -105,6 +105,8 @@ class Manifest:
             ) from None
         except ValueError as error:
             raise RepositoryError(f"{path} is not JSON ({error}): export the repository again") from None
+        if not isinstance(values, dict):
+            raise RepositoryError(f"{path} is not a JSON object: export the repository again")
         if values.get("format") != FORMAT:
             raise RepositoryError(f"{path} has format {values.get('format')}, this engine reads {FORMAT}: export again")
         known = {f.name for f in fields(cls)}

@@ -3,6 +3,7 @@ tokenizer."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from engine.models.checkpoint import PARTS, TOKENIZER_FILES, Weights, checked_lamed
+from engine.errors import CheckpointError
+from engine.models.checkpoint import PARTS, TOKENIZER_FILES, Weights, checked_lamed, listed
 from engine.models.config import LamedConfig
 from engine.models.language_model import causal_lm_config
 
@@ -31,7 +33,12 @@ def write_llm(config: LamedConfig, weights: Weights, source: Path, folder: Path,
     for index, shard in enumerate(shards, start=1):
         name = f"model-{index:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         progress(f"{name}, {len(shard)} tensors")
-        save_file({key: weights[key].to(dtype).contiguous() for key in shard}, folder / name, metadata={"format": "pt"})
+        tensors = {key: weights[key].to(dtype).contiguous() for key in shard}
+        if broken := [key for key, tensor in tensors.items() if not _finite(tensor)]:
+            raise CheckpointError(f"the checkpoint has values that are NaN or infinite in {precision}, in "
+                                  f"{listed(broken)}: get it again, or export with another --precision if its values "
+                                  f"are too large for this one")
+        save_file(tensors, folder / name, metadata={"format": "pt"})
         shards[index - 1] = (name, shard)
     if len(shards) > 1:
         total = sum(torch.Size(expected[key]).numel() for key in keys) * dtype.itemsize
@@ -42,6 +49,11 @@ def write_llm(config: LamedConfig, weights: Weights, source: Path, folder: Path,
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """By its ends, which a NaN becomes too: a mask of all elements would take half as much memory again."""
+    return all(math.isfinite(end) for end in tensor.aminmax())
 
 
 def _shards(keys: list[str], shapes: dict, itemsize: int) -> list:

@@ -48,7 +48,7 @@ class Weights:
             if (folder / name).is_file():
                 files = [folder / name]
             elif index.is_file():
-                files = [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+                files = _shards(index)
             else:
                 continue
             missing = [file.name for file in files if not file.is_file()]
@@ -235,7 +235,7 @@ def check(weights: Weights, expected: dict[str, tuple[int, ...]], optional: set[
     found = set(weights)
     misshapen = [f"{key}: {list(weights.shape(key))}, expected {list(expected[key])}"
                  for key in expected if key in found and weights.shape(key) != expected[key]]
-    problems = [f"{len(keys)} {what} ({_listed(sorted(keys))})" for what, keys in (
+    problems = [f"{len(keys)} {what} ({listed(sorted(keys))})" for what, keys in (
         ("missing", set(expected) - found - optional), ("unexpected", found - set(expected)), ("misshapen", misshapen),
     ) if keys]
     if problems:
@@ -280,8 +280,16 @@ def _fill(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> nn.
         bert.embeddings.token_type_ids = torch.zeros(1, length, dtype=torch.long)
     left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if left:
-        raise CheckpointError(f"no value for {_listed(left)}")
+        raise CheckpointError(f"no value for {listed(left)}")
     return model.eval()
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}): its weight_map must give the file "
+                              f"of each key; get the checkpoint again") from None
 
 
 def _safetensors_keys(file: Path) -> dict[str, tuple[Path, str]]:
@@ -294,11 +302,19 @@ def _safetensors_keys(file: Path) -> dict[str, tuple[Path, str]]:
 
 def _torch_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
         raise CheckpointError(f"{file} cannot be read as plain tensors (weights_only): {error}") from None
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{file} holds a {type(tensors).__name__}, expected are tensors by key")
+    others = [f"{key}: {type(value).__name__}" for key, value in tensors.items()
+              if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if others:
+        raise CheckpointError(f"{file} holds more than tensors by key ({listed(others)})")
+    return tensors
 
 
-def _listed(names: list[str], limit: int = 6) -> str:
+def listed(names: list[str], limit: int = 6) -> str:
+    """The first few of `names`, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

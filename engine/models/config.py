@@ -26,10 +26,11 @@ class ViTConfig:
     def __post_init__(self):
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
-            if len(value) != 3 or any(not isinstance(n, int) or n < 1 for n in value):
+            if not isinstance(value, tuple) or len(value) != 3 or any(not isinstance(n, int) or n < 1 for n in value):
                 raise CheckpointError(f"{name} must be three positive whole numbers (D, H, W), not {value}")
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size)):
             raise CheckpointError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        _check_whole({name: getattr(self, name) for name in ("in_channels", *PUBLISHED_VIT)})
         if self.hidden_size % self.num_heads:
             raise CheckpointError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
@@ -95,6 +96,11 @@ class LamedConfig:
         missing = [key for key in required if key not in values]
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}")
+        counts = {key: values[key] for key in required[2:]}
+        _check_whole(counts | {key: values[key] for key in ("proj_layer_num", "proj_pooling_size") if key in values})
+        # null leaves these to transformers.
+        _check_whole({key: values[key] for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")
+                      if values.get(key) is not None})
         if values.get("vision_tower", "vit3d") != "vit3d":
             raise CheckpointError(f"vision_tower {values['vision_tower']!r} is not known; known is 'vit3d'")
         if values.get("vision_select_layer", -1) != -1 or values.get("vision_select_feature", "patch") != "patch":
@@ -102,16 +108,16 @@ class LamedConfig:
                                   "(others are broken in the reference)")
         if values.get("mm_projector_type", "spp") != "spp":
             raise CheckpointError(f"mm_projector_type {values['mm_projector_type']!r} is not known; known is 'spp'")
-        size = {"image_size": tuple(values["image_size"]), "patch_size": tuple(values["patch_size"])}
+        size = {key: _as_tuple(values[key]) for key in ("image_size", "patch_size")}
         vision = ViTConfig(**size, in_channels=values.get("image_channel", 1),
                            **_vit_sizes(values.get("vision_config"), values.get("mm_hidden_size", 768)))
         module = values.get("segmentation_module")
-        if module is not None and "segvol" not in module.lower():
+        if module is not None and "segvol" not in str(module).lower():
             raise CheckpointError(f"segmentation_module {module!r} is not known; known is 'segvol'")
         segmentation = module and ViTConfig(**size, **_vit_sizes(values.get("seg_config")))
         config = cls(vision=vision, segmentation=segmentation or None, llm=FAMILIES[model_type].told(values),
                      proj_layer_type=values.get("proj_layer_type", "mlp"),
-                     proj_layer_num=int(values.get("proj_layer_num", 2)),
+                     proj_layer_num=values.get("proj_layer_num", 2),
                      proj_pooling_type=values.get("proj_pooling_type", "spatial"),
                      proj_pooling_size=values.get("proj_pooling_size", 2),
                      seg_token_id=values.get("seg_token_id"))
@@ -119,6 +125,12 @@ class LamedConfig:
             raise CheckpointError(f"proj_layer_type {config.proj_layer_type!r} is not known; known: mlp, linear")
         if config.proj_pooling_type not in ("spatial", "sequence"):
             raise CheckpointError(f"proj_pooling_type {config.proj_pooling_type!r} is not known; known: spatial, sequence")
+        if config.num_visual_tokens < 1:
+            raise CheckpointError(f"proj_pooling_size {config.proj_pooling_size} leaves no visual token of the "
+                                  f"{' x '.join(map(str, vision.grid))} patches")
+        seg, vocabulary = config.seg_token_id, values["vocab_size"]
+        if segmentation and seg is not None and not (isinstance(seg, int) and 0 <= seg < vocabulary):
+            raise CheckpointError(f"seg_token_id {seg!r} is no token of the vocabulary: vocab_size is {vocabulary}")
         return config
 
 
@@ -138,8 +150,8 @@ class ClipConfig:
                                   "M3D-CLIP ('m3d_clip') is needed")
         if values.get("pos_embed", "perceptron") != "perceptron":
             raise CheckpointError(f"pos_embed {values['pos_embed']!r} is not known; known is 'perceptron'")
-        vision = ViTConfig(image_size=tuple(values.get("img_size", (32, 256, 256))),
-                           patch_size=tuple(values.get("patch_size", (4, 16, 16))),
+        vision = ViTConfig(image_size=_as_tuple(values.get("img_size", (32, 256, 256))),
+                           patch_size=_as_tuple(values.get("patch_size", (4, 16, 16))),
                            in_channels=values.get("in_channels", 1),
                            **{key: values.get(key, default) for key, default in PUBLISHED_VIT.items()})
         # The published checkpoint names bert-base-uncased by path only; its sizes are BertConfig's defaults.
@@ -147,7 +159,19 @@ class ClipConfig:
         return cls(vision=vision, bert=bert, max_text_len=values.get("max_text_len", 128))
 
 
+def _as_tuple(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_whole(values: dict) -> None:
+    for key, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{key} must be a positive whole number, not {value!r}")
+
+
 def _vit_sizes(given: dict | None, hidden_size: int = 768) -> dict:
+    if not isinstance(given, dict | None):
+        raise CheckpointError(f"vision_config/seg_config must be an object with sizes, not {given!r}")
     given = {"hidden_size": hidden_size, **(given or {})}
     unknown = sorted(set(given) - set(PUBLISHED_VIT))
     if unknown:

@@ -79,12 +79,12 @@ def read_scan(data: bytes | memoryview | np.ndarray, *, affine: np.ndarray | Non
     return Scan(_checked_values(array), affine, kind, modality)
 
 
-def pack_scan(source: str | os.PathLike | np.ndarray, affine: np.ndarray | None = None
-              ) -> tuple[bytes, np.ndarray | None]:
+def pack_scan(source: str | os.PathLike | np.ndarray, affine: np.ndarray | None = None,
+              limits: Limits = Limits()) -> tuple[bytes, np.ndarray | None]:
     """What a client sends: (bytes that `read_scan` reads, affine or None).
 
     source: a file (its bytes as they are), a folder with a DICOM series (an uncompressed zip), or an array of 3 axes
-    or 1 x D x H x W (as npy). affine: for arrays and .npy files, [4, 4], RAS+ mm.
+    or 1 x D x H x W (as npy). affine: for arrays and .npy files, [4, 4], RAS+ mm. limits: for a folder.
     """
     affine = None if affine is None else _checked_affine(affine)
     if not isinstance(source, (str, os.PathLike)):
@@ -96,21 +96,41 @@ def pack_scan(source: str | os.PathLike | np.ndarray, affine: np.ndarray | None 
         return buffer.getvalue(), affine
     path = Path(source)
     if path.is_dir():
-        return _zip_folder(path), affine
+        return _zip_folder(path, limits), affine
     try:
         return path.read_bytes(), affine
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _zip_folder(folder: Path) -> bytes:
+def _zip_folder(folder: Path, limits: Limits) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            archive.writestr(zipfile.ZipInfo(str(path.relative_to(folder))), path.read_bytes())
-        if not archive.namelist():
-            raise InvalidInput(f"the folder {folder} is empty: a folder with one DICOM series is wanted")
+    try:
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            for path in sorted(_files(folder, limits)):
+                # Names only serve messages: what is not UTF-8 in them is spelt out, as zips cannot hold it.
+                name = str(path.relative_to(folder)).encode(errors="backslashreplace").decode()
+                archive.writestr(zipfile.ZipInfo(name), path.read_bytes())
+            if not archive.namelist():
+                raise InvalidInput(f"the folder {folder} is empty: a folder with one DICOM series is wanted")
+    except OSError as error:
+        raise InvalidInput(f"{error.filename or folder} cannot be read: {error.strerror}") from None
     return buffer.getvalue()
+
+
+def _files(folder: Path, limits: Limits) -> list[Path]:
+    """The files in a folder and those below it. It may be a whole disk by mistake: listing stops at the limits."""
+    files, size = [], 0
+    for path in folder.rglob("*"):
+        if not path.is_file():
+            continue
+        files.append(path)
+        size += path.stat().st_size
+        if len(files) > limits.max_files or size > limits.max_bytes:
+            raise InvalidInput(f"the folder {folder} has more than a scan may have, {limits.max_files:,} files of "
+                               f"{limits.max_bytes:,} bytes in all (Limits.max_files, Limits.max_bytes): give the "
+                               f"folder of one DICOM series")
+    return files
 
 
 def _read_npy(data: memoryview, limits: Limits) -> np.ndarray:

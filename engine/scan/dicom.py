@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import io
+import lzma
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import pydicom
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from engine.errors import InvalidInput
 from engine.scan.limits import Limits
@@ -17,6 +20,8 @@ from engine.scan.nifti import rescale
 
 _LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # pydicom would inflate such a file whole, however large it gets
+_FIRST_GROUPS = (b"\x02\0", b"\x08\0")  # what a file without preamble starts with: its meta information or data set
+_CONVERT = "convert the series to Explicit VR Little Endian (dcmconv +te)"
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ def read_dicom_zip(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.nda
     """
     slices = list(_images(data, limits))
     if not slices:
-        raise InvalidInput("the zip holds no DICOM images: zip one DICOM series (NIfTI files and npz archives are not "
-                           "read from a zip)")
+        raise InvalidInput("the folder or zip holds no DICOM images: send one DICOM series (NIfTI files and npz "
+                           "archives are not read from a folder or zip)")
     _check_one("series", Counter(s.series for s in slices), "send one series at a time")
     _check_one("slice sizes (rows x columns)", Counter("{} x {}".format(*s.pixels.shape) for s in slices),
                "leave out localizers and secondary captures")
@@ -65,25 +70,54 @@ def _images(data: memoryview, limits: Limits) -> Iterator[_Slice]:
     """All image planes of all members, decoded; what is not DICOM or has no pixels is passed over."""
     voxels = 0
     for name, content in _members(data, limits):
-        if content[128:132] != b"DICM":
+        if (dataset := _image(name, content)) is None:
             continue
-        if _DEFLATED in content[:2048]:
-            raise InvalidInput(f"{name} is deflated as a whole, which is not read here: convert the series to Explicit "
-                               f"VR Little Endian (dcmconv +te) and zip it")
-        try:
-            dataset = pydicom.dcmread(io.BytesIO(content))
-            if "PixelData" not in dataset:
-                continue
+        with _damage_named(name):
             frames = int(dataset.get("NumberOfFrames") or 1)
             voxels += frames * int(dataset.Rows) * int(dataset.Columns)
-        except Exception as error:  # pydicom raises whatever a damaged file makes it stumble over
-            raise InvalidInput(f"{name} is a damaged DICOM file ({_words(error)})") from None
-        if voxels > limits.max_voxels:
-            raise InvalidInput(f"the DICOM series has more than {limits.max_voxels:,} voxels, this server's limit "
-                               f"(Limits.max_voxels): send fewer slices, or have the limit raised")
-        pixels = _pixels(name, dataset, frames)
-        for index in range(frames):
-            yield _slice(name, dataset, pixels[index], index, frames)
+            if voxels > limits.max_voxels:
+                raise InvalidInput(f"the DICOM series has more than {limits.max_voxels:,} voxels, this server's limit "
+                                   f"(Limits.max_voxels): send fewer slices, or have the limit raised")
+            pixels = _pixels(name, dataset, frames)
+            planes = [_slice(name, dataset, pixels[index], index, frames) for index in range(frames)]
+        yield from planes
+
+
+def _image(name: str, content: bytes) -> pydicom.Dataset | None:
+    """A member's data set, with its transfer syntax, if it is a DICOM image; None otherwise.
+
+    A file without preamble, as some archives and scanners write it, has nothing that says DICOM: it counts as an image
+    if all of it can be read as one.
+    """
+    bare = content[128:132] != b"DICM"
+    if bare and content[:2] not in _FIRST_GROUPS:
+        return None
+    if _DEFLATED in content[:2048]:
+        raise InvalidInput(f"{name} is deflated as a whole, which is not read here: {_CONVERT} and zip it")
+    try:
+        with _damage_named(name):
+            dataset = pydicom.dcmread(io.BytesIO(content), force=bare)
+            if "PixelData" not in dataset:
+                return None
+            if "TransferSyntaxUID" not in dataset.file_meta:
+                implicit, _ = dataset.original_encoding
+                dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+            return dataset
+    except InvalidInput:
+        if bare:
+            return None
+        raise
+
+
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    """pydicom converts a tag only when it is asked for, and raises whatever a damaged one makes it stumble over."""
+    try:
+        yield
+    except InvalidInput:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"{name} is a damaged DICOM file ({_words(error)})") from None
 
 
 def _members(data: memoryview, limits: Limits) -> Iterator[tuple[str, bytes]]:
@@ -95,27 +129,35 @@ def _members(data: memoryview, limits: Limits) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = [info for info in archive.infolist() if not info.is_dir()]
             if len(members) > limits.max_files:
-                raise InvalidInput(f"the zip has {len(members):,} files, over this server's limit of "
-                                   f"{limits.max_files:,} (Limits.max_files): zip one series only")
-            limits.check_bytes(sum(info.file_size for info in members), "the unpacked zip")
+                raise InvalidInput(f"the folder or zip has {len(members):,} files, over this server's "
+                                   f"limit of {limits.max_files:,} (Limits.max_files): send one series only")
+            limits.check_bytes(sum(info.file_size for info in members), "the folder or unpacked zip")
             for info in members:
                 with archive.open(info) as member:
                     yield info.filename, member.read(info.file_size)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, IndexError, NotImplementedError, RuntimeError,
+            OSError, ValueError) as error:
         raise InvalidInput(f"the zip is damaged, encrypted or of an unknown kind ({_words(error)}): zip the series "
                            f"again") from None
 
 
 def _pixels(name: str, dataset: pydicom.Dataset, frames: int) -> np.ndarray:
     """[frames, rows, columns] as stored."""
-    if dataset.get("SamplesPerPixel", 1) != 1 or dataset.get("PhotometricInterpretation") != "MONOCHROME2":
-        raise InvalidInput(f"{name} is a {dataset.get('PhotometricInterpretation')} image; slices in grey values "
-                           f"(MONOCHROME2) are wanted: leave out screenshots and secondary captures")
+    colours = dataset.get("PhotometricInterpretation")
+    if colours == "MONOCHROME1":
+        raise InvalidInput(f"{name} is a MONOCHROME1 image: low values are the bright ones; slices whose high values "
+                           f"are bright (MONOCHROME2) are wanted: invert the series, or export it as MONOCHROME2")
+    if dataset.get("SamplesPerPixel", 1) != 1 or colours != "MONOCHROME2":
+        raise InvalidInput(f"{name} is a {colours} image; slices in grey values (MONOCHROME2) are wanted: leave out "
+                           f"screenshots and secondary captures")
     try:
         return np.asarray(dataset.pixel_array).reshape(frames, dataset.Rows, dataset.Columns)
     except Exception as error:
-        syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
-        if syntax is not None and syntax.is_compressed:
+        syntax = dataset.file_meta.TransferSyntaxUID
+        if not syntax.is_transfer_syntax:
+            raise InvalidInput(f"{name} has the transfer syntax {syntax}, which is not known here: "
+                               f"{_CONVERT}") from None
+        if syntax.is_compressed:
             raise InvalidInput(f"the pixels of {name} are compressed as {syntax.name}, which could not be decoded "
                                f"({_words(error)}): decompress the series first, for example with dcmdjpeg or gdcmconv "
                                f"--raw, or install pylibjpeg on the server") from None

@@ -53,6 +53,7 @@ def read_gzipped_nifti(data: memoryview, limits: Limits) -> tuple[np.ndarray, np
     shape = _shape(header, limits)
     wanted = _offset(header) + math.prod(shape) * header.get_data_dtype().itemsize
     limits.check_bytes(wanted, "the decompressed scan")
+    head = head[:wanted]  # a tiny scan may be followed by something else
     buffer = np.empty(wanted, np.uint8)
     buffer[:len(head)] = np.frombuffer(head, np.uint8)
     filled = len(head)

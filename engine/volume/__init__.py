@@ -137,7 +137,9 @@ def _m3d_seg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     axes = ((0, 1, 2) if scan.kind == "npy" else (2, 1, 0), (False,) * 3)
     voxels = scan.array.ravel(order="K")
     bright = voxels[voxels > voxels.mean(dtype=np.float64)]
-    low, high = np.percentile(bright, SEG_PERCENTILES, overwrite_input=True)
+    # Rounded to float32 the mean may reach the largest value: then only voxels of that value are above it.
+    low, high = (np.percentile(bright, SEG_PERCENTILES, overwrite_input=True) if bright.size
+                 else (float(scan.array.max()),) * 2)
     if high <= low:
         raise InvalidInput(f"preset m3d-seg finds no contrast: the voxels above the mean all are {low:g}; choose "
                            f"another preset, for example mr")
@@ -259,10 +261,15 @@ def _scaled(image: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _otsu(values: np.ndarray) -> float:
-    """The threshold with the most variance between its two sides, of 256 bins from the 0.1 to the 99.9 percentile."""
+    """The threshold with the most variance between its two sides, of 256 bins from the 0.1 to the 99.9 percentile.
+
+    Of a single value, that value: the grid may miss all others, and large ones have no bins around them.
+    """
     low, high = np.percentile(values, (0.1, 99.9))
     if high <= low:
         low, high = float(values.min()), float(values.max())
+    if high <= low:
+        return low
     counts, edges = np.histogram(np.clip(values, low, high), 256, (low, high))
     centres = (edges[1:] + edges[:-1]) / 2
     below, total = np.cumsum(counts)[:-1], np.cumsum(counts * centres)

@@ -75,6 +75,27 @@ def test_a_bin_file_that_would_run_code_is_refused(folder):
         open_lamed(folder)
 
 
+@pytest.mark.parametrize("text", ["not JSON", "{}", "[]", '{"weight_map": ["a.safetensors"]}',
+                                  '{"weight_map": {"a": 1, "b": "c"}}', '{"weight_map": {"a": []}}'])
+def test_an_index_that_names_no_files_is_refused(folder, text):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is damaged .*weight_map"):
+        open_lamed(folder)
+
+
+@pytest.mark.parametrize("change, words", [
+    (list, r"pytorch_model\.bin holds a list"),
+    (lambda tensors: {**tensors, "model.norm.weight": [1, 2]}, r"pytorch_model\.bin .*\(model\.norm\.weight: list\)"),
+    (lambda tensors: {**tensors, 5: torch.zeros(1)}, r"pytorch_model\.bin .*\(5: Tensor\)"),
+])
+def test_a_bin_file_that_holds_other_things_than_tensors_is_refused(folder, change, words):
+    torch.save(change(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=words):
+        load_lamed(folder)
+
+
 def test_missing_unexpected_and_misshapen_keys_are_named(folder):
     def change(tensors):
         del tensors["model.norm.weight"]
@@ -115,6 +136,37 @@ def test_another_architecture_is_refused_by_name(folder, values, words):
     edit_config(folder, **values)
     with pytest.raises(CheckpointError, match=words):
         load_lamed(folder)
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"image_size": 16}, "image_size must be three .*not 16"),
+    ({"patch_size": None}, "patch_size must be three .*not None"),
+    ({"proj_pooling_size": 0}, "proj_pooling_size must be .*not 0"),
+    ({"proj_pooling_size": 5}, "proj_pooling_size 5 leaves no visual token of the 4 x 4 x 4 patches"),
+    ({"proj_layer_num": "two"}, "proj_layer_num must be .*not 'two'"),
+    ({"num_attention_heads": 0}, "num_attention_heads must be .*not 0"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads must be .*not 0"),
+    ({"vocab_size": None}, "vocab_size must be .*not None"),
+    ({"vision_config": {"num_heads": 0}}, "num_heads must be .*not 0"),
+    ({"vision_config": 5}, "vision_config.* not 5"),
+    ({"segmentation_module": 5}, "segmentation_module 5"),
+    ({"seg_token_id": 320}, "seg_token_id 320 .*vocab_size is 320"),
+    ({"seg_token_id": -1}, "seg_token_id -1 "),
+    ({"seg_token_id": "[SEG]"}, "seg_token_id '.SEG.' "),
+])
+def test_an_impossible_value_of_config_is_refused_by_key_and_value(folder, values, words):
+    edit_config(folder, **values)
+    with pytest.raises(CheckpointError, match=words):
+        open_lamed(folder)
+
+
+@pytest.mark.parametrize("values, words", [({"img_size": 16}, "image_size must be three .*not 16"),
+                                           ({"num_heads": 0}, "num_heads must be .*not 0")])
+def test_an_impossible_value_of_clips_config_is_refused(tmp_path, values, words):
+    clip = tiny.write_tiny_clip(tmp_path / "clip")
+    edit_config(clip, **values)
+    with pytest.raises(CheckpointError, match=words):
+        load_clip(clip)
 
 
 def test_a_clip_checkpoint_is_not_taken_for_lamed_nor_the_reverse(folder, tmp_path):

@@ -119,6 +119,26 @@ def test_shards_hold_every_tensor_once(checkpoints, tmp_path, monkeypatch):
     assert set(sharded) == {key for key in weights if not key.startswith(tuple(llm.PARTS))}
 
 
+@pytest.mark.parametrize("value, precision", [(float("nan"), "fp32"), (float("-inf"), "bf16"), (70000.0, "fp16")])
+def test_a_language_model_with_values_that_are_not_finite_is_refused_by_key(checkpoints, tmp_path, value, precision):
+    from engine.models.checkpoint import open_lamed
+
+    config, weights, source = open_lamed(checkpoints[0])
+    norm = weights["model.norm.weight"].clone()
+    norm[3] = value
+    weights = weights.joined({"model.norm.weight": norm})
+    with pytest.raises(CheckpointError, match=rf"NaN or infinite in {precision}, in model\.norm\.weight: "):
+        llm.write_llm(config, weights, source, tmp_path / "llm", precision, lambda text: None)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("text, words", [("[]", "is not a JSON object"), ("{", "is not JSON"), ("{}", "format None")])
+def test_a_manifest_that_is_none_is_refused(tmp_path, text, words):
+    (tmp_path / FILE_NAME).write_text(text)
+    with pytest.raises(RepositoryError, match=words):
+        Manifest.read(tmp_path)
+
+
 def test_a_folder_that_is_no_model_repository_is_refused(checkpoints, tmp_path):
     with pytest.raises(RepositoryError, match=r"lacks config\.pbtxt"):
         export(checkpoints[0], tmp_path)

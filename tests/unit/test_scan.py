@@ -1,9 +1,12 @@
 """Every scan format is read as the file means it, and nothing about a file is trusted."""
+import errno
 import gzip
 import io
+import os
 import tracemalloc
 import zipfile
 import zlib
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -129,6 +132,11 @@ def test_gzip_of_several_members_is_one_stream():
     data = nifti()
     scan = read_scan(gzip.compress(data[:700]) + gzip.compress(data[700:]))
     np.testing.assert_array_equal(scan.array, values())
+
+
+def test_what_follows_a_tiny_gzipped_scan_is_ignored():
+    array = values((2, 2, 2), np.uint8)
+    np.testing.assert_array_equal(read_scan(gzip.compress(nifti(array) + bytes(1000))).array, array)
 
 
 def gzip_bomb(head, megabytes):
@@ -380,6 +388,33 @@ def test_a_folder_of_dicom_files_is_read(tmp_path):
     np.testing.assert_array_equal(read_scan(data).array, read_scan(zipped(series())).array)
 
 
+def test_a_folder_with_file_names_that_are_not_utf8_is_read(tmp_path):
+    for index, dataset in enumerate(series()):
+        (tmp_path / os.fsdecode(b"Sch\xe4del%d" % index)).write_bytes(saved(dataset))
+    np.testing.assert_array_equal(read_scan(pack_scan(tmp_path)[0]).array, read_scan(zipped(series())).array)
+
+
+@pytest.mark.parametrize("limits", [Limits(max_files=5), Limits(max_bytes=599)])
+def test_a_folder_over_the_limits_is_refused_before_a_file_is_read(tmp_path, monkeypatch, limits):
+    for index in range(6):
+        (tmp_path / f"IM{index}").write_bytes(bytes(100))
+    pack_scan(tmp_path, limits=Limits(max_files=6, max_bytes=600))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    with pytest.raises(InvalidInput, match=f"{tmp_path.name} has more than .*one DICOM series"):
+        pack_scan(tmp_path, limits=limits)
+
+
+def test_a_file_of_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "IM0").touch()
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(InvalidInput, match="IM0 cannot be read: Permission denied"):
+        pack_scan(tmp_path)
+
+
 def test_a_tilted_gantry_gives_a_sheared_affine():
     slices = series()
     for dataset in slices:
@@ -477,6 +512,35 @@ def test_colour_slices_are_refused():
     refused(zipped(series(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0)), "RGB", "grey")
 
 
+def test_inverted_grey_values_are_named_as_such():
+    refused(zipped(series(PhotometricInterpretation="MONOCHROME1")), "low values are the bright ones", "invert")
+
+
+@pytest.mark.parametrize("with_meta", [True, False])
+def test_a_series_without_preambles_is_read(with_meta):
+    # What is no image goes on being passed over, although it starts as a data set does.
+    members = [("counts.bin", b"\x08\0\0\0" + bytes(range(256))), ("report", b"\x08\0\x60\0CS\x02\0SR")]
+    for index, dataset in enumerate(series()):
+        content = saved(dataset)[132:]
+        meta_length = 12 + int.from_bytes(content[8:12], "little")
+        members.append((f"IM{index}", content if with_meta else content[meta_length:]))
+    np.testing.assert_array_equal(read_scan(zipped([], extra=members)).array, read_scan(zipped(series())).array)
+
+
+@pytest.mark.parametrize("tag", [b"\x28\0\x02\0US", b"\x28\0\x08\0IS", b"\x20\0\x32\0DS", b"\x28\0\x53\x10DS"])
+def test_a_tag_of_an_unknown_kind_of_value_is_damage(tag):
+    content = saved(series(NumberOfFrames=1)[0])
+    assert content.count(tag) == 1
+    refused(zipped(series(), extra=[("bad.dcm", content.replace(tag, tag[:4] + b"QQ"))]), "bad.dcm is a damaged DICOM")
+
+
+@pytest.mark.parametrize("uid", ["1.2.840.10008.1.2.9", "1.2.840.10008.1.1", "1.2.840.9"])
+def test_an_unknown_transfer_syntax_is_named(uid):
+    known = ExplicitVRLittleEndian.encode() + b"\0"
+    content = saved(series(1)[0]).replace(known, uid.encode().ljust(len(known), b"\0"))
+    refused(zipped(series(), extra=[("odd.dcm", content)]), f"odd.dcm has the transfer syntax {uid}", "dcmconv")
+
+
 def test_a_compressed_series_without_a_decoder_says_what_to_do(monkeypatch):
     from pydicom.encaps import encapsulate
 
@@ -536,3 +600,25 @@ def test_zip_limits_and_damage():
     broken = bytearray(zipped(series(), zipfile.ZIP_STORED))
     broken[2000] ^= 255
     refused(bytes(broken), "damaged")
+
+
+def patched(archive, record, offset, content):
+    """The archive with `content` at `offset` behind the last `record`."""
+    start = archive.rindex(record) + offset
+    return archive[:start] + content + archive[start + len(content):]
+
+
+def without_a_name(archive):
+    """The zip with an empty name in its directory, and the room for the name in the comment behind it."""
+    position = archive.rindex(b"PK\x01\x02")
+    size = archive[position + 28:position + 30]
+    return archive[:position + 28] + bytes(4) + size + archive[position + 34:]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda: without_a_name(zipped([], extra=[("a.dcm", bytes(200))])),
+    lambda: patched(zipped([], extra=[("a.dcm", bytes(200))]), b"PK\x05\x06", 16, b"\xff\xff\xff\x7f"),
+    lambda: patched(zipped([], zipfile.ZIP_LZMA, [("a.dcm", bytes(200))]), b"PK\x03\x04", 39, b"\xff" * 5),
+], ids=["a name that is none", "members before the start", "LZMA"])
+def test_damaged_zips_never_escape_as_another_error(damage):
+    refused(damage(), "the zip is damaged")

@@ -302,6 +302,14 @@ def test_mr_takes_a_label_image_of_two_values():
     assert image.max() == 1 and np.isfinite(image).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_mr_takes_large_values_of_which_the_coarse_grid_sees_one():
+    array = np.full((200, 20, 20), 1e25, np.float32)
+    array[1] = 2e25
+    image = prepare(Scan(array, ARRAY_AFFINE, "nifti"), SIZE, "mr").image
+    assert image.max() == 1 and np.isfinite(image).all()
+
+
 def monai_reference(image_dhw, size):
     import monai.transforms as mtf
 
@@ -331,9 +339,10 @@ def test_m3d_seg_is_what_the_reference_does():
     np.testing.assert_allclose(prepared.image, monai_reference(image, SIZE), atol=1e-4)
 
 
-def test_m3d_seg_refuses_a_scan_of_two_values():
-    array = np.zeros((20, 20, 20), np.uint8)
-    array[5:15] = 1
+@pytest.mark.parametrize("low, high", [(0, 1), (2 ** 24, 2 ** 24 + 2)])  # between the latter float32 has no mean
+def test_m3d_seg_refuses_a_scan_of_two_values(low, high):
+    array = np.full((20, 20, 20), low, np.float32)
+    array[2:] = high
     with pytest.raises(InvalidInput, match="no contrast"):
         prepare(Scan(array, np.eye(4), "nifti"), SIZE, "m3d-seg")
 
