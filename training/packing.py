@@ -21,19 +21,14 @@ from training.data.selection import M3DQuestions, images_of
 
 _log = logging.getLogger(__name__)
 WEIGHTINGS = ("tokens", "root")
-# Under `root`, of each decimal of a number against the one before it: it moves a box by a tenth as much, and what the
-# first leaves open a scan hardly tells.
-_DECIMAL = 0.3
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids of one question with its answer. answer_start: index of the answer's first token. decimals: [answer's
-    tokens], how many decimals of its number stand before each."""
+    """Token ids of one question with its answer. answer_start: index of the answer's first token."""
 
     ids: list[int]
     answer_start: int
-    decimals: list[int]
 
 
 @dataclass(frozen=True)
@@ -66,19 +61,7 @@ def sequence(tokenizer, sample: Sample, room: int | None = None) -> Sequence:
     """
     question = (" " if sample.space else "") + sample.question
     asked, whole = (_behind_image(tokenizer, text) for text in (question, f"{question} {sample.answer}"))
-    ids, start = [*whole, tokenizer.eos_token_id][:room], len(asked)
-    return Sequence(ids, start, _decimals(tokenizer.convert_ids_to_tokens(ids[start:])))
-
-
-def _decimals(tokens: list[str]) -> list[int]:
-    """For each token, how many decimals of the number it goes on stand before it; 0 where it goes on none."""
-    before, count, fraction = [], 0, False
-    for token in tokens:
-        digits = token.isdecimal()
-        before.append(count if digits else 0)
-        fraction = token == "." or fraction and digits
-        count = count + len(token) if fraction and digits else 0
-    return before
+    return Sequence([*whole, tokenizer.eos_token_id][:room], len(asked))
 
 
 def _behind_image(tokenizer, text: str) -> list[int]:
@@ -92,8 +75,7 @@ def pack(groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token
     """Pack one group of sequences for each scan behind `prefix` positions.
 
     weighting: `tokens`, all answer tokens alike (the reference), or `root`, each 1 / sqrt(length of its answer), so
-    that the single words that need a look at the scan do not drown in boxes and reports, and less for the second and
-    third decimals of a box.
+    that the single words that need a look at the scan do not drown in boxes and reports.
     """
     length = max(sum(len(s.ids) for s in group) for group in groups)
     total = prefix + length
@@ -119,8 +101,7 @@ def pack(groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token
             for k in range(s.answer_start, n):
                 before = (row, prefix + start + k - 1)
                 answers.append((*before, s.ids[k]))
-                weights.append((n - s.answer_start) ** -0.5 * _DECIMAL ** s.decimals[k - s.answer_start]
-                               if weighting == "root" else 1.0)
+                weights.append((n - s.answer_start) ** -0.5 if weighting == "root" else 1.0)
                 if s.ids[k] == seg_token_id:
                     states.append((*before, number))
             start, number = start + n, number + 1

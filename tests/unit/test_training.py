@@ -28,7 +28,7 @@ from training.data.scans import LabelledScan
 from training.lamed import GrownEmbedding, GrownHead, Lora, Start, TrainedLamed
 from training.evaluate import KINDS
 from training.losses import dice_loss, language_loss, mask_loss
-from training.packing import Packer, _decimals, pack, sequence
+from training.packing import Packer, pack, sequence
 
 DEMO = Path(training.__file__).parent / "demo"
 CONFIGS = Path(training.__file__).parent / "configs" / "demo"
@@ -136,25 +136,6 @@ def test_answers_weigh_by_their_tokens_or_by_the_root_of_them(packaged, weightin
     assert len(set(lengths)) == 3
     weights = pack([sequences], 3, 262, tokenizer.pad_token_id, weighting).answer_weights.split(lengths)
     torch.testing.assert_close(torch.stack([w.sum() for w in weights]), torch.tensor(lengths) ** power)
-
-
-def test_the_further_decimals_of_a_box_weigh_less_under_root_alone(packaged):
-    tokenizer = _tokenizer(packaged)
-    answer = "It is at [0.125, 0.250] of 12."
-    one = sequence(tokenizer, asked("box", "Where?", answer))
-    expected = [1.0] * (len(one.ids) - one.answer_start)
-    text = tokenizer.convert_ids_to_tokens(one.ids[one.answer_start:])
-    for start in (k for k, token in enumerate(text) if token == "." and text[k + 1].isdecimal()):
-        expected[start + 2], expected[start + 3] = 0.3, 0.09
-    assert sorted(set(expected)) == [0.09, 0.3, 1.0] and len([w for w in expected if w < 1]) == 4
-    for weighting, length in (("root", len(expected)), ("tokens", 1)):
-        weights = pack([[one]], 3, 262, tokenizer.pad_token_id, weighting).answer_weights
-        torch.testing.assert_close(weights * length ** 0.5,
-                                   torch.tensor(expected) if weighting == "root" else torch.ones(len(expected)))
-
-
-def test_a_number_in_one_token_is_a_first_decimal():
-    assert _decimals(["▁0", ".", "125", ",", "1", ".", "2", "5", "▁", "7", "3", "."]) == [0] * 7 + [1, 0, 0, 0, 0]
 
 
 def test_question_and_answer_are_tokenised_in_one_piece_behind_the_image_tokens(packaged):

@@ -13,10 +13,9 @@ from engine.prompt import SEG_TOKEN, format_box
 from training.data.augment import View
 
 # How often each task is drawn in training, where a view allows it.
-SHARES = {"modality": 3, "modality_yes": 5, "part": 3, "part_yes": 5, "presence": 20, "tumour": 8, "side": 7,
-          "side_yes": 7, "box_side": 8, "box": 18, "name_box": 12, "segment": 30, "segment_absent": 6, "describe": 4,
+SHARES = {"modality": 3, "modality_yes": 6, "part": 3, "part_yes": 6, "presence": 24, "tumour": 8, "side": 6,
+          "side_yes": 6, "box_side": 6, "box": 5, "name_box": 3, "segment": 30, "segment_absent": 6, "describe": 4,
           "unknown": 2}
-_BOXES_PER_VIEW = 2  # one is as long as ten other answers
 # Tasks with a small set of right answers: how to tell them apart, and how often guessing is right.
 CLOSED = {"modality": 1 / 2, "modality_yes": 1 / 2, "part": 1 / 3, "part_yes": 1 / 2, "presence": 1 / 2,
           "tumour": 1 / 2, "side": 1 / 2, "side_yes": 1 / 2, "box_side": 1 / 2}
@@ -56,7 +55,8 @@ def draw(view: View, rng: np.random.Generator, count: int, wording: str = "train
     while len(questions) < count:
         task = str(rng.choice(list(SHARES), p=np.array(list(SHARES.values())) / sum(SHARES.values())))
         question = ask(task, view, rng, wording)
-        if question and not (question.task == "box" and sum(q.task == "box" for q in questions) == _BOXES_PER_VIEW):
+        # One box is as long as ten other answers.
+        if question and not (question.task == "box" and any(q.task == "box" for q in questions)):
             questions.append(question)
     return questions
 
