@@ -38,7 +38,7 @@ class Bound:
     agreement: float
 
 
-BOUNDS = {"fp8": Bound(1.05, 0.97), "awq": Bound(1.25, 0.90), "gptq": Bound(1.25, 0.90)}
+BOUNDS = {"fp8": Bound(1.05, 0.97), "awq": Bound(1.15, 0.93), "gptq": Bound(1.15, 0.93)}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 SHM = "/dev/shm/"
 VITAL_ENDED = "keeper: the command cannot go on without process "
-LOOKS = 5  # for vital processes, once a second after shared memory has appeared: they start at such times
+SETTLED_S = 60.0  # after shared memory has appeared, in which vital processes are looked for: they start at such times
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -108,15 +108,14 @@ class Keeper:
 
     def run(self) -> int:
         """Returns the command's exit status, as a shell would: 128 + n after signal n."""
-        known, unsettled = set(self.shm_before), 0
+        known, settled = set(self.shm_before), 0.0
         while self.status is None and not self.stop_asked:
             if (names := set(os.listdir(SHM))) - known:
                 self._survey()
-                unsettled = LOOKS
+                settled = time.monotonic() + SETTLED_S
             known = names
-            if unsettled:
+            if time.monotonic() < settled:
                 self._watch()
-                unsettled -= 1
             ready, _, _ = select.select([sys.stdin, self.wake_read, *self.watched], [], [], 1.0)
             self._reap(ready)
             if dead := [self.watched[fd] for fd in ready if fd in self.watched]:
