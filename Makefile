@@ -21,7 +21,9 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TAG := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 LOCAL_TORCH := $(firstword $(foreach folder,$(PIP_FIND_LINKS),$(wildcard $(folder)/torch-*cpu-$(TAG)-*.whl)))
 TORCH_FROM := $(if $(LOCAL_TORCH),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
-INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --override overrides.txt
+# Constrained to what the image in deploy/ pins, so that a new release cannot part the two.
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --override overrides.txt \
+  --constraints deploy/requirements.txt
 # llm-compressor wants other versions of transformers, compressed-tensors and NumPy than vLLM and Triton.
 QUANTIZING := $(VENV)/quantizing
 

@@ -45,13 +45,14 @@ def light_repository(repository, tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(repository, tmp_path_factory):
     """A running server. Its end is a test, too: nothing of it may be left."""
-    before = set(Path(tempfile.gettempdir()).glob("vllm*"))  # vLLM removes none of its own
+    before = set(Path(tempfile.gettempdir()).glob("vllm*"))
     with Server(repository, **free_ports(), log=tmp_path_factory.mktemp("log") / "triton.log") as server:
+        # vLLM removes none of its temporary files: they lie in the run folder, which goes.
+        assert set(Path(tempfile.gettempdir()).glob("vllm*")) <= before
         yield server
         footprint = Footprint(server.keeper_pid)
         assert len(footprint.processes) > len(contract.MODELS) // 2 and footprint.mapped
     assert footprint.left() == []
-    assert set(Path(tempfile.gettempdir()).glob("vllm*")) <= before
 
 
 @pytest.fixture(scope="session")
