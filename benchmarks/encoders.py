@@ -6,9 +6,10 @@
 
 On a CPU fp32 is ONNX Runtime's, bf16 OpenVINO's, int8 ONNX Runtime's with weights and activations quantised (weights by
 channel, activations by tensor at run time). For target tensorrt the typed graphs of which plans are made are computed in
-fp32 with the roundings that they have on a GPU (fp8 calibrated on the scans); their times mean nothing. Every pair of a vision and a segmentation encoder answers the questions, greedily in
-fp32 PyTorch, and draws its mask; the fp32 pair is what the others are compared with, on the checkpoint and on the
-recorded fixture of tests/fixtures. Within bounds: the same tokens, and a Dice of 0.999 or more, everywhere.
+fp32 with the roundings that they have on a GPU (fp8 calibrated on the scans); their times mean nothing. Every pair of a
+vision and a segmentation encoder answers the questions, greedily in fp32 PyTorch, and draws its mask; the fp32 pair is
+what the others are compared with, on the checkpoint and on the recorded fixture of tests/fixtures. Within bounds: the
+same tokens, and a Dice of 0.999 or more, everywhere.
 """
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ class Encoders:
                 started = time.perf_counter()
                 self.graphs[name, precision] = (
                     _typed(path, precision, images) if target == "tensorrt" else
-                    OnnxGraph(_quantised(path, folder / f"{name}.int8"), contract.MODELS[name]) if precision == "int8" else
+                    OnnxGraph(_quantised(path, folder / f"{name}.int8"), contract.MODELS[name])
+                    if precision == "int8" else
                     OnnxGraph(path, contract.MODELS[name], precision=precision))
                 self.load_s[name, precision] = time.perf_counter() - started
 
@@ -222,8 +224,8 @@ def dice(a: np.ndarray | None, b: np.ndarray | None) -> float:
 
 def text(result: dict) -> str:
     """Markdown tables, and which pair is the fastest within bounds."""
-    runs = [(name.replace("_", " "), precision, f"{r['error']:.1e}", f"{r['max_error']:.1e}", f"{median(r['seconds']):.2f} s",
-             f"{min(r['seconds']):.2f} to {max(r['seconds']):.2f} s", f"{median(r['seconds']) / r['floor_s']:.1f}",
+    runs = [(name.replace("_", " "), precision, f"{r['error']:.1e}", f"{r['max_error']:.1e}",
+             f"{median(r['seconds']):.2f} s", f"{min(r['seconds']):.2f} to {max(r['seconds']):.2f} s", f"{median(r['seconds']) / r['floor_s']:.1f}",
              f"{r['load_s']:.1f} s")
             for name, by_precision in result["runs"].items() for precision, r in by_precision.items()]
     exactness = [(e["case"], e["vision"], e["segmentation"],
@@ -231,7 +233,8 @@ def text(result: dict) -> str:
                   "no mask" if e["dice"] is None else f"{e['dice']:.5f}", "yes" if e["within_bounds"] else "no")
                  for e in result["exactness"]]
     columns = ("encoder", "precision", "error", "max error", "median", "spread", "÷ floor", "load")
-    compared = table(("on", "vision encoder", "segmentation encoder", "tokens differ", "Dice", "within bounds"), exactness)
+    compared = table(("on", "vision encoder", "segmentation encoder", "tokens differ", "Dice", "within bounds"),
+                     exactness)
     if result["target"] == "tensorrt":  # whose times are those of another device
         return "\n\n".join((table(columns[:4], [row[:4] for row in runs]), compared))
     best = fastest(result)

@@ -67,8 +67,8 @@ def quantize(folder: Path, scheme: str, dtype: torch.dtype, prompt: Prompt, visu
              say: Callable[[str], None]) -> dict:
     """Put the quantised language model in the place of the one in `folder`; what the manifest says about it.
 
-    dtype: of the one in `folder`, and of what is not quantised. visual: visual tokens [N, H] of each scan. Raises ExportError beyond the scheme's bound, and leaves `folder` as it
-    was.
+    dtype: of the one in `folder`, and of what is not quantised. visual: visual tokens [N, H] of each scan. Raises
+    ExportError beyond the scheme's bound, and leaves `folder` as it was.
     """
     say(f"asks {len(visual)} scans the questions of {QUESTIONS.name}")
     answered = answer(folder, dtype, prompt, visual)
@@ -80,8 +80,8 @@ def quantize(folder: Path, scheme: str, dtype: torch.dtype, prompt: Prompt, visu
         compress(folder, scheme, calibrated, target)
         after, agreement = compare(target, dtype, measured)
         bound, ratio = BOUNDS[scheme], after / before
-        say(f"perplexity {after:.3f}, before {before:.3f}; {agreement:.1%} of {sum(len(a.ids) for a in measured)} greedy "
-            "tokens stay")
+        tokens = sum(len(a.ids) for a in measured)
+        say(f"perplexity {after:.3f}, before {before:.3f}; {agreement:.1%} of {tokens} greedy tokens stay")
         if not (ratio <= bound.perplexity_ratio and agreement >= bound.agreement):
             raise ExportError(f"the language model loses too much in {scheme}: perplexity of its own answers rises "
                               f"{ratio:.3f}-fold ({bound.perplexity_ratio} allowed), {agreement:.1%} of their tokens stay "
@@ -94,7 +94,7 @@ def quantize(folder: Path, scheme: str, dtype: torch.dtype, prompt: Prompt, visu
     finally:
         shutil.rmtree(target, ignore_errors=True)
     return {"scheme": scheme, "perplexity": after, "perplexity_before": before, "agreement": agreement,
-            "tokens": sum(len(a.ids) for a in measured), "bound": [bound.perplexity_ratio, bound.agreement]}
+            "tokens": tokens, "bound": [bound.perplexity_ratio, bound.agreement]}
 
 
 @torch.inference_mode()
