@@ -223,7 +223,8 @@ class Server:
         # Triton escapes line ends in its log; where in the Python code it was stands there, too.
         if self._was_starved():
             return f"the machine is too busy for Triton's start-up checks; try again in a while\n(log: {self.log})"
-        if ended := sorted(set(_ENDED.findall(text))):
+        if keeper.VITAL_ENDED in text:  # one that ended in its first moments left no model's name
+            ended = sorted(set(_ENDED.findall(text))) or ["a Python model"]
             return f"the process of {', '.join(ended)} ended, killed or crashed, and was not asked to\n(log: {self.log})"
         failed = {model: words.rstrip('"').replace("\\n", "\n").partition("\n\nAt:")[0].strip()
                   for model, words in _FAILED.findall(text)}

@@ -26,7 +26,8 @@ from pathlib import Path
 
 SHM = "/dev/shm/"
 VITAL_ENDED = "keeper: the command cannot go on without process "
-SETTLED_S = 60.0  # after shared memory has appeared, in which vital processes are looked for: they start at such times
+SETTLED_S = 60.0  # after the start and new shared memory, in which vital processes are looked for: they start then
+LOOK_S, SETTLED_LOOK_S = 0.1, 1.0  # between two looks, in that time and later
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -35,8 +36,8 @@ def prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
 
 
-def descendants(root: int) -> list[int]:
-    """Process ids below `root`, zombies left out."""
+def descendants(root: int, without: str = "ZX") -> list[int]:
+    """Process ids below `root`, those in the states `without` left out: zombies, if not said otherwise."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -45,7 +46,7 @@ def descendants(root: int) -> list[int]:
             state, parent = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[:2]
         except OSError:
             continue  # it ended meanwhile
-        if state not in "ZX":
+        if state not in without:
             children.setdefault(int(parent), []).append(int(name))
     found, todo = [], [root]
     while todo:
@@ -108,15 +109,16 @@ class Keeper:
 
     def run(self) -> int:
         """Returns the command's exit status, as a shell would: 128 + n after signal n."""
-        known, settled = set(self.shm_before), 0.0
+        known, settled = set(self.shm_before), time.monotonic() + SETTLED_S
         while self.status is None and not self.stop_asked:
             if (names := set(os.listdir(SHM))) - known:
                 self._survey()
                 settled = time.monotonic() + SETTLED_S
             known = names
-            if time.monotonic() < settled:
+            if starting := time.monotonic() < settled:
                 self._watch()
-            ready, _, _ = select.select([sys.stdin, self.wake_read, *self.watched], [], [], 1.0)
+            ready, _, _ = select.select([sys.stdin, self.wake_read, *self.watched], [], [],
+                                        LOOK_S if starting else SETTLED_LOOK_S)
             self._reap(ready)
             if dead := [self.watched[fd] for fd in ready if fd in self.watched]:
                 self._end_without(dead)
@@ -139,9 +141,9 @@ class Keeper:
         return code if code >= 0 else 128 - code
 
     def _watch(self) -> None:
-        """Be told of the end of the vital processes, too."""
+        """Be told of the end of the vital processes, too; of one that ended before it was seen here, at once."""
         known = {pid for pid, _ in self.watched.values()}
-        for pid in set(descendants(self.child)) - known if self.vital else ():
+        for pid in set(descendants(self.child, without="X")) - known if self.vital else ():
             try:
                 if Path("/proc", str(pid), "comm").read_text().strip() == self.vital:
                     words = Path("/proc", str(pid), "cmdline").read_text().replace("\0", " ").strip()

@@ -117,6 +117,27 @@ sys.exit(worker.wait() + 50) if sys.argv[3] == "notices" else signal.pause()
 """
 
 
+def test_a_vital_process_that_ended_before_it_was_seen_ends_the_tree_too(tmp_path):
+    worker, name = tmp_path / "vital-worker", f"test-{uuid.uuid4().hex[:8]}"
+    worker.symlink_to(sys.executable)
+    command = """
+import os, signal, subprocess, sys
+worker = subprocess.Popen([sys.argv[1], "-c", ""])
+os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+open(f"/dev/shm/{sys.argv[2]}", "w").close()
+signal.pause()
+"""
+    spec = {"command": [sys.executable, "-c", command, str(worker), name], "grace_s": 20.0, "orphans_grace_s": 0.3,
+            "remove": [], "shm_prefixes": [name], "vital": "vital-worker"}
+    with subprocess.Popen([sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)], stdin=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.wait(PATIENCE_S) == 128 + signal.SIGKILL
+        finally:
+            process.stdin.close()
+        assert keeper.VITAL_ENDED in process.stderr.read()
+
+
 @pytest.mark.parametrize("command", ["notices", "waits"])
 def test_the_tree_ends_when_a_vital_process_does(tmp_path, command):
     """A command that notices ends as it likes; one that would wait for ever is killed, and the log says why."""
