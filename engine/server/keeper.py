@@ -7,8 +7,8 @@ and when the command itself ends; then it removes the shared memory that the tre
 
 SPEC is JSON: command (list), grace_s (time for an orderly stop), orphans_grace_s (time for what outlives the command),
 remove (folders to delete at the end), shm_prefixes (names in /dev/shm that belong to the tree; `{pid}` stands for the
-command's process id), vital (name, as in /proc/PID/comm, of the processes below the command without which it is broken:
-when one ends, the whole tree does).
+command's process id), vital (name, as in /proc/PID/comm, of the command's children without which it is broken: when one
+ends, the whole tree does).
 """
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
 
 
-def descendants(root: int, without: str = "ZX") -> list[int]:
-    """Process ids below `root`, those in the states `without` left out: zombies, if not said otherwise."""
-    children: dict[int, list[int]] = {}
+def children(zombies: bool = False) -> dict[int, list[int]]:
+    """Process ids by their parent's."""
+    found: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
@@ -46,13 +46,18 @@ def descendants(root: int, without: str = "ZX") -> list[int]:
             state, parent = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[:2]
         except OSError:
             continue  # it ended meanwhile
-        if state not in without:
-            children.setdefault(int(parent), []).append(int(name))
-    found, todo = [], [root]
+        if zombies or state not in "ZX":
+            found.setdefault(int(parent), []).append(int(name))
+    return found
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids below `root`, zombies left out."""
+    below, found, todo = children(), [], [root]
     while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
+        more = below.get(todo.pop(), [])
+        found += more
+        todo += more
     return found
 
 
@@ -141,9 +146,12 @@ class Keeper:
         return code if code >= 0 else 128 - code
 
     def _watch(self) -> None:
-        """Be told of the end of the vital processes, too; of one that ended before it was seen here, at once."""
+        """Be told of the end of the vital processes, too; of one that ended before it was seen here, at once.
+
+        They are the command's own children: what these fork has their name, too, for a moment, and may end.
+        """
         known = {pid for pid, _ in self.watched.values()}
-        for pid in set(descendants(self.child, without="X")) - known if self.vital else ():
+        for pid in set(children(zombies=True).get(self.child, ())) - known if self.vital else ():
             try:
                 if Path("/proc", str(pid), "comm").read_text().strip() == self.vital:
                     words = Path("/proc", str(pid), "cmdline").read_text().replace("\0", " ").strip()

@@ -138,6 +138,39 @@ signal.pause()
         assert keeper.VITAL_ENDED in process.stderr.read()
 
 
+def test_only_the_commands_own_children_are_vital(tmp_path):
+    """What Triton's Python models fork has their name, too, until it becomes another program."""
+    worker = tmp_path / "vital-worker"
+    worker.symlink_to(sys.executable)
+    between = '''
+import subprocess, sys
+helper = subprocess.Popen([sys.argv[1], "-c", "import signal; signal.pause()"])
+print(helper.pid, flush=True)
+helper.wait()
+print("gone", flush=True)
+'''
+    command = '''
+import signal, subprocess, sys
+between = subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]], stdout=subprocess.PIPE, text=True)
+helper = between.stdout.readline()
+worker = subprocess.Popen([sys.argv[1], "-c", "import signal; signal.pause()"])
+print(helper, end="", flush=True)
+print(between.stdout.readline(), end="", flush=True)
+signal.pause()
+'''
+    spec = {"command": [sys.executable, "-c", command, str(worker), between], "grace_s": 20.0, "orphans_grace_s": 0.3,
+            "remove": [], "shm_prefixes": [], "vital": "vital-worker"}
+    with subprocess.Popen([sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        helper = int(process.stdout.readline())
+        while not any("pidfd" in file for file in open_files(process.pid)):
+            os.sched_yield()  # the keeper has not seen the worker yet; the helper was there before it
+        os.kill(helper, signal.SIGKILL)
+        assert process.stdout.readline() == "gone\n"
+        process.stdin.close()
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM and process.stderr.read() == ""
+
+
 @pytest.mark.parametrize("command", ["notices", "waits"])
 def test_the_tree_ends_when_a_vital_process_does(tmp_path, command):
     """A command that notices ends as it likes; one that would wait for ever is killed, and the log says why."""
