@@ -98,6 +98,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     if "fp32" not in precisions or set(precisions) - set(PRECISIONS[target]):
         raise InvalidInput(f"--precisions for target {target} are some of {', '.join(PRECISIONS[target])}; fp32 must be "
                            "one, since the others are compared with it")
+    if arguments.repository and target == "tensorrt":
+        raise InvalidInput("--repository holds graphs for a CPU: for target tensorrt leave it out, they are exported anew")
     rates = floor.measure(seconds=arguments.floor_seconds)
     result = {"target": target, "precisions": precisions, "rates": asdict(rates), "exactness": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +137,7 @@ class Encoders:
         self.graphs: dict[tuple[str, str], Callable] = {}
         self.load_s: dict[tuple[str, str], float] = {}
         if repository is None:
-            _export(self.model, folder)
+            _export(self.model, folder, fused=target == "cpu")
         for name in (VISION, SEGMENTATION):
             path = (repository or folder) / name / "1" / "model.onnx"
             for precision in precisions:
@@ -259,13 +261,13 @@ def _open(checkpoint: str) -> tuple[Lamed, object]:
     return model, tokenizer
 
 
-def _export(model: Lamed, folder: Path) -> None:
+def _export(model: Lamed, folder: Path, fused: bool) -> None:
     from export.graphs import build, lamed_graphs
 
     for graph in lamed_graphs(model):
         if graph.name in (VISION, SEGMENTATION):
             _say(f"{graph.name}: export")
-            build(graph, folder)
+            build(graph, folder, fused)
 
 
 def _quantised(path: Path, target: Path) -> Path:

@@ -166,7 +166,7 @@ def _export_clip(model, source: Path, repository: Path, finish=None) -> tuple[di
 
 def _built(build, graph, repository: Path, finish) -> dict:
     _say(graph.name, "ONNX graph")
-    entry = build(graph, repository)
+    entry = build(graph, repository, fused=finish is None)
     _say(graph.name, f"off by {entry['max_error']:.1e} at most, {entry['bound']:.0e} allowed ({entry['seconds']} s)")
     return entry if finish is None else {**entry, **finish(graph)}
 

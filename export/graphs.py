@@ -23,6 +23,7 @@ from engine.errors import M3DError
 from engine.models.clip import M3DClip
 from engine.models.lamed import Lamed
 from engine.runtime.onnx_session import OnnxGraph
+from export.fused_attention import translation_table
 
 OPSET = 20
 # Above this, weights lie in a file beside the graph: protobuf ends at 2 GiB, and packing them into it first takes six
@@ -61,6 +62,10 @@ class Graph:
     bound: float = 1e-4
     integers: int | None = None
 
+    @property
+    def is_image_encoder(self) -> bool:
+        return self.name.endswith("_encoder") and self.integers is None
+
     def random_inputs(self, batch: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(SEED + batch)
         if self.integers is not None:
@@ -68,7 +73,7 @@ class Graph:
             mask = torch.ones_like(ids)
             mask[:, ids.shape[1] // 2:] = 0  # half of it padding, so that the mask matters
             return ids, mask
-        if self.name.endswith("_encoder"):
+        if self.is_image_encoder:
             return (torch.rand(batch, *self.input_shapes[0], generator=generator),)
         return tuple(torch.randn(batch, *shape, generator=generator) for shape in self.input_shapes)
 
@@ -106,12 +111,15 @@ def _without(model: nn.Module, *names: str) -> nn.ModuleList:
     return nn.ModuleList([child for name, child in model.named_children() if name not in names])
 
 
-def build(graph: Graph, repository: Path) -> dict:
-    """Export `graph` into the repository, run it, and return its manifest entry. Raises ExportError if it is off."""
+def build(graph: Graph, repository: Path, fused: bool) -> dict:
+    """Export `graph` into the repository, run it, and return its manifest entry. Raises ExportError if it is off.
+
+    fused: attention of the image encoders as ONNX Runtime's own operator (see `fused_attention`), else plain ONNX.
+    """
     started = time.perf_counter()
     target = repository / graph.name / "1" / "model.onnx"
     target.parent.mkdir(parents=True, exist_ok=True)
-    _export(graph, target)
+    _export(graph, target, fused)
     gc.collect()
     entry = {"opset": OPSET, "bound": graph.bound,
              **compare(graph, OnnxGraph(target, contract.MODELS[graph.name]), graph.bound)}
@@ -120,8 +128,9 @@ def build(graph: Graph, repository: Path) -> dict:
     return entry
 
 
-def _export(graph: Graph, target: Path) -> None:
+def _export(graph: Graph, target: Path, fused: bool) -> None:
     model = contract.MODELS[graph.name]
+    table = translation_table() if fused and graph.is_image_encoder else None
     size = sum(p.numel() * p.element_size() for p in graph.module.parameters())
     batch = torch.export.Dim("batch", min=1, max=1024)
     # torch.export specialises a batch of 1, hence 2. Its warnings speak of decompositions, not of this graph.
@@ -130,7 +139,8 @@ def _export(graph: Graph, target: Path) -> None:
         torch.onnx.export(
             graph.module, graph.random_inputs(2), target, input_names=model.input_names,
             output_names=model.output_names, opset_version=OPSET, dynamo=True, verbose=False,
-            dynamic_shapes=(tuple({0: batch} for _ in graph.input_shapes),), external_data=size > EXTERNAL_DATA_BYTES)
+            dynamic_shapes=(tuple({0: batch} for _ in graph.input_shapes),), external_data=size > EXTERNAL_DATA_BYTES,
+            custom_translation_table=table)
 
 
 def compare(graph: Graph, run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], bound: float,

@@ -49,7 +49,7 @@ def full_size(request, tmp_path_factory):
         torch.nn.init.trunc_normal_(parameter, std=0.02)
     path = tmp_path_factory.mktemp(request.param) / request.param / "1" / "model.onnx"
     path.parent.mkdir(parents=True)
-    graphs._export(graph, path)
+    graphs._export(graph, path, fused=False)
     del graph
     gc.collect()
     yield path

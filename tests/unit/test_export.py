@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from engine import contract
 from engine.errors import CheckpointError, RepositoryError
 from engine.manifest import FILE_NAME, LLM_FOLDER, Manifest
+from engine.runtime.onnx_session import OnnxGraph
 from export import graphs, llm
 from export.build_engines import export, main
 from tests import tiny
@@ -36,6 +39,31 @@ def test_a_whole_checkpoint_exports_every_graph_within_its_bound(exported):
     assert set(manifest.models) == set(contract.MODELS)
     assert Manifest.read(repository) == manifest
     assert all((repository / path).stat().st_size == size for path, size in manifest.files.items())
+
+
+@pytest.mark.parametrize(("name", "blocks"), [
+    ("vision_encoder", tiny.VIT["num_layers"]), ("segmentation_encoder", tiny.VIT["num_layers"]),
+    ("clip_image_encoder", tiny.VIT["num_layers"]), ("clip_text_encoder", 0), ("segmentation_head", 0)])
+def test_every_attention_of_the_image_encoders_is_one_operator(exported, name, blocks):
+    repository, _ = exported
+    nodes = onnx.load(repository / name / "1" / "model.onnx", load_external_data=False).graph.node
+    assert sum(node.op_type == "MultiHeadAttention" for node in nodes) == blocks
+    assert blocks == 0 or not any(node.op_type == "Softmax" for node in nodes)
+
+
+def test_fused_attention_computes_what_plain_onnx_does(checkpoints, tmp_path):
+    from engine.models.checkpoint import load_lamed
+
+    for graph in graphs.lamed_graphs(load_lamed(checkpoints[0])[0]):
+        if graph.is_image_encoder:
+            found = {}
+            for fused in (True, False):
+                graphs._export(graph, tmp_path / "model.onnx", fused)
+                found[fused] = OnnxGraph(tmp_path / "model.onnx", contract.MODELS[graph.name])
+            for batch in (1, 3):
+                images = {"IMAGE": graph.random_inputs(batch)[0].numpy()}
+                (one,), (other,) = (found[fused](images).values() for fused in (True, False))
+                np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max(), rtol=0)
 
 
 def test_the_exported_language_model_answers_like_the_checkpoints(exported, checkpoints):
@@ -85,8 +113,8 @@ def test_a_changed_checkpoint_precision_or_lost_file_exports_again(exported, che
 def test_a_graph_that_is_off_fails_the_export_and_leaves_no_manifest(checkpoints, tmp_path, monkeypatch, capsys):
     exporting = graphs._export
 
-    def off_by_a_little(graph, target):
-        exporting(graph, target)
+    def off_by_a_little(graph, target, fused):
+        exporting(graph, target, fused)
         with torch.no_grad():
             graph.module.model[-1].projector[-1].bias.add_(0.01)
 

@@ -28,7 +28,7 @@ def exported(tmp_path_factory):
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.fill(shapes, "typed").items()})
     path = tmp_path_factory.mktemp("typed") / "model.onnx"
-    graphs._export(graphs.lamed_graphs(model)[0], path)
+    graphs._export(graphs.lamed_graphs(model)[0], path, fused=False)
     return path
 
 
