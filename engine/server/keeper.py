@@ -107,9 +107,11 @@ class Keeper:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.status: int | None = None
         self.childless = False
-        # Should the keeper itself be killed, the command at least gets a SIGTERM.
-        self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL,
-                                      preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)).pid
+        # Should the keeper itself be killed, the command at least gets a SIGTERM. The object is kept: at its end it would
+        # collect the exit status of a command that has ended already.
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
+                                        preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+        self.child = self.process.pid
         self.shm_prefixes = [prefix.format(pid=self.child) for prefix in shm_prefixes]
 
     def run(self) -> int:

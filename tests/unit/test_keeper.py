@@ -98,6 +98,13 @@ def test_the_commands_exit_status_is_passed_on(tmp_path):
     assert tree.process.wait(PATIENCE_S) == 7
 
 
+@pytest.mark.parametrize(("command", "status"), [("true", 0), ("false", 1)])
+def test_a_command_that_ends_at_once_is_noticed(tmp_path, command, status):
+    for _ in range(10):
+        with subprocess.Popen(keeper_command([command], [], []), stdin=subprocess.PIPE, start_new_session=True) as process:
+            assert process.wait(PATIENCE_S) == status
+
+
 def open_files(pid: int) -> list[str]:
     files = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
