@@ -14,6 +14,7 @@ import gc
 import hashlib
 import importlib.metadata
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -41,10 +42,22 @@ def main(argv: list[str] | None = None) -> int:
         export(arguments.checkpoint, arguments.repository, clip_checkpoint=arguments.clip_checkpoint,
                target=arguments.target, precision=arguments.precision, settings=_settings(arguments),
                calibration=arguments.calibration, quantization=arguments.llm_quantization, force=arguments.force)
-    except M3DError as error:
-        print(f"export failed: {error}", file=sys.stderr)
+    except (M3DError, OSError) as error:
+        print(f"export failed: {error}{_left(Path(arguments.repository))}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"export interrupted{_left(Path(arguments.repository))}", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
+
+
+def _left(repository: Path) -> str:
+    """What an export that broke off has left there, as the end of a message."""
+    if (repository / manifest.FILE_NAME).is_file():
+        return f"\n{repository} is as it was before"
+    if repository.is_dir() and _artifacts(repository):
+        return f"\n{repository} holds no whole export now and is not served: run the export again"
+    return ""
 
 
 def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = None, target: str = "cpu",
@@ -79,10 +92,11 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
 
     started = time.perf_counter()
     lamed, clip = [_open_lamed(checkpoint)], None if clip_checkpoint is None else checkpoints.load_clip(clip_checkpoint)
-    # A checkpoint that does not load has been refused by now: what lies here is still good then.
+    volumes = _Calibration(calibration)
+    volumes.volumes(lamed[0][0].vision.image_size)
+    # A checkpoint that does not load, or a scan that is none, has been refused by now: what lies here is still good then.
     (repository / manifest.FILE_NAME).unlink(missing_ok=True)
     _remove_artifacts(repository)
-    volumes = _Calibration(calibration)
     finish = _Planner(repository, precision, settings, volumes).finish if settings is not None else None
     values, graphs = _export_lamed(lamed, repository, llm_precision, quantized, volumes, finish)
     models = list(contract.CHAT_MODELS)
@@ -179,14 +193,18 @@ class _Calibration:
         self._volumes: dict[tuple, list] = {}
 
     def volumes(self, image_size: tuple[int, ...]) -> list:
-        """[1, D, H, W] of each scan."""
+        """[1, D, H, W] of each scan. Raises InvalidInput with the path of one that cannot be read."""
         from engine.scan import pack_scan, read_scan
         from engine.volume import prepare
 
         if image_size not in self._volumes:
-            packed = [pack_scan(path) for path in self.scans]
-            self._volumes[image_size] = [prepare(read_scan(data, affine=affine), image_size).image
-                                         for data, affine in packed]
+            self._volumes[image_size] = []
+            for path in self.scans:
+                try:
+                    data, affine = pack_scan(path)
+                    self._volumes[image_size].append(prepare(read_scan(data, affine=affine), image_size).image)
+                except M3DError as error:
+                    raise InvalidInput(f"--calibration {path}: {error}") from None
         return self._volumes[image_size]
 
 

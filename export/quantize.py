@@ -70,8 +70,7 @@ def quantize(folder: Path, scheme: str, dtype: torch.dtype, prompt: Prompt, visu
     dtype: of the one in `folder`, and of what is not quantised. visual: visual tokens [N, H] of each scan. Raises
     ExportError beyond the scheme's bound, and leaves `folder` as it was.
     """
-    say(f"asks {len(visual)} scans the questions of {QUESTIONS.name}")
-    answered = answer(folder, dtype, prompt, visual)
+    answered = answer(folder, dtype, prompt, visual, say)
     measured, calibrated = answered[::2], answered[1::2]
     before, _ = compare(folder, dtype, measured)
     say(f"{scheme} by llm-compressor, calibrated on {len(calibrated)} prompts")
@@ -98,13 +97,16 @@ def quantize(folder: Path, scheme: str, dtype: torch.dtype, prompt: Prompt, visu
 
 
 @torch.inference_mode()
-def answer(folder: Path, dtype: torch.dtype, prompt: Prompt, visual: list[Tensor]) -> list[Answered]:
+def answer(folder: Path, dtype: torch.dtype, prompt: Prompt, visual: list[Tensor],
+           say: Callable[[str], None]) -> list[Answered]:
     """Every question about every scan, answered greedily."""
     model = _load(folder, dtype)
     embed, found = model.get_input_embeddings(), []
     bos = torch.tensor([prompt.tokenizer.bos_token_id], device=model.device)
-    for tokens in visual:
-        for question in QUESTIONS.read_text().splitlines():
+    questions = QUESTIONS.read_text().splitlines()
+    for number, tokens in enumerate(visual, 1):
+        say(f"asks scan {number} of {len(visual)} the {len(questions)} questions of {QUESTIONS.name}")
+        for question in questions:
             ids = torch.tensor(prompt.question_ids(question), device=model.device)
             asked = torch.cat([embed(bos), tokens.to(model.device, model.dtype), embed(ids)])[None]
             said = model.generate(inputs_embeds=asked, attention_mask=asked.new_ones(asked.shape[:2], dtype=torch.long),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 
 from engine.errors import InvalidInput, M3DError, Unavailable
 from export.build_settings import BuildSettings
@@ -76,13 +77,14 @@ def build(graph: Path, plan: Path, settings: BuildSettings) -> dict:
     except TypeError as error:  # the constructor returned nothing
         raise Unavailable(f"TensorRT {api.__version__} does not start ({log.errors() or error}); builder tensorrt needs "
                           "an NVIDIA GPU and its driver, --builder rtx does not") from None
-    network = _parse(api, builder, log, graph)
+    model = _read(graph)
+    network = _parse(api, builder, log, graph, model)
     bindings = _bindings(network)
     config = _config(api, builder, network, bindings, settings)
     built = builder.build_serialized_network(network, config)
     if built is None:
-        raise BuildError(f"{graph.parents[1].name}: TensorRT {api.__version__} cannot build this graph: "
-                         f"{_named(log.errors(), onnx.load(graph, load_external_data=False))}")
+        raise BuildError(f"{graph.parents[1].name}: {api.__name__} {api.__version__} cannot build this graph: "
+                         f"{_named(log.errors(), model)}")
     plan.write_bytes(memoryview(built))  # type: ignore[arg-type]
     if settings.timing_cache is not None:
         settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
@@ -167,13 +169,20 @@ def count_fused(layers: str) -> int:
 
 
 # --- building --------------------------------------------------------------------------------------------------------
-def _parse(api: Any, builder: trt.Builder, log: Any, graph: Path) -> trt.INetworkDefinition:
+def _read(graph: Path) -> onnx.ModelProto:
+    """The graph without its weights, to name nodes by."""
+    try:
+        return onnx.load(graph, load_external_data=False)
+    except DecodeError as error:
+        raise BuildError(f"{graph} is no ONNX file: {error}") from None
+
+
+def _parse(api: Any, builder: trt.Builder, log: Any, graph: Path, model: onnx.ModelProto) -> trt.INetworkDefinition:
     # TensorRT 11 has no other networks, and may drop the flag one day.
     flag = getattr(api.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network: trt.INetworkDefinition = builder.create_network(0 if flag is None else 1 << int(flag))
     parser: trt.OnnxParser = api.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        model = onnx.load(graph, load_external_data=False)
         nodes = {node.name: node for node in model.graph.node}
         errors = []
         for index in range(parser.num_errors):
@@ -183,7 +192,7 @@ def _parse(api: Any, builder: trt.Builder, log: Any, graph: Path) -> trt.INetwor
             if node is not None and module_of(node):
                 where += f" of {module_of(node)}"
             errors.append(f"{where}: {error.desc()}")
-        raise BuildError(f"{graph.parents[1].name}: TensorRT {api.__version__} cannot parse "
+        raise BuildError(f"{graph.parents[1].name}: {api.__name__} {api.__version__} cannot parse "
                          f"{'; '.join(errors) or log.errors()}")
     return network
 

@@ -8,6 +8,7 @@ per activation tensor and per column of a weight). Products accumulate in fp32 o
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -98,7 +99,7 @@ def module_of(node: NodeProto) -> str:
         scopes = ast.literal_eval(properties.get("pkg.torch.onnx.name_scopes", "[]"))
     except (SyntaxError, ValueError):
         return ""
-    return scopes[-2].removeprefix("model.") if len(scopes) > 1 else ""
+    return re.sub(r"^model\.(\d+\.)?", "", scopes[-2]) if len(scopes) > 1 else ""  # what `graphs` wraps models in
 
 
 def free_shapes(model: onnx.ModelProto) -> onnx.ModelProto:

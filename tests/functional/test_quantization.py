@@ -64,7 +64,7 @@ def test_a_quantised_language_model_is_smaller_and_nearly_as_sure_of_its_answers
     assert load_tokenizer(folder).get_vocab() == prompt.tokenizer.get_vocab()
     assert not list(tmp_path.glob("*prompts*")) and not list(tmp_path.glob("*.quantized"))
     # What was measured is what lies there.
-    answered = quantize.answer(repository / LLM_FOLDER, torch.bfloat16, prompt, visual)[::2]
+    answered = quantize.answer(repository / LLM_FOLDER, torch.bfloat16, prompt, visual, print)[::2]
     assert quantize.compare(folder, torch.bfloat16, answered) == (found["perplexity"], found["agreement"])
 
 
@@ -72,7 +72,7 @@ def test_the_model_itself_agrees_with_its_own_answers(exported, questions):
     repository, manifest = exported
     prompt = Prompt(load_tokenizer(repository / LLM_FOLDER), NUM_VISUAL_TOKENS, manifest.context_length)
     answered = quantize.answer(repository / LLM_FOLDER, torch.float32, prompt,
-                               [torch.randn(NUM_VISUAL_TOKENS, manifest.llm_width)])
+                               [torch.randn(NUM_VISUAL_TOKENS, manifest.llm_width)], print)
     assert len(answered) == 4
     perplexity, agreement = quantize.compare(repository / LLM_FOLDER, torch.float32, answered)
     assert agreement == 1 and 1 < perplexity < manifest.vocab_size

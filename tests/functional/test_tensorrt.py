@@ -65,11 +65,7 @@ def test_a_full_size_encoder_builds_for_every_architecture(full_size, precision)
     typed = full_size.with_name("model.typed.onnx")
     typed_graph.save(model, typed)
     del model
-    # fp8 needs 8.9. The encoders are the same transformer: one is built for all, the others for one architecture each.
-    architectures = [a for a in ARCHITECTURES if precision != "fp8" or float(a) >= 8.9]
-    if full_size.parents[1].name != PLANNED[0]:
-        architectures = [ARCHITECTURES[typed_graph.PRECISIONS.index(precision)]]
-    for architecture in architectures:
+    for architecture in ARCHITECTURES if precision != "fp8" else ("8.9", "12.0"):  # older ones have no fp8
         entry = tensorrt.build(typed, full_size.with_name("model.rtx.plan"), BuildSettings("rtx", architecture))
         assert entry["bindings"]["IMAGE"] == ["FP32", -1, 1, 32, 256, 256]
         assert entry["profiles"] == [[1, 1, 8], [1, 4, 8]] and entry["bytes"] > 80e6
@@ -157,6 +153,27 @@ def test_the_warm_up_has_the_checkpoints_own_sizes(planned, name):
             t.name: shapes[t.name] for t in config.input}
     del config.model_warmup[:]
     assert config == plain
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_triton_uses_every_profile_of_a_plan_in_cuda_graphs_and_refuses_beyond_its_queue(planned, name):
+    repository, manifest = planned
+    config, plan = read(repository / name / "config.pbtxt"), manifest.graphs[name]["plan"]
+    (group,) = config.instance_group
+    assert list(group.profile) == [str(k) for k in range(len(plan["profiles"]))] and group.kind == group.KIND_GPU
+    assert config.max_batch_size == plan["profiles"][0][2] and config.optimization.cuda.graphs
+    batching = config.dynamic_batching
+    assert set(batching.preferred_batch_size) == {4, 8} and batching.max_queue_delay_microseconds > 0
+    policy = batching.default_queue_policy
+    assert policy.max_queue_size > 0 and policy.default_timeout_microseconds > 0 and policy.timeout_action == policy.REJECT
+
+
+def test_a_file_that_is_no_onnx_is_named(tmp_path):
+    path = tmp_path / "vision_encoder" / "1" / "model.typed.onnx"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a graph")
+    with pytest.raises(tensorrt.BuildError, match=f"{path} is no ONNX file"):
+        tensorrt.build(path, path.with_name("model.rtx.plan"), BuildSettings("rtx", "8.9"))
 
 
 def test_the_manifest_says_how_plans_were_built_and_how_exact_they_are(planned):

@@ -13,7 +13,7 @@ from engine import contract
 from engine.errors import CheckpointError, RepositoryError
 from engine.manifest import FILE_NAME, LLM_FOLDER, Manifest
 from engine.runtime.onnx_session import OnnxGraph
-from export import graphs, llm
+from export import graphs, llm, quantize
 from export.build_engines import export, main
 from tests import tiny
 from tests.conftest import ROOT, copy_repository
@@ -108,6 +108,35 @@ def test_a_changed_checkpoint_precision_or_lost_file_exports_again(exported, che
             export(repository=target, clip_checkpoint=clip, **arguments)
         with pytest.raises(RepositoryError, match="never exported"):  # broken off: nothing to serve
             Manifest.read(target)
+
+
+def test_a_calibration_file_that_is_no_scan_is_named_and_leaves_what_was_exported(exported, checkpoints, tmp_path, capsys,
+                                                                                  monkeypatch):
+    repository = shutil.copytree(exported[0], tmp_path / "repository")
+    (tmp_path / "notes.md").write_text("# no scan")
+    before = {path: path.stat().st_size for path in repository.rglob("*")}
+    monkeypatch.setattr(quantize, "check", lambda *_: None)  # its environment is not needed for this
+    arguments = ["--checkpoint", str(checkpoints[0]), "--repository", str(repository), "--llm-quantization", "fp8"]
+    assert main([*arguments, "--calibration", str(tmp_path / "notes.md")]) == 1
+    said = capsys.readouterr().err
+    assert f"--calibration {tmp_path / 'notes.md'}: " in said and f"{repository} is as it was before" in said
+    assert {path: path.stat().st_size for path in repository.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("error", "status", "words"), [
+    (KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left on device"), 1, "No space left on device")])
+def test_an_export_that_breaks_off_says_what_it_leaves(checkpoints, tmp_path, monkeypatch, capsys, error, status, words):
+    exporting = graphs._export
+
+    def broken_off(graph, target, fused):
+        exporting(graph, target, fused)
+        raise error
+
+    monkeypatch.setattr(graphs, "_export", broken_off)
+    repository = copy_repository(tmp_path)
+    assert main(["--checkpoint", str(checkpoints[0]), "--repository", str(repository)]) == status
+    said = capsys.readouterr().err
+    assert words in said and f"{repository} holds no whole export now" in said
 
 
 def test_a_graph_that_is_off_fails_the_export_and_leaves_no_manifest(checkpoints, tmp_path, monkeypatch, capsys):
