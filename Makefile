@@ -43,7 +43,7 @@ test: $(VENV)/testing $(QUANTIZING)/ready  ## run the test suite (unit and funct
 
 quantizing: $(QUANTIZING)/ready  ## install llm-compressor, in an environment of its own, for --llm-quantization
 
-gpu-check:  ## on a machine with a GPU: build, compare with PyTorch, serve, fixtures, latency, with a report
+gpu-check:  ## in the image of deploy/ (its README has the command): build, compare with PyTorch, serve, measure, report
 	@$(GPU_PYTHON) deploy/gpu_check.py --out $(OUT)/gpu-check
 
 bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine's floor (20 minutes, nothing beside it)

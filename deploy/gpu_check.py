@@ -2,6 +2,7 @@
 
     python deploy/gpu_check.py --checkpoint training/demo --out out/gpu-check
 
+It needs the environment of the image in deploy/ and this checkout: deploy/README.md has the command that has both.
 Writes OUT/report.md and OUT/report.json after every step. Ends with status 1 if a step failed, or if something that
 serving on a GPU needs is missing; then it says what, and nothing is run.
 """
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         report.machine = [f"missing: {words}" for words in missing]
         report.write()
         print("this machine cannot run the GPU check; missing are", *missing, sep="\n- ", file=sys.stderr)
+        print("deploy/README.md has the command that runs it in the image of deploy/", file=sys.stderr)
         return 1
     report.machine = [f"{g.name}, compute capability {g.compute_capability}, driver {g.driver}" for g in gpu.find_gpus()]
     report.machine.append(f"TensorRT {gpu.tensorrt_version()}, CUDA {gpu.cuda_version()}")
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     for precision in PRECISIONS:
         report.run(f"build {precision}", lambda: build(arguments.checkpoint, report.folder, precision, scans))
     report.run("fixtures through the server", lambda: fixtures(report.folder))
-    report.run("latency", lambda: latency(arguments.checkpoint, report.folder))
+    report.run("latency", lambda: latency(arguments.checkpoint, arguments.segment_question, report.folder))
     print(f"{'everything holds' if report.ok else 'not everything holds'}: {report.folder / 'report.md'}")
     return 0 if report.ok else 1
 
@@ -130,20 +132,23 @@ def fixtures(folder: Path) -> dict:
     """The recorded reference through export and the running server, by the test that does it on a CPU."""
     log = folder / "fixtures.log"
     with log.open("w") as stream:
-        done = subprocess.run([sys.executable, "-m", "pytest", "tests/functional/test_exactness.py"], cwd=ROOT,
-                              env={**os.environ, "M3D_TEST_TARGET": "tensorrt"}, stdout=stream, stderr=stream)
+        # The checkout may be read-only: pytest keeps no cache in it.
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/functional/test_exactness.py"]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "M3D_TEST_TARGET": "tensorrt"}, stdout=stream,
+                              stderr=stream)
     if done.returncode:
         raise Failed(f"see {log}")
     return {"log": str(log)}
 
 
-def latency(checkpoint: str, folder: Path) -> dict:
+def latency(checkpoint: str, segment_question: str, folder: Path) -> dict:
     """Serve what was built, and measure it by benchmarks/latency.py."""
     from engine.server import Server, free_ports
 
     repository, result = folder / SERVED / "model_repository", folder / "latency.json"
     with Server(repository, target="tensorrt", **free_ports(), log=folder / "triton.log") as server:
-        _python(["benchmarks/latency.py", "--server", server.url, "--checkpoint", checkpoint, "--json", result])
+        _python(["benchmarks/latency.py", "--server", server.url, "--checkpoint", checkpoint, "--json", result,
+                 "--segment-question", segment_question])
     return {"file": str(result)}
 
 
@@ -179,6 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="training/demo", help="M3D-LaMed: a folder or a Hugging Face id "
                                                                       "(default: the demo's)")
+    parser.add_argument("--segment-question", default="Please segment the left thalamus.",
+                        help="for the latency; the checkpoint's answer must have a [SEG] (default: one of the demo's)")
     parser.add_argument("--out", type=Path, default=Path("out/gpu-check"), help="folder of report and builds "
                                                                                "(default: %(default)s)")
     return parser

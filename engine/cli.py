@@ -208,7 +208,7 @@ def doctor(
         table.add_column(overflow="fold")
     marks = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "note": "[yellow]note[/]"}
     for finding in findings:
-        table.add_row(marks[finding.state], f"[bold]{finding.what}[/]", finding.detail)
+        table.add_row(marks[finding.state], f"[bold]{escape(finding.what)}[/]", escape(finding.detail))
     Console(highlight=False).print(table)
     missing = [finding for finding in findings if finding.state == "missing"]
     where = {"cpu": "on the CPU", "tensorrt": "on the GPU"}[target]

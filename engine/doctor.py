@@ -67,7 +67,7 @@ def _packages(target: str) -> list[Finding]:
         except importlib.metadata.PackageNotFoundError:
             findings.append(Finding("missing", name, f"{purpose}: {INSTALL[target]}"))
             continue
-        if name == "vllm" and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_VLLM:
+        if name == "vllm" and gpu.release(version) < OLDEST_VLLM:
             oldest = ".".join(map(str, OLDEST_VLLM))
             findings.append(Finding("missing", name, f"{oldest} or later; {version} has published flaws in the handling "
                                                      f"of prompt embeddings: {INSTALL[target]}"))
@@ -113,30 +113,45 @@ def _shared_memory() -> Finding:
 
 def _repository(repository: Path, target: str) -> list[Finding]:
     try:
-        manifest = Manifest.read(repository)
+        manifest = Manifest.read(repository, target)
     except M3DError as error:
         return [Finding("missing", "repository", str(error))]
-    able = ["chat"] + ["segmentation"] * manifest.segments + ["ranking"] * manifest.retrieves
-    found = Finding("ok", "repository", f"{repository}: {Path(manifest.checkpoint).name} for {manifest.target} in "
-                                        f"{manifest.precision}, volumes of {' x '.join(map(str, manifest.image_size))}; "
-                                        f"{', '.join(able)}")
     if manifest.target != target:
         return [Finding("missing", "repository", f"{repository} was exported for {manifest.target}: export it with "
                                                  f"--target {target}")]
+    found = [_files(repository, manifest)]
     if target == "tensorrt":
-        wrong = gpu.misfits(manifest, gpu.find_gpus(), gpu.tensorrt_version())
-        return [found, *(Finding("missing", "fits this machine", words) for words in wrong)]
-    return [found]
+        gpus = gpu.find_gpus()
+        found += [Finding("missing", "fits this machine", words)
+                  for words in gpu.misfits(manifest, gpus, gpu.tensorrt_version())]
+        found += [Finding("note", "GPU memory", words) for words in gpu.occupied(manifest, gpus)]
+    return found
+
+
+def _files(repository: Path, manifest: Manifest) -> Finding:
+    try:
+        manifest.check(repository)
+    except M3DError as error:
+        return Finding("missing", "repository", str(error))
+    able = ["chat"] + ["segmentation"] * manifest.segments + ["ranking"] * manifest.retrieves
+    return Finding("ok", "repository", f"{repository}: {Path(manifest.checkpoint).name} for {manifest.target} in "
+                                       f"{manifest.precision}, volumes of {' x '.join(map(str, manifest.image_size))}; "
+                                       f"{', '.join(able)}")
 
 
 def _gpus() -> list[Finding]:
     gpus = gpu.find_gpus()
     if not gpus:
-        return [Finding("missing", "GPU", "nvidia-smi reports none: install NVIDIA's driver, and start containers with "
-                                          "--gpus all")]
-    return [Finding("ok", "GPU", f"{g.name}, compute capability {g.compute_capability}, {g.free / (1 << 30):.1f} GiB free "
-                                 f"of {g.memory / (1 << 30):.1f}; driver {g.driver}, CUDA {gpu.cuda_version()}")
-            for g in gpus]
+        return [Finding("missing", "GPU", "nvidia-smi reports none, or CUDA_VISIBLE_DEVICES leaves all out: install "
+                                          "NVIDIA's driver, and start containers with --gpus all")]
+    return [Finding("ok", "GPU", f"{g}, compute capability {g.compute_capability}, {_memory_of(g)}; driver {g.driver}, "
+                                 f"CUDA {gpu.cuda_version()}") for g in gpus]
+
+
+def _memory_of(g: gpu.Gpu) -> str:
+    if g.memory is None or g.free is None:
+        return "memory that nvidia-smi does not tell (shared with the CPU?)"
+    return f"{g.free / (1 << 30):.1f} GiB free of {g.memory / (1 << 30):.1f}"
 
 
 def _tensorrt() -> Finding:

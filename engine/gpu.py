@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -10,29 +11,61 @@ from pathlib import Path
 
 from engine.manifest import LLM_FOLDER, Manifest
 
-_QUERY = ("name", "driver_version", "compute_cap", "memory.total", "memory.free")
+_QUERY = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.total", "memory.free")
 _TENSORRT_MAJORS = (11, 10)
+_AMPERE = (8, 0)  # the oldest that hardware compatible plans run on
 # Beside weights: activations of vLLM and of the plans, CUDA contexts, and a KV cache for a few answers.
 WORKING_BYTES = 6 << 30
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as nvidia-smi describes it; memory in bytes, compute_capability such as "8.9"."""
+    """One GPU as nvidia-smi describes it; number is nvidia-smi's, compute_capability such as "8.9".
+
+    memory, free: bytes; None where nvidia-smi knows none, as for a GPU that shares the CPU's memory.
+    """
 
     name: str
     driver: str
     compute_capability: str
-    memory: int
-    free: int
+    memory: int | None
+    free: int | None
+    number: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} (GPU {self.number})"
 
 
 def find_gpus() -> list[Gpu]:
-    """The GPUs that the NVIDIA driver reports; none without a driver."""
+    """The GPUs that a server started here would use, in its order; none without a driver.
+
+    Those that the NVIDIA driver reports, or what CUDA_VISIBLE_DEVICES leaves of them, by nvidia-smi's numbers or UUIDs.
+    """
     words = _nvidia_smi(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
     rows = [[cell.strip() for cell in line.split(",")] for line in words.splitlines()]
-    return [Gpu(name, driver, capability, int(total) << 20, int(free) << 20)
-            for name, driver, capability, total, free in (row for row in rows if len(row) == len(_QUERY))]
+    whole = [row for row in rows if len(row) == len(_QUERY)]  # others are words, such as "No devices were found"
+    found = {uuid: Gpu(name, driver, capability, _bytes(total), _bytes(free), int(number))
+             for number, uuid, name, driver, capability, total, free in whole}
+    return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _bytes(mebibytes: str) -> int | None:
+    """nvidia-smi writes "[N/A]" or "[Not Supported]" for what it does not know."""
+    return int(mebibytes) << 20 if mebibytes.isdecimal() else None
+
+
+def _visible(gpus: dict[str, Gpu], chosen: str | None) -> list[Gpu]:
+    """What CUDA sees of `gpus` (by UUID) if CUDA_VISIBLE_DEVICES is `chosen`."""
+    if chosen is None or "MIG-" in chosen:  # nvidia-smi's table does not say which GPU a part belongs to
+        return list(gpus.values())
+    visible = []
+    for word in map(str.strip, chosen.split(",")):
+        meant = [gpu for uuid, gpu in gpus.items()
+                 if word == str(gpu.number) or word.startswith("GPU-") and uuid.startswith(word)]
+        if len(meant) != 1:  # CUDA ignores it and all behind it
+            break
+        visible += meant
+    return visible
 
 
 def cuda_version() -> str | None:
@@ -53,43 +86,96 @@ def tensorrt_version() -> str | None:
     return None
 
 
-def memory_needed(manifest: Manifest) -> int:
-    """GPU memory, in bytes, that serving needs at least: language model and graphs with weights, and room to work."""
-    weights = sum(size for path, size in manifest.files.items()
-                  if path.startswith(str(LLM_FOLDER)) and path.endswith(".safetensors")
-                  or Path(path).name.startswith(("model.plan", "model.onnx")))
-    return weights + WORKING_BYTES
+def release(version: str) -> tuple[int, ...]:
+    """The numbers that `version` begins with, such as (11, 3, 0) of "11.3.0rc1"; empty for "unknown"."""
+    return tuple(int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number)
+
+
+def memory_needed(manifest: Manifest, first: bool = True) -> int:
+    """GPU memory, in bytes, that serving needs at least on a GPU.
+
+    first: the first GPU has the language model and room to work beside the graphs, which Triton loads on every GPU.
+    """
+    graphs = sum(size for path, size in manifest.files.items()
+                 if Path(path).name.startswith(("model.plan", "model.onnx")))
+    llm = sum(size for path, size in manifest.files.items()
+              if path.startswith(str(LLM_FOLDER)) and path.endswith(".safetensors"))
+    return graphs + llm + WORKING_BYTES if first else graphs
 
 
 def misfits(manifest: Manifest, gpus: list[Gpu], tensorrt: str | None) -> list[str]:
-    """Why a repository for target tensorrt cannot be served here: what, and what to do; empty if nothing is wrong."""
+    """Why a repository for target tensorrt cannot be served here: what, and what to do; empty if nothing is wrong.
+
+    gpus: all that Triton sees, since it loads every graph on each. tensorrt: version of the library here, if known.
+    """
     again = "export again on this machine: python export/build_engines.py --target tensorrt"
     if manifest.plans.get("builder") == "rtx":
         return [f"its plans were built by TensorRT for RTX, to check the graphs; Triton does not load them: {again}"]
     if not gpus:
-        return ["no NVIDIA GPU is found (nvidia-smi reports none)"]
+        return ["no NVIDIA GPU is found (nvidia-smi reports none, or CUDA_VISIBLE_DEVICES leaves all out)"]
+    found: dict[str, list[str]] = {}  # what is wrong: the graphs that it is wrong with
+    for name, plan in manifest.graph_plans.items():
+        if unfit := [gpu for gpu in gpus if not _runs(plan, gpu)]:
+            built, way_out = plan["compute_capability"], again
+            if plan["hardware_compatible"]:
+                built = f"{'.'.join(map(str, _AMPERE))} or later"
+                way_out = again.replace(":", ", without --hardware-compatible:", 1)
+            has = ", ".join(f"{gpu} has {gpu.compute_capability}" for gpu in unfit)
+            wrong = f"built for compute capability {built}, {has}: {_leaving_out(gpus, unfit) or way_out}"
+            found.setdefault(wrong, []).append(name)
+        if tensorrt is not None and not _loads(plan["tensorrt"], tensorrt, plan["version_compatible"]):
+            found.setdefault(f"built by TensorRT {plan['tensorrt']}, here is {tensorrt}: {again}", []).append(name)
+    return [f"{', '.join(names)}: {wrong}" for wrong, names in found.items()] + _too_small(manifest, gpus)
+
+
+def occupied(manifest: Manifest, gpus: list[Gpu]) -> list[str]:
+    """Which of `gpus` are large enough for the repository, and have too little memory free now; and what to do."""
+    return [f"{gpu} has {_gib(gpu.free)} GiB of memory free, {_gib(needed)} are needed: stop what uses it (nvidia-smi "
+            "names the processes)"
+            for gpu, needed in _needs(manifest, gpus)
+            if gpu.free is not None and gpu.free < needed and (gpu.memory is None or needed <= gpu.memory)]
+
+
+def _needs(manifest: Manifest, gpus: list[Gpu]) -> list[tuple[Gpu, int]]:
+    """Each GPU, and the memory in bytes that is needed on it."""
+    return [(gpu, memory_needed(manifest, first=gpu is gpus[0])) for gpu in gpus]
+
+
+def _too_small(manifest: Manifest, gpus: list[Gpu]) -> list[str]:
     found = []
-    for name, entry in manifest.graphs.items():
-        plan = entry.get("plan")
-        if plan is None:
-            continue
-        capability, version = plan["compute_capability"], plan["tensorrt"]
-        if capability != gpus[0].compute_capability and not plan["hardware_compatible"]:
-            found.append(f"{name} was built for compute capability {capability}, {gpus[0].name} has "
-                         f"{gpus[0].compute_capability}: {again}")
-        if tensorrt is not None and not _loads(version, tensorrt, plan["version_compatible"]):
-            found.append(f"{name} was built by TensorRT {version}, here is {tensorrt}: {again}")
-    if memory_needed(manifest) > gpus[0].memory:
-        found.append(f"it needs {memory_needed(manifest) / (1 << 30):.1f} GiB of GPU memory, {gpus[0].name} has "
-                     f"{gpus[0].memory / (1 << 30):.1f}: take a larger GPU, more of them (tensor_parallel_size of the "
-                     "decoder), or a smaller precision")
+    for gpu, needed in _needs(manifest, gpus):
+        unfit = [other for other in gpus if other.memory is not None and other.memory < needed]
+        if gpu in unfit:
+            way_out = _leaving_out(gpus, unfit) or ("take a larger GPU, more of them (tensor_parallel_size of the "
+                                                    "decoder), or a smaller precision")
+            found.append(f"it needs {_gib(needed)} GiB of GPU memory, {gpu} has {_gib(gpu.memory)}: {way_out}")
     return found
 
 
+def _leaving_out(gpus: list[Gpu], unfit: list[Gpu]) -> str | None:
+    """How to serve without `unfit`; None if no GPU is left then."""
+    left = ",".join(str(gpu.number) for gpu in gpus if gpu not in unfit)
+    return f"leave out what does not fit, by CUDA_VISIBLE_DEVICES={left}" if left else None
+
+
+def _runs(plan: dict, gpu: Gpu) -> bool:
+    """Whether a plan was built for GPUs like this one."""
+    if plan["hardware_compatible"]:
+        return release(gpu.compute_capability) >= _AMPERE
+    return gpu.compute_capability == plan["compute_capability"]
+
+
 def _loads(built: str, installed: str, version_compatible: bool) -> bool:
-    """A plan runs on the release that built it, or, if it is version compatible, on that and later ones."""
-    built_parts, installed_parts = ([int(part) for part in version.split(".")[:3]] for version in (built, installed))
+    """A plan runs on the release that built it, or, if it is version compatible, on that and later ones.
+
+    A release candidate counts as its release: the library's number does not tell them apart.
+    """
+    built_parts, installed_parts = release(built)[:3], release(installed)[:3]
     return built_parts == installed_parts or version_compatible and built_parts <= installed_parts
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f}"
 
 
 def _nvidia_smi(*arguments: str) -> str:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from engine.errors import RepositoryError
 
@@ -17,6 +20,9 @@ FORMAT = 1
 LLM_FOLDER = Path("decoder") / "1" / "llm"
 CLIP_TOKENIZER_FOLDER = Path("retrieval") / "1" / "tokenizer"
 TENSORRT_CONFIG = Path("configs") / "tensorrt.pbtxt"  # of a graph, for `--model-config-name tensorrt`
+# Of a graph's "plan" entry, what decides where it can be served.
+_PLAN = {"tensorrt": str, "compute_capability": str, "version_compatible": bool, "hardware_compatible": bool}
+_NAMED = 3  # files in a message
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,24 @@ class Manifest:
     def retrieves(self) -> bool:
         return "m3d_retrieve" in self.models
 
+    @property
+    def graph_plans(self) -> dict[str, dict]:
+        """The "plan" entries of `graphs` that have one, by graph."""
+        return {name: entry["plan"] for name, entry in self.graphs.items() if entry.get("plan") is not None}
+
+    def check(self, repository: Path) -> None:
+        """Raises RepositoryError if `repository` lacks a model's configuration, or an exported file at its size."""
+        absent = [model for model in self.models if not (repository / model / "config.pbtxt").is_file()]
+        if absent:
+            raise RepositoryError(f"{repository} lacks the models {', '.join(absent)} that its manifest lists: "
+                                  "export into a complete copy of model_repository/")
+        damaged = [f"{path} ({words})" for path, size in self.files.items()
+                   if (words := _damage(repository / path, size))]
+        if damaged:
+            more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
+            raise RepositoryError(f"{repository} does not hold what was exported, {', '.join(damaged[:_NAMED])}{more}: "
+                                  "export the repository again")
+
     def write(self, repository: Path) -> None:
         """Write atomically: a reader sees the whole manifest or none."""
         target = Path(repository) / FILE_NAME
@@ -93,16 +117,19 @@ class Manifest:
         temporary.replace(target)
 
     @classmethod
-    def read(cls, repository: Path | str) -> "Manifest":
-        """The manifest of `repository` (the folder that holds the models). Raises RepositoryError if there is none."""
+    def read(cls, repository: Path | str, target: str = "cpu") -> "Manifest":
+        """The manifest of `repository` (the folder that holds the models).
+
+        target: what to export for if nothing was. Raises RepositoryError, with the way out, if there is no manifest, or
+        a damaged one, or another engine's.
+        """
         path = Path(repository) / FILE_NAME
         try:
             values = json.loads(path.read_text())
         except FileNotFoundError:
             raise RepositoryError(
-                f"{repository} was never exported (no {FILE_NAME}): run "
-                f"`python export/build_engines.py --checkpoint CHECKPOINT --target cpu --repository {repository}` first"
-            ) from None
+                f"{repository} was never exported (no {FILE_NAME}): run `python export/build_engines.py --checkpoint "
+                f"CHECKPOINT --target {target} --repository {shlex.quote(str(repository))}` first") from None
         except ValueError as error:
             raise RepositoryError(f"{path} is not JSON ({error}): export the repository again") from None
         if not isinstance(values, dict):
@@ -114,5 +141,39 @@ class Manifest:
         if missing or set(values) - known:
             raise RepositoryError(f"{path} does not fit this engine (missing {missing}, "
                                   f"unknown {sorted(set(values) - known)}): export again")
+        if wrong := _wrong(values):
+            raise RepositoryError(f"{path} is damaged ({', '.join(wrong)}): export the repository again")
         tuples = ("image_size", "patch_size", "eos_token_ids", "models", "clip_image_size")
         return cls(**{k: tuple(v) if k in tuples and v is not None else v for k, v in values.items()})
+
+
+def _damage(file: Path, size: int) -> str | None:
+    """What is wrong with an exported file of `size` bytes; None if nothing can be seen without reading it."""
+    if not file.is_file():
+        return "missing"
+    found = file.stat().st_size
+    return None if found == size else f"{found:,} bytes instead of {size:,}"
+
+
+def _wrong(values: dict[str, Any]) -> list[str]:
+    """Which of a manifest's values, as JSON has them, are not what they have to be, such as "graphs"."""
+    if wrong := [name for name, kind in get_type_hints(Manifest).items() if not _is(values[name], kind)]:
+        return wrong
+    plans = {name: entry["plan"] for name, entry in values["graphs"].items() if entry.get("plan") is not None}
+    return [f"{key} of the plan of {name}" for name, plan in plans.items() for key, kind in _PLAN.items()
+            if not (isinstance(plan, dict) and _is(plan.get(key), kind))]
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of the annotated type `kind`; a tuple is a list there."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_is(value, one) for one in inner)
+    if origin is tuple:
+        if not isinstance(value, list):
+            return False
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return len(value) == len(kinds) and all(map(_is, value, kinds))
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(one, inner[1]) for one in value.values())
+    return type(value) is kind  # a bool is no int here

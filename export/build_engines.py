@@ -346,8 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--timing-cache", type=Path, metavar="FILE",
                        help="measured kernel times, read and written: later builds on the same GPU are quicker")
     group.add_argument("--version-compatible", action="store_true",
-                       help="plans run on later TensorRT releases, too (then Triton wants --backend-config "
-                            "tensorrt,version-compatible=true)")
+                       help="plans run on later TensorRT releases, too (m3d serve gives Triton the option it wants then)")
     group.add_argument("--hardware-compatible", action="store_true", help="plans run on every GPU since Ampere, slower")
     group.add_argument("--strip-weights", action="store_true",
                        help="build without weights and refit them, so that a fine-tune needs no second build")

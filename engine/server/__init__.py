@@ -104,7 +104,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
-                self._launch(triton, manifest.models)
+                self._launch(triton, manifest)
                 return self._wait_ready(manifest.models)
             except BaseException:
                 self.stop()
@@ -112,7 +112,7 @@ class Server:
                     raise
                 self.on_progress("the machine is too busy for Triton's start-up checks, starting again")
 
-    def _launch(self, triton: Triton, models: tuple[str, ...]) -> None:
+    def _launch(self, triton: Triton, manifest: Manifest) -> None:
         run_folder = Path(tempfile.mkdtemp(prefix="m3d-"))
         try:
             backends = triton.assemble_backends(run_folder) if triton.wheel else None
@@ -120,7 +120,7 @@ class Server:
             # Triton, its stubs and vLLM each trip over some paths: spaces, brackets, letters beyond ASCII.
             repository = run_folder / "model_repository"
             repository.symlink_to(self.repository)
-            command = triton.command(repository, models, self.host, self.ports, backends, shm_prefix,
+            command = triton.command(repository, manifest, self.host, self.ports, backends, shm_prefix,
                                      EXIT_TIMEOUT_S, self.trace)
             spec = json.dumps({"command": command, "grace_s": GRACE_S, "orphans_grace_s": ORPHANS_GRACE_S,
                                "remove": [str(run_folder)], "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"],
@@ -160,16 +160,13 @@ class Server:
         """What can be refused before anything starts."""
         if self.target not in TARGETS:
             raise InvalidInput(f"target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
-        manifest = Manifest.read(self.repository)
+        manifest = Manifest.read(self.repository, self.target)
         if manifest.target != self.target:
             raise RepositoryError(f"{self.repository} was exported for target {manifest.target}, not {self.target}: "
                                   f"serve with --target {manifest.target}, or export with --target {self.target}")
         if self.target == "tensorrt" and (wrong := gpu.misfits(manifest, gpu.find_gpus(), gpu.tensorrt_version())):
             raise RepositoryError(f"{self.repository} does not fit this machine: {'; '.join(wrong)}")
-        absent = [m for m in manifest.models if not (self.repository / m / "config.pbtxt").is_file()]
-        if absent:
-            raise RepositoryError(f"{self.repository} lacks the models {', '.join(absent)} that its manifest lists: "
-                                  "export into a complete copy of model_repository/")
+        manifest.check(self.repository)
         if len(set(self.ports.values())) < len(self.ports):
             raise InvalidInput(f"the gRPC, HTTP and metrics ports must differ: {self.ports}")
         for name, port in self.ports.items():

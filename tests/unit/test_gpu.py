@@ -1,7 +1,12 @@
 """What a machine's GPU is, and why an exported repository does not fit it, before Triton fails with it."""
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,19 +15,26 @@ from engine.errors import RepositoryError, Unavailable
 from engine.gpu import Gpu
 from engine.manifest import Manifest
 from engine.server import Server, free_ports
+from engine.server.triton import Triton
 
 L4 = Gpu("NVIDIA L4", "580.95.05", "8.9", 24 << 30, 22 << 30)
+RTX_5090 = Gpu("NVIDIA RTX 5090", "580.95.05", "12.0", 32 << 30, 31 << 30, 1)
+T4 = Gpu("NVIDIA T4", "580.95.05", "7.5", 24 << 30, 22 << 30, 2)
 PLAN = {"builder": "tensorrt", "tensorrt": "11.4.0.106", "compute_capability": "8.9", "version_compatible": False,
         "hardware_compatible": False}
+GRAPHS = ("vision_encoder", "segmentation_encoder")
 MANIFEST = Manifest(
     checkpoint="lamed", checkpoint_sha256="0", target="tensorrt", precision="fp16", image_size=(32, 256, 256),
     patch_size=(4, 16, 16), num_visual_tokens=256, llm_width=4096, vocab_size=32000, context_length=2048,
-    image_token_id=1, seg_token_id=2, eos_token_ids=(2,), models=("study",), graphs={"vision_encoder": {"plan": PLAN}},
-    versions={}, plans={"builder": "tensorrt"}, files={"decoder/1/llm/model.safetensors": 13_500_000_000})
+    image_token_id=1, seg_token_id=2, eos_token_ids=(2,), models=("study",),
+    graphs={name: {"plan": PLAN} for name in GRAPHS}, versions={}, plans={"builder": "tensorrt"},
+    files={"decoder/1/llm/model.safetensors": 13_500_000_000})
+FILES = {"clip_text_encoder/1/model.onnx": 20, "vision_encoder/1/model.plan": 10}
+TRITON = Triton(Path("/opt/tritonserver/bin/tritonserver"), None, "2.72.0")
 
 
 def planned(**changes) -> Manifest:
-    return replace(MANIFEST, graphs={"vision_encoder": {"plan": {**PLAN, **changes}}})
+    return replace(MANIFEST, graphs={name: {"plan": {**PLAN, **changes}} for name in GRAPHS})
 
 
 @pytest.fixture
@@ -31,18 +43,70 @@ def nvidia_smi(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\n"
                        "case \"$1\" in --query-gpu=*)\n"
-                       "echo 'NVIDIA L4, 580.95.05, 8.9, 23034, 22000'\necho 'NVIDIA RTX 5090, 580.95.05, 12.0, 32607, 32000'\n"
+                       "echo '0, GPU-11aa, NVIDIA L4, 580.95.05, 8.9, 23034, 22000'\n"
+                       "echo '1, GPU-22bb, NVIDIA RTX 5090, 580.95.05, 12.0, 32607, 32000'\n"
                        ";; *) echo '| NVIDIA-SMI 580.95.05   Driver Version: 580.95.05   CUDA Version: 13.0  |' ;; esac\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return program
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """here(*gpus): what this machine has, with TensorRT 11.4.0."""
+    def has(*gpus):
+        monkeypatch.setattr(gpu, "find_gpus", lambda: list(gpus))
+        monkeypatch.setattr(gpu, "tensorrt_version", lambda: "11.4.0")
+    return has
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A folder with all the files of FILES, and a manifest for target tensorrt that lists them."""
+    for path, size in FILES.items():
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(bytes(size))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "config.pbtxt").touch()
+    replace(MANIFEST, files=FILES).write(tmp_path)
+    return tmp_path
+
+
+def examined(repository) -> dict[str, list[doctor.Finding]]:
+    """What the doctor finds for target tensorrt, by what it is about."""
+    found = defaultdict(list)
+    for finding in doctor.examine(repository, "tensorrt"):
+        found[finding.what].append(finding)
+    return found
 
 
 def test_gpus_are_what_the_driver_says(nvidia_smi):
     first, second = gpu.find_gpus()
-    assert (first.name, first.compute_capability, first.memory) == ("NVIDIA L4", "8.9", 23034 << 20)
-    assert second.compute_capability == "12.0"
+    assert (first.name, first.compute_capability, first.memory, first.number) == ("NVIDIA L4", "8.9", 23034 << 20, 0)
+    assert second.compute_capability == "12.0" and str(second) == "NVIDIA RTX 5090 (GPU 1)"
     assert gpu.cuda_version() == "13.0"
+
+
+@pytest.mark.parametrize(("chosen", "numbers"), [
+    ("0", [0]), ("1,0", [1, 0]), ("GPU-22bb", [1]), ("GPU-2, 0", [1, 0]), ("", []), ("-1", []), ("0,7,1", [0]),
+    ("GPU-", []), ("MIG-33cc", [0, 1])])
+def test_gpus_are_those_that_cuda_would_see(nvidia_smi, monkeypatch, chosen, numbers):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert [found.number for found in gpu.find_gpus()] == numbers
+
+
+def test_triton_numbers_gpus_as_nvidia_smi_does(tmp_path):
+    assert TRITON.environment(tmp_path)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+@pytest.mark.parametrize("unknown", ["[N/A]", "[Not Supported]"])
+def test_a_gpu_that_shares_the_cpus_memory_is_taken_as_it_is(nvidia_smi, exported, unknown):
+    nvidia_smi.write_text(nvidia_smi.read_text().replace("23034, 22000", f"{unknown}, {unknown}"))
+    first, second = gpu.find_gpus()
+    assert first.memory is None and first.free is None and second.memory == 32607 << 20
+    assert gpu.misfits(MANIFEST, [first], "11.4.0") == gpu.occupied(MANIFEST, [first]) == []
+    assert "does not tell" in examined(exported)["GPU"][0].detail
 
 
 @pytest.mark.parametrize("program", [None, "#!/bin/sh\nexit 9\n", "#!/bin/sh\necho 'No devices were found'\n"])
@@ -58,34 +122,120 @@ def test_a_repository_built_on_this_gpu_fits_it():
 @pytest.mark.parametrize(("manifest", "gpus", "tensorrt", "words"), [
     (MANIFEST, [], "11.4.0", "no NVIDIA GPU"),
     (replace(MANIFEST, plans={"builder": "rtx"}), [L4], "11.4.0", "TensorRT for RTX"),
-    (planned(compute_capability="12.0"), [L4], "11.4.0", "compute capability 12.0, NVIDIA L4 has 8.9"),
+    (planned(compute_capability="12.0"), [L4], "11.4.0",
+     "compute capability 12.0, NVIDIA L4 (GPU 0) has 8.9: export again on this machine: "),
+    (planned(compute_capability="12.0", hardware_compatible=True), [T4], "11.4.0",
+     "compute capability 8.0 or later, NVIDIA T4 (GPU 2) has 7.5: export again on this machine, without --hardware"),
     (planned(tensorrt="11.3.0.1"), [L4], "11.4.0", "built by TensorRT 11.3.0.1, here is 11.4.0"),
     (planned(tensorrt="11.5.0.1", version_compatible=True), [L4], "11.4.0", "built by TensorRT 11.5.0.1"),
-    (MANIFEST, [replace(L4, memory=16 << 30)], "11.4.0", "18.6 GiB of GPU memory"),
+    (planned(tensorrt="11.3.0rc1"), [L4], "11.4.0", "built by TensorRT 11.3.0rc1, here is 11.4.0"),
+    (planned(tensorrt="unknown"), [L4], "11.4.0", "built by TensorRT unknown, here is 11.4.0"),
+    (MANIFEST, [replace(L4, memory=16 << 30)], "11.4.0", "18.6 GiB of GPU memory, NVIDIA L4 (GPU 0) has 16.0: take a"),
+    # Triton loads every plan on every GPU.
+    (MANIFEST, [L4, RTX_5090], "11.4.0", "NVIDIA RTX 5090 (GPU 1) has 12.0: leave out what does not fit, by "
+                                         "CUDA_VISIBLE_DEVICES=0"),
+    (planned(compute_capability="12.0"), [L4, RTX_5090, T4], "11.4.0",
+     "NVIDIA L4 (GPU 0) has 8.9, NVIDIA T4 (GPU 2) has 7.5: leave out what does not fit, by CUDA_VISIBLE_DEVICES=1"),
+    (planned(hardware_compatible=True), [L4, RTX_5090, T4], "11.4.0", "CUDA_VISIBLE_DEVICES=0,1"),
+    (MANIFEST, [replace(L4, memory=16 << 30), replace(L4, number=1)], "11.4.0",
+     "NVIDIA L4 (GPU 0) has 16.0: leave out what does not fit, by CUDA_VISIBLE_DEVICES=1"),
+    (replace(MANIFEST, files={"a/1/model.plan": 5 << 30}), [L4, replace(L4, memory=4 << 30, number=1)], "11.4.0",
+     "5.0 GiB of GPU memory, NVIDIA L4 (GPU 1) has 4.0: leave out what does not fit, by CUDA_VISIBLE_DEVICES=0"),
 ])
 def test_what_does_not_fit_is_named_with_the_way_out(manifest, gpus, tensorrt, words):
-    (found,) = gpu.misfits(manifest, gpus, tensorrt)
+    (found,) = gpu.misfits(manifest, gpus, tensorrt)  # one for all plans
     assert words in found
 
 
 @pytest.mark.parametrize("manifest", [planned(compute_capability="8.0", hardware_compatible=True),
-                                      planned(tensorrt="11.3.0.1", version_compatible=True)])
+                                      planned(tensorrt="11.3.0.1", version_compatible=True),
+                                      planned(tensorrt="11.4.0rc1")])
 def test_compatible_plans_fit_other_machines(manifest):
     assert gpu.misfits(manifest, [L4], "11.4.0") == []
 
 
-def test_the_doctor_looks_at_the_repositorys_own_target(tmp_path, monkeypatch):
+def test_plans_that_differ_are_told_apart():
+    capabilities = {"a": "9.0", "b": "12.0", "c": "9.0"}
+    manifest = replace(MANIFEST, graphs={name: {"plan": {**PLAN, "compute_capability": capability}}
+                                         for name, capability in capabilities.items()})
+    first, second = gpu.misfits(manifest, [L4], "11.4.0")
+    assert first.startswith("a, c: built for compute capability 9.0") and second.startswith("b: built for")
+
+
+def test_only_the_first_gpu_needs_room_for_the_language_model():
+    assert gpu.misfits(MANIFEST, [L4, replace(L4, memory=4 << 30, free=4 << 30, number=1)], "11.4.0") == []
+
+
+def test_the_doctor_notes_memory_that_something_else_holds(here, exported):
+    replace(MANIFEST, files={"decoder/1/llm/model.safetensors": 13_500_000_000}).write(exported)
+    here(replace(L4, free=10 << 30))
+    (note,) = examined(exported)["GPU memory"]
+    assert note.state == "note" and "NVIDIA L4 (GPU 0) has 10.0 GiB of memory free, 18.6 are needed" in note.detail
+    here(L4)
+    assert not examined(exported)["GPU memory"]
+    here(replace(L4, memory=16 << 30, free=10 << 30))  # that is not to be mended by stopping something
+    found = examined(exported)
+    assert not found["GPU memory"] and found["fits this machine"][0].state == "missing"
+
+
+def test_the_doctor_looks_at_the_repositorys_own_target(tmp_path, here):
     planned(compute_capability="12.0").write(tmp_path)
-    monkeypatch.setattr(gpu, "find_gpus", lambda: [L4])
-    monkeypatch.setattr(gpu, "tensorrt_version", lambda: "11.4.0")
+    here(L4)
     assert doctor.target_of(tmp_path) == "tensorrt" and doctor.target_of(tmp_path / "none") == "cpu"
-    found = {finding.what: finding for finding in doctor.examine(tmp_path, "tensorrt")}
+    found = {what: finding for what, (finding,) in examined(tmp_path).items()}
     assert found["GPU"].state == found["TensorRT"].state == "ok" and "8.9" in found["GPU"].detail
     assert found["fits this machine"].state == "missing" and "12.0" in found["fits this machine"].detail
     assert found["Triton"].state == "missing"
 
 
-@pytest.mark.parametrize(("version", "state"), [("0.29.1", "missing"), ("0.30.0", "ok"), ("1.0", "ok")])
+def test_a_repository_that_was_never_exported_is_refused_with_the_command_for_its_target(tmp_path, here):
+    here(L4)
+    (finding,) = examined(tmp_path)["repository"]
+    assert finding.state == "missing" and "--target tensorrt" in finding.detail
+    with pytest.raises(RepositoryError, match="never exported.*--target tensorrt"):
+        Server(tmp_path, target="tensorrt", **free_ports())._check()
+
+
+def test_a_whole_repository_is_ok_and_one_with_lost_or_torn_files_is_neither_ok_nor_started(exported, here):
+    here(L4)
+    server = Server(exported, target="tensorrt", **free_ports())
+    assert examined(exported)["repository"][0].state == "ok" and server._check().files == FILES
+    (exported / "vision_encoder" / "1" / "model.plan").unlink()
+    (exported / "clip_text_encoder" / "1" / "model.onnx").write_bytes(b"torn")
+    words = r"model\.onnx \(4 bytes instead of 20\), vision_encoder/1/model\.plan \(missing\): export the repo"
+    (finding,) = examined(exported)["repository"]
+    assert finding.state == "missing" and re.search(words, finding.detail)
+    with pytest.raises(RepositoryError, match=words):
+        server._check()
+
+
+def test_the_doctor_does_not_take_a_manifest_for_a_repository(exported, here):
+    here(L4)
+    shutil.rmtree(exported / "study")
+    (finding,) = examined(exported)["repository"]
+    assert finding.state == "missing" and "lacks the models study" in finding.detail
+
+
+@pytest.mark.parametrize("values", [{"graphs": []}, {"graphs": {"vision_encoder": {"plan": {}}}}])
+def test_the_doctor_names_a_damaged_manifest(exported, here, values):
+    here(L4)
+    path = exported / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    (finding,) = examined(exported)["repository"]
+    assert finding.state == "missing" and "manifest.json is damaged" in finding.detail
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_triton_runs_version_compatible_plans_as_they_want_it(compatible):
+    command = TRITON.command(Path("/models"), planned(version_compatible=compatible), "127.0.0.1", {"grpc": 8001}, None,
+                             "m3d-", 10)
+    options = [value for option, value in zip(command, command[1:]) if option == "--backend-config"]
+    assert ("tensorrt,version-compatible=true" in options) == compatible
+    assert command[command.index("--load-model") + 1] == "study"
+
+
+@pytest.mark.parametrize(("version", "state"), [("0.29.1", "missing"), ("0.29rc1", "missing"), ("0.30.0", "ok"),
+                                                   ("1.0", "ok"), ("1rc1", "ok")])
 def test_a_vllm_with_published_flaws_is_refused(monkeypatch, version, state):
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     (vllm,) = [finding for finding in doctor._packages("tensorrt") if finding.what == "vllm"]

@@ -1,0 +1,69 @@
+"""A manifest says what is wrong with it, and with the repository around it."""
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from engine.errors import RepositoryError
+from engine.manifest import Manifest
+from tests.unit.fake_models import manifest
+
+PLAN = {"tensorrt": "11.4.0.106", "compute_capability": "8.9", "version_compatible": False, "hardware_compatible": True}
+WHOLE = manifest(graphs={"study": {"plan": PLAN}, "m3d_segment": {"max_error": 0.0}}, files={"study/1/model.plan": 8})
+
+
+@pytest.fixture
+def repository(tmp_path):
+    for model in WHOLE.models:
+        (tmp_path / model / "1").mkdir(parents=True)
+        (tmp_path / model / "config.pbtxt").touch()
+    (tmp_path / "study" / "1" / "model.plan").write_bytes(bytes(8))
+    WHOLE.write(tmp_path)
+    return tmp_path
+
+
+def test_what_was_written_is_read_and_checks(repository):
+    assert Manifest.read(repository) == WHOLE
+    WHOLE.check(repository)
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_a_repository_without_a_manifest_is_refused_with_a_command_that_a_shell_takes(tmp_path, target):
+    folder = tmp_path / "my models; and others"
+    with pytest.raises(RepositoryError, match="never exported") as refused:
+        Manifest.read(folder, target)
+    command = shlex.split(re.search("`(.*)`", str(refused.value))[1])
+    assert command[-4:] == ["--target", target, "--repository", str(folder)]
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"graphs": []}, "graphs"), ({"graphs": {"study": 1}}, "graphs"), ({"files": ["a"]}, "files"),
+    ({"files": {"a": "1"}}, "files"), ({"models": "study"}, "models"), ({"image_size": 3}, "image_size"),
+    ({"image_size": [1, 2]}, "image_size"), ({"eos_token_ids": [None]}, "eos_token_ids"),
+    ({"seg_token_id": True}, "seg_token_id"), ({"plans": None, "checkpoint": 1}, "checkpoint, plans"),
+    ({"graphs": {"study": {"plan": []}}}, "compute_capability of the plan of study"),
+    ({"graphs": {"study": {"plan": {**PLAN, "compute_capability": None}}}}, "compute_capability of the plan of study"),
+    ({"graphs": {"study": {"plan": {**PLAN, "version_compatible": "no"}}}}, "version_compatible of the plan of study"),
+])
+def test_a_damaged_manifest_is_named_with_what_is_wrong(repository, change, words):
+    path = repository / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(RepositoryError, match=rf"manifest.json is damaged \(.*{words}.*\): export the"):
+        Manifest.read(repository)
+
+
+def test_the_first_of_many_lost_files_are_named(repository):
+    lost = replace(WHOLE, files={**WHOLE.files, **{f"decoder/1/llm/{k}.safetensors": 1 for k in range(5)}})
+    with pytest.raises(RepositoryError, match=r"/0.safetensors \(missing\), .*/2.safetensors \(missing\) and 2 more: "):
+        lost.check(repository)
+
+
+def test_a_model_that_is_not_there_at_all_is_named_before_its_files(repository):
+    (repository / "study" / "1" / "model.plan").unlink()
+    (repository / "study" / "config.pbtxt").unlink()
+    with pytest.raises(RepositoryError, match="lacks the models study that"):
+        WHOLE.check(repository)
