@@ -262,10 +262,11 @@ def plots(result: dict, folder: Path) -> list[Path]:
         figure.savefig(folder / name, dpi=120)
         written.append(folder / name)
 
-    if result.get("closed_loop") or result.get("open_loop"):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-        _plot_closed_loop(left, result)
-        _plot_open_loop(right, result)
+    if loops := [plot for loop, plot in (("closed_loop", _plot_closed_loop), ("open_loop", _plot_open_loop))
+                 if result.get(loop)]:
+        figure, axes = pyplot.subplots(1, len(loops), figsize=(5 * len(loops), 4), constrained_layout=True, squeeze=False)
+        for plot, one in zip(loops, axes[0]):
+            plot(one, result)
         save(figure, "load.png")
     figure, axes = pyplot.subplots(figsize=(10, 3.2), constrained_layout=True)
     _plot_waterfall(axes, result)
