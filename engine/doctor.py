@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def examine(repository: Path, target: str) -> list[Finding]:
     """What stands for and against serving `repository` on this machine for `target`, cpu or tensorrt."""
     findings = [_python(), *_packages(target), _triton(target), _cores(), _memory(), _shared_memory()]
     if target == "tensorrt":
-        return [*findings, *_gpus(), _tensorrt(), *_repository(repository, target)]
+        return [*findings, *_gpus(), _tensorrt(), _compiler(), *_repository(repository, target)]
     return [*findings, *_repository(repository, target), _gpu_beside_the_cpu()]
 
 
@@ -83,6 +84,17 @@ def _triton(target: str) -> Finding:
         return Finding("missing", "Triton", str(error))
     package = "nvidia-pytriton" if triton.wheel else "release"
     return Finding("ok", "Triton", f"{triton.binary} ({package} {triton.version})")
+
+
+def _compiler() -> Finding:
+    """vLLM's kernels in OpenAI's Triton are compiled when it starts, and their launchers by a C compiler."""
+    compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    absent = [what for what, there in (("gcc or clang", compiler), (str(header), header.is_file())) if not there]
+    if absent:
+        return Finding("missing", "C compiler", f"no {' and no '.join(absent)}, with which vLLM compiles kernels: "
+                                                f"{INSTALL['tensorrt']}, or apt-get install gcc libpython3-dev")
+    return Finding("ok", "C compiler", str(compiler))
 
 
 def _cores() -> Finding:

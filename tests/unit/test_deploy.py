@@ -20,7 +20,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import pip
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -157,7 +156,8 @@ def test_the_images_environment_has_a_pip_of_its_own_though_python_has_no_ensure
     (step,) = [step for step in instructions("RUN") if "-m venv" in step]
     environment, pips = tmp_path / "m3d", tmp_path / "pips"
     pips.mkdir()
-    (pips / "pip").symlink_to(Path(pip.__file__).parent)
+    # By its metadata: importing pip takes setuptools' distutils from every test after this one.
+    (pips / "pip").symlink_to(importlib.metadata.distribution("pip").locate_file("pip"))
     wheels = sysconfig.get_config_var("WHEEL_PKG_DIR") or Path(ensurepip.__file__).with_name("_bundled")
     path = [str(environment / "bin"), str(python_without_ensurepip(tmp_path / "usr")), os.environ["PATH"]]
 

@@ -246,3 +246,15 @@ def test_a_server_does_not_start_what_does_not_fit(tmp_path, monkeypatch):
     replace(MANIFEST, plans={"builder": "rtx"}).write(tmp_path)
     with pytest.raises((RepositoryError, Unavailable), match="TensorRT for RTX"):
         Server(tmp_path, target="tensorrt", **free_ports())._check()
+
+
+@pytest.mark.parametrize(("program", "header", "words"), [
+    ("gcc", True, None), (None, True, "no gcc or clang"), ("gcc", False, r"no \S*Python\.h")])
+def test_the_doctor_wants_what_vllm_compiles_its_kernels_with(tmp_path, monkeypatch, program, header, words):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}" if name == program else None)
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    if header:
+        (tmp_path / "Python.h").touch()
+    found = doctor._compiler()
+    assert found.state == ("missing" if words else "ok") and re.search(words or "gcc", found.detail)
