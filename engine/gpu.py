@@ -91,7 +91,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number)
 
 
-def memory_needed(manifest: Manifest, first: bool = True) -> int:
+def memory_needed(manifest: Manifest, first: bool) -> int:
     """GPU memory, in bytes, that serving needs at least on a GPU.
 
     first: the first GPU has the language model and room to work beside the graphs, which Triton loads on every GPU.

@@ -94,7 +94,7 @@ class Manifest:
     @property
     def graph_plans(self) -> dict[str, dict]:
         """The "plan" entries of `graphs` that have one, by graph."""
-        return {name: entry["plan"] for name, entry in self.graphs.items() if entry.get("plan") is not None}
+        return _plans(self.graphs)
 
     def check(self, repository: Path) -> None:
         """Raises RepositoryError if `repository` lacks a model's configuration, or an exported file at its size."""
@@ -147,6 +147,10 @@ class Manifest:
         return cls(**{k: tuple(v) if k in tuples and v is not None else v for k, v in values.items()})
 
 
+def _plans(graphs: dict[str, dict]) -> dict[str, Any]:
+    return {name: entry["plan"] for name, entry in graphs.items() if entry.get("plan") is not None}
+
+
 def _damage(file: Path, size: int) -> str | None:
     """What is wrong with an exported file of `size` bytes; None if nothing can be seen without reading it."""
     if not file.is_file():
@@ -159,8 +163,7 @@ def _wrong(values: dict[str, Any]) -> list[str]:
     """Which of a manifest's values, as JSON has them, are not what they have to be, such as "graphs"."""
     if wrong := [name for name, kind in get_type_hints(Manifest).items() if not _is(values[name], kind)]:
         return wrong
-    plans = {name: entry["plan"] for name, entry in values["graphs"].items() if entry.get("plan") is not None}
-    return [f"{key} of the plan of {name}" for name, plan in plans.items() for key, kind in _PLAN.items()
+    return [f"{key} of the plan of {name}" for name, plan in _plans(values["graphs"]).items() for key, kind in _PLAN.items()
             if not (isinstance(plan, dict) and _is(plan.get(key), kind))]
 
 

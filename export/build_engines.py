@@ -33,7 +33,6 @@ from export.build_settings import BUILDERS, RTX_CAPABILITIES, BuildSettings  # n
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 QUANTIZATIONS = ("fp8", "awq", "gptq")
 VERSIONED = ("m3d-engine", "torch", "onnx", "onnxruntime", "transformers")
-PLANNED = ("vision_encoder", "segmentation_encoder", "clip_image_encoder")  # TensorRT's; the others stay ONNX graphs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
                target=arguments.target, precision=arguments.precision, settings=_settings(arguments),
                calibration=arguments.calibration, quantization=arguments.llm_quantization, force=arguments.force)
     except (M3DError, OSError) as error:
-        print(f"export failed: {error}{_left(Path(arguments.repository))}", file=sys.stderr)
+        print(f"export failed: {error}{_left(arguments.repository)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"export interrupted{_left(Path(arguments.repository))}", file=sys.stderr)
+        print(f"export interrupted{_left(arguments.repository)}", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 
@@ -92,13 +91,13 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
 
     started = time.perf_counter()
     lamed, clip = [_open_lamed(checkpoint)], None if clip_checkpoint is None else checkpoints.load_clip(clip_checkpoint)
-    volumes = _Calibration(calibration)
-    volumes.volumes(lamed[0][0].vision.image_size)
+    scans = _Calibration(calibration)
+    scans.volumes(lamed[0][0].vision.image_size)
     # A checkpoint that does not load, or a scan that is none, has been refused by now: what lies here is still good then.
     (repository / manifest.FILE_NAME).unlink(missing_ok=True)
     _remove_artifacts(repository)
-    finish = _Planner(repository, precision, settings, volumes).finish if settings is not None else None
-    values, graphs = _export_lamed(lamed, repository, llm_precision, quantized, volumes, finish)
+    finish = _Planner(repository, precision, settings, scans).finish if settings is not None else None
+    values, graphs = _export_lamed(lamed, repository, llm_precision, quantized, scans, finish)
     models = list(contract.CHAT_MODELS)
     if values["seg_token_id"] is not None:
         models += contract.SEGMENT_MODELS
@@ -226,7 +225,7 @@ class _Planner:
         path = self.repository / graph.name / "1" / "model.onnx"
         plans.write_config(graph.name, self.repository,
                            dict(zip(contract.MODELS[graph.name].input_names, graph.input_shapes)))
-        if graph.name not in PLANNED:
+        if not graph.is_image_encoder:  # TensorRT's are those; the others stay ONNX graphs
             typed_graph.save(typed_graph.free_shapes(onnx.load(path)), path)
             return {}
         volumes = self.calibration.volumes(graph.input_shapes[0][1:])

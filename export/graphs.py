@@ -64,7 +64,7 @@ class Graph:
 
     @property
     def is_image_encoder(self) -> bool:
-        return self.name.endswith("_encoder") and self.integers is None
+        return self.name in contract.IMAGE_ENCODERS
 
     def random_inputs(self, batch: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(SEED + batch)

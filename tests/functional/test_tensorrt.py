@@ -21,7 +21,7 @@ from engine.models.lamed import Lamed
 from engine.server import Server, free_ports
 from engine.server.triton import Triton
 from export import graphs, tensorrt, typed_graph
-from export.build_engines import PLANNED, export
+from export.build_engines import export
 from export.build_settings import BuildSettings
 from tests.conftest import copy_repository
 from tests.tiny import volume, write_tiny_clip
@@ -33,7 +33,7 @@ ONNX_DTYPES = {onnx.TensorProto.FLOAT: "FP32", onnx.TensorProto.INT64: "INT64"}
 # --- engines of the published sizes ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=PLANNED)
+@pytest.fixture(scope="module", params=contract.IMAGE_ENCODERS)
 def full_size(request, tmp_path_factory):
     """The exported ONNX graph of one encoder: 32 x 256 x 256 voxels, 12 blocks, 768 wide; random weights."""
     vit = ViTConfig((32, 256, 256), (4, 16, 16))
@@ -43,7 +43,7 @@ def full_size(request, tmp_path_factory):
             graph = graphs.clip_graphs(model)[0]
         else:
             lamed = Lamed(LamedConfig(vision=vit, segmentation=vit, llm={"hidden_size": 4096}), with_llm=False)
-            graph = graphs.lamed_graphs(lamed)[PLANNED.index(request.param)]
+            graph = graphs.lamed_graphs(lamed)[contract.IMAGE_ENCODERS.index(request.param)]
     graph.module.to_empty(device="cpu").eval()
     for parameter in graph.module.parameters():
         torch.nn.init.trunc_normal_(parameter, std=0.02)
@@ -155,7 +155,7 @@ def test_the_warm_up_has_the_checkpoints_own_sizes(planned, name):
     assert config == plain
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", contract.IMAGE_ENCODERS)
 def test_triton_uses_every_profile_of_a_plan_in_cuda_graphs_and_refuses_beyond_its_queue(planned, name):
     repository, manifest = planned
     config, plan = read(repository / name / "config.pbtxt"), manifest.graphs[name]["plan"]
@@ -179,7 +179,7 @@ def test_a_file_that_is_no_onnx_is_named(tmp_path):
 def test_the_manifest_says_how_plans_were_built_and_how_exact_they_are(planned):
     repository, manifest = planned
     assert (manifest.target, manifest.precision, manifest.plans["precision"]) == ("tensorrt", "bf16", "fp8")
-    for name in PLANNED:
+    for name in contract.IMAGE_ENCODERS:
         plan = manifest.graphs[name]["plan"]
         assert 0 < plan["max_error"] <= plan["bound"] and plan["compared"] == "typed graph on the CPU"
         assert sorted(p.name for p in (repository / name / "1").iterdir()) == ["layers.txt", "model.py", "model.rtx.plan"]
