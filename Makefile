@@ -71,13 +71,14 @@ train-demo: $(VENV)/testing  ## train the demo model again, all stages, going on
 	@$(TRAIN) training/pretrain_segvol.py $(DEMO)/1_pretrain_segvol.json
 	@$(TRAIN) training/pretrain_segvol.py $(DEMO)/2_refine_segvol.json
 	@$(TRAIN) training/align_projector.py $(DEMO)/3_align_projector.json
-	@$(TRAIN) training/finetune.py $(DEMO)/4_finetune.json
-	@$(BIN)/python training/merge_lora.py $(DEMO)/5_merge_lora.json
-	@$(TRAIN) training/pretrain_clip.py $(DEMO)/6_pretrain_clip.json
+	@$(TRAIN) training/finetune.py $(DEMO)/4_learn_boxes.json
+	@$(TRAIN) training/finetune.py $(DEMO)/5_finetune.json
+	@$(BIN)/python training/merge_lora.py $(DEMO)/6_merge_lora.json
+	@$(TRAIN) training/pretrain_clip.py $(DEMO)/7_pretrain_clip.json
 	@mkdir -p training/demo/clip
-	@find $(OUT)/training/demo/5_merged -type f ! -name run.json -exec cp {} training/demo/ \;
-	@cp $(OUT)/training/demo/6_pretrain_clip/final/* training/demo/clip/
-	@$(TRAIN) training/evaluate.py $(DEMO)/7_evaluate.json
+	@find $(OUT)/training/demo/6_merged -type f ! -name run.json -exec cp {} training/demo/ \;
+	@cp $(OUT)/training/demo/7_pretrain_clip/final/* training/demo/clip/
+	@$(TRAIN) training/evaluate.py $(DEMO)/8_evaluate.json
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(OUT) model_repository/manifest.json model_repository/*/1/model.onnx* model_repository/*/1/*.plan \

@@ -1,6 +1,6 @@
 """Measure a demonstration checkpoint on augmentations it was not trained on, and on scans it never saw.
 
-    torchrun --nproc-per-node 2 training/evaluate.py training/configs/demo/7_evaluate.json
+    torchrun --nproc-per-node 2 training/evaluate.py training/configs/demo/8_evaluate.json
 
 Everything goes the long way: the saved checkpoint is read back, questions are answered greedily, and masks come from
 the `[SEG]` states of those answers at the model's full volume. An answer without `[SEG]` counts as Dice 0. Beside each

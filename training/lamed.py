@@ -31,7 +31,8 @@ from training.files import write_json
 from training.losses import language_loss, mask_loss
 from training.starting_points import (ADDED_TOKENS, EMBEDDINGS, HEAD, PUBLISHED, LanguageModel, PackagedModel,
                                       begin_encoders, check_added_rows, check_shapes, load_projector, load_segvol,
-                                      load_vision_tower, open_language_model, prepare_tokenizer)
+                                      load_vision_tower, open_language_model, open_part, prepare_tokenizer,
+                                      read_adapter)
 from training.trainer import StageModel
 
 # What may be trained beside LoRA; `added_tokens` are the rows of the added tokens alone, the rest of the table frozen.
@@ -51,7 +52,8 @@ class Start:
     language_model: a folder, Hugging Face id or package; an M3D-LaMed checkpoint brings its other parts along.
     model: config.json's keys for our parts, where the language model is no M3D-LaMed. vision_tower, mm_projector,
     seg_module: files or checkpoints (see `starting_points`), else what the language model brought, else random.
-    dtype: of the frozen language model, float32 or bfloat16.
+    lora: `final` of an earlier finetune, whose LoRA is trained on; the rows of the added tokens that belong to it come
+    with mm_projector. dtype: of the frozen language model, float32 or bfloat16.
     """
 
     language_model: str | PackagedModel
@@ -59,6 +61,7 @@ class Start:
     vision_tower: str | None = None
     mm_projector: str | None = None
     seg_module: str | None = None
+    lora: str | None = None
     dtype: str = "float32"
 
 
@@ -142,6 +145,8 @@ class TrainedLamed(StageModel):
         self.lora = lora
         if lora:
             self._inject(lora)
+        if start.lora:
+            self._go_on_with(Path(start.lora), source.name)
         self._choose_trained(train)
         self.shown: list[Sample] = []
         self.teacher: Callable[[Tensor], Tensor] | None = None
@@ -221,6 +226,16 @@ class TrainedLamed(StageModel):
             if "lora_" in name:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
+
+    def _go_on_with(self, folder: Path, base_model: str) -> None:
+        settings, lora = read_adapter(folder, base_model), self.lora
+        if not lora or (lora.r, lora.alpha) != (settings.get("r"), settings.get("lora_alpha")):
+            raise InvalidInput(f"start.lora {folder} has r {settings.get('r')} and alpha {settings.get('lora_alpha')}; "
+                               f"it can be trained on with the same only, not with {lora}")
+        found = _read_lora(folder)
+        check_shapes("LoRA on this language model", str(folder), found, {
+            key: value for key, value in self.lamed.state_dict().items() if ".lora_" in key})
+        self.lamed.load_state_dict(found, strict=False)
 
     def _choose_trained(self, train: tuple[str, ...]) -> None:
         lamed, llm = self.lamed, self.lamed.llm
@@ -354,9 +369,7 @@ class TrainedLamed(StageModel):
             if name in own:
                 state[key] = own.pop(name)
         if self.lora:
-            for key, value in load_file(folder / base.ADAPTER_WEIGHTS).items():
-                layer, which = key.removeprefix(base.LORA_PREFIX).split(".lora_")
-                state[f"llm.{layer}.lora_{which.replace('.weight', '.default.weight')}"] = value
+            state |= _read_lora(folder)
         expected = {key: value for key, value in self.lamed.state_dict().items()
                     if key.startswith(tuple(PARTS.values())) or ".lora_" in key or key in self._trained_embeddings()}
         check_shapes("model", str(folder), {**state, **own}, expected)
@@ -373,6 +386,15 @@ class TrainedLamed(StageModel):
         if not self.config_json.get("tie_word_embeddings"):
             names["llm." + HEAD] = HEAD
         return names
+
+
+def _read_lora(folder: Path) -> dict[str, Tensor]:
+    """LoRA as `write` wrote it, by the keys of Lamed's state. Raises CheckpointError."""
+    state = {}
+    for key, value in open_part(str(folder / base.ADAPTER_WEIGHTS)).items():
+        layer, which = key.removeprefix(base.LORA_PREFIX).split(".lora_")
+        state[f"llm.{layer}.lora_{which.replace('.weight', '.default.weight')}"] = value
+    return state
 
 
 def _name(start: Start) -> str:

@@ -113,10 +113,7 @@ def _language_model(source: str | PackagedModel, trained: Path, adapter: dict[st
     model = open_language_model(source)
     state = dict(model.state)
     if adapter:
-        settings = read_adapter(trained)
-        named = settings.get("base_model_name_or_path")
-        if named and Path(named).name != Path(model.name).name:
-            raise CheckpointError(f"the LoRA in {trained} was trained on {named}, not on {model.name}")
+        settings = read_adapter(trained, model.name)
         a_count = sum(".lora_A." in key for key in adapter)
         if 2 * a_count != len(adapter) or any(value.numel() == 0 for value in adapter.values()):
             raise CheckpointError(f"the LoRA in {trained} is incomplete: {a_count} lora_A in {len(adapter)} tensors, "

@@ -27,8 +27,8 @@ FREE = {"trainer." + name for name in (
 
 
 # Settings that name what a run starts from, and what is read of it where that is a folder.
-STARTS = ("start", "start.language_model", "start.vision_tower", "start.mm_projector", "start.seg_module", "teacher",
-          "text_encoder", "vision_tower", "trained", "base")
+STARTS = ("start", "start.language_model", "start.vision_tower", "start.mm_projector", "start.seg_module", "start.lora",
+          "teacher", "text_encoder", "vision_tower", "trained", "base")
 _READ = {".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".txt"}
 
 

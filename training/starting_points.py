@@ -242,14 +242,17 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def read_adapter(folder: Path) -> dict:
-    """adapter_config.json of LoRA in a folder. Raises CheckpointError if it is not LoRA."""
+def read_adapter(folder: Path, base_model: str) -> dict:
+    """adapter_config.json of LoRA in a folder. Raises CheckpointError if it is not LoRA, or lies on another model."""
     try:
         config = json.loads((folder / base.ADAPTER_CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / base.ADAPTER_CONFIG} cannot be read: {error}") from None
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder}: the adapter is a {config.get('peft_type')!r}, not LoRA")
+    named = config.get("base_model_name_or_path")
+    if named and Path(named).name != Path(base_model).name:
+        raise CheckpointError(f"the LoRA in {folder} was trained on {named}, not on {base_model}")
     return config
 
 

@@ -74,7 +74,10 @@ def demo(name: str, folder: Path, **changes) -> dict:
     if "vision" in values:
         values["vision"] = {"image_size": list(SIZE), "patch_size": [4, 16, 16], **toy.VIT}
     if "start" in values and isinstance(values["start"], dict):
-        values["start"] |= {"language_model": PACKAGE, "model": {**toy.PARTS, "max_position_embeddings": 512}}
+        model = {**toy.PARTS, "max_position_embeddings": 512}
+        if "seg_config" not in values["start"]["model"]:
+            model |= {"segmentation_module": None}
+        values["start"] |= {"language_model": PACKAGE, "model": model}
     text = json.dumps({**values, **changes}).replace("out/training/demo/", f"{folder}/")
     return json.loads(text)
 
@@ -260,11 +263,11 @@ def test_rows_for_the_added_tokens_extend_the_frozen_table_at_both_ends():
 def test_the_demo_s_stages_run_in_order_and_end_in_a_checkpoint_that_the_engine_composes(packaged, scans, tmp_path):
     """Each stage starts from what the ones before it wrote; what is frozen stays, the rest moves."""
     for name, module in (("1_pretrain_segvol", pretrain_segvol), ("2_refine_segvol", pretrain_segvol),
-                         ("3_align_projector", align_projector), ("4_finetune", finetune)):
+                         ("3_align_projector", align_projector), ("4_learn_boxes", finetune),
+                         ("5_finetune", finetune)):
         run(module, demo(name, tmp_path))
-    finals = {name: load_file(tmp_path / name / "final" / "model.safetensors") for name in (
-        "1_pretrain_segvol", "2_refine_segvol", "3_align_projector", "4_finetune")}
-    first, refined, aligned, tuned = finals.values()
+    first, refined, aligned, boxes, tuned = (load_file(tmp_path / name / "final" / "model.safetensors") for name in (
+        "1_pretrain_segvol", "2_refine_segvol", "3_align_projector", "4_learn_boxes", "5_finetune"))
     assert torch.equal(first["prompts.weight"], refined["prompts.weight"])
     moved = [key for key in refined if not torch.equal(first[key], refined[key])]
     assert "model.mask_decoder.mask_tokens.weight" in moved and "model.image_encoder.norm.weight" in moved
@@ -272,12 +275,13 @@ def test_the_demo_s_stages_run_in_order_and_end_in_a_checkpoint_that_the_engine_
         if key.startswith("model."):
             assert torch.equal(tuned[key.replace("model.", "model.seg_module.", 1)], refined[key]), key
     projector = "model.mm_projector.projector.0.weight"
-    assert torch.equal(tuned[projector], aligned[projector])
-    merge = build(merge_lora.Settings, json.loads((CONFIGS / "5_merge_lora.json").read_text().replace(
+    assert torch.equal(tuned[projector], boxes[projector]) and torch.equal(boxes[projector], aligned[projector])
+    assert not any("seg_" in key for key in boxes)
+    merge = build(merge_lora.Settings, json.loads((CONFIGS / "6_merge_lora.json").read_text().replace(
         "out/training/demo/", f"{tmp_path}/")))
     lamed, tokenizer = checkpoint.load_lamed(merge_lora.merge(merge))
     trained = small(packaged, lora=Lora(8, 16, 0.0))
-    trained.restore(tmp_path / "4_finetune" / "final")
+    trained.restore(tmp_path / "5_finetune" / "final")
     trained.eval()
     image, s = torch.rand(1, 1, *SIZE), sequence(tokenizer, QUESTIONS[0])
     with torch.no_grad():
@@ -291,9 +295,31 @@ def test_the_demo_s_stages_run_in_order_and_end_in_a_checkpoint_that_the_engine_
                                    rtol=2e-2)
 
 
+def test_finetune_goes_on_with_the_lora_and_the_added_tokens_of_an_earlier_one(packaged, scans, tmp_path):
+    values = demo("4_learn_boxes", tmp_path)
+    values["start"] |= {"vision_tower": None, "mm_projector": None}
+    final = run(finetune, values)
+    values["start"] |= {"lora": str(final), "vision_tower": str(final), "mm_projector": str(final)}
+    model, _ = finetune.build(build(finetune.Settings, values))
+    model.write(_folder(tmp_path / "again"), model.state_dict())
+    for file in ("adapter_model.safetensors", "model.safetensors"):
+        before, after = load_file(final / file), load_file(tmp_path / "again" / file)
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    moved = load_file(final / "adapter_model.safetensors")
+    assert all(value.any() for key, value in moved.items() if "lora_B" in key)
+    values["lora"] |= {"r": 4}
+    with pytest.raises(InvalidInput, match="start.lora .* has r 8 and alpha 16; .*r=4"):
+        finetune.build(build(finetune.Settings, values))
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
 def test_the_demo_s_clip_runs(scans, tmp_path):
     encoder = toy.text_encoder(tmp_path / "bert")
-    values = demo("6_pretrain_clip", tmp_path, text_encoder=encoder, vision_tower=None, max_text_len=32)
+    values = demo("7_pretrain_clip", tmp_path, text_encoder=encoder, vision_tower=None, max_text_len=32)
     checkpoint.load_clip(run(pretrain_clip, values))
 
 
@@ -301,7 +327,7 @@ def test_a_packaged_text_encoder_that_was_not_trained_is_named_and_left_out(scan
     encoder = Path(toy.text_encoder(tmp_path / "bert"))
     monkeypatch.setattr("engine.packages.fetch", lambda package, version, files: {f: encoder / f for f in files})
     packaged = {"package": "bert", "version": "1", "files": ["config.json", "model.safetensors", "tokenizer.json"]}
-    values = demo("6_pretrain_clip", tmp_path, text_encoder=packaged, max_text_len=32)
+    values = demo("7_pretrain_clip", tmp_path, text_encoder=packaged, max_text_len=32)
     final = run(pretrain_clip, values)
     assert {file.name for file in final.iterdir()} == {"config.json", "model.safetensors"}
     assert not any(key.startswith("language_encoder.") for key in load_file(final / "model.safetensors"))
@@ -317,7 +343,7 @@ def test_a_packaged_text_encoder_that_was_not_trained_is_named_and_left_out(scan
 
 
 def test_views_depend_on_seed_epoch_and_index_alone(scans):
-    settings = build(views.ScanSettings, demo("4_finetune", Path("x"))["data"]["scans"])
+    settings = build(views.ScanSettings, demo("5_finetune", Path("x"))["data"]["scans"])
     data = views.ViewQuestions(views.Views(settings, 5, SIZE))
     again = views.ViewQuestions(views.Views(settings, 5, SIZE))
     again[0, 1]

@@ -12,7 +12,7 @@ import numpy as np
 from engine.prompt import SEG_TOKEN, format_box
 from training.data.augment import View
 
-# How often each task is drawn in training, where a view allows it.
+# How often each task is drawn in training unless settings say otherwise, where a view allows it.
 SHARES = {"modality": 3, "modality_yes": 6, "part": 3, "part_yes": 6, "presence": 24, "tumour": 8, "side": 6,
           "side_yes": 6, "box_side": 6, "box": 5, "name_box": 3, "segment": 30, "segment_absent": 6, "describe": 4,
           "unknown": 2}
@@ -49,15 +49,16 @@ def words() -> dict:
     return json.loads((Path(__file__).parent / "words.json").read_text())
 
 
-def draw(view: View, rng: np.random.Generator, count: int, wording: str = "train") -> list[Question]:
-    """`count` random questions about a view. wording: `train` or `held_out`."""
-    questions = []
-    while len(questions) < count:
-        task = str(rng.choice(list(SHARES), p=np.array(list(SHARES.values())) / sum(SHARES.values())))
-        question = ask(task, view, rng, wording)
-        # One box is as long as ten other answers.
-        if question and not (question.task == "box" and any(q.task == "box" for q in questions)):
+def draw(view: View, rng: np.random.Generator, count: int, shares: dict[str, int] = SHARES) -> list[Question]:
+    """`count` random questions about a view, none where it allows no task. shares: task -> how often it is drawn,
+    relative to the others."""
+    questions, left = [], {task: share for task, share in shares.items() if share}
+    while left and len(questions) < count:
+        task = str(rng.choice(list(left), p=np.array(list(left.values())) / sum(left.values())))
+        if question := ask(task, view, rng):
             questions.append(question)
+        else:
+            del left[task]
     return questions
 
 

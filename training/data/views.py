@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from engine.errors import InvalidInput
 from training.config import as_json
 from training.data.augment import Augmentation, View, view_of
-from training.data.questions import caption, draw
+from training.data.questions import SHARES, caption, draw
 from training.data.sample import Sample
 from training.data.scans import SOURCES, load_scans
 
@@ -17,13 +17,15 @@ from training.data.scans import SOURCES, load_scans
 @dataclass(frozen=True)
 class ScanSettings:
     """train: scan -> how often it is drawn, relative to the others. fine_grid: (D, H, W) to which scans are prepared
-    before augmentation. views: how many make an epoch. per_view: structures or questions asked about each."""
+    before augmentation. views: how many make an epoch. per_view: structures or questions asked about each. tasks: which
+    questions, and how often each is drawn, relative to the others."""
 
     train: dict[str, int]
     fine_grid: tuple[int, int, int]
     augmentation: Augmentation
     views: int
     per_view: int = 1
+    tasks: dict[str, int] = field(default_factory=lambda: dict(SHARES))
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Views:
             raise InvalidInput(f"data.scans.train names {', '.join(unknown)}; known scans: {', '.join(SOURCES)}")
         if not settings.train or not sum(settings.train.values()):
             raise InvalidInput("data.scans.train draws no scan")
+        if unknown := sorted(set(settings.tasks) - set(SHARES)):
+            raise InvalidInput(f"data.scans.tasks names {', '.join(unknown)}; known tasks: {', '.join(SHARES)}")
+        if not sum(settings.tasks.values()):
+            raise InvalidInput("data.scans.tasks draws no task")
         self.settings, self.seed, self.size = settings, seed, tuple(size)
         self.scans = {scan.name: scan for scan in load_scans(tuple(settings.train), settings.fine_grid)}
 
@@ -91,4 +97,4 @@ class ViewQuestions(_OfViews):
         image, source = view.image[None], f"{view.scan} {place}"
         return [StructureSample(image, q.question, q.answer, view.mask(q.structure)[None] if q.segments else None,
                                 bool(rng.random() < 0.5), q.task, source, q.structure)
-                for q in draw(view, rng, self.views.settings.per_view)]
+                for q in draw(view, rng, self.views.settings.per_view, self.views.settings.tasks)]
