@@ -352,6 +352,18 @@ def test_views_depend_on_seed_epoch_and_index_alone(scans):
     assert np.array_equal(a[0].image, b[0].image) and not np.array_equal(a[0].image, other[0].image)
 
 
+@pytest.mark.parametrize("change, named", [
+    ({"train": {"chest-ct-9": 1}}, "data.scans.train names chest-ct-9; known scans: chest-ct-1"),
+    ({"train": {"chest-ct-1": 0}}, "data.scans.train draws no scan"),
+    ({"tasks": {"boxes": 1}}, "data.scans.tasks names boxes; known tasks: .*name_box"),
+    ({"tasks": {"box": 0}}, "data.scans.tasks draws no task"),
+])
+def test_scans_and_tasks_that_are_unknown_or_never_drawn_are_refused(change, named):
+    settings = {**demo("4_learn_boxes", Path("x"))["data"]["scans"], **change}
+    with pytest.raises(InvalidInput, match=named):
+        views.Views(build(views.ScanSettings, settings), 5, SIZE)
+
+
 def test_visual_tokens_are_led_to_the_words_of_the_scan_and_of_their_own_part(packaged, scans):
     """The lens compares with every word; a token that is exactly the right mixture of words has the least loss."""
     table = torch.randn(262, 64)
