@@ -514,9 +514,9 @@ def test_the_committed_demo_holds_what_its_config_promises_and_is_small():
     assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) < 40e6
 
 
-def test_the_demo_was_measured_above_its_bars_and_above_chance_but_where_its_card_says_otherwise():
+def test_the_demo_was_measured_above_its_bars_and_in_every_task_above_chance():
     measured = json.loads((DEMO / "metrics.json").read_text())["held_out_augmentations"]
     assert set(measured["tasks"]) == set(KINDS)
-    guessed = {name for name, figure in measured["tasks"].items() if figure["interval"][0] <= figure["chance"]}
-    assert guessed == {"REC", "REG"} and "REC and REG are not above chance" in (DEMO / "README.md").read_text()
+    for name, figure in measured["tasks"].items():
+        assert figure["interval"][0] > figure["chance"], name
     assert measured["closed_questions"]["mean"] >= 0.85 and measured["segmentation"]["mean_dice_large"] >= 0.7
