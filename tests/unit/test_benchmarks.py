@@ -20,6 +20,7 @@ from engine.errors import InvalidInput
 from engine.models.checkpoint import load_lamed
 from engine.models.config import LamedConfig
 from engine.prompt import Prompt
+from engine.runtime.onnx_session import has_bf16
 from tests.conftest import ROOT
 from tests.tiny import IMAGE_SIZE
 from tests.tiny_bench import write_tiny_checkpoint
@@ -411,7 +412,6 @@ def test_encoders_are_compared_with_fp32_and_the_fastest_within_bounds_is_named(
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     out = tmp_path / "encoders.json"
     np.save(tmp_path / "scan.npy", np.random.default_rng(0).random(IMAGE_SIZE, np.float32))
-    # In a process of its own, as it is used: what its int8 and bf16 graphs do to memory must not reach other tests.
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / "encoders.py", "--checkpoint", checkpoint, "--scan",
                            tmp_path / "scan.npy", "--runs", "1", "--tokens", "4", "--no-fixture", "--floor-seconds",
                            "0.01", "--json", out], capture_output=True, text=True)
@@ -424,6 +424,15 @@ def test_encoders_are_compared_with_fp32_and_the_fastest_within_bounds_is_named(
     errors = {p: row["error"] for p, row in found["runs"]["vision_encoder"].items()}
     assert errors["fp32"] == 0 and all(error > 1e-5 for p, error in errors.items() if p != "fp32")
     assert "Fastest within bounds: vision encoder in" in done.stdout
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply bf16")
+def test_the_fixture_s_answer_and_mask_survive_a_vision_encoder_in_bf16(tmp_path):
+    """Which is why the CPU's configuration takes it, and fp32 for the segmentation encoder."""
+    checkpoint, image, question, tokens = encoders._fixture(tmp_path)
+    compared = encoders.Encoders(*encoders._open(str(checkpoint)), ["fp32", "bf16"], tmp_path / "graphs", "cpu", [image])
+    found = {(e.vision, e.segmentation): e for e in compared.exactness("fixture", image, [question], tokens)}
+    assert found["bf16", "fp32"].within_bounds and found["bf16", "fp32"].dice < 1
 
 
 def test_the_precisions_of_a_gpu_are_compared_without_one(tmp_path):

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -122,6 +125,60 @@ def test_bf16_is_the_same_function_a_little_coarser(tmp_path, batch):
     kept = outputs.copy()
     graph(other)
     np.testing.assert_array_equal(outputs, kept)
+
+
+def _products(path, weights, turned):
+    """MASK_LOGITS = sum over the channels of FEATURES @ weights, + SEG_STATE's first value; factors transposed if
+    `turned`."""
+    a, b = ("xt", "wt") if turned else ("FEATURES", "w")
+    nodes = [helper.make_node("Transpose", ["FEATURES"], ["x"], perm=[0, 1, 2, 4, 3]),
+             helper.make_node("Transpose", ["x"], ["xt"], perm=[0, 1, 2, 4, 3]),
+             helper.make_node("Transpose", ["turned"], ["wt"], perm=[1, 0]),
+             helper.make_node("MatMul", [a, b], ["product"]),
+             helper.make_node("ReduceSum", ["product", "channel"], ["sum"], keepdims=1),
+             helper.make_node("Slice", ["SEG_STATE", "zero", "one", "one"], ["first"]),
+             helper.make_node("Reshape", ["first", "shape"], ["term"]),
+             helper.make_node("Add", ["sum", "term"], ["MASK_LOGITS"])]
+    tensors = [helper.make_tensor("channel", INT64, [1], [1]), helper.make_tensor("shape", INT64, [5], [-1, 1, 1, 1, 1]),
+               helper.make_tensor("zero", INT64, [1], [0]), helper.make_tensor("one", INT64, [1], [1]),
+               onnx.numpy_helper.from_array(weights, "w"), onnx.numpy_helper.from_array(weights.T.copy(), "turned")]
+    infos = [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in (
+        ("FEATURES", ["batch", 2, 3, 4, 4]), ("SEG_STATE", ["batch", 6]), ("MASK_LOGITS", ["batch", 1, 3, 4, 4]))]
+    graph = helper.make_graph(nodes, "head", infos[:2], infos[2:], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply bf16")
+@pytest.mark.parametrize("turned", [False, True])
+def test_weights_that_bf16_does_not_hold_lose_next_to_nothing(tmp_path, turned):
+    """Columns of weights nearly cancel: rounded once, they would leave nothing of the difference."""
+    rng = np.random.default_rng(0)
+    half = 1 + rng.random((2, 4), np.float32)
+    weights = np.concatenate([half, -half * np.float32(1 + 2**-10)])
+    given = {"FEATURES": np.ones((1, 2, 3, 4, 4), np.float32), "SEG_STATE": np.zeros((1, 6), np.float32)}
+    graph = OnnxGraph(_products(tmp_path / "model.onnx", weights, turned), MODEL, threads=1, precision="bf16")
+    exact = (given["FEATURES"] @ weights).sum(1, keepdims=True)
+    assert np.abs(exact).max() < 0.01
+    np.testing.assert_allclose(graph(given)["MASK_LOGITS"], exact, rtol=2e-2)
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply bf16")
+def test_signals_are_handled_after_bf16_graphs_are_gone(tmp_path):
+    write_graph(tmp_path / "model.onnx")
+    code = f"""if True:
+        import gc, signal, subprocess, sys
+        from engine.contract import MODELS
+        from engine.runtime.onnx_session import OnnxGraph
+        graphs = [OnnxGraph({str(tmp_path / 'model.onnx')!r}, MODELS["segmentation_head"], precision="bf16")
+                  for _ in range(2)]
+        while graphs:
+            graphs.pop(0)
+            gc.collect()
+        signal.signal(signal.SIGCHLD, lambda number, frame: print("child ended"))
+        subprocess.run([sys.executable, "-c", ""], check=True)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "child ended\n"), done.stderr
 
 
 @pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply bf16")
