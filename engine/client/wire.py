@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import grpc
 import numpy as np
@@ -28,6 +29,7 @@ _OPTIONS = [
     # The scan does not take a detour through a proxy that happens to be configured.
     ("grpc.enable_http_proxy", 0),
 ]
+_SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _BY_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidInput,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
@@ -67,10 +69,42 @@ def decode(datatype: str, shape, content: bytes) -> np.ndarray:
     return np.array(texts, object).reshape(shape)
 
 
-def request_of(model: str, inputs: Mapping[Tensor, object]) -> service_pb2.ModelInferRequest:
+@dataclass(frozen=True)
+class InferRequest:
+    """A ModelInferRequest, and its raw_input_contents still apart from it: protobuf would copy a scan three times.
+
+    Messages of protobuf may be sent in pieces, one behind the other.
+    """
+
+    message: service_pb2.ModelInferRequest
+    contents: tuple[bytes, ...]
+
+    def serialized(self) -> bytes:
+        return b"".join(self._pieces())
+
+    def ByteSize(self) -> int:
+        """As protobuf's messages tell theirs."""
+        return sum(map(len, self._pieces()))
+
+    def _pieces(self) -> Iterator[bytes]:
+        yield self.message.SerializeToString()
+        for content in self.contents:
+            yield _CONTENT_TAG + _varint(len(content))
+            yield content
+
+
+_CONTENT_TAG = bytes([service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
+
+
+def _varint(number: int) -> bytes:
+    """A number as protobuf writes it: 7 bits a byte, the lowest first, all but the last marked."""
+    low, rest = number & 0x7F, number >> 7
+    return bytes([low]) if not rest else bytes([low | 0x80]) + _varint(rest)
+
+
+def request_of(model: str, inputs: Mapping[Tensor, object]) -> InferRequest:
     """A request with all outputs. Inputs whose value is None stay out. Raises InvalidInput if it is too large."""
-    request = service_pb2.ModelInferRequest(model_name=model)
-    size = 0
+    request, contents, size = service_pb2.ModelInferRequest(model_name=model), [], 0
     for tensor, value in inputs.items():
         if value is None:
             continue
@@ -80,8 +114,8 @@ def request_of(model: str, inputs: Mapping[Tensor, object]) -> service_pb2.Model
             raise InvalidInput(f"the request would have {size:,} bytes, one message carries at most "
                                f"{MAX_REQUEST_BYTES:,}: crop or compress the scan (.nii.gz)")
         request.inputs.add(name=tensor.name, datatype=tensor.dtype, shape=shape)
-        request.raw_input_contents.append(content)
-    return request
+        contents.append(content)
+    return InferRequest(request, tuple(contents))
 
 
 def outputs_of(response: service_pb2.ModelInferResponse) -> dict[str, np.ndarray]:
@@ -114,6 +148,10 @@ class Connection:
         self.url = url
         self._channel = grpc.insecure_channel(url, options=_OPTIONS)
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        for name, kind, response in (
+                ("ModelInfer", self._channel.unary_unary, service_pb2.ModelInferResponse),
+                ("ModelStreamInfer", self._channel.stream_stream, service_pb2.ModelStreamInferResponse)):
+            setattr(self.stub, name, kind(f"/{_SERVICE}/{name}", InferRequest.serialized, response.FromString))
         self._closed = False
 
     def close(self) -> None:

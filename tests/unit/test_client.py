@@ -10,8 +10,10 @@ import nibabel
 import numpy as np
 import pytest
 
-from engine import errors
-from engine.client import M3DClient, Study
+from tritonclient.grpc import service_pb2
+
+from engine import contract, errors
+from engine.client import M3DClient, Study, wire
 from engine.sampling import Sampling
 from tests.unit.fake_triton import ANSWER, HANDLE
 
@@ -276,6 +278,16 @@ def test_a_closed_client_says_so(triton):
 
 
 # --- evicted studies -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("sizes", [(0,), (1, 127), (128, 0, 16383), (16384, 3, 1 << 21)])
+def test_a_request_is_sent_as_protobuf_would_write_it(sizes):
+    contents = [bytes([n + 1]) * size for n, size in enumerate(sizes)]
+    request = wire.request_of("study", {contract.Tensor(f"T{n}", "UINT8", (-1,), ""): content
+                                        for n, content in enumerate(contents)})
+    whole = service_pb2.ModelInferRequest.FromString(request.serialized())
+    assert whole.model_name == "study" and [i.name for i in whole.inputs] == [f"T{n}" for n in range(len(sizes))]
+    assert list(whole.raw_input_contents) == contents and request.ByteSize() == whole.ByteSize()
+
+
 @pytest.mark.parametrize("request_of", [
     lambda client, study: client.ask(study, "What?").text,
     lambda client, study: "".join(client.stream(study, "What?")),

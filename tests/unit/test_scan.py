@@ -253,6 +253,14 @@ def test_arrays_round_trip_through_the_client(order, leading):
     assert scan.kind == "array"
 
 
+@pytest.mark.parametrize("turned", [np.ascontiguousarray, np.asfortranarray, lambda a: a[::2, 1:], lambda a: a[:0],
+                                    lambda a: a.astype(">i2"), lambda a: a.T])
+def test_an_array_goes_out_as_numpy_would_save_it(turned):
+    array, saved = turned(values()), io.BytesIO()
+    np.save(saved, array)
+    assert pack_scan(array)[0] == saved.getvalue()
+
+
 def test_masks_and_half_floats_are_taken_as_arrays():
     assert read_scan(pack_scan(values() > 50)[0]).array.dtype == np.uint8
     assert read_scan(pack_scan(values(dtype=np.float16))[0]).array.dtype == np.float32
