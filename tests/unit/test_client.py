@@ -9,7 +9,6 @@ import grpc
 import nibabel
 import numpy as np
 import pytest
-
 from tritonclient.grpc import service_pb2
 
 from engine import contract, errors
