@@ -286,6 +286,15 @@ def test_a_trace_is_read_from_all_its_files(tmp_path):
     assert triton_trace.read(tmp_path / "none.json") == []
 
 
+@pytest.mark.parametrize("sent, ends", [(4, 4), (3, 3), (None, 2)])
+def test_a_decoupled_model_works_until_it_answers(tmp_path, sent, ends):
+    stamps = {"COMPUTE_START": 1, "COMPUTE_END": 2, **({"GRPC_SEND_START": sent} if sent else {})}
+    (tmp_path / "trace.json.0").write_text(json.dumps([{"id": 1, "timestamps": [
+        {"name": name, "ns": s * 10**9} for name, s in stamps.items()]}]))
+    (span,) = triton_trace.read(tmp_path / "trace.json")
+    assert (span.step, span.start_s, span.end_s) == ("compute", 1, ends)
+
+
 def test_stages_stand_beside_their_floors():
     floors = {"vision_encoder": floor.Stage("vision_encoder", 1e9, 0, "fp32"),
               "decode": floor.Stage("decode", 0, 1e5, "bf16"),
