@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.errors import InvalidInput
+from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
 from engine.models.checkpoint import PARTS
 from engine.models.config import LamedConfig
@@ -52,8 +52,8 @@ class Start:
     language_model: a folder, Hugging Face id or package; an M3D-LaMed checkpoint brings its other parts along.
     model: config.json's keys for our parts, where the language model is no M3D-LaMed. vision_tower, mm_projector,
     seg_module: files or checkpoints (see `starting_points`), else what the language model brought, else random.
-    lora: `final` of an earlier finetune, whose LoRA is trained on; the rows of the added tokens that belong to it come
-    with mm_projector. dtype: of the frozen language model, float32 or bfloat16.
+    lora: `final` of an earlier finetune that is gone on with: its LoRA, embeddings and everything else that it trained,
+    but for the parts named above. dtype: of the frozen language model, float32 or bfloat16.
     """
 
     language_model: str | PackagedModel
@@ -216,6 +216,8 @@ class TrainedLamed(StageModel):
                 table.weight[slice(None) if whole else self.added_ids] = rows.to(table.weight.dtype)
 
     def _inject(self, lora: Lora) -> None:
+        if lora.r < 1 or not 0 <= lora.dropout < 1:
+            raise InvalidInput(f"lora.r must be 1 or more and lora.dropout in 0 to 1, not {lora.r} and {lora.dropout}")
         llm = self.lamed.llm
         targets = sorted({name.rpartition(".")[2] for name, module in llm.model.named_modules()
                           if isinstance(module, nn.Linear)})
@@ -232,9 +234,20 @@ class TrainedLamed(StageModel):
         if not lora or (lora.r, lora.alpha) != (settings.get("r"), settings.get("lora_alpha")):
             raise InvalidInput(f"start.lora {folder} has r {settings.get('r')} and alpha {settings.get('lora_alpha')}; "
                                f"it can be trained on with the same only, not with {lora}")
-        found = _read_lora(folder)
-        check_shapes("LoRA on this language model", str(folder), found, {
-            key: value for key, value in self.lamed.state_dict().items() if ".lora_" in key})
+        other = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if settings.get(key)]
+        if other:
+            raise InvalidInput(f"start.lora {folder} has {', '.join(other)}, which is not trained here")
+        found = self._trained_in(folder)
+        if broken := sorted(key for key, value in found.items() if not torch.isfinite(value).all()):
+            raise CheckpointError(f"start.lora {folder}: values that are not finite in {', '.join(broken[:4])}")
+        # A part may come from elsewhere, and one that this model has not may stay behind, as may one that it adds.
+        given = [f"{part}." for part in ("vision_tower", "mm_projector", "seg_module") if getattr(self.start, part)]
+        expected = self._written()
+        both = {prefix for prefix in PARTS.values() if prefix not in given
+                and all(any(key.startswith(prefix) for key in keys) for keys in (found, expected))}
+        found, expected = ({key: value for key, value in keys.items() if key.startswith("llm.")
+                            or key.startswith(tuple(both))} for keys in (found, expected))
+        check_shapes("model", str(folder), found, expected)
         self.lamed.load_state_dict(found, strict=False)
 
     def _choose_trained(self, train: tuple[str, ...]) -> None:
@@ -362,18 +375,28 @@ class TrainedLamed(StageModel):
             file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
 
     def restore(self, folder: Path) -> None:
-        own = load_file(folder / "model.safetensors")
+        state = self._trained_in(folder)
+        check_shapes("model", str(folder), state, self._written())
+        self.lamed.load_state_dict(state, strict=False)
+
+    def _trained_in(self, folder: Path) -> dict[str, Tensor]:
+        """What `write` wrote, by the keys of Lamed's state; what it did not write by its own key."""
+        own = open_part(str(folder / "model.safetensors"))
         state = {prefix + key.removeprefix(published): own.pop(key) for key in list(own)
                  for published, prefix in PARTS.items() if key.startswith(published)}
         for key, name in self._trained_embeddings().items():
             if name in own:
                 state[key] = own.pop(name)
         if self.lora:
-            state |= _read_lora(folder)
-        expected = {key: value for key, value in self.lamed.state_dict().items()
-                    if key.startswith(tuple(PARTS.values())) or ".lora_" in key or key in self._trained_embeddings()}
-        check_shapes("model", str(folder), {**state, **own}, expected)
-        self.lamed.load_state_dict(state, strict=False)
+            for key, value in open_part(str(folder / base.ADAPTER_WEIGHTS)).items():
+                layer, _, which = key.removeprefix(base.LORA_PREFIX).partition(".lora_")
+                state[f"llm.{layer}.lora_{which.replace('.weight', '.default.weight')}"] = value
+        return {**state, **{f"llm.{key}": value for key, value in own.items()}}
+
+    def _written(self) -> dict[str, Tensor]:
+        """What `write` writes, by the keys of Lamed's state."""
+        return {key: value for key, value in self.lamed.state_dict().items()
+                if key.startswith(tuple(PARTS.values())) or ".lora_" in key or key in self._trained_embeddings()}
 
     def _trained_embeddings(self) -> dict[str, str]:
         """Key in Lamed's state -> name in model.safetensors, of those embeddings that the base model has not."""
@@ -386,15 +409,6 @@ class TrainedLamed(StageModel):
         if not self.config_json.get("tie_word_embeddings"):
             names["llm." + HEAD] = HEAD
         return names
-
-
-def _read_lora(folder: Path) -> dict[str, Tensor]:
-    """LoRA as `write` wrote it, by the keys of Lamed's state. Raises CheckpointError."""
-    state = {}
-    for key, value in open_part(str(folder / base.ADAPTER_WEIGHTS)).items():
-        layer, which = key.removeprefix(base.LORA_PREFIX).split(".lora_")
-        state[f"llm.{layer}.lora_{which.replace('.weight', '.default.weight')}"] = value
-    return state
 
 
 def _name(start: Start) -> str:

@@ -65,8 +65,10 @@ def merge(settings: Settings) -> Path:
     if settings.keep_base and "package" not in config["base_model"]:
         raise InvalidInput("keep_base needs a base model that a package carries: the engine composes no other")
     own, adapter = open_part(str(trained / "model.safetensors")), {}
-    if (trained / base.ADAPTER_WEIGHTS).is_file():
+    if any((trained / name).is_file() for name in (base.ADAPTER_CONFIG, base.ADAPTER_WEIGHTS)):
         adapter = open_part(str(trained / base.ADAPTER_WEIGHTS))
+    if not any((trained / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{trained} has no tokenizer: it is incomplete")
     source = settings.base or _base_of(config)
     state = {**_language_model(source, trained, adapter, own), **{
         key: value for key, value in own.items() if key != base.ADDED_TOKENS}}

@@ -247,9 +247,10 @@ def read_adapter(folder: Path, base_model: str) -> dict:
     try:
         config = json.loads((folder / base.ADAPTER_CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / base.ADAPTER_CONFIG} cannot be read: {error}") from None
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder}: the adapter is a {config.get('peft_type')!r}, not LoRA")
+        raise CheckpointError(f"{folder / base.ADAPTER_CONFIG} cannot be read ({error}): wanted is the `final` of a "
+                              "finetune with LoRA") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder / base.ADAPTER_CONFIG} describes no LoRA")
     named = config.get("base_model_name_or_path")
     if named and Path(named).name != Path(base_model).name:
         raise CheckpointError(f"the LoRA in {folder} was trained on {named}, not on {base_model}")

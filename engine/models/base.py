@@ -95,18 +95,33 @@ def compose(folder: Path, config: dict) -> Weights:
 
 
 def merge_lora(tensors: dict[str, Tensor], config: dict, adapter: dict[str, Tensor]) -> None:
-    """Add LoRA's products to the weights in place: W + (alpha / r) B A, in fp32."""
+    """Add LoRA's products to the weights in place: W + (alpha / r) B A, in fp32.
+
+    Raises CheckpointError where `adapter` does not cover every layer that `config` names, or has another rank.
+    """
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    done = set()
     for key, lora_a in adapter.items():
         if not key.endswith(".lora_A.weight"):
             continue
         target = key.removeprefix(LORA_PREFIX).removesuffix(".lora_A.weight") + ".weight"
         lora_b = adapter.get(key.replace(".lora_A.", ".lora_B."))
         weight = tensors.get(target)
+        if len(lora_a) != config["r"]:
+            raise CheckpointError(f"the LoRA in {ADAPTER_WEIGHTS} has r {len(lora_a)} at {target}, {ADAPTER_CONFIG} says "
+                                  f"{config['r']}: the files do not belong together")
         if lora_b is None or weight is None or weight.shape != (lora_b.shape[0], lora_a.shape[1]):
             raise CheckpointError(f"the LoRA in {ADAPTER_WEIGHTS} does not fit the base model at {target}: "
                                   "it was trained on another one")
         weight += scale * (lora_b.float() @ lora_a.float())
+        done.add(target)
+    named = config.get("target_modules")
+    if isinstance(named, list) and config.get("layers_to_transform") is None:
+        missing = sorted(key for key in tensors if key.endswith(tuple(f".{name}.weight" for name in named))
+                         and key not in done)
+        if missing:
+            raise CheckpointError(f"the LoRA in {ADAPTER_WEIGHTS} is incomplete: it has nothing for {missing[0]}"
+                                  + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

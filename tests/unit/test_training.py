@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import training
@@ -88,9 +88,9 @@ def run(module, values: dict) -> Path:
     return module.train(settings)
 
 
-def small(packaged, lora: Lora = Lora(4, 8, 0.0), **changes) -> TrainedLamed:
+def small(packaged, lora: Lora = Lora(4, 8, 0.0), start_lora: str | None = None, **changes) -> TrainedLamed:
     """The demo's way of training, on the toy: rows for the added tokens, frozen language model."""
-    start = Start(packaged, {**toy.PARTS, "max_position_embeddings": 512}, **changes)
+    start = Start(packaged, {**toy.PARTS, "max_position_embeddings": 512}, lora=start_lora, **changes)
     torch.manual_seed(3)
     return TrainedLamed(start, ("added_tokens", "vision_tower", "mm_projector", "seg_projector"), lora)
 
@@ -299,17 +299,45 @@ def test_finetune_goes_on_with_the_lora_and_the_added_tokens_of_an_earlier_one(p
     values = demo("4_learn_boxes", tmp_path)
     values["start"] |= {"vision_tower": None, "mm_projector": None}
     final = run(finetune, values)
-    values["start"] |= {"lora": str(final), "vision_tower": str(final), "mm_projector": str(final)}
+    values["start"]["lora"] = str(final)
     model, _ = finetune.build(build(finetune.Settings, values))
     model.write(_folder(tmp_path / "again"), model.state_dict())
     for file in ("adapter_model.safetensors", "model.safetensors"):
         before, after = load_file(final / file), load_file(tmp_path / "again" / file)
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    # A part that the settings name comes from there; segmentation, which the earlier one had not, begins anew.
+    other = small(packaged)
+    other.write(_folder(tmp_path / "other"), other.state_dict())
+    values["start"] |= {"vision_tower": str(tmp_path / "other"), "model": {**toy.PARTS, "max_position_embeddings": 512}}
+    mixed, _ = finetune.build(build(finetune.Settings, values))
+    for key, value in mixed.lamed.vision_tower.state_dict().items():
+        assert torch.equal(value, other.lamed.vision_tower.state_dict()[key])
+    assert torch.equal(mixed.lamed.llm.model.embed_tokens.added, model.lamed.llm.model.embed_tokens.added)
     moved = load_file(final / "adapter_model.safetensors")
     assert all(value.any() for key, value in moved.items() if "lora_B" in key)
     values["lora"] |= {"r": 4}
     with pytest.raises(InvalidInput, match="start.lora .* has r 8 and alpha 16; .*r=4"):
         finetune.build(build(finetune.Settings, values))
+
+
+@pytest.mark.parametrize("file, change, named", [
+    ("adapter_config.json", lambda c: c.update(use_rslora=True), "has use_rslora, which is not trained here"),
+    ("adapter_config.json", lambda c: c.update(base_model_name_or_path="else"), "trained on else, not on"),
+    ("adapter_config.json", lambda c: c.pop("peft_type"), "describes no LoRA"),
+    ("adapter_model.safetensors", lambda t: t.pop(sorted(t)[0]), "does not fit the model: 1 missing"),
+    ("adapter_model.safetensors", lambda t: t.update(x=torch.zeros(1)), "1 unexpected"),
+    ("adapter_model.safetensors", lambda t: t[sorted(t)[0]].fill_(float("nan")), "not finite"),
+    ("model.safetensors", lambda t: t.pop(base.ADDED_TOKENS), "does not fit the model: 1 missing"),
+])
+def test_an_earlier_lora_that_cannot_be_gone_on_with_is_refused(packaged, tmp_path, file, change, named):
+    model, folder = small(packaged), _folder(tmp_path / "earlier")
+    model.write(folder, model.state_dict())
+    json_file = file.endswith(".json")
+    content = json.loads((folder / file).read_text()) if json_file else load_file(folder / file)
+    change(content)
+    (folder / file).write_text(json.dumps(content)) if json_file else save_file(content, folder / file)
+    with pytest.raises((CheckpointError, InvalidInput), match=named):
+        small(packaged, start_lora=str(folder))
 
 
 def _folder(path: Path) -> Path:
@@ -356,12 +384,14 @@ def test_views_depend_on_seed_epoch_and_index_alone(scans):
     ({"train": {"chest-ct-9": 1}}, "data.scans.train names chest-ct-9; known scans: chest-ct-1"),
     ({"train": {"chest-ct-1": 0}}, "data.scans.train draws no scan"),
     ({"tasks": {"boxes": 1}}, "data.scans.tasks names boxes; known tasks: .*name_box"),
-    ({"tasks": {"box": 0}}, "data.scans.tasks draws no task"),
+    ({"tasks": {"box": 0}}, "data.scans.tasks draws no task"), ({"per_view": 0}, "per_view .* must be positive, not 0"),
+    ({"fine_grid": [0, 48, 48]}, "fine_grid must be positive"),
+    ({"tasks": {"side": 1}}, "data.scans.tasks has no question about chest-ct-1"),
 ])
-def test_scans_and_tasks_that_are_unknown_or_never_drawn_are_refused(change, named):
+def test_scans_and_tasks_that_are_unknown_or_never_drawn_are_refused(scans, change, named):
     settings = {**demo("4_learn_boxes", Path("x"))["data"]["scans"], **change}
     with pytest.raises(InvalidInput, match=named):
-        views.Views(build(views.ScanSettings, settings), 5, SIZE)
+        views.ViewQuestions(views.Views(build(views.ScanSettings, settings), 5, SIZE))
 
 
 def test_visual_tokens_are_led_to_the_words_of_the_scan_and_of_their_own_part(packaged, scans):

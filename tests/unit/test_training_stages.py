@@ -542,12 +542,29 @@ def _spoiled(tuned: Path, folder: Path, file: str, change) -> Path:
     ("model.safetensors", lambda t: t["model.seg_projector.0.weight"].fill_(float("nan")), "not finite.*seg_projector"),
     (base.ADAPTER_WEIGHTS, lambda t: t.pop(next(key for key in t if "lora_B" in key)), "incomplete"),
     (base.ADAPTER_WEIGHTS, lambda t: t.update({next(key for key in t if "lora_B" in key): torch.zeros(0)}), "empty"),
+    (base.ADAPTER_WEIGHTS, lambda t: [t.pop(key) for key in list(t) if ".layers.1." in key],
+     "incomplete: it has nothing for model.layers.1.* more"),
+    (base.ADAPTER_WEIGHTS, lambda t: t.update({key: value[:1] for key, value in t.items() if "lora_A" in key}),
+     "has r 1 at .*do not belong together"),
 ])
 def test_the_merge_refuses_what_is_incomplete(tmp_path, tuned, file, change, named):
     folder = _spoiled(tuned, tmp_path / "spoiled", file, change)
     with pytest.raises(CheckpointError, match=named):
         merge_lora.merge(merge_lora.Settings(trained=folder, out=tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("file, named", [(base.ADAPTER_WEIGHTS, "adapter_model.safetensors is not there"),
+                                         (base.ADAPTER_CONFIG, "adapter_config.json cannot be read"),
+                                         ("tokenizer*", "has no tokenizer")])
+def test_the_merge_refuses_a_folder_that_lacks_a_file(tmp_path, tuned, file, named):
+    folder = shutil.copytree(tuned, tmp_path / "lacking")
+    for path in folder.glob(file):
+        path.unlink()
+    for name in checkpoint.TOKENIZER_FILES if file == "tokenizer*" else ():
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=named):
+        merge_lora.merge(merge_lora.Settings(trained=folder, out=tmp_path / "merged"))
 
 
 def test_the_base_is_left_out_only_where_a_package_carries_it(tmp_path, tuned):
@@ -571,6 +588,8 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
 
 
 @pytest.mark.parametrize("change, named", [
+    ({"lora": {"r": 0, "alpha": 8, "dropout": 0}}, "lora.r must be 1 or more"),
+    ({"lora": {"r": 4, "alpha": 8, "dropout": 1.5}}, "lora.dropout in 0 to 1"),
     ({"sede": 1}, "unknown setting sede"), ({"seed": None}, "seed must be int"), ({"seed": "1"}, "seed must be int"),
     ({"seed": -1}, "seed must not be negative"), ({"lora": {"r": 8}}, "missing setting lora.alpha"),
     ({"lora": {"r": 8, "alpha": 8, "dropout": 0, "beta": 1}}, "unknown setting lora.beta"),
@@ -729,7 +748,7 @@ def test_every_configuration_in_the_repository_is_whole(file):
 
     modules = {"align_projector": align_projector, "finetune": finetune, "pretrain_clip": pretrain_clip,
                "merge_lora": merge_lora, "pretrain_segvol": pretrain_segvol, "refine_segvol": pretrain_segvol,
-               "evaluate": evaluate}
-    settings = read(modules[file.stem.lstrip("1234567_")].Settings, file)
+               "learn_boxes": finetune, "evaluate": evaluate}
+    settings = read(modules[file.stem.lstrip("12345678_")].Settings, file)
     if hasattr(settings, "trainer"):
         check_trainer(settings.trainer)

@@ -48,6 +48,9 @@ class Views:
             raise InvalidInput(f"data.scans.tasks names {', '.join(unknown)}; known tasks: {', '.join(SHARES)}")
         if not sum(settings.tasks.values()):
             raise InvalidInput("data.scans.tasks draws no task")
+        if not settings.per_view or not all(settings.fine_grid):
+            raise InvalidInput(f"data.scans.per_view and fine_grid must be positive, not {settings.per_view} and "
+                               f"{list(settings.fine_grid)}")
         self.settings, self.seed, self.size = settings, seed, tuple(size)
         self.scans = {scan.name: scan for scan in load_scans(tuple(settings.train), settings.fine_grid)}
 
@@ -90,7 +93,16 @@ class ViewPairs(_OfViews):
 
 
 class ViewQuestions(_OfViews):
-    """[epoch, index] -> several questions about one view."""
+    """[epoch, index] -> several questions about one view; none about a view that allows none of the tasks."""
+
+    def __init__(self, views: Views):
+        super().__init__(views)
+        unasked = [scan.name for name, scan in views.scans.items() if views.settings.train[name] and not draw(
+            view_of(scan, None, views.size, np.random.default_rng(0)), np.random.default_rng(0), 1,
+            views.settings.tasks)]
+        if unasked:
+            raise InvalidInput(f"data.scans.tasks has no question about {', '.join(unasked)}: draw other tasks, or not "
+                               "this scan")
 
     def __getitem__(self, place: tuple[int, int]) -> list[Sample]:
         view, rng = self.views[place]
