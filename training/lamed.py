@@ -29,10 +29,10 @@ from engine.prompt import Prompt
 from training.data.sample import Sample
 from training.files import write_json
 from training.losses import language_loss, mask_loss
-from training.starting_points import (ADDED_TOKENS, EMBEDDINGS, HEAD, PUBLISHED, LanguageModel, PackagedModel,
-                                      begin_encoders, check_added_rows, check_shapes, load_projector, load_segvol,
-                                      load_vision_tower, open_language_model, open_part, prepare_tokenizer,
-                                      read_adapter)
+from training.starting_points import (ADDED_TOKENS, BASE_DIGEST, EMBEDDINGS, HEAD, PUBLISHED, LanguageModel,
+                                      PackagedModel, begin_encoders, check_added_rows, check_shapes, digest,
+                                      load_projector, load_segvol, load_vision_tower, open_language_model, open_part,
+                                      prepare_tokenizer, read_adapter)
 from training.trainer import StageModel
 
 # What may be trained beside LoRA; `added_tokens` are the rows of the added tokens alone, the rest of the table frozen.
@@ -146,7 +146,7 @@ class TrainedLamed(StageModel):
         if lora:
             self._inject(lora)
         if start.lora:
-            self._go_on_with(Path(start.lora), source.name)
+            self._go_on_with(Path(start.lora), source)
         self._choose_trained(train)
         self.shown: list[Sample] = []
         self.teacher: Callable[[Tensor], Tensor] | None = None
@@ -229,8 +229,8 @@ class TrainedLamed(StageModel):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
 
-    def _go_on_with(self, folder: Path, base_model: str) -> None:
-        settings, lora = read_adapter(folder, base_model), self.lora
+    def _go_on_with(self, folder: Path, source: LanguageModel) -> None:
+        settings, lora = read_adapter(folder, source), self.lora
         if not lora or (lora.r, lora.alpha) != (settings.get("r"), settings.get("lora_alpha")):
             raise InvalidInput(f"start.lora {folder} has r {settings.get('r')} and alpha {settings.get('lora_alpha')}; "
                                f"it can be trained on with the same only, not with {lora}")
@@ -446,6 +446,7 @@ def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: b
         raise InvalidInput(f"start.model lacks {', '.join(missing)}")
     spec = start.language_model
     config["base_model"] = asdict(spec) if isinstance(spec, PackagedModel) else {"path": spec}
+    config[BASE_DIGEST] = digest(source)
     ids, rows = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS)), len(source.state[EMBEDDINGS])
     if rows_only:
         if not config.get("tie_word_embeddings"):

@@ -28,7 +28,7 @@ from engine.models.lamed import Lamed  # noqa: E402
 from training import record  # noqa: E402
 from training.config import as_json, build, read  # noqa: E402
 from training.files import place, write_json  # noqa: E402
-from training.starting_points import (EMBEDDINGS, HEAD, PackagedModel, check_shapes,  # noqa: E402
+from training.starting_points import (BASE_DIGEST, EMBEDDINGS, HEAD, PackagedModel, check_shapes,  # noqa: E402
                                       open_language_model, open_part, read_adapter)
 
 STAGE = "merge_lora"
@@ -93,7 +93,8 @@ def merge(settings: Settings) -> Path:
         if adapter:
             shutil.copy(trained / base.ADAPTER_CONFIG, staging)
     else:
-        config = {**{key: value for key, value in config.items() if key != "base_model"}, "torch_dtype": settings.dtype}
+        config = {**{key: value for key, value in config.items() if key not in ("base_model", BASE_DIGEST)},
+                  "torch_dtype": settings.dtype}
         _save(state, staging, "model", dtype)
     write_json(staging / "config.json", config)
     for name in TOKENIZER_FILES:
@@ -115,7 +116,7 @@ def _language_model(source: str | PackagedModel, trained: Path, adapter: dict[st
     model = open_language_model(source)
     state = dict(model.state)
     if adapter:
-        settings = read_adapter(trained, model.name)
+        settings = read_adapter(trained, model)
         a_count = sum(".lora_A." in key for key in adapter)
         if 2 * a_count != len(adapter) or any(value.numel() == 0 for value in adapter.values()):
             raise CheckpointError(f"the LoRA in {trained} is incomplete: {a_count} lora_A in {len(adapter)} tensors, "

@@ -10,10 +10,12 @@ them and strictly (nothing in a file is executed).
 """
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError, InvalidInput
@@ -27,6 +29,7 @@ ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
 # transformers' model type -> the published one of M3D-LaMed on it.
 PUBLISHED = {family.model_type: published for published, family in FAMILIES.items()}
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BASE_DIGEST = "base_model_digest"  # in config.json of what was trained on top of a language model
 _TOLD = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "hidden_act", "vocab_size",
          "max_position_embeddings", "tie_word_embeddings", "attention_bias", "bos_token_id", "eos_token_id",
@@ -242,7 +245,13 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def read_adapter(folder: Path, base_model: str) -> dict:
+def digest(model: LanguageModel) -> str:
+    """SHA-256 of a language model's embeddings, which tells it from another of the same name and shape."""
+    table = model.state[EMBEDDINGS].contiguous()
+    return hashlib.sha256(table.view(torch.uint8).numpy().data).hexdigest()
+
+
+def read_adapter(folder: Path, model: LanguageModel) -> dict:
     """adapter_config.json of LoRA in a folder. Raises CheckpointError if it is not LoRA, or lies on another model."""
     try:
         config = json.loads((folder / base.ADAPTER_CONFIG).read_text())
@@ -252,8 +261,12 @@ def read_adapter(folder: Path, base_model: str) -> dict:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder / base.ADAPTER_CONFIG} describes no LoRA")
     named = config.get("base_model_name_or_path")
-    if named and Path(named).name != Path(base_model).name:
-        raise CheckpointError(f"the LoRA in {folder} was trained on {named}, not on {base_model}")
+    if named and Path(named).name != Path(model.name).name:
+        raise CheckpointError(f"the LoRA in {folder} was trained on {named}, not on {model.name}")
+    known = read_config(folder).get(BASE_DIGEST)
+    if known and known != digest(model):
+        raise CheckpointError(f"the LoRA in {folder} was trained on another {named} than {model.name}: its embeddings "
+                              "have other values")
     return config
 
 

@@ -578,8 +578,15 @@ def test_lora_of_another_base_model_is_refused_by_name_and_by_shape(tmp_path, tu
     with pytest.raises(CheckpointError, match="tiny-llama, not on .*another"):
         merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", base=other))
     renamed = toy.language_model(tmp_path / "elsewhere" / "tiny-llama", hidden_size=48, head_dim=12)
-    with pytest.raises(CheckpointError, match="does not fit the base model"):
+    with pytest.raises(CheckpointError, match="another .*tiny-llama than .*elsewhere/tiny-llama"):
         merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", base=renamed))
+    # What was trained before there was a digest is told by its shapes.
+    old = shutil.copytree(tuned, tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    del config["base_model_digest"]
+    (old / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="does not fit the base model"):
+        merge_lora.merge(merge_lora.Settings(trained=old, out=tmp_path / "merged", base=renamed))
 
 
 def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned):
