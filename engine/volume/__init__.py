@@ -25,6 +25,7 @@ SEG_PERCENTILES = (0.05, 99.95)
 REFSEG_PERCENTILES = (0.5, 99.5)
 _COARSE = 128      # longest axis of the grid on which foreground is looked for
 _SMALL_PART = 0.1  # pieces of foreground below this share of the largest one are left out of the crop
+_ROUNDING = 1e-5   # of the largest value: differences below it tell nothing
 
 Size = tuple[int, int, int]
 Axes = tuple[tuple[int, int, int], tuple[bool, bool, bool]]
@@ -113,7 +114,9 @@ def _mr(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     foreground = image[image > threshold]
     low, high = np.percentile(foreground, MR_PERCENTILES) if foreground.size else (0.0, 0.0)
     if high <= low:
-        low, high = float(scan.array.min()), float(scan.array.max())
+        # All foreground is alike: what else there is, unless resizing has left nothing but its own rounding of it.
+        spread = image if np.ptp(image) > _ROUNDING * np.abs(image).max() else scan.array
+        low, high = float(spread.min()), float(spread.max())
     return _scaled(image, low, high), geometry
 
 
