@@ -40,7 +40,7 @@ def test_it_answers_what_the_scan_shows(demo, question, said, never):
 
 
 def test_it_answers_with_boxes_inside_the_scan_and_names_what_it_is_shown_a_box_of(demo):
-    # Which box and which name is little better than a guess, as its card says.
+    # Which box and which name is right in half of the cases only, as its card says.
     client, study = demo
     answer = client.ask(study, "Where is the brain? Give a box.")
     (low, high), shape = answer.boxes.reshape(2, 3), client.segment(study, "Segment the brain.").mask.shape
