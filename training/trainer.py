@@ -6,6 +6,7 @@ TrainingArguments in the configuration; several processes are started by `torchr
 from __future__ import annotations
 
 import argparse
+import gc
 import shutil
 import sys
 from collections import defaultdict
@@ -286,6 +287,9 @@ def main(description: str, cls: type[StageSettings], train: Callable[[StageSetti
         sys.exit(f"error: {error}")
     finally:
         if torch.distributed.is_initialized():
+            # The model, which is part of cycles, holds the group, too: a thread of it that outlived this and let go of
+            # its last tensor while the interpreter ends would abort a process that has done its work.
+            gc.collect()
             torch.distributed.destroy_process_group()
 
 
