@@ -50,7 +50,7 @@ AFFINE_IN = Tensor("AFFINE", "FP64", (4, 4), "voxel-to-world of an npy scan, mm,
 PRESET = Tensor("PRESET", "BYTES", (1,), "preprocessing preset, one of engine.volume.PRESETS; default auto", optional=True)
 STUDY_IN = Tensor("STUDY", "BYTES", (1,), "handle of a scan that the server holds, instead of VOLUME", optional=True)
 SEGMENT_HINT = Tensor("SEGMENT_HINT", "BOOL", (1,), "encode for segmentation early, beside decoding", optional=True)
-STUDY = Tensor("STUDY", "BYTES", (1,), "study handle: 64 hex digits, SHA-256 of content, preset and model")
+STUDY = Tensor("STUDY", "BYTES", (1,), "study handle: 64 hex digits, BLAKE3 of content, preset and model")
 # An ensemble's tensors share one name space, so its output cannot be called as its input.
 STUDY_HANDLE = Tensor("STUDY_HANDLE", "BYTES", (1,), "STUDY as an ensemble returns it")
 STUDY_INFO = Tensor("STUDY_INFO", "BYTES", (1,),

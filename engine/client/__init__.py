@@ -189,10 +189,10 @@ class M3DClient:
         scan: an array has three axes, with its `affine` (4 x 4, voxel to world, RAS+ mm; files bring theirs), or is
         1 x D x H x W in 0-1 at the model's size. preset: one of engine.volume.PRESETS. Raises InvalidInput.
         """
-        from engine.scan import pack_scan
+        from engine.scan import scan_pieces
 
         source = Source(scan, affine, preset)
-        data, affine = pack_scan(scan, affine)
+        data, affine = scan_pieces(scan, affine)
         outputs = self._connection.infer(_STUDY, {contract.VOLUME: data, contract.AFFINE_IN: affine,
                                                    contract.PRESET: preset}, self._timeout(timeout))
         return Study(text_of(outputs["STUDY"]), json.loads(text_of(outputs["STUDY_INFO"])), source)

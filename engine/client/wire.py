@@ -6,7 +6,7 @@ so that streams are independent, cancelled one by one, and paused by HTTP/2's fl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import grpc
@@ -39,22 +39,21 @@ _BY_STATUS = {
 }
 
 
-def encode(tensor: Tensor, value) -> tuple[tuple[int, ...], bytes]:
-    """Shape and raw content of one input. BYTES takes a text or a sequence of them, the others arrays or bytes."""
+def encode(tensor: Tensor, value) -> tuple[tuple[int, ...], tuple[bytes | memoryview, ...]]:
+    """Shape and raw content of one input, in pieces. BYTES takes a text or a sequence of them, the others an array;
+    UINT8 also takes a file, as bytes or in a tuple of pieces, which go out from where they are."""
     if tensor.dtype == "BYTES":
         texts = [value] if isinstance(value, (str, bytes)) else list(value)
         try:
             raw = [text.encode() if isinstance(text, str) else text for text in texts]
         except UnicodeEncodeError:
             raise InvalidInput(f"the {tensor.name.lower()} is not valid Unicode text") from None
-        return (len(raw),), b"".join(len(text).to_bytes(4, "little") + text for text in raw)
-    dtype = DTYPES[tensor.dtype]
-    if isinstance(value, bytes):  # a scan's file goes out as it is
-        return (len(value) // dtype.itemsize,), value
-    if isinstance(value, (bytearray, memoryview)):
-        value = np.frombuffer(value, dtype)
-    array = np.asarray(value, dtype)
-    return (array.shape or (1,)), array.tobytes()
+        return (len(raw),), tuple(len(text).to_bytes(4, "little") + text for text in raw)
+    if tensor.dtype == "UINT8" and isinstance(value, (bytes, tuple)):
+        pieces = value if isinstance(value, tuple) else (value,)
+        return (_size(pieces),), pieces
+    array = np.asarray(value, DTYPES[tensor.dtype])
+    return (array.shape or (1,)), (array.tobytes(),)
 
 
 def decode(datatype: str, shape, content: bytes) -> np.ndarray:
@@ -77,20 +76,25 @@ class InferRequest:
     """
 
     message: service_pb2.ModelInferRequest
-    contents: tuple[bytes, ...]
+    contents: tuple[tuple[bytes | memoryview, ...], ...]
 
     def serialized(self) -> bytes:
         return b"".join(self._pieces())
 
     def ByteSize(self) -> int:
         """As protobuf's messages tell theirs."""
-        return sum(map(len, self._pieces()))
+        return _size(self._pieces())
 
-    def _pieces(self) -> Iterator[bytes]:
+    def _pieces(self) -> Iterator[bytes | memoryview]:
         yield self.message.SerializeToString()
         for content in self.contents:
-            yield _CONTENT_TAG + _varint(len(content))
-            yield content
+            yield _CONTENT_TAG + _varint(_size(content))
+            yield from content
+
+
+def _size(pieces: Iterable[bytes | memoryview]) -> int:
+    """Bytes of all of them."""
+    return sum(memoryview(piece).nbytes for piece in pieces)
 
 
 _CONTENT_TAG = bytes([service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
@@ -109,7 +113,7 @@ def request_of(model: str, inputs: Mapping[Tensor, object]) -> InferRequest:
         if value is None:
             continue
         shape, content = encode(tensor, value)
-        size += len(content)
+        size += _size(content)
         if size > MAX_REQUEST_BYTES:
             raise InvalidInput(f"the request would have {size:,} bytes, one message carries at most "
                                f"{MAX_REQUEST_BYTES:,}: crop or compress the scan (.nii.gz)")
@@ -148,8 +152,10 @@ class Connection:
         self.url = url
         self._channel = grpc.insecure_channel(url, options=_OPTIONS)
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # A request as a stream of one message is the same on the wire. But a unary call would keep a scan's bytes until
+        # the server has encoded it, and free them while somebody waits for the answer; here they go once they are sent.
         for name, kind, response in (
-                ("ModelInfer", self._channel.unary_unary, service_pb2.ModelInferResponse),
+                ("ModelInfer", self._channel.stream_unary, service_pb2.ModelInferResponse),
                 ("ModelStreamInfer", self._channel.stream_stream, service_pb2.ModelStreamInferResponse)):
             setattr(self.stub, name, kind(f"/{_SERVICE}/{name}", InferRequest.serialized, response.FromString))
         self._closed = False
@@ -169,7 +175,7 @@ class Connection:
 
     def infer(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> dict[str, np.ndarray]:
         """One request, one response."""
-        return outputs_of(self.call("ModelInfer", request_of(model, inputs), timeout))
+        return outputs_of(self.call("ModelInfer", iter((request_of(model, inputs),)), timeout))
 
     def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> "ResponseStream":
         """One request to a decoupled model, any number of responses. Sent at once."""

@@ -1,6 +1,6 @@
 """Everything known about a scan, computed once and kept in shared memory for all Python processes of one server.
 
-A study is a folder named by its handle, which is a SHA-256 of the scan's content, its affine, the preset and the
+A study is a folder named by its handle, which is a BLAKE3 of the scan's content, its affine, the preset and the
 exported model: two patients never share an entry, and no entry outlives its model. The folder holds `info.json` and one
 `.npy` file per piece; readers map the files (a `.npy` header keeps the data 64-byte aligned), so a piece is read by any
 number of processes without a copy and stays valid for a reader even after its eviction.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
 from engine.errors import ResourceExhausted, StudyNotFound
 from engine.runtime.server_folder import ServerFolder
@@ -41,14 +41,17 @@ _WHOLE_STORE = 0
 
 
 def content_digest(data) -> str:
-    """SHA-256 of a scan's bytes (anything with the buffer protocol), in hex. The costly part of a handle."""
-    return hashlib.sha256(data).hexdigest()
+    """BLAKE3 of a scan's bytes (anything with the buffer protocol), in hex. The costly part of a handle.
+
+    As safe against collisions as SHA-256, and 4 times as fast even on a processor that has instructions for that.
+    """
+    return blake3(data, max_threads=blake3.AUTO).hexdigest()
 
 
 def study_handle(content: str, affine: np.ndarray | None, preset: str, model: str) -> str:
-    """The handle of a scan: SHA-256 in hex over its `content_digest`, affine (4 x 4 or None), preset and manifest."""
+    """The handle of a scan: BLAKE3 in hex over its `content_digest`, affine (4 x 4 or None), preset and manifest."""
     space = None if affine is None else np.asarray(affine, np.float64).ravel().tolist()
-    return hashlib.sha256(json.dumps([content, space, preset, model]).encode()).hexdigest()
+    return blake3(json.dumps([content, space, preset, model]).encode()).hexdigest()
 
 
 class StudyStore:

@@ -81,10 +81,18 @@ def read_scan(data: bytes | memoryview | np.ndarray, *, affine: np.ndarray | Non
 
 def pack_scan(source: str | os.PathLike | np.ndarray, affine: np.ndarray | None = None,
               limits: Limits = Limits()) -> tuple[bytes, np.ndarray | None]:
-    """What a client sends: (bytes that `read_scan` reads, affine or None).
+    """A scan as a file: (bytes that `read_scan` reads, affine or None). See `scan_pieces`."""
+    pieces, affine = scan_pieces(source, affine, limits)
+    return b"".join(pieces), affine
+
+
+def scan_pieces(source: str | os.PathLike | np.ndarray, affine: np.ndarray | None = None,
+                limits: Limits = Limits()) -> tuple[tuple[bytes | memoryview, ...], np.ndarray | None]:
+    """What a client sends: (one behind the other, a file that `read_scan` reads; affine or None).
 
     source: a file (its bytes as they are), a folder with a DICOM series (an uncompressed zip), or an array of 3 axes
-    or 1 x D x H x W (as npy). affine: for arrays and .npy files, [4, 4], RAS+ mm. limits: for a folder.
+    or 1 x D x H x W (as npy; its values are not copied). affine: for arrays and .npy files, [4, 4], RAS+ mm. limits:
+    for a folder.
     """
     affine = None if affine is None else _checked_affine(affine)
     if not isinstance(source, (str, os.PathLike)):
@@ -94,19 +102,18 @@ def pack_scan(source: str | os.PathLike | np.ndarray, affine: np.ndarray | None 
         return _npy(array), affine
     path = Path(source)
     if path.is_dir():
-        return _zip_folder(path, limits), affine
+        return (_zip_folder(path, limits),), affine
     try:
-        return path.read_bytes(), affine
+        return (path.read_bytes(),), affine
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _npy(array: np.ndarray) -> bytes:
-    """What np.save writes, in one copy instead of three: it is on every upload's way."""
+def _npy(array: np.ndarray) -> tuple[bytes, memoryview]:
+    """What np.save writes: the header, and the values where they are."""
     header, described = io.BytesIO(), np.lib.format.header_data_from_array_1_0(array)
     np.lib.format.write_array_header_1_0(header, described)
-    ordered = array.T if described["fortran_order"] else np.ascontiguousarray(array)
-    return b"".join((header.getvalue(), ordered.data))
+    return header.getvalue(), (array.T if described["fortran_order"] else np.ascontiguousarray(array)).data
 
 
 def _zip_folder(folder: Path, limits: Limits) -> bytes:

@@ -15,6 +15,7 @@ from engine.client.wire import decode, encode
 
 ANSWER = ("The ", "liver ", "is ", "normal.")
 HANDLE = "ab" * 32
+PATIENCE_S = 10
 
 
 def response(**tensors) -> service_pb2.ModelInferResponse:
@@ -24,7 +25,7 @@ def response(**tensors) -> service_pb2.ModelInferResponse:
         tensor = getattr(contract, constant)
         shape, content = encode(tensor, value)
         message.outputs.add(name=tensor.name, datatype=tensor.dtype, shape=shape)
-        message.raw_output_contents.append(content)
+        message.raw_output_contents.append(b"".join(content))
     return message
 
 
@@ -40,7 +41,8 @@ def piece(text: str, ids: list[int], finish: str = "", boxes=np.zeros((0, 6)), i
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """`stream_error` fails each streaming request; `evicted` makes handles unknown until the next upload;
-    `endless` streams until the client cancels, and `sent` counts what was handed to gRPC."""
+    `endless` streams until the client cancels, and `sent` counts what was handed to gRPC; uploads are answered when
+    `may_answer` is set."""
 
     def __init__(self):
         self.uploads: list[dict] = []
@@ -58,6 +60,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.answer_info = {"prompt_tokens": 3}
         self.sent = 0
         self.cancelled = threading.Event()
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", -1)])
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
         self.url = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -83,6 +87,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
             return response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info))
         if request.model_name == "study":
+            if not self.may_answer.wait(PATIENCE_S):
+                context.abort(grpc.StatusCode.INTERNAL, "nobody let this server answer")
             if self.upload_error:
                 context.abort(*self.upload_error)
             self.uploads.append(inputs)

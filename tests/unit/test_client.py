@@ -4,6 +4,7 @@ from __future__ import annotations
 import gc
 import socket
 import threading
+import weakref
 
 import grpc
 import nibabel
@@ -46,6 +47,19 @@ def test_an_array_is_sent_with_its_affine(client, triton):
     affine = np.diag([1.0, 2, 3, 1])
     client.upload(VOLUME[0], affine)
     np.testing.assert_array_equal(triton.uploads[0]["AFFINE"], affine)
+
+
+def test_a_scan_is_let_go_once_it_is_sent(client, triton, monkeypatch):
+    """It may be as large as the client's memory allows, and the server works on it for seconds."""
+    triton.may_answer.clear()
+
+    def watched(*arguments, request_of=wire.request_of):
+        request = request_of(*arguments)
+        weakref.finalize(request, triton.may_answer.set)
+        return request
+
+    monkeypatch.setattr(wire, "request_of", watched)
+    assert client.upload(VOLUME).handle == HANDLE
 
 
 def test_a_question_carries_handle_and_sampling(client, triton, study):
@@ -280,8 +294,9 @@ def test_a_closed_client_says_so(triton):
 @pytest.mark.parametrize("sizes", [(0,), (1, 127), (128, 0, 16383), (16384, 3, 1 << 21)])
 def test_a_request_is_sent_as_protobuf_would_write_it(sizes):
     contents = [bytes([n + 1]) * size for n, size in enumerate(sizes)]
+    in_pieces = [content if n % 2 else (content[:2], memoryview(content)[2:]) for n, content in enumerate(contents)]
     request = wire.request_of("study", {contract.Tensor(f"T{n}", "UINT8", (-1,), ""): content
-                                        for n, content in enumerate(contents)})
+                                        for n, content in enumerate(in_pieces)})
     whole = service_pb2.ModelInferRequest.FromString(request.serialized())
     assert whole.model_name == "study" and [i.name for i in whole.inputs] == [f"T{n}" for n in range(len(sizes))]
     assert list(whole.raw_input_contents) == contents and request.ByteSize() == whole.ByteSize()
