@@ -44,6 +44,8 @@ TARGETS = (
 COMPARED_CONCURRENCY = 8  # clients, of the throughput that is compared
 # What a server has to compute that others of the same study find in the study store.
 MISSES = {"cold": "miss", "segment": "miss (features)", "rank": "miss (CLIP)"}
+# The client says beforehand that it will want a mask: its encoder runs beside the answer, and its head needs both.
+_BESIDE, _AFTER = "segmentation_encoder", "segmentation_head"
 
 
 def ratios_of(result: dict) -> dict[str, float]:
@@ -307,19 +309,30 @@ def _plot_open_loop(axes, result: dict) -> None:
 
 
 def _plot_waterfall(axes, result: dict) -> None:
-    """Median seconds of each part of a request, one after the other; what no part explains comes last."""
+    """Median seconds of each part of a request, one after the other; what no part explains comes last.
+
+    What the server does beside the answer has a lane of its own, and what needs it waits for it.
+    """
     served = result["samples"]["served"]
     kinds = [kind for kind in ("cold", "follow_up", "segment", "segment_again") if kind in served]
     names = list(dict.fromkeys(name for kind in kinds for s in served[kind] for name in s["parts"]))
-    starts = {kind: 0.0 for kind in kinds}
-    for name in [*names, "everything else"]:
-        widths = [median(_rest(s) if name == "everything else" else s["parts"].get(name, 0) for s in served[kind])
-                  for kind in kinds]
-        axes.barh(kinds, widths, left=[starts[kind] for kind in kinds], label=name.replace("_", " "))
-        starts = {kind: starts[kind] + max(0, width) for kind, width in zip(kinds, widths)}
+    colours = {name: f"C{k}" for k, name in enumerate([*names, "everything else"])}
+    for row, kind in enumerate(kinds):
+        widths = {name: _part(served[kind], name) for name in names}
+        beside = widths.pop(_BESIDE, 0.0)
+        lane, height, end = (row - 0.2, 0.4, 0.0) if beside else (row, 0.8, 0.0)
+        axes.barh(row + 0.2, beside, height, color=colours[_BESIDE])
+        for name, width in widths.items():
+            start = max(end, beside) if name == _AFTER else end
+            axes.barh(lane, width, height, left=start, color=colours[name])
+            end = start + width if width else end
+        rest = median(_all(served[kind], "total_s")) - end
+        axes.barh(lane, max(0, rest), height, left=end, color=colours["everything else"])
+    axes.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
     axes.invert_yaxis()
     axes.set(xlabel="seconds", title="Where the time of one request goes")
-    axes.legend(ncols=4, fontsize="small")
+    axes.legend(handles=[axes.barh(0, 0, color=colour, label=name.replace("_", " "))
+                         for name, colour in colours.items()], ncols=4, fontsize="small")
 
 
 def _plot_trace(axes, kind: str, sample: dict) -> None:
