@@ -2,6 +2,9 @@
 
 Triton writes a list of events. Those with a `timestamps` list hold nanoseconds of the monotonic clock, which is also
 time.perf_counter's on Linux; the others name the model of an id, and the id that called it.
+
+It has no models that our Python models call (the encoders): Triton ends when it is to trace those for a request that is
+answered through its sender. Their time is in Triton's statistics.
 """
 from __future__ import annotations
 
