@@ -50,7 +50,8 @@ class Way:
 WAYS = {
     "as configured": Way(),
     "one thread": Way({"threads": 1}),
-    "waiting threads spin": Way(environment={"OMP_WAIT_POLICY": "ACTIVE"}),
+    "waiting threads sleep": Way(environment={"GOMP_SPINCOUNT": "0"}),
+    "waiting threads spin": Way(environment={"GOMP_SPINCOUNT": "infinity"}),
     "threads bound by OpenMP": Way(environment={"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}),
     # vLLM binds the threads of workers with a process of their own only.
     "threads bound by vLLM": Way(environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1",

@@ -93,7 +93,8 @@ def least(result: dict, floors: dict[str, Stage], rates: Rates) -> dict[str, flo
     seconds = {name: min(stage.at(p).seconds(rates) for p in ("fp32", "bf16")) for name, stage in floors.items()}
     # What is shared by answers that are decoded together is the reading of the weights.
     together = max(COMPARED_CONCURRENCY * floors["decode"].flops / max(rates.matmul.values()), seconds["decode"])
-    scan, tokens = result["conditions"]["scan"]["bytes"], result["conditions"]["tokens"]
+    scan = result["conditions"]["scan"]["bytes"]
+    tokens = median(_all(result["samples"]["served"]["cold"], "tokens"))  # an answer may end before it has all it may
     sent = scan / rates.wire + scan / rates.memory
     found, manifest = {}, result["manifest"]
     for name, suffix in (("baseline fp32", ""), (f"baseline {manifest['precision']}", "_equal_precision")):
