@@ -254,6 +254,9 @@ def test_the_least_values_are_those_of_the_floors_alone():
         "followup_ttft": 0.1 / 4, "followup_ttft_equal_precision": 0.1 / 2,
         "throughput_c8": 8 / 0.1 / 5.5, "throughput_c8_equal_precision": 8 / 0.1 / 9,
         "segment_warm": (0.25 + 0.25 + 5 * 0.1) / 10, "segment_warm_equal_precision": (0.25 + 0.25 + 5 * 0.1) / 5})
+    ended_early = result()
+    ended_early["samples"]["served"]["cold"] = [{**s, "tokens": 3} for s in ended_early["samples"]["served"]["cold"]]
+    assert report.least(ended_early, FLOORS, RATES)["cold_e2e"] == pytest.approx((0.011 + 0.6 + 2 * 0.1) / 8)
 
 
 def test_the_caches_that_a_request_could_use_stand_beside_it():
