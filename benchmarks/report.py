@@ -286,26 +286,28 @@ def plots(result: dict, folder: Path) -> list[Path]:
 
 def _plot_closed_loop(axes, result: dict) -> None:
     groups = _by_concurrency(result)
-    for what, label in (("total_s", "answer"), ("first_s", "first token")):
-        found = [summary(_all([s for row in group for s in row["samples"]], what)) for group in groups.values()]
-        line, = axes.plot(list(groups), [f["median"] for f in found], "o-", label=f"{label}, median")
-        axes.plot(list(groups), [f["p99"] for f in found], ":", color=line.get_color(), label=f"{label}, p99")
-    axes.set(xlabel="clients", ylabel="seconds", title="Known scans, closed loop", ylim=(0, None))
+    _plot_times(axes, list(groups), [[s for row in group for s in row["samples"]] for group in groups.values()])
+    axes.set(xlabel="clients", title="Known scans, closed loop")
     rates = axes.twinx()
     rates.plot(list(groups), [median(row["tokens_per_s"] for row in group) for group in groups.values()], "s--",
                color="grey")
     rates.set_ylabel("tokens/s (grey)")
     rates.set_ylim(0, None)
-    axes.legend()
 
 
 def _plot_open_loop(axes, result: dict) -> None:
     runs = sorted((run for run in result.get("open_loop", ()) if run["rate"]), key=lambda run: run["rate"])
-    for what, percentile in (("first_s", "median"), ("first_s", "p99"), ("total_s", "median"), ("total_s", "p99")):
-        axes.plot([run["rate"] for run in runs], [summary(_all(run["samples"], what))[percentile] for run in runs],
-                  "o-" if percentile == "median" else ":",
-                  label=f"{'first token' if what == 'first_s' else 'answer'}, {percentile}")
-    axes.set(xlabel="questions/s, Poisson", ylabel="seconds", title="Known scans, open loop (LoadGen)", ylim=(0, None))
+    _plot_times(axes, [run["rate"] for run in runs], [run["samples"] for run in runs])
+    axes.set(xlabel="questions/s, Poisson", title="Known scans, open loop (LoadGen)")
+
+
+def _plot_times(axes, loads: list[float], samples: list[list[dict]]) -> None:
+    """Median and p99 of answers and first tokens against the load under which the samples were taken."""
+    for what, label in (("total_s", "answer"), ("first_s", "first token")):
+        found = [summary(_all(some, what)) for some in samples]
+        line, = axes.plot(loads, [f["median"] for f in found], "o-", label=f"{label}, median")
+        axes.plot(loads, [f["p99"] for f in found], ":", color=line.get_color(), label=f"{label}, p99")
+    axes.set(ylabel="seconds", ylim=(0, None))
     axes.legend()
 
 
