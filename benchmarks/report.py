@@ -324,7 +324,8 @@ def _plot_waterfall(axes, result: dict) -> None:
         widths = {name: _part(served[kind], name) for name in names}
         beside = widths.pop(_BESIDE, 0.0)
         lane, height, end = (row - 0.2, 0.4, 0.0) if beside else (row, 0.8, 0.0)
-        axes.barh(row + 0.2, beside, height, color=colours[_BESIDE])
+        if beside:
+            axes.barh(row + 0.2, beside, height, color=colours[_BESIDE])
         for name, width in widths.items():
             start = max(end, beside) if name == _AFTER else end
             axes.barh(lane, width, height, left=start, color=colours[name])
