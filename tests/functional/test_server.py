@@ -49,12 +49,16 @@ class Serving:
     def __init__(self, repository: Path, log: Path):
         ports = {f"--{name.replace('_', '-')}": str(port) for name, port in free_ports().items()}
         self.url = f"127.0.0.1:{ports['--grpc-port']}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "engine.cli", "serve", "--repository", str(repository), "--log", str(log),
-             *(word for pair in ports.items() for word in pair)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            # As in a terminal: a test run started in the background inherits an ignored SIGINT.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        # As in a terminal: a test run started in the background hands an ignored SIGINT on. Not by a preexec_fn: that
+        # forks, and then gRPC wakes up in the child and sometimes aborts it before it has become `m3d serve`.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "engine.cli", "serve", "--repository", str(repository), "--log", str(log),
+                 *(word for pair in ports.items() for word in pair)],
+                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
         self.said = ""
         while not re.search(r"^ready on", self.said, re.M):
             line = self.process.stderr.readline()
