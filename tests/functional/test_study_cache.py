@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import shutil
 import stat
 import threading
@@ -18,6 +19,7 @@ from engine.client.wire import Connection, text_of
 from engine.errors import InvalidInput, StudyNotFound
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest, study_handle
+from tests.functional.footprint import Footprint
 from tests.locks import waiting_for
 from tests.tiny import IMAGE_SIZE, QUESTION
 
@@ -107,6 +109,22 @@ def test_the_same_scan_sent_again_is_recognised(client, statistics, triton):
     answer = next(triton.stream("m3d_chat", inputs, 60))
     assert text_of(answer["STUDY_HANDLE"]) == study.handle
     assert ran(before, statistics()) == {}
+
+
+def test_a_large_scan_takes_no_new_memory_of_a_server_that_has_had_one(server, client):
+    # Over glibc's 32 MB, beyond which it gives a freed block back unless it is told to keep it.
+    scan = np.random.default_rng(20).integers(0, 1000, (512, 512, 80), np.int16)
+    statistics = Path(f"/proc/{Footprint(server.keeper_pid).triton_pid}/stat")
+    first_used = []  # pages, in each upload
+    for _ in range(24):  # Triton's threads take turns; each has memory of its own, which grows at first
+        before = _minor_faults(statistics)
+        client.upload(scan)
+        first_used.append(_minor_faults(statistics) - before)
+    assert min(first_used) < scan.nbytes / mmap.PAGESIZE / 50, first_used
+
+
+def _minor_faults(statistics: Path) -> int:
+    return int(statistics.read_text().rpartition(")")[2].split()[7])
 
 
 def test_a_scan_uploaded_by_many_at_the_same_time_is_encoded_once(client, statistics):
