@@ -120,7 +120,7 @@ def test_a_large_scan_takes_no_new_memory_of_a_server_that_has_had_one(server, c
         before = _minor_faults(statistics)
         client.upload(scan)
         first_used.append(_minor_faults(statistics) - before)
-    assert min(first_used) < scan.nbytes / mmap.PAGESIZE / 50, first_used
+    assert np.mean(first_used[-12:]) < scan.nbytes / mmap.PAGESIZE / 2, first_used
 
 
 def _minor_faults(statistics: Path) -> int:
