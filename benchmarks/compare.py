@@ -2,21 +2,54 @@
 
     python benchmarks/compare.py OLD.json NEW.json
 
-A ratio above 1 is slower. The interval holds 95 % of the ratios of medians when the samples of both are drawn again at
-random (bootstrap); a ratio is marked if 1 lies outside. The exit status is 1 if anything is slower beyond its noise.
+A ratio above 1 is slower, or more. The interval holds 95 % of the ratios of medians when the samples of both are drawn
+again at random (bootstrap). A ratio is marked if 1 lies outside, and also whatever the baseline's new scan says of the
+machine itself, where both have one: noise between two runs is not in the samples of either. What was measured once or
+twice has no interval and no mark, but bytes on the wire, which have no noise.
+
+The exit status is 1 if anything of the server is slower beyond its noise or is missing in NEW, 2 if they cannot be
+compared: not results, or of other work (scan, tokens, precision).
 """
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+if __package__ in (None, ""):  # run as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+
+from benchmarks.samples import rest  # noqa: E402
+from engine.errors import InvalidInput  # noqa: E402
 
 DRAWS = 4000
+FEWEST = 3  # samples that say something about their noise
 METRICS = ("total_s", "first_s", "per_token_s")
+OF_THE_WORK = ("scan", "tokens")
+OF_THE_MACHINE = ("cpu", "cores", "gpu", "versions")
+SAME_BYTES = 1.001  # a question's number may have a digit more
+MACHINE = "cold, total"  # of a baseline: says how fast the machine was
+
+
+@dataclass(frozen=True)
+class Row:
+    """low, high: 95 % interval of the ratio new / old; the ratio itself where there is no noise, None where unknown."""
+
+    what: str
+    ratio: float
+    low: float | None = None
+    high: float | None = None
+
+    def mark(self, machine: tuple[float, float] = (1.0, 1.0)) -> str:
+        """SLOWER, faster, or nothing. machine: interval of the machine's own ratio."""
+        if self.low is None:
+            return ""
+        return "SLOWER" if self.low > max(1, machine[1]) else "faster" if self.high < min(1, machine[0]) else ""
 
 
 def interval(old: Sequence[float], new: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
@@ -27,42 +60,105 @@ def interval(old: Sequence[float], new: Sequence[float], seed: int = 0) -> tuple
     return float(np.median(new) / np.median(old)), float(low), float(high)
 
 
-def compare(old: dict, new: dict) -> list[tuple[str, float, float, float]]:
-    """(what, ratio, low, high) of everything that both results have samples of."""
-    found = []
-    for side, kinds in old["samples"].items():
+def compare(old: dict, new: dict) -> tuple[list[Row], list[str]]:
+    """What both results have, and the names of what only `old` has. Raises InvalidInput for other work."""
+    for name in OF_THE_WORK:
+        if old["conditions"][name] != new["conditions"][name]:
+            raise InvalidInput(f"they did other work: {name} was {old['conditions'][name]} and is "
+                               f"{new['conditions'][name]}")
+    if _precision(old) != _precision(new):
+        raise InvalidInput(f"they did other work: the precision was {_precision(old)} and is {_precision(new)}")
+    rows, before, after = [], dict(_measured(old)), dict(_measured(new))
+    for what in before:
+        if what in after:
+            a, b = before[what], after[what]
+            noisy = min(len(a), len(b)) >= FEWEST
+            rows.append(Row(what, *interval(a, b)) if noisy else Row(what, float(np.median(b) / np.median(a))))
+    for what, size in old.get("wire", {}).items():
+        if what in new.get("wire", {}):
+            ratio = new["wire"][what] / size
+            certain = (ratio, ratio) if not 1 / SAME_BYTES < ratio < SAME_BYTES else (1.0, 1.0)
+            rows.append(Row(f"bytes of {what}", ratio, *certain))
+    gone = [what for what in before if what not in after]
+    return rows, gone + [f"bytes of {what}" for what in old.get("wire", {}) if what not in new.get("wire", {})]
+
+
+def machine(rows: list[Row]) -> tuple[float, float]:
+    """Interval of how much slower the machine itself was, as the baselines have it; (1, 1) without one."""
+    ends = [(row.low, row.high) for row in rows if row.what.startswith("baseline") and row.what.endswith(MACHINE)
+            and row.low is not None]
+    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (1.0, 1.0)
+
+
+def _measured(result: dict) -> Iterator[tuple[str, list[float]]]:
+    """Everything that has a duration or a size, with its samples."""
+    for side, kinds in result["samples"].items():
         for kind, samples in kinds.items():
-            others = new["samples"].get(side, {}).get(kind, [])
             for metric in METRICS:
-                a, b = ([s[metric] for s in group if s[metric] is not None] for group in (samples, others))
-                if a and b:
-                    found.append((f"{side}, {kind}, {metric.removesuffix('_s')}", *interval(a, b)))
-    old, new = _others(old), _others(new)
-    return found + [(what, *interval(old[what], new[what])) for what in old if what in new]
-
-
-def _others(result: dict) -> dict[str, list[float]]:
-    """What was measured several times beside the samples of one at a time, in seconds."""
-    found: dict[str, list[float]] = {}
+                if values := [s[metric] for s in samples if s[metric] is not None]:
+                    yield f"{side}, {kind}, {metric.removesuffix('_s')}", values
+            for part in sorted({name for s in samples for name in s["parts"]}):
+                yield f"{side}, {kind}, {part}", [s["parts"][part] for s in samples if part in s["parts"]]
+            if side == "served" and kind in ("cold", "follow_up"):
+                yield f"{side}, {kind}, overhead", [rest(s) for s in samples]
+    clients: dict[str, list[float]] = {}
     for row in result.get("closed_loop", ()):
-        found.setdefault(f"{row['concurrency']} clients, per token", []).append(1 / row["tokens_per_s"])
+        clients.setdefault(f"{row['concurrency']} clients, per token", []).append(1 / row["tokens_per_s"])
+    yield from clients.items()
+    for run in result.get("open_loop", ()):
+        for metric in METRICS:
+            if values := [s[metric] for s in run["samples"] if s[metric] is not None]:
+                rate = f" {run['rate']:g}/s" if run["rate"] else ""
+                yield f"{run['scenario']}{rate}, {metric.removesuffix('_s')}", values
     if "preprocessing" in result:
-        found["preprocessing of a large CT"] = result["preprocessing"]["seconds"]
-    return found
+        yield "preprocessing of a large CT", result["preprocessing"]["seconds"]
+    for name, words in (("export_s", "export"), ("export_peak_bytes", "memory of the export"), ("start_s", "start"),
+                        ("server_memory_bytes", "memory of the server"), ("peak_memory_bytes", "memory of the machine")):
+        if result.get(name):
+            yield words, [result[name]]
+
+
+def _precision(result: dict) -> str | None:
+    return result["manifest"]["precision"] if result.get("manifest") else None
+
+
+def read(path: Path) -> dict:
+    """A result of latency.py. Raises InvalidInput for anything else."""
+    try:
+        result = json.loads(path.read_text())
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InvalidInput(f"{path} is not JSON: give what latency.py wrote to --json") from None
+    if not isinstance(result, dict) or not result.get("samples") or "conditions" not in result:
+        raise InvalidInput(f"{path} has no samples: give what latency.py wrote to --json")
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
+    parser.add_argument("old", type=Path, metavar="OLD.json", help="what latency.py --json wrote before")
+    parser.add_argument("new", type=Path, metavar="NEW.json", help="and now")
     arguments = parser.parse_args()
-    rows = compare(*(json.loads(path.read_text()) for path in (arguments.old, arguments.new)))
-    slower = False
-    for what, ratio, low, high in rows:
-        mark = "SLOWER" if low > 1 else "faster" if high < 1 else ""
-        slower |= low > 1
-        print(f"{what:<44} {ratio:6.3f}   [{low:.3f}, {high:.3f}]  {mark}")
-    return int(slower)
+    try:
+        old, new = read(arguments.old), read(arguments.new)
+        rows, gone = compare(old, new)
+    except InvalidInput as error:
+        print(f"not compared: {error}", file=sys.stderr)
+        return 2
+    for name in OF_THE_MACHINE:
+        if old["conditions"].get(name) != new["conditions"].get(name):
+            print(f"not the same: {name} was {old['conditions'].get(name)} and is {new['conditions'].get(name)}")
+    known, slower = machine(rows), False
+    for row in rows:
+        ours = not row.what.startswith("baseline")
+        mark = row.mark(known) if ours else row.mark()
+        slower |= ours and mark == "SLOWER"
+        noise = "" if row.low is None else f"[{row.low:.3f}, {row.high:.3f}]"
+        print(f"{row.what:<44} {row.ratio:6.3f}   {noise:<16}  {mark}")
+    for what in gone:
+        print(f"{what:<44} missing in {arguments.new}")
+    return int(slower or bool(gone))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+# m, k, n of the products that are timed: the encoders' largest two, and a square one, which fills a GPU.
+SHAPES = ((2048, 768, 3072), (2048, 3072, 768), (4096, 4096, 4096))
 
 
 @dataclass(frozen=True)
@@ -104,18 +106,26 @@ def weights(*modules: nn.Module) -> int:
 
 
 def measure(device: str | None = None, seconds: float = 1.0) -> Rates:
-    """The rates of this machine: the best of the repetitions that fit in about `seconds` each."""
+    """The rates of this machine: the best of the repetitions that fit in about `seconds` each.
+
+    Of products, the best shape counts: a floor that a stage can go below is none.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # The shape of the encoder's largest products.
-    left, right = torch.randn(2048, 768, device=device), torch.randn(768, 3072, device=device)
     matmul = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = left.to(dtype), right.to(dtype)
-        matmul[name] = 2 * 2048 * 768 * 3072 / _best(lambda: a @ b, seconds, device)
+        matmul[name] = max(_product_rate(shape, dtype, seconds / len(SHAPES), device) for shape in SHAPES)
     matmul["fp16"] = matmul["bf16"]
     large = torch.ones(1 << 27, device=device, dtype=torch.float32)  # 512 MiB: beyond every cache
     memory = large.nbytes / _best(large.sum, seconds, device)
     return Rates(matmul, memory, _loopback(64 << 20))
+
+
+def _product_rate(shape: tuple[int, int, int], dtype: torch.dtype, seconds: float, device: str) -> float:
+    """FLOP/s of an m x k by k x n product."""
+    m, k, n = shape
+    left, right = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (k, n)))
+    product = torch.empty(m, n, device=device, dtype=dtype)
+    return 2 * m * k * n / _best(lambda: torch.mm(left, right, out=product), seconds, device)
 
 
 def _best(run, seconds: float, device: str) -> float:

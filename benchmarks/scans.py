@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.scan import read_scan
+from engine.scan import pack_scan, read_scan
 
 CT_SHAPE = (512, 512, 64)
 CT_SPACING_MM = (0.75, 0.75, 5.0)
@@ -34,7 +34,8 @@ def phantom(shape: tuple[int, int, int] = CT_SHAPE, seed: int = 0) -> BenchmarkS
 
 def read(path: Path) -> BenchmarkScan:
     """A scan file of the user's."""
-    scan = read_scan(path.read_bytes())
+    data, _ = pack_scan(path)
+    scan = read_scan(data)
     return BenchmarkScan(scan.array, scan.affine)
 
 

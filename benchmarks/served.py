@@ -14,6 +14,7 @@ from tritonclient.utils import InferenceServerException
 from benchmarks.samples import Sample
 from benchmarks.scans import BenchmarkScan
 from engine.client import Answer, M3DClient, Segmentation, Study
+from engine.errors import InvalidInput
 from engine.scan import pack_scan
 
 ENCODERS = ("vision_encoder", "segmentation_encoder", "segmentation_head")
@@ -45,6 +46,9 @@ class Served:
         started = time.perf_counter()
         study = self.upload(scan)
         uploaded = time.perf_counter() - started
+        if study.info["cached"]:
+            raise InvalidInput("the server knows a scan that should be new to it: give a --scan with more than a few "
+                               "intensities, or start the server anew")
         asked = self.ask(study, question, tokens)
         parts = {"prepare": study.info["prepare_s"], **self._since(before), **asked.parts}
         return replace(asked, total_s=uploaded + asked.total_s, first_s=uploaded + asked.first_s, parts=parts,
@@ -57,7 +61,9 @@ class Served:
         with self.client.stream(study, question, max_new_tokens=tokens) as stream:
             for _ in stream:
                 first = first or time.perf_counter() - started
-        return _sample(started, time.perf_counter() - started, first, stream.answer)
+        total = time.perf_counter() - started
+        # The only token of an empty answer is the one that ends it.
+        return _sample(started, total, first or total, stream.answer)
 
     def pieces(self, study: Study, question: str, tokens: int) -> Iterator[int]:
         """Ask; yields 1 for each piece of text as it comes, and at the end how many tokens the answer had beyond."""
@@ -87,7 +93,7 @@ class Served:
     def on_the_wire(self, scan: BenchmarkScan, questions: Iterator[str], segment_question: str | None, tokens: int
                     ) -> dict[str, int]:
         """Bytes of gRPC messages: `scan` as a file; `upload` and `answer` of a new scan; `follow_up`; and of a mask
-        `mask` (the response that has it), `logits` (as many floats), `segment` (all messages of the request).
+        `mask` (the response that has it), `logits` (a float for each of its voxels), `segment` (all messages of the request).
 
         Each is what both sides sent. Without a `segment_question` the last three are left out.
         """

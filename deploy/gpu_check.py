@@ -147,8 +147,8 @@ def latency(checkpoint: str, segment_question: str, folder: Path) -> dict:
 
     repository, result = folder / SERVED / "model_repository", folder / "latency.json"
     with Server(repository, target="tensorrt", **free_ports(), log=folder / "triton.log") as server:
-        _python(["benchmarks/latency.py", "--server", server.url, "--checkpoint", checkpoint, "--json", result,
-                 "--segment-question", segment_question])
+        _python(["benchmarks/latency.py", "--server", server.url, "--checkpoint", checkpoint, "--repository",
+                 repository, "--json", result, "--segment-question", segment_question])
     return {"file": str(result)}
 
 

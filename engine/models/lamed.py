@@ -64,7 +64,7 @@ class Lamed(nn.Module):
         """
         embeds = self.prompt_embeddings(input_ids, self.encode_images(image_BCDHW))
         out = self.llm.generate(inputs_embeds=embeds, max_new_tokens=max_new_tokens, output_hidden_states=True,
-                                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+                                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
                                 return_dict_in_generate=True, **{"do_sample": False, **sampling})
         ids = out.sequences[0]
         states = torch.cat([step[-1][0, -1:] for step in out.hidden_states])

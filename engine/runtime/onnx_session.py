@@ -73,7 +73,16 @@ def chosen_precision(wanted: str, of_export: str) -> str:
 
 def has_bf16() -> bool:
     """Whether this processor multiplies bf16 natively (AMX or AVX512-BF16)."""
-    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+    return has_amx() or "avx512_bf16" in _processor_flags()
+
+
+def has_amx() -> bool:
+    """Whether this processor multiplies tiles of bf16 (AMX)."""
+    return "amx_bf16" in _processor_flags()
+
+
+def _processor_flags() -> list[str]:
+    return Path("/proc/cpuinfo").read_text().split()
 
 
 def _session(path: str, threads: int, precision: str):

@@ -311,6 +311,29 @@ def test_stages_stand_beside_their_floors():
                      "decode": (0.75 / 4, 0.1), "segmentation_encoder": (1.0, 0.5)}
 
 
+def test_a_step_of_decoding_is_each_answers_own():
+    whole = result()
+    whole["samples"]["served"]["cold"] = [sample(1.0, 0.5, tokens=2, decode=0.1), sample(2.0, 0.5, tokens=11, decode=1.0),
+                                          sample(1.0, 1.0, tokens=1, decode=0.0)]
+    found = {s["stage"]: s["measured_s"] for s in report.stages(whole, FLOORS, RATES)}
+    assert found["decode"] == pytest.approx(0.1)
+    whole["samples"]["served"]["cold"] = [sample(1.0, 1.0, tokens=1, decode=0.0)]
+    assert "decode" not in {s["stage"] for s in report.stages(whole, FLOORS, RATES)}
+
+
+def test_answers_of_one_token_have_no_time_per_token_and_are_reported():
+    whole = result()
+    whole["open_loop"][0]["samples"] = [sample(0.1, 0.1, tokens=1)]
+    assert "| Server | 2/s | 1 | 100 ms | 100 ms | 100 ms |  |  |  | VALID | yes |" in report.text(reported(whole))
+
+
+def test_answers_of_other_lengths_are_said():
+    whole = reported(result())
+    assert "differ in length" not in report.text(whole)
+    whole["samples"]["baseline fp32"]["cold"] = [sample(8.0, 4.0, tokens=3)] * 2
+    assert "served 5, baseline fp32 3, baseline bf16 5" in report.text(whole)
+
+
 def test_the_report_has_every_table_and_picture(tmp_path):
     whole = result()
     spans = [{"model": "study", "step": step, "start_s": 0.1, "end_s": 0.5, "called": False}
@@ -319,6 +342,7 @@ def test_the_report_has_every_table_and_picture(tmp_path):
     reported(whole)
     said = report.text(whole)
     for words in ("a processor, 2 cores", "| baseline fp32 | cold | none | 8.00 s |", "| transport |",
+                  "Server ready after 50 s, 4.5 GB after the load.",
                   "| 8 | 50 | 40 to 60 |", "| Server | 2/s |", "| VALID | no |", "| MISSED |", "| met |"):
         assert words in said
     assert all(path.stat().st_size > 10_000 for path in report.plots(whole, tmp_path))
@@ -326,35 +350,97 @@ def test_the_report_has_every_table_and_picture(tmp_path):
     json.dumps(whole)
 
 
+# --- two results side by side ----------------------------------------------------------------------------------------
+CONDITIONS = {"scan": {"shape": [4, 4, 4]}, "tokens": 5, "cpu": "a processor", "cores": 2, "gpu": None, "versions": {}}
+
+
+def measured(cold, baseline=(), **others) -> dict:
+    """A result whose new scans took `cold` seconds, and as long to the first token."""
+    sides = {"served": cold} | ({"baseline fp32": baseline} if len(baseline) else {})
+    return {"conditions": CONDITIONS, "manifest": {"precision": "bf16"},
+            "samples": {side: {"cold": [sample(t, t / 2) for t in times]} for side, times in sides.items()}, **others}
+
+
+def rows_of(old: dict, new: dict) -> dict:
+    return {row.what: row for row in compare.compare(old, new)[0]}
+
+
+def compared(old: dict, new: dict, folder, monkeypatch) -> int:
+    for name, result in (("old", old), ("new", new)):
+        (folder / name).write_text(json.dumps(result))
+    monkeypatch.setattr("sys.argv", ["compare.py", str(folder / "old"), str(folder / "new")])
+    return compare.main()
+
+
+NOISY = 1 + 0.1 * np.random.default_rng(0).standard_normal(20)
+
+
 def test_only_what_is_slower_beyond_its_noise_is_marked():
-    rng = np.random.default_rng(0)
-    noisy = [sample(t, t / 2) for t in 1 + 0.1 * rng.standard_normal(20)]
-    again = [sample(t, t / 2) for t in 1 + 0.1 * rng.standard_normal(20)]
-    slower = [sample(1.5 * s["total_s"], s["first_s"]) for s in noisy]
-    old, same, new = ({"samples": {"served": {"cold": group}}} for group in (noisy, again, slower))
-    assert all(low < 1 < high for _, _, low, high in compare.compare(old, same))
-    found = {what: (ratio, low, high) for what, ratio, low, high in compare.compare(old, new)}
-    assert found["served, cold, total"][1] > 1.3
-    assert found["served, cold, first"][1] <= 1 <= found["served, cold, first"][2]
+    again = 1 + 0.1 * np.random.default_rng(1).standard_normal(20)
+    assert not any(row.mark() for row in compare.compare(measured(NOISY), measured(again))[0])
+    marks = {what: row.mark() for what, row in rows_of(measured(NOISY), measured(1.5 * NOISY)).items()}
+    assert marks["served, cold, total"] == marks["served, cold, first"] == "SLOWER"
+    assert rows_of(measured(1.5 * NOISY), measured(NOISY))["served, cold, total"].mark() == "faster"
 
 
-def test_throughput_and_preprocessing_are_compared_too():
-    def of(rate, seconds):
-        return {"samples": {}, "closed_loop": [{"concurrency": 8, "tokens_per_s": rate}] * 3,
-                "preprocessing": {"seconds": [seconds] * 3}}
-
-    assert compare.compare(of(100, 2.0), of(50, 3.0)) == [("8 clients, per token", 2, 2, 2),
-                                                          ("preprocessing of a large CT", 1.5, 1.5, 1.5)]
+def test_one_or_two_samples_say_nothing_of_their_noise():
+    row = rows_of(measured([2.0, 2.0]), measured([4.0, 4.0]))["served, cold, total"]
+    assert (row.ratio, row.low, row.mark()) == (2, None, "")
 
 
-def test_compare_fails_on_a_slowdown(tmp_path, monkeypatch, capsys):
-    for name, factor in (("old", 1), ("new", 2)):
-        samples = [sample(factor * (1 + i / 100), None) for i in range(10)]
-        (tmp_path / name).write_text(json.dumps({"samples": {"served": {"cold": samples}}}))
+def test_a_slower_machine_is_not_held_against_the_server(tmp_path, monkeypatch, capsys):
+    old, new = measured(NOISY, NOISY), measured(1.1 * NOISY, 1.3 * NOISY)
+    assert rows_of(old, measured(1.3 * NOISY, NOISY))["served, cold, total"].mark() == "SLOWER"
+    assert compared(old, new, tmp_path, monkeypatch) == 0
+    assert "baseline fp32, cold, total" in capsys.readouterr().out
+    assert compared(old, measured(2 * NOISY, 1.3 * NOISY), tmp_path, monkeypatch) == 1
+
+
+def test_throughput_arrivals_parts_sizes_and_times_of_start_are_compared_too():
+    def of(factor):
+        whole = measured([1.0] * 3)
+        whole["samples"]["served"]["cold"] = [sample(factor * 2.0, factor * 1.0, prepare=factor * 0.5)] * 3
+        return {**whole, "closed_loop": [{"concurrency": 8, "tokens_per_s": 100 / factor}] * 3,
+                "open_loop": [{"scenario": "Server", "rate": 2.0, "samples": [sample(factor, factor / 2)] * 3}],
+                "preprocessing": {"seconds": [factor] * 3}, "start_s": 10 * factor, "wire": {"mask": 100 * factor},
+                "server_memory_bytes": 1e9 * factor}
+
+    rows = rows_of(of(1), of(2))
+    assert {row.ratio for row in rows.values()} == {2.0}
+    assert {what for what, row in rows.items() if not row.mark()} == {"start", "memory of the server"}
+    assert set(rows) >= {"8 clients, per token", "Server 2/s, total", "served, cold, prepare", "served, cold, overhead",
+                         "preprocessing of a large CT", "bytes of mask"}
+
+
+def test_what_is_missing_in_the_newer_result_fails(tmp_path, monkeypatch, capsys):
+    old = measured(NOISY, closed_loop=[{"concurrency": 8, "tokens_per_s": 100}] * 3, wire={"mask": 100})
+    assert compared(old, measured(NOISY), tmp_path, monkeypatch) == 1
+    said = capsys.readouterr().out
+    assert "8 clients, per token" in said and "bytes of mask" in said and "missing" in said
+    assert compared(old, old, tmp_path, monkeypatch) == 0
+
+
+def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
+    other = measured(NOISY)
+    other["conditions"] = {**CONDITIONS, "cpu": "another processor"}
+    compared(measured(NOISY), other, tmp_path, monkeypatch)
+    assert "cpu was a processor and is another processor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, cause", [(None, "cannot be read"), ("{", "not JSON"), ("[]", "no samples"),
+                                         ('{"samples": {}}', "no samples"), ("tokens", "other work: tokens"),
+                                         ("precision", "other work: the precision")])
+def test_what_cannot_be_compared_is_an_error_of_its_own(tmp_path, monkeypatch, capsys, text, cause):
+    other = measured(NOISY)
+    if text == "tokens":
+        text = json.dumps({**other, "conditions": {**CONDITIONS, "tokens": 64}})
+    elif text == "precision":
+        text = json.dumps({**other, "manifest": {"precision": "fp32"}})
+    (tmp_path / "old").write_text(json.dumps(other))
+    if text is not None:
+        (tmp_path / "new").write_text(text)
     monkeypatch.setattr("sys.argv", ["compare.py", str(tmp_path / "old"), str(tmp_path / "new")])
-    assert compare.main() == 1 and "SLOWER" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["compare.py", str(tmp_path / "old"), str(tmp_path / "old")])
-    assert compare.main() == 0
+    assert compare.main() == 2 and cause in capsys.readouterr().err
 
 
 # --- checkpoints, scans, baseline ------------------------------------------------------------------------------------

