@@ -497,9 +497,10 @@ def test_the_baseline_answers_as_the_reference_does(checkpoint, precision):
 
 
 def test_preprocessing_is_measured_in_a_process_of_its_own():
-    found = preprocessing.measure((96, 96, 64), repeats=2)
-    assert found["scan_bytes"] == 2 * 96 * 96 * 64 and 0 < found["file_bytes"] and len(found["seconds"]) == 2
-    assert found["extra_bytes"] >= 0
+    found = preprocessing.measure((256, 256, 64), repeats=2)
+    assert found["scan_bytes"] == 2 * 256 * 256 * 64 and 0 < found["file_bytes"] and len(found["seconds"]) == 2
+    # Not the peak of this process, which is larger.
+    assert found["scan_bytes"] / 2 < found["extra_bytes"] < 20 * found["scan_bytes"]
 
 
 def test_a_result_is_not_changed_by_reporting():
