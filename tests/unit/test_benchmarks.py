@@ -9,10 +9,12 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from benchmarks import compare, decode, encoders, floor, load, preprocessing, report, roofline, scans, triton_trace
+from benchmarks import (compare, decode, encoders, floor, latency, load, machine, preprocessing, report, roofline, scans,
+                        triton_trace)
 from benchmarks.baseline import Baseline
 from benchmarks.make_checkpoint import config_of
 from benchmarks.samples import Sample, ratios, summary
@@ -501,6 +503,29 @@ def test_preprocessing_is_measured_in_a_process_of_its_own():
     assert found["scan_bytes"] == 2 * 256 * 256 * 64 and 0 < found["file_bytes"] and len(found["seconds"]) == 2
     # Not the peak of this process, which is larger.
     assert found["scan_bytes"] / 2 < found["extra_bytes"] < 20 * found["scan_bytes"]
+
+
+@pytest.mark.parametrize("words, cause", [
+    (("--repeats", "0"), "0 is less than 1"), (("--tokens", "1"), "1 is less than 2"),
+    (("--concurrency", "1,0"), "0 is less than 1"), (("--concurrency", "1,x"), "invalid list with commas value"),
+    (("--baseline", "fp16"), "'fp16' is none of fp32, bf16"), (("--large-ct", "8,8"), "not the voxels of three axes")])
+def test_a_bad_argument_is_refused_before_anything_runs(capsys, words, cause):
+    with pytest.raises(SystemExit):
+        latency.main(["--server", "localhost:1", *words])
+    assert cause in capsys.readouterr().err
+
+
+def test_a_scan_or_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    assert latency.main(["--server", "localhost:1", "--scan", str(tmp_path / "none.nii")]) == 1
+    assert "none.nii cannot be read" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["roofline.py", "--checkpoint", str(tmp_path)])
+    assert roofline.main() == 1 and "no floors: " in capsys.readouterr().err
+
+
+def test_the_most_of_the_memory_in_use_is_seen():
+    with machine.PeakMemory() as peak:
+        pass
+    assert 0 < peak.bytes < psutil.virtual_memory().total
 
 
 def test_a_result_is_not_changed_by_reporting():
