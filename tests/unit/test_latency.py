@@ -10,6 +10,7 @@ from tritonclient.grpc import service_pb2
 
 from benchmarks import latency, load, scans
 from benchmarks.served import Served
+from engine.errors import InvalidInput
 from tests.tiny import IMAGE_SIZE
 from tests.tiny_bench import write_tiny_checkpoint
 from tests.unit.fake_triton import ANSWER, FakeTriton
@@ -23,7 +24,7 @@ class Serving(FakeTriton):
     def __init__(self):
         super().__init__()
         self.mask[0, 1, 2] = True
-        self.study_info = {"preset": "ct", "prepare_s": 0.25}
+        self.study_info = {"preset": "ct", "prepare_s": 0.25, "cached": False}
         self.answer_info = {"prompt_tokens": 300, "first_token_s": 1e-5, "last_token_s": 3e-5}
 
     def ModelStatistics(self, request, context):
@@ -59,6 +60,12 @@ def test_a_cold_request_holds_the_upload_and_says_where_its_time_went(served, tr
     assert study.handle == triton.handle and len(triton.uploads) == 1
     assert sample.tokens == len(ANSWER) and sample.prompt_tokens == 300 and 0 < sample.first_s <= sample.total_s
     assert sample.parts == pytest.approx({"prepare": 0.25, "vision_encoder": 1.0, "prefill": 1e-5, "decode": 2e-5})
+
+
+def test_a_new_scan_that_the_server_knows_is_no_measurement(served, triton):
+    triton.study_info["cached"] = True
+    with pytest.raises(InvalidInput, match="knows a scan that should be new"):
+        served.cold(scans.phantom((8, 8, 8)), "What is it?", 5)
 
 
 def test_a_follow_up_sends_the_question_only(served, triton):
