@@ -33,6 +33,8 @@ METRICS = ("total_s", "first_s", "per_token_s")
 OF_THE_WORK = ("scan", "tokens")
 OF_THE_MACHINE = ("cpu", "cores", "gpu", "versions")
 SAME_BYTES = 1.001  # a question's number may have a digit more
+ONCE = {"export_s": "export", "export_peak_bytes": "memory of the export", "start_s": "start",
+        "server_memory_bytes": "memory of the server", "peak_memory_bytes": "memory of the machine"}
 MACHINE = "cold, total"  # of a baseline: says how fast the machine was
 
 
@@ -68,19 +70,24 @@ def compare(old: dict, new: dict) -> tuple[list[Row], list[str]]:
                                f"{new['conditions'][name]}")
     if _precision(old) != _precision(new):
         raise InvalidInput(f"they did other work: the precision was {_precision(old)} and is {_precision(new)}")
-    rows, before, after = [], dict(_measured(old)), dict(_measured(new))
-    for what in before:
-        if what in after:
-            a, b = before[what], after[what]
-            noisy = min(len(a), len(b)) >= FEWEST
-            rows.append(Row(what, *interval(a, b)) if noisy else Row(what, float(np.median(b) / np.median(a))))
-    for what, size in old.get("wire", {}).items():
-        if what in new.get("wire", {}):
-            ratio = new["wire"][what] / size
-            certain = (ratio, ratio) if not 1 / SAME_BYTES < ratio < SAME_BYTES else (1.0, 1.0)
-            rows.append(Row(f"bytes of {what}", ratio, *certain))
-    gone = [what for what in before if what not in after]
-    return rows, gone + [f"bytes of {what}" for what in old.get("wire", {}) if what not in new.get("wire", {})]
+    rows, gone = [], []
+    for measured, row in ((_measured, _noisy), (_sizes, _exact)):
+        before, after = dict(measured(old)), dict(measured(new))
+        rows += [row(what, before[what], after[what]) for what in before if what in after]
+        gone += [what for what in before if what not in after]
+    return rows, gone
+
+
+def _noisy(what: str, old: list[float], new: list[float]) -> Row:
+    if min(len(old), len(new)) < FEWEST:
+        return Row(what, float(np.median(new) / np.median(old)))
+    return Row(what, *interval(old, new))
+
+
+def _exact(what: str, old: int, new: int) -> Row:
+    ratio = new / old
+    end = 1.0 if 1 / SAME_BYTES < ratio < SAME_BYTES else ratio
+    return Row(what, ratio, end, end)
 
 
 def machine(rows: list[Row]) -> tuple[float, float]:
@@ -91,12 +98,10 @@ def machine(rows: list[Row]) -> tuple[float, float]:
 
 
 def _measured(result: dict) -> Iterator[tuple[str, list[float]]]:
-    """Everything that has a duration or a size, with its samples."""
+    """Durations and memory, with their samples."""
     for side, kinds in result["samples"].items():
         for kind, samples in kinds.items():
-            for metric in METRICS:
-                if values := [s[metric] for s in samples if s[metric] is not None]:
-                    yield f"{side}, {kind}, {metric.removesuffix('_s')}", values
+            yield from _times(f"{side}, {kind}", samples)
             for part in sorted({name for s in samples for name in s["parts"]}):
                 yield f"{side}, {kind}, {part}", [s["parts"][part] for s in samples if part in s["parts"]]
             if side == "served" and kind in ("cold", "follow_up"):
@@ -106,16 +111,24 @@ def _measured(result: dict) -> Iterator[tuple[str, list[float]]]:
         clients.setdefault(f"{row['concurrency']} clients, per token", []).append(1 / row["tokens_per_s"])
     yield from clients.items()
     for run in result.get("open_loop", ()):
-        for metric in METRICS:
-            if values := [s[metric] for s in run["samples"] if s[metric] is not None]:
-                rate = f" {run['rate']:g}/s" if run["rate"] else ""
-                yield f"{run['scenario']}{rate}, {metric.removesuffix('_s')}", values
+        yield from _times(run["scenario"] + (f" {run['rate']:g}/s" if run["rate"] else ""), run["samples"])
     if "preprocessing" in result:
         yield "preprocessing of a large CT", result["preprocessing"]["seconds"]
-    for name, words in (("export_s", "export"), ("export_peak_bytes", "memory of the export"), ("start_s", "start"),
-                        ("server_memory_bytes", "memory of the server"), ("peak_memory_bytes", "memory of the machine")):
+    for name, words in ONCE.items():
         if result.get(name):
             yield words, [result[name]]
+
+
+def _times(what: str, samples: list[dict]) -> Iterator[tuple[str, list[float]]]:
+    for metric in METRICS:
+        if values := [s[metric] for s in samples if s[metric] is not None]:
+            yield f"{what}, {metric.removesuffix('_s')}", values
+
+
+def _sizes(result: dict) -> Iterator[tuple[str, int]]:
+    """Bytes on the wire."""
+    for name, size in result.get("wire", {}).items():
+        yield f"bytes of {name}", size
 
 
 def _precision(result: dict) -> str | None:

@@ -365,18 +365,22 @@ def _say(text: str) -> None:
 
 def _at_least(least: float, kind: type = int):
     """An argument's type: a number from `least` on."""
+
     def number(text: str):
         if (value := kind(text)) < least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
         return value
+
     number.__name__ = "number"  # argparse says it of what is none
     return number
 
 
 def _several(one):
     """An argument's type: values with commas between them."""
+
     def values(text: str) -> tuple:
         return tuple(one(part) for part in text.split(",") if part)
+
     values.__name__ = "list with commas"
     return values
 
@@ -405,13 +409,15 @@ def _parser() -> argparse.ArgumentParser:
                       "does it with checkpoints of make_checkpoint.py")
     how = parser.add_argument_group("how much")
     how.add_argument("--tokens", type=_at_least(2), default=64, help="of an answer (default: %(default)s)")
-    how.add_argument("--segment-tokens", type=_at_least(1), default=8, help="of an answer with a mask (default: %(default)s)")
+    how.add_argument("--segment-tokens", type=_at_least(1), default=8,
+                     help="of an answer with a mask (default: %(default)s)")
     how.add_argument("--repeats", type=_at_least(1), default=5, help="rounds (default: %(default)s)")
     how.add_argument("--warm-up", type=_at_least(0), default=1, help="rounds that do not count (default: %(default)s)")
     how.add_argument("--concurrency", type=_several(_at_least(1)), default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
-    how.add_argument("--rates", type=_several(_at_least(1e-3, float)), default=(0.5, 1.0, 2.0), help="questions/s that arrive at random "
-                     "(default: 0.5,1,2)")
-    how.add_argument("--seconds", type=_at_least(0, float), default=30.0, help="of a LoadGen run, 0: none (default: %(default)s)")
+    how.add_argument("--rates", type=_several(_at_least(1e-3, float)), default=(0.5, 1.0, 2.0),
+                     help="questions/s that arrive at random (default: 0.5,1,2)")
+    how.add_argument("--seconds", type=_at_least(0, float), default=30.0,
+                     help="of a LoadGen run, 0: none (default: %(default)s)")
     how.add_argument("--ttft-limit", type=float, default=load.TTFT_LIMIT_S, help="seconds that the p99 of the time to "
                      "the first token may be (default: MLPerf's %(default)s)")
     how.add_argument("--tpot-limit", type=float, default=load.TPOT_LIMIT_S, help="the same of the time per output "

@@ -23,12 +23,17 @@ SAMPLING_S = 0.2  # between two looks at the memory
 def conditions() -> dict:
     """What figures of this machine depend on."""
     cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    memory = re.search(r"^MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(),
-            "cores": len(os.sched_getaffinity(0)), "memory_bytes": int(memory[1]) * 1024,
+            "cores": len(os.sched_getaffinity(0)), "memory_bytes": _memory()["MemTotal"],
             "load_average_before": os.getloadavg()[0],
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(), "versions": dict(_versions())}
+
+
+def _memory() -> dict[str, int]:
+    """The machine's, by the kernel's names, in bytes."""
+    found = re.findall(r"^(\w+): +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    return {name: int(size) * 1024 for name, size in found}
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -66,6 +71,6 @@ class PeakMemory:
     def _watch(self) -> None:
         over = False
         while not over:
-            found = dict(re.findall(r"^(\w+): +(\d+) kB", Path("/proc/meminfo").read_text(), re.M))
-            self.bytes = max(self.bytes, (int(found["MemTotal"]) - int(found["MemAvailable"])) * 1024)
+            memory = _memory()
+            self.bytes = max(self.bytes, memory["MemTotal"] - memory["MemAvailable"])
             over = self._over.wait(SAMPLING_S)

@@ -143,11 +143,9 @@ def stages(result: dict, floors: dict[str, Stage], rates: Rates) -> list[dict]:
         samples = served.get("segment", []) if name.startswith("segmentation") else served["cold"]
         if not any(name in s["parts"] for s in samples):
             continue
-        seconds = _part(samples, name)
-        if name == "decode":
-            seconds = _decode_step(samples)
-            if seconds is None:
-                continue
+        seconds = _decode_step(samples) if name == "decode" else _part(samples, name)
+        if seconds is None:
+            continue
         measured[name] = (seconds, stage.seconds(rates), f"{stage.bound(rates)}, {stage.precision}")
     return [{"stage": name, "measured_s": seconds, "floor_s": least, "bound": bound}
             for name, (seconds, least, bound) in measured.items()]
@@ -180,7 +178,8 @@ def _resources(result: dict) -> str:
         words.append(f"server ready after {result['start_s']:.0f} s, {result['server_memory_bytes'] / 1e9:.1f} GB "
                      "after the load")
     if "peak_memory_bytes" in result:
-        words.append(f"at most {result['peak_memory_bytes'] / 1e9:.1f} GB of the machine in use, the baseline's included")
+        words.append(f"at most {result['peak_memory_bytes'] / 1e9:.1f} GB of the machine in use, the baseline's "
+                     "included")
     said = "; ".join(words)
     return f"{said[0].upper()}{said[1:]}." if words else ""
 

@@ -93,7 +93,8 @@ class Served:
     def on_the_wire(self, scan: BenchmarkScan, questions: Iterator[str], segment_question: str | None, tokens: int
                     ) -> dict[str, int]:
         """Bytes of gRPC messages: `scan` as a file; `upload` and `answer` of a new scan; `follow_up`; and of a mask
-        `mask` (the response that has it), `logits` (a float for each of its voxels), `segment` (all messages of the request).
+        `mask` (the response that has it), `logits` (a float for each of its voxels), `segment` (all messages
+        of the request).
 
         Each is what both sides sent. Without a `segment_question` the last three are left out.
         """

@@ -73,7 +73,7 @@ def chosen_precision(wanted: str, of_export: str) -> str:
 
 def has_bf16() -> bool:
     """Whether this processor multiplies bf16 natively (AMX or AVX512-BF16)."""
-    return has_amx() or "avx512_bf16" in _processor_flags()
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_processor_flags())
 
 
 def has_amx() -> bool:
