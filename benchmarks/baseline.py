@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks import machine
 from benchmarks.samples import Sample
 from benchmarks.scans import BenchmarkScan
 from engine.models.checkpoint import load_lamed
@@ -19,15 +20,13 @@ from engine.prompt import Prompt
 from engine.scan import pack_scan, read_scan
 from engine.volume import prepare
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 class Baseline:
-    """One loaded model in eager PyTorch. precision: of all its parts, a key of DTYPES."""
+    """One loaded model in eager PyTorch. precision: of all its parts, a key of machine.DTYPES."""
 
     def __init__(self, checkpoint: str, precision: str):
         self.precision = precision
-        self.dtype = DTYPES[precision]
+        self.dtype = machine.DTYPES[precision]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, tokenizer = load_lamed(checkpoint, self.dtype)
         self.model.to(self.device)

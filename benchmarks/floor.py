@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import machine
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
 
@@ -108,13 +109,13 @@ def weights(*modules: nn.Module) -> int:
 def measure(device: str | None = None, seconds: float = 1.0) -> Rates:
     """The rates of this machine: the best of the repetitions that fit in about `seconds` each.
 
-    Of products, the best shape counts: a floor that a stage can go below is none.
+    Of products, the best shape counts: a floor that a stage can go below is none. A processor that has no products of
+    bf16 makes them in fp32 (PyTorch's own way takes minutes for the large one).
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    matmul = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        matmul[name] = max(_product_rate(shape, dtype, seconds / len(SHAPES), device) for shape in SHAPES)
-    matmul["fp16"] = matmul["bf16"]
+    matmul = {name: max(_product_rate(shape, machine.DTYPES[name], seconds / len(SHAPES), device) for shape in SHAPES)
+              for name in machine.precisions()}
+    matmul["fp16"] = matmul.setdefault("bf16", matmul["fp32"])
     large = torch.ones(1 << 27, device=device, dtype=torch.float32)  # 512 MiB: beyond every cache
     memory = large.nbytes / _best(large.sum, seconds, device)
     return Rates(matmul, memory, _loopback(64 << 20))

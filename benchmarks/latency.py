@@ -34,7 +34,7 @@ if __package__ in (None, ""):  # run as a script, from any folder
 import torch  # noqa: E402
 
 from benchmarks import floor, load, machine, preprocessing, report, scans, triton_trace  # noqa: E402
-from benchmarks.baseline import DTYPES, Baseline  # noqa: E402
+from benchmarks.baseline import Baseline  # noqa: E402
 from benchmarks.samples import Sample  # noqa: E402
 from benchmarks.served import ENCODERS, Served  # noqa: E402
 from engine.client import Study  # noqa: E402
@@ -386,8 +386,8 @@ def _several(one):
 
 
 def _precision(text: str) -> str:
-    if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DTYPES)}")
+    if text not in machine.DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(machine.DTYPES)}")
     return text
 
 
@@ -397,13 +397,14 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--checkpoint", help="M3D-LaMed, a folder or a Hugging Face id: exported and served, unless "
                                            "--repository or --server says otherwise, and run by the baseline")
     what.add_argument("--clip-checkpoint", help="M3D-CLIP, to measure retrieval, too")
-    what.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16",
-                      help="of the language model in the export (default: %(default)s)")
+    what.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=machine.precisions()[-1],
+                      help="of the language model in the export (default on this machine: %(default)s)")
     what.add_argument("--repository", type=Path, help="an exported model repository; with --checkpoint it is made, or "
                       "brought up to date (default: one that is removed at the end)")
     what.add_argument("--server", help="gRPC address of a running server")
-    what.add_argument("--baseline", type=_several(_precision), default=("fp32", "bf16"),
-                      help="precisions of eager PyTorch to compare with, empty for none (default: fp32,bf16)")
+    what.add_argument("--baseline", type=_several(_precision), default=machine.precisions(),
+                      help="precisions of eager PyTorch to compare with, empty for none (default: fp32, and bf16 "
+                           "where the processor multiplies it)")
     what.add_argument("--scan", type=Path, help="a scan file (default: a made CT of 512 x 512 x 64)")
     what.add_argument("--segment-question", default=SEGMENT_QUESTION, help="its answer must have a [SEG]; the default "
                       "does it with checkpoints of make_checkpoint.py")

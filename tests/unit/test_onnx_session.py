@@ -8,8 +8,9 @@ from onnx import TensorProto, helper
 
 from engine.contract import MODELS
 from engine.errors import InvalidInput, RepositoryError
+from engine.processor import has_bf16
 from engine.runtime import onnx_session
-from engine.runtime.onnx_session import OnnxGraph, _options, chosen_precision, has_bf16
+from engine.runtime.onnx_session import OnnxGraph, _options, chosen_precision
 
 MODEL = MODELS["segmentation_head"]
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
