@@ -41,14 +41,16 @@ RESULT = "result: "  # before what a process has measured, as vLLM may print, to
 
 @dataclass(frozen=True)
 class Way:
-    """A way to decode: what differs from the configuration. environment: of vLLM's process."""
+    """A way to decode: what differs from the configuration. environment: of vLLM's process. direct: see cpu_forward."""
 
     settings: dict = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    direct: bool = True
 
 
 WAYS = {
     "as configured": Way(),
+    "vLLM's own pass": Way(direct=False),
     "one thread": Way({"threads": 1}),
     "waiting threads sleep": Way(environment={"GOMP_SPINCOUNT": "0"}),
     "waiting threads spin": Way(environment={"GOMP_SPINCOUNT": "infinity"}),
@@ -119,8 +121,9 @@ def configured(repository: Path) -> DecoderSettings:
 
 async def _measure_here(arguments: argparse.Namespace, way: Way) -> dict:
     """{"start_s", "new": [[first_s, total_s], ...], "known": ..., "together": [tokens/s, ...]} of one way."""
-    from engine.runtime.decoder import Decoder, vllm_environment
+    from engine.runtime.decoder import Decoder, llm_engine, vllm_environment
 
+    llm_engine.DIRECT = way.direct
     for variables in (vllm_environment._ALWAYS, vllm_environment._ON_CPU):
         variables.update(way.environment)
     decoder = Decoder(arguments.repository, replace(configured(arguments.repository), **way.settings))

@@ -617,8 +617,9 @@ def test_a_faster_pair_out_of_bounds_on_one_case_is_not_chosen():
 def test_every_way_to_decode_differs_from_the_shipped_configuration():
     shipped = decode.configured(ROOT / "model_repository")
     assert shipped.enforce_eager and shipped.block_size == 32
-    ways = [(replace(shipped, **way.settings), tuple(way.environment.items())) for way in decode.WAYS.values()]
-    assert len(set(ways)) == len(ways) and ways[0] == (shipped, ())
+    ways = [(replace(shipped, **way.settings), tuple(way.environment.items()), way.direct)
+            for way in decode.WAYS.values()]
+    assert len(set(ways)) == len(ways) and ways[0] == (shipped, (), True)
 
 
 def test_ways_to_decode_stand_beside_the_floor_and_failures_are_named():

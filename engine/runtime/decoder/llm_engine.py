@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from engine.errors import InvalidInput, M3DError, Unavailable
-from engine.runtime.decoder import seg_states, vllm_environment
+from engine.runtime.decoder import seg_states, vllm_environment, worker_extension
 from engine.runtime.decoder.seg_state_check import check_seg_states
 from engine.runtime.decoder.settings import DecoderSettings
 
 RESTART_WINDOW_S = 3600
 WATCH_INTERVAL_S = 1.0
 SHUTDOWN_S = 10.0  # until an engine that does not end by itself is killed
+DIRECT = True  # on a CPU: whether the layers call their kernels directly, see cpu_forward
 
 
 class LlmEngine:
@@ -29,7 +30,8 @@ class LlmEngine:
     folder: an exported language model. context_length: rows of prompt and answer. padding_id: a token id that no answer has.
 
     An engine that dies fails the answers in progress with Unavailable and is restarted in the background, at most
-    `settings.restarts` times an hour; `health` says where it stands ("ready", or words for the client).
+    `settings.restarts` times an hour; `health` says where it stands ("ready", or words for the client), `direct` whether
+    the layers call their kernels directly (see cpu_forward).
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, context_length: int, padding_id: int,
@@ -40,6 +42,7 @@ class LlmEngine:
         self.padding_id = padding_id
         self.settings = settings
         self.health = "starting"
+        self.direct = False
         self._llm = None
         self._deaths: deque[float] = deque()
         self._tasks: set[asyncio.Task] = set()
@@ -57,6 +60,7 @@ class LlmEngine:
             raise
         try:
             await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
+            self.direct = DIRECT and all(await llm.collective_rpc("call_kernels_directly"))
             self._llm = llm
             await check_seg_states(self.folder, self.dtype, self._greedy, self.take_states)
         except BaseException:
@@ -160,7 +164,7 @@ class LlmEngine:
         settings = self.settings
         return AsyncLLM.from_engine_args(AsyncEngineArgs(
             model=str(self.folder), dtype=str(self.dtype).removeprefix("torch."), enable_prompt_embeds=True,
-            worker_extension_cls=seg_states.WORKER_EXTENSION, max_model_len=self.context_length,
+            worker_extension_cls=worker_extension.NAME, max_model_len=self.context_length,
             max_num_seqs=settings.max_num_seqs, block_size=settings.block_size, enable_prefix_caching=True,
             # Never less than the longest prompt, so that a prompt alone is never cut into chunks.
             max_num_batched_tokens=max(settings.max_num_batched_tokens, self.context_length),

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from engine.runtime.decoder import engine_process
 
 EXTRA_ARG = "seg_states"
-WORKER_EXTENSION = f"{__name__}.SegStateExtension"
 UNCLAIMED_LIMIT = 256
 
 
@@ -126,7 +125,7 @@ class SegStates:
 
 
 class SegStateExtension:
-    """Mixed into vLLM's worker; its methods are called by `collective_rpc`."""
+    """The part of vLLM's worker that keeps states (see worker_extension)."""
 
     def watch_seg_states(self, owner: int) -> None:
         """Start to keep states, once, after the engine has started. owner: the process that the engine serves."""
