@@ -13,6 +13,7 @@ from pathlib import Path
 from engine import gpu
 from engine.errors import M3DError
 from engine.manifest import Manifest
+from engine.processor import has_bf16
 from engine.server import SHM_NEEDED, keeper
 from engine.server.triton import Triton
 
@@ -132,6 +133,9 @@ def _repository(repository: Path, target: str) -> list[Finding]:
         return [Finding("missing", "repository", f"{repository} was exported for {manifest.target}: export it with "
                                                  f"--target {target}")]
     found = [_files(repository, manifest)]
+    if target == "cpu" and manifest.precision == "bf16" and not has_bf16():
+        found.append(Finding("note", "precision", "this processor does not multiply bf16, and reads prompts in it several "
+                             "times as slowly as in fp32: export with --precision fp32 if memory allows"))
     if target == "tensorrt":
         gpus = gpu.find_gpus()
         found += [Finding("missing", "fits this machine", words)

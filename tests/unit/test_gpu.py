@@ -81,6 +81,15 @@ def examined(repository) -> dict[str, list[doctor.Finding]]:
     return found
 
 
+@pytest.mark.parametrize(("precision", "native", "noted"), [
+    ("bf16", False, True), ("bf16", True, False), ("fp32", False, False)])
+def test_a_language_model_in_bf16_on_a_processor_without_it_is_noted(exported, monkeypatch, precision, native, noted):
+    replace(MANIFEST, files=FILES, target="cpu", precision=precision).write(exported)
+    monkeypatch.setattr(doctor, "has_bf16", lambda: native)
+    notes = [finding.detail for finding in doctor.examine(exported, "cpu") if finding.what == "precision"]
+    assert len(notes) == noted and all("--precision fp32" in note for note in notes)
+
+
 def test_gpus_are_what_the_driver_says(nvidia_smi):
     first, second = gpu.find_gpus()
     assert (first.name, first.compute_capability, first.memory, first.number) == ("NVIDIA L4", "8.9", 23034 << 20, 0)

@@ -11,8 +11,10 @@ does not fit keep vLLM's own pass, and `seg_state_check` compares states with tr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 _ROW = 16  # the kernels of RMSNorm and SiLU take rows of a multiple of this
 
@@ -21,11 +23,42 @@ def use_on(runner) -> bool:
     """Give the model of vLLM's `runner` the pass below; False, and nothing changed, where it does not fit."""
     if runner.device.type != "cpu" or not runner.model_config.enforce_eager:
         return False
-    model = runner.model.model
-    if not _fits(model):
+    model, kernels = getattr(runner.model, "model", None), Kernels.of_vllm()
+    if not (_fits(model) and kernels.round(runner.model_config.dtype)):
         return False
-    model.forward = _forward_of(model)
+    model.forward = _forward_of(model, kernels)
     return True
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """rms_norm(out, x, weight, epsilon), add_rms_norm(x, residual, weight, epsilon) which writes to both, and
+    silu_and_mul(out, gate and factor side by side)."""
+
+    rms_norm: Callable
+    add_rms_norm: Callable
+    silu_and_mul: Callable
+
+    @classmethod
+    def of_vllm(cls) -> "Kernels":
+        kernels = torch.ops._C
+        return cls(kernels.rms_norm.default, kernels.fused_add_rms_norm.default, kernels.silu_and_mul.default)
+
+    def round(self, dtype: torch.dtype) -> bool:
+        """Whether results are the nearest values of `dtype`: for processors without bf16, vLLM's kernels cut its digits
+        off, and over a model's layers that adds up to five times the error of rounding."""
+        x, other = torch.randn(2, 512, generator=torch.Generator().manual_seed(0)).to(dtype).split(1)
+        ones, total = torch.ones_like(x[0]), x.float() + other.float()
+        normed, added, residual, product = torch.empty_like(x), x.clone(), other.clone(), torch.empty_like(x)
+        self.rms_norm(normed, x, ones, 0.0)
+        self.add_rms_norm(added, residual, ones, 0.0)
+        self.silu_and_mul(product, torch.cat([x, other], -1))
+        return all(((result.float() - exact).abs() <= (times * torch.finfo(dtype).eps + 1e-5) * exact.abs()).all()
+                   # Rounding is off by half of eps at most, cutting by all of it. `added` is rounded twice.
+                   for result, exact, times in ((normed, functional.rms_norm(x.float(), ones.shape), 0.6),
+                                                (residual, total, 0.6),
+                                                (added, functional.rms_norm(total, ones.shape), 1.2),
+                                                (product, functional.silu(x.float()) * other.float(), 0.6)))
 
 
 def _fits(model) -> bool:
@@ -49,12 +82,12 @@ def _fits(model) -> bool:
     return type(model) is LlamaModel and all(map(fits, model.layers))
 
 
-def _forward_of(model) -> Callable:
+def _forward_of(model, kernels: Kernels) -> Callable:
     from vllm.forward_context import get_forward_context
 
-    rms_norm, add_rms_norm = torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default
+    rms_norm, add_rms_norm = kernels.rms_norm, kernels.add_rms_norm
     without_requests = model.forward
-    layers = [_Layer(layer) for layer in model.layers]
+    layers = [_Layer(layer, kernels) for layer in model.layers]
     last_norm = _of_norm(model.norm)
 
     def forward(input_ids, positions, intermediate_tensors, inputs_embeds=None):
@@ -80,7 +113,7 @@ def _forward_of(model) -> Callable:
 class _Layer:
     """One decoder layer, its parts at hand. x: rows of the step's tokens, each as wide as the model."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, kernels: Kernels):
         attention, mlp = layer.self_attn, layer.mlp
         self.input_norm, self.attention_norm = map(_of_norm, (layer.input_layernorm, layer.post_attention_layernorm))
         self.qkv, self.out, self.gate_up, self.down = map(_product, (
@@ -88,7 +121,7 @@ class _Layer:
         self.rotary = attention.rotary_emb.forward
         self.sizes = [attention.q_size, attention.kv_size, attention.kv_size]
         self.attn, self.impl, self.name = attention.attn, attention.attn.impl, attention.attn.layer_name
-        self.silu_and_mul = torch.ops._C.silu_and_mul.default
+        self.silu_and_mul = kernels.silu_and_mul
 
     def attention(self, x: torch.Tensor, positions: torch.Tensor, context) -> torch.Tensor:
         attn, cache = self.attn, self.attn.kv_cache
