@@ -38,8 +38,8 @@ from engine import contract  # noqa: E402
 from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.models.checkpoint import load_lamed  # noqa: E402
 from engine.models.lamed import Lamed  # noqa: E402
-from engine.prompt import Prompt  # noqa: E402
 from engine.processor import has_bf16  # noqa: E402
+from engine.prompt import Prompt  # noqa: E402
 from engine.runtime.onnx_session import OnnxGraph  # noqa: E402
 from engine.scan import pack_scan, read_scan  # noqa: E402
 from engine.volume import prepare  # noqa: E402

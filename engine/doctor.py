@@ -134,8 +134,8 @@ def _repository(repository: Path, target: str) -> list[Finding]:
                                                  f"--target {target}")]
     found = [_files(repository, manifest)]
     if target == "cpu" and manifest.precision == "bf16" and not has_bf16():
-        found.append(Finding("note", "precision", "this processor does not multiply bf16, and reads prompts in it several "
-                             "times as slowly as in fp32: export with --precision fp32 if memory allows"))
+        found.append(Finding("note", "precision", "this processor does not multiply bf16, and reads prompts in it "
+                             "several times as slowly as in fp32: export with --precision fp32 if memory allows"))
     if target == "tensorrt":
         gpus = gpu.find_gpus()
         found += [Finding("missing", "fits this machine", words)

@@ -1,4 +1,4 @@
-"""What this processor multiplies by itself. (gpu.py has the same of GPUs.)"""
+"""What this x86 processor multiplies by itself."""
 from __future__ import annotations
 
 from pathlib import Path

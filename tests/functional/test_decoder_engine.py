@@ -16,6 +16,7 @@ import torch
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from engine.errors import InvalidInput, ResourceExhausted, Unavailable
+from engine.processor import has_bf16
 from engine.runtime.decoder import AnswerInfo, Decoder
 from engine.runtime.decoder.settings import DecoderSettings
 from engine.sampling import Sampling
@@ -364,3 +365,16 @@ def test_phi3_answers_like_transformers_with_a_sliding_window_and_long_rope(tmp_
         answers = running.ask_all(*map(long_case, range(3)), *map(case, range(AT_ONCE)), max_new_tokens=LENGTH)
         for answer, expected in zip(answers, right):
             assert_equals(answer, expected)
+
+
+def test_in_bf16_states_are_right_and_kernels_called_directly_where_the_processor_has_it(tmp_path):
+    tiny = write_tiny_llm(tmp_path / "repository", precision="bf16")
+    with started(tiny) as running:
+        assert running.decoder.engine.direct is has_bf16()
+        answers = running.ask_all(*map(case, range(AT_ONCE)), max_new_tokens=LENGTH)
+    assert sum(len(answer.states) for answer in answers) >= 8
+    for i, answer in enumerate(answers):
+        # In fp32, and for the tokens that were said: greedy ones may be others after rounding.
+        states = tiny.states(*case(i), answer.ids)
+        wanted = states[np.array(answer.ids) == tiny.manifest.seg_token_id]
+        assert np.abs(answer.states - wanted).max(initial=0) < 8e-2 * np.abs(states).max()

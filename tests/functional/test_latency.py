@@ -24,8 +24,8 @@ def test_it_measures_a_running_server_against_both_baselines_and_the_floor(serve
     out = tmp_path / "latency.json"
     assert latency.main([*QUICK, "--server", server.url, "--repository", str(repository), "--checkpoint",
                          str(fixture_checkpoint), "--scan", str(scan), "--segment-question", QUESTION,
-                         "--segment-tokens", "24", "--tokens", "6", "--baseline", "fp32,bf16", "--concurrency", "1,8", "--rates", "5", "--seconds",
-                         "1", "--json", str(out), "--plots", str(tmp_path)]) == 0
+                         "--segment-tokens", "24", "--tokens", "6", "--baseline", "fp32,bf16", "--concurrency", "1,8",
+                         "--rates", "5", "--seconds", "1", "--json", str(out), "--plots", str(tmp_path)]) == 0
     said, found = capsys.readouterr().out, json.loads(out.read_text())
     assert {"cold_e2e", "followup_ttft", "throughput_c8", "segment_warm", "overhead_cold"} <= set(found["ratios"])
     assert all(np.isfinite(value) for value in found["ratios"].values())

@@ -106,6 +106,7 @@ def test_the_machine_has_rates():
 
 def test_without_bf16_in_the_processor_its_products_are_those_of_fp32_and_nothing_waits_for_emulated_ones(monkeypatch):
     monkeypatch.setattr(machine, "has_bf16", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.precisions() == ("fp32",)
     monkeypatch.setattr(floor, "_product_rate", lambda shape, dtype, *_: {torch.float32: 7.0}[dtype])
     assert floor.measure(seconds=0.01).matmul == {"fp32": 7.0, "bf16": 7.0, "fp16": 7.0}

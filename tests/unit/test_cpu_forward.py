@@ -1,4 +1,4 @@
-"""When the layers call vLLM's kernels directly. That they answer right then is seen in functional/test_decoder_engine.py."""
+"""When the layers call vLLM's kernels directly; functional/test_decoder_engine.py sees that they answer right then."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -9,23 +9,19 @@ import torch
 from torch.nn import functional
 
 from engine.runtime.decoder import cpu_forward
-from engine.runtime.decoder.cpu_forward import Kernels
+from engine.runtime.decoder.cpu_forward import Norms
 
 
-def kernels(to) -> Kernels:
-    """As vLLM's, in PyTorch. to(values, dtype): how results become `dtype`."""
-    def rms_norm(out, x, weight, epsilon):
+def norms(to) -> Norms:
+    """vLLM's, in PyTorch. to(values, dtype): how results become `dtype`."""
+    def plain(out, x, weight, epsilon):
         out.copy_(to(functional.rms_norm(x.float(), weight.shape, weight.float(), epsilon), x.dtype))
 
-    def add_rms_norm(x, residual, weight, epsilon):
+    def added(x, residual, weight, epsilon):
         residual.copy_(to(x.float() + residual.float(), x.dtype))
-        rms_norm(x, residual, weight, epsilon)
+        plain(x, residual, weight, epsilon)
 
-    def silu_and_mul(out, both):
-        gate, factor = both.float().chunk(2, -1)
-        out.copy_(to(functional.silu(gate) * factor, out.dtype))
-
-    return Kernels(rms_norm, add_rms_norm, silu_and_mul)
+    return Norms(plain, added)
 
 
 def cut(values, dtype):
@@ -33,25 +29,28 @@ def cut(values, dtype):
     return (values.view(torch.int32) >> 16 << 16).view(torch.float32).to(dtype)
 
 
-ROUNDING, CUTTING = kernels(torch.Tensor.to), kernels(cut)
+ROUNDING, CUTTING = norms(torch.Tensor.to), norms(cut)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_kernels_that_round_are_told_from_those_that_cut(dtype):
+def test_kernels_that_round_are_recognised(dtype):
     assert ROUNDING.round(dtype)
-    for name in ("rms_norm", "add_rms_norm", "silu_and_mul"):
-        assert not replace(ROUNDING, **{name: getattr(CUTTING, name)}).round(torch.bfloat16)
 
 
-@pytest.mark.parametrize("device, eager, fits, kernels, used", [
+@pytest.mark.parametrize("name", ["plain", "added"])
+def test_kernels_that_cut_are_recognised(name):
+    assert not replace(ROUNDING, **{name: getattr(CUTTING, name)}).round(torch.bfloat16)
+
+
+@pytest.mark.parametrize("device, eager, fits, found, used", [
     ("cpu", True, True, ROUNDING, True), ("cuda", True, True, ROUNDING, False), ("cpu", False, True, ROUNDING, False),
-    ("cpu", True, False, ROUNDING, False), ("cpu", True, True, CUTTING, False)])
-def test_it_is_used_on_a_cpu_uncompiled_where_it_fits_and_kernels_round(monkeypatch, device, eager, fits, kernels, used):
+    ("cpu", True, False, None, False), ("cpu", True, True, CUTTING, False)])
+def test_it_is_used_on_a_cpu_uncompiled_where_it_fits_and_kernels_round(monkeypatch, device, eager, fits, found, used):
     model = SimpleNamespace(forward="vLLM's own")
     runner = SimpleNamespace(device=torch.device(device), model=SimpleNamespace(model=model),
                              model_config=SimpleNamespace(enforce_eager=eager, dtype=torch.bfloat16))
     monkeypatch.setattr(cpu_forward, "_fits", lambda _: fits)
     monkeypatch.setattr(cpu_forward, "_forward_of", lambda *_: "the shorter one")
-    monkeypatch.setattr(Kernels, "of_vllm", lambda: kernels)
+    monkeypatch.setattr(Norms, "of_vllm", lambda: found)
     assert cpu_forward.use_on(runner) is used
     assert model.forward == ("the shorter one" if used else "vLLM's own")

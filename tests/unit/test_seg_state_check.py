@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from engine.errors import RepositoryError
 from engine.runtime.decoder import seg_state_check
-from engine.runtime.decoder.seg_state_check import check_seg_states
+from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
 from tests.tiny_llm import write_tiny_llm
 
 
@@ -37,13 +38,24 @@ def tiny(tmp_path_factory, request):
     return write_tiny_llm(tmp_path_factory.mktemp("tiny") / "repository", phi3=request.param)
 
 
-def check(tiny, spoil=lambda states: states):
+def right(states):
+    return states
+
+
+def check(tiny, spoil=right) -> seg_state_check.Checked:
     engine = Engine(tiny.model, spoil)
     return asyncio.run(check_seg_states(tiny.folder, torch.float32, engine.generate, engine.take))
 
 
+def check_again(tiny, before, spoil=right) -> seg_state_check.Checked:
+    engine = Engine(tiny.model, spoil)
+    return asyncio.run(check_same_states(before, tiny.folder, torch.float32, engine.generate, engine.take))
+
+
 def test_right_states_pass(tiny):
-    assert check(tiny) < 1e-5
+    checked = check(tiny)
+    assert checked.difference < 1e-5
+    assert check_again(tiny, checked).difference < 1e-5
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -58,7 +70,23 @@ def test_wrong_states_fail_the_start(tiny, spoil, words):
 
 def test_a_large_model_is_checked_by_its_own_head(tiny, monkeypatch):
     monkeypatch.setattr(seg_state_check, "SMALL_MODEL_BYTES", 0)
-    monkeypatch.setattr(seg_state_check, "_direct", None)
-    assert check(tiny) < 1e-5
+    monkeypatch.setattr(seg_state_check, "_by_transformers", None)
+    assert check(tiny).difference < 1e-5
     with pytest.raises(RepositoryError, match="predict"):
         check(tiny, lambda states: np.roll(states, 1, axis=0))
+
+
+@pytest.mark.parametrize("spoil", [lambda states: np.roll(states, 1, axis=0), lambda states: states * 1.01,
+                                   lambda states: states * np.nan])
+def test_another_way_to_compute_must_give_the_same_states(tiny, spoil):
+    checked = check(tiny)
+    with pytest.raises(RepositoryError, match="differ from those of vLLM's own pass"):
+        check_again(tiny, checked, spoil)
+
+
+def test_states_after_another_token_are_not_compared(tiny):
+    """In reduced precision two ways to compute may say different tokens, and all that follows differs."""
+    checked = check(tiny)
+    said, states = [checked.said[0] + 1, *checked.said[1:]], checked.states.clone()
+    states[1:] = 7
+    assert check_again(tiny, replace(checked, said=said, states=states)).difference < 1e-5

@@ -15,7 +15,7 @@ import torch
 
 from engine.errors import InvalidInput, M3DError, Unavailable
 from engine.runtime.decoder import seg_states, vllm_environment, worker_extension
-from engine.runtime.decoder.seg_state_check import check_seg_states
+from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
 from engine.runtime.decoder.settings import DecoderSettings
 
 RESTART_WINDOW_S = 3600
@@ -30,8 +30,8 @@ class LlmEngine:
     folder: an exported language model. context_length: rows of prompt and answer. padding_id: a token id that no answer has.
 
     An engine that dies fails the answers in progress with Unavailable and is restarted in the background, at most
-    `settings.restarts` times an hour; `health` says where it stands ("ready", or words for the client), `direct` whether
-    the layers call their kernels directly (see cpu_forward).
+    `settings.restarts` times an hour; `health` says where it stands ("ready", or words for the client), `direct`
+    whether the layers call their kernels directly (see cpu_forward).
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, context_length: int, padding_id: int,
@@ -60,9 +60,12 @@ class LlmEngine:
             raise
         try:
             await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
-            self.direct = DIRECT and all(await llm.collective_rpc("call_kernels_directly"))
             self._llm = llm
-            await check_seg_states(self.folder, self.dtype, self._greedy, self.take_states)
+            checking = self.folder, self.dtype, self._greedy, self.take_states
+            checked = await check_seg_states(*checking)
+            self.direct = DIRECT and all(await llm.collective_rpc("call_kernels_directly"))
+            if self.direct:
+                await check_same_states(checked, *checking)
         except BaseException:
             self._llm = None
             await _end(llm)

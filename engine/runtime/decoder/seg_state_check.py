@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,36 +23,74 @@ Take = Callable[[str, list[int]], Awaitable[np.ndarray]]
 """take(key, positions) -> fp32 states [K, H]."""
 
 
-async def check_seg_states(folder: Path, dtype: torch.dtype, generate: Generate, take: Take) -> float:
-    """Compare the states of a short answer with a direct computation; the largest relative difference.
+@dataclass(frozen=True)
+class Checked:
+    """A short answer of the engine: its tokens, their fp32 states [K, H], and how far these were off, relatively."""
+
+    said: list[int]
+    states: torch.Tensor
+    difference: float
+
+
+async def check_seg_states(folder: Path, dtype: torch.dtype, generate: Generate, take: Take) -> Checked:
+    """Compare the states of a short answer with a computation of our own.
 
     A small model is run by transformers on the same rows. A large one, which memory holds once only, must give each
     state's own token the highest logit. Raises RepositoryError if the states are off: masks would be wrong silently.
     """
     table = EmbeddingTable(folder)
-    rows = table.embed(torch.linspace(0, len(table.rows) - 1, PROMPT_LENGTH).long().tolist(), dtype)
-    said = await generate(rows, ANSWER_LENGTH, uuid.uuid4().hex, [])
-    key = uuid.uuid4().hex
-    again = await generate(rows, ANSWER_LENGTH, key, sorted(set(said)))
-    states = torch.from_numpy(await take(key, list(range(ANSWER_LENGTH))))
-    if again != said:
-        raise _wrong(f"the same prompt gave {said}, then {again}")
+    rows = _prompt(table, dtype)
+    said, states = await _answer(rows, generate, take)
     logits = states @ table.head().float().T
     shortfall = (logits.amax(1) - logits[torch.arange(len(said)), said]) / logits.abs().amax(1)
     difference = shortfall.max().item()
     if not difference <= TOLERANCE[dtype]:
         raise _wrong(f"the states of the tokens {said} predict {logits.argmax(1).tolist()}")
     if sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL_MODEL_BYTES:
-        direct = _direct(folder, dtype, torch.cat([rows, table.embed(said[:-1], dtype)]))
-        difference = ((states - direct).abs().max() / direct.abs().max()).item()
-        if not difference <= TOLERANCE[dtype]:
-            raise _wrong(f"they differ from transformers' by {difference:.2g} of the largest value, allowed are "
-                         f"{TOLERANCE[dtype]:.2g}")
+        wanted = _by_transformers(folder, dtype, torch.cat([rows, table.embed(said[:-1], dtype)]))
+        difference = _difference(states, wanted, dtype, "transformers'")
+    return Checked(said, states, difference)
+
+
+async def check_same_states(before: Checked, folder: Path, dtype: torch.dtype, generate: Generate,
+                            take: Take) -> Checked:
+    """Compare with what the engine answered `before` it computed in another way, as far as it says the same.
+
+    Raises RepositoryError if the states are off.
+    """
+    said, states = await _answer(_prompt(EmbeddingTable(folder), dtype), generate, take)
+    same = 1  # the first state comes before any token
+    while same < ANSWER_LENGTH and said[:same] == before.said[:same]:
+        same += 1
+    return Checked(said, states, _difference(states[:same], before.states[:same], dtype, "those of vLLM's own pass"))
+
+
+def _prompt(table: EmbeddingTable, dtype: torch.dtype) -> torch.Tensor:
+    return table.embed(torch.linspace(0, len(table.rows) - 1, PROMPT_LENGTH).long().tolist(), dtype)
+
+
+async def _answer(rows: torch.Tensor, generate: Generate, take: Take) -> tuple[list[int], torch.Tensor]:
+    """The tokens after the prompt `rows`, and the states they came from."""
+    said = await generate(rows, ANSWER_LENGTH, uuid.uuid4().hex, [])
+    key = uuid.uuid4().hex
+    again = await generate(rows, ANSWER_LENGTH, key, sorted(set(said)))
+    states = torch.from_numpy(await take(key, list(range(ANSWER_LENGTH))))
+    if again != said:
+        raise _wrong(f"the same prompt gave {said}, then {again}")
+    return said, states
+
+
+def _difference(states: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, whose: str) -> float:
+    """The largest, relative to the largest value. Raises RepositoryError if rounding does not explain it."""
+    difference = ((states - wanted).abs().max() / wanted.abs().max()).item()
+    if not difference <= TOLERANCE[dtype]:
+        raise _wrong(f"they differ from {whose} by {difference:.2g} of the largest value, allowed are "
+                     f"{TOLERANCE[dtype]:.2g}")
     return difference
 
 
 @torch.inference_mode()
-def _direct(folder: Path, dtype: torch.dtype, rows: torch.Tensor) -> torch.Tensor:
+def _by_transformers(folder: Path, dtype: torch.dtype, rows: torch.Tensor) -> torch.Tensor:
     """The last ANSWER_LENGTH states of a plain forward over `rows` [T, H], fp32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

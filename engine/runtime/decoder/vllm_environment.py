@@ -13,9 +13,10 @@ _ALWAYS = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_HOST_IP": "127.0.0.1",
-    # Threads that spin while they wait would take the cores from the encoders. But a token is hundreds of short products,
-    # and with threads that sleep after each it takes a third to twice as long, as waking one costs a virtual machine up
-    # to 70 microseconds. So they spin first, for as long as it is from one product to the next.
+    # Threads that spin while they wait would take the cores from the encoders. But a token is hundreds of short
+    # products, and with threads that sleep after each it takes a third longer to twice as long: waking one costs a
+    # virtual machine up to 70 microseconds. So they spin first, for about as long as it is from one product to the
+    # next; an encoder beside them takes up to a twelfth longer for it.
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "5000",
     # A Triton stub starts in the C locale; the engine's process inherits this.
