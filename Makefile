@@ -46,7 +46,7 @@ quantizing: $(QUANTIZING)/ready  ## install llm-compressor, in an environment of
 gpu-check:  ## in the image of deploy/ (its README has the command): build, compare with PyTorch, serve, measure, report
 	@$(GPU_PYTHON) deploy/gpu_check.py --out $(OUT)/gpu-check
 
-bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine's floor (10 minutes, nothing beside it)
+bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine's floor (10 to 25 minutes, nothing beside it)
 	@$(BIN)/python benchmarks/make_checkpoint.py --llm 135m $(OUT)/bench/checkpoint
 	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/bench/checkpoint --repository $(OUT)/bench/model_repository \
 	  --json $(OUT)/bench/latency.json --plots $(OUT)/bench

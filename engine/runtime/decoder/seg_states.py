@@ -9,7 +9,7 @@ A request asks by `SamplingParams.extra_args`: {"seg_states": [key, token id, ..
 changes request ids. Its rows are found by (key, position in the answer).
 
 Written against vLLM 0.32: model runner V1 (vllm/v1/worker/gpu_model_runner.py, whose subclass serves CPUs) and V2
-(vllm/v1/worker/gpu/model_runner.py), without speculative decoding. `seg_state_check` compares states at every start.
+(vllm/v1/worker/gpu/model_runner.py), without speculative decoding. `seg_state_check` checks states at every start.
 """
 from __future__ import annotations
 
