@@ -49,7 +49,7 @@ def check(tiny, spoil=right) -> seg_state_check.Checked:
 
 def check_again(tiny, before, spoil=right) -> seg_state_check.Checked:
     engine = Engine(tiny.model, spoil)
-    return asyncio.run(check_same_states(before, tiny.folder, torch.float32, engine.generate, engine.take))
+    return asyncio.run(check_same_states(before, engine.generate, engine.take))
 
 
 def test_right_states_pass(tiny):

@@ -61,11 +61,10 @@ class LlmEngine:
         try:
             await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
             self._llm = llm
-            checking = self.folder, self.dtype, self._greedy, self.take_states
-            checked = await check_seg_states(*checking)
+            checked = await check_seg_states(self.folder, self.dtype, self._greedy, self.take_states)
             self.direct = DIRECT and all(await llm.collective_rpc("call_kernels_directly"))
             if self.direct:
-                await check_same_states(checked, *checking)
+                await check_same_states(checked, self._greedy, self.take_states)
         except BaseException:
             self._llm = None
             await _end(llm)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,10 @@ Take = Callable[[str, list[int]], Awaitable[np.ndarray]]
 
 @dataclass(frozen=True)
 class Checked:
-    """A short answer of the engine: its tokens, their fp32 states [K, H], and how far these were off, relatively."""
+    """A short answer of the engine to the prompt `rows` [T, H]: its tokens, their fp32 states [K, H], and how far these
+    were off, relatively."""
 
+    rows: torch.Tensor
     said: list[int]
     states: torch.Tensor
     difference: float
@@ -39,7 +41,7 @@ async def check_seg_states(folder: Path, dtype: torch.dtype, generate: Generate,
     state's own token the highest logit. Raises RepositoryError if the states are off: masks would be wrong silently.
     """
     table = EmbeddingTable(folder)
-    rows = _prompt(table, dtype)
+    rows = table.embed(torch.linspace(0, len(table.rows) - 1, PROMPT_LENGTH).long().tolist(), dtype)
     said, states = await _answer(rows, generate, take)
     logits = states @ table.head().float().T
     shortfall = (logits.amax(1) - logits[torch.arange(len(said)), said]) / logits.abs().amax(1)
@@ -49,24 +51,20 @@ async def check_seg_states(folder: Path, dtype: torch.dtype, generate: Generate,
     if sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL_MODEL_BYTES:
         wanted = _by_transformers(folder, dtype, torch.cat([rows, table.embed(said[:-1], dtype)]))
         difference = _difference(states, wanted, dtype, "transformers'")
-    return Checked(said, states, difference)
+    return Checked(rows, said, states, difference)
 
 
-async def check_same_states(before: Checked, folder: Path, dtype: torch.dtype, generate: Generate,
-                            take: Take) -> Checked:
+async def check_same_states(before: Checked, generate: Generate, take: Take) -> Checked:
     """Compare with what the engine answered `before` it computed in another way, as far as it says the same.
 
     Raises RepositoryError if the states are off.
     """
-    said, states = await _answer(_prompt(EmbeddingTable(folder), dtype), generate, take)
+    said, states = await _answer(before.rows, generate, take)
     same = 1  # the first state comes before any token
     while same < ANSWER_LENGTH and said[:same] == before.said[:same]:
         same += 1
-    return Checked(said, states, _difference(states[:same], before.states[:same], dtype, "those of vLLM's own pass"))
-
-
-def _prompt(table: EmbeddingTable, dtype: torch.dtype) -> torch.Tensor:
-    return table.embed(torch.linspace(0, len(table.rows) - 1, PROMPT_LENGTH).long().tolist(), dtype)
+    difference = _difference(states[:same], before.states[:same], before.rows.dtype, "those of vLLM's own pass")
+    return replace(before, said=said, states=states, difference=difference)
 
 
 async def _answer(rows: torch.Tensor, generate: Generate, take: Take) -> tuple[list[int], torch.Tensor]:
