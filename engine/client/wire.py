@@ -5,8 +5,10 @@ so that streams are independent, cancelled one by one, and paused by HTTP/2's fl
 """
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -79,7 +81,7 @@ class InferRequest:
     contents: tuple[tuple[bytes | memoryview, ...], ...]
 
     def serialized(self) -> bytes:
-        return b"".join(self._pieces())
+        return _joined(tuple(self._pieces()))
 
     def ByteSize(self) -> int:
         """As protobuf's messages tell theirs."""
@@ -95,6 +97,32 @@ class InferRequest:
 def _size(pieces: Iterable[bytes | memoryview]) -> int:
     """Bytes of all of them."""
     return sum(memoryview(piece).nbytes for piece in pieces)
+
+
+_LARGE = 4 << 20  # bytes, from here on huge pages are worth their alignment
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t)
+_address_of = ctypes.pythonapi.PyBytes_AsString
+_address_of.restype, _address_of.argtypes = ctypes.c_void_p, (ctypes.py_object,)
+
+
+def _joined(pieces: Sequence[bytes | memoryview]) -> bytes:
+    """`b"".join`, in huge pages where Linux has them: a scan's bytes are new memory each time, and to touch that 4 KB
+    at a time takes a virtual machine four times as long as to fill it."""
+    size = _size(pieces)
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return b"".join(pieces)
+    joined = _new_bytes(None, size)  # Python lets its maker fill it, as long as nobody else has seen it
+    address = _address_of(joined)
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    # Advice, no more: where it is not taken, the pages are small ones.
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(address + size - first), mmap.MADV_HUGEPAGE)
+    target, start = np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8), 0
+    for piece in pieces:
+        values = np.frombuffer(piece, np.uint8)
+        target[start:start + values.size] = values
+        start += values.size
+    return joined
 
 
 _CONTENT_TAG = bytes([service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2])

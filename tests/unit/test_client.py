@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import resource
 import socket
 import threading
 import weakref
+from pathlib import Path
 
 import grpc
 import nibabel
@@ -19,6 +22,7 @@ from tests.unit.fake_triton import ANSWER, HANDLE
 
 VOLUME = np.linspace(0, 1, 60, dtype=np.float32).reshape(1, 3, 4, 5)
 PATIENCE_S = 60
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.fixture
@@ -291,7 +295,7 @@ def test_a_closed_client_says_so(triton):
 
 
 # --- evicted studies -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("sizes", [(0,), (1, 127), (128, 0, 16383), (16384, 3, 1 << 21)])
+@pytest.mark.parametrize("sizes", [(0,), (1, 127), (128, 0, 16383), (16384, 3, 1 << 21), (1, (5 << 20) + 3)])
 def test_a_request_is_sent_as_protobuf_would_write_it(sizes):
     contents = [bytes([n + 1]) * size for n, size in enumerate(sizes)]
     in_pieces = [content if n % 2 else (content[:2], memoryview(content)[2:]) for n, content in enumerate(contents)]
@@ -300,6 +304,15 @@ def test_a_request_is_sent_as_protobuf_would_write_it(sizes):
     whole = service_pb2.ModelInferRequest.FromString(request.serialized())
     assert whole.model_name == "study" and [i.name for i in whole.inputs] == [f"T{n}" for n in range(len(sizes))]
     assert list(whole.raw_input_contents) == contents and request.ByteSize() == whole.ByteSize()
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="huge pages are off here")
+def test_the_bytes_of_a_large_scan_touch_few_new_pages():
+    scan = np.ones((512, 512, 80), np.int16)
+    request = wire.request_of("study", {contract.VOLUME: (b"header", scan.data)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    sent = request.serialized()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < len(sent) / mmap.PAGESIZE / 4
 
 
 @pytest.mark.parametrize("request_of", [
