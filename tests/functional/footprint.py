@@ -17,6 +17,13 @@ def _started(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def stub_of(keeper_pid: int, model: str) -> int:
+    """The process of a Python model."""
+    found, *_ = (pid for pid in keeper.descendants(keeper_pid)
+                 if f"/{model}/1/model.py".encode() in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found
+
+
 class Footprint:
     """Taken while the keeper `keeper_pid` runs; `left()` names what still exists of it.
 

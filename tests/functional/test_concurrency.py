@@ -5,12 +5,12 @@ import os
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from engine.errors import Cancelled
 from engine.server import keeper
+from tests.functional.footprint import stub_of
 
 QUESTIONS = 32
 TOKENS = 40
@@ -83,19 +83,12 @@ def test_a_cancelled_stream_says_so(client, asked):
 @pytest.mark.parametrize("graph", ["vision_encoder", "segmentation_encoder"])
 def test_an_encoder_leaves_most_of_the_cores_to_answers_in_progress(server, client, asked, graph):
     client.segment(*asked[0], max_new_tokens=TOKENS)  # now all its threads are there
-    stub = _stub(server, graph)
-    decoder = _stub(server, "decoder")
+    stub = stub_of(server.keeper_pid, graph)
+    decoder = stub_of(server.keeper_pid, "decoder")
     decoding = [thread for pid in (decoder, *keeper.descendants(decoder)) for thread in _threads(pid)]
     # The thread that runs the graph, and the last that its library has started; those between may be Triton's own.
     for thread in (stub, max(_threads(stub))):
         assert _niceness(thread) >= max(map(_niceness, decoding)) + 5
-
-
-def _stub(server, model: str) -> int:
-    """The process of a Python model."""
-    found, = (pid for pid in keeper.descendants(server.keeper_pid)
-              if f"/{model}/1/model.py".encode() in Path(f"/proc/{pid}/cmdline").read_bytes())
-    return found
 
 
 def _threads(pid: int) -> list[int]:

@@ -20,7 +20,7 @@ from engine.client import M3DClient
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.server import Server, free_ports, keeper
 from tests.conftest import ROOT, copy_repository
-from tests.functional.footprint import Footprint
+from tests.functional.footprint import Footprint, stub_of
 from tests.tiny import QUESTION
 
 PATIENCE_S = 120
@@ -122,9 +122,7 @@ def test_the_death_of_a_python_model_ends_the_server_instead_of_letting_everybod
     with Server(light_repository, **free_ports(), log=log) as server, M3DClient(server.url, timeout=300) as client:
         footprint = Footprint(server.keeper_pid)
         client.upload(scans[0])
-        (pid, *_) = (pid for pid in footprint.processes
-                     if b"/vision_encoder/1/model.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
-        os.kill(pid, signal.SIGKILL)
+        os.kill(stub_of(server.keeper_pid, "vision_encoder"), signal.SIGKILL)
         with pytest.raises(Unavailable, match="the process of vision_encoder ended"):
             server.wait()
         with pytest.raises(Unavailable, match=server.url):

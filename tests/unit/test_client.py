@@ -103,6 +103,26 @@ def test_an_unusable_timeout_is_refused(client, study, timeout):
         client.ask(study, "What?", timeout=timeout)
 
 
+@pytest.mark.parametrize("sizes", [(0,), (1, 127), (128, 0, 16383), (16384, 3, 1 << 21), (1, (5 << 20) + 3)])
+def test_a_request_is_sent_as_protobuf_would_write_it(sizes):
+    contents = [bytes([n + 1]) * size for n, size in enumerate(sizes)]
+    in_pieces = [content if n % 2 else (content[:2], memoryview(content)[2:]) for n, content in enumerate(contents)]
+    request = wire.request_of("study", {contract.Tensor(f"T{n}", "UINT8", (-1,), ""): content
+                                        for n, content in enumerate(in_pieces)})
+    whole = service_pb2.ModelInferRequest.FromString(request.serialized())
+    assert whole.model_name == "study" and [i.name for i in whole.inputs] == [f"T{n}" for n in range(len(sizes))]
+    assert list(whole.raw_input_contents) == contents and request.ByteSize() == whole.ByteSize()
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="huge pages are off here")
+def test_the_bytes_of_a_large_scan_touch_few_new_pages():
+    scan = np.ones((512, 512, 80), np.int16)
+    request = wire.request_of("study", {contract.VOLUME: (b"header", scan.data)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    sent = request.serialized()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < len(sent) / mmap.PAGESIZE / 4
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 def test_a_stream_gives_the_pieces_and_then_the_whole(client, study):
     stream = client.stream(study, "What is this?")
@@ -295,26 +315,6 @@ def test_a_closed_client_says_so(triton):
 
 
 # --- evicted studies -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("sizes", [(0,), (1, 127), (128, 0, 16383), (16384, 3, 1 << 21), (1, (5 << 20) + 3)])
-def test_a_request_is_sent_as_protobuf_would_write_it(sizes):
-    contents = [bytes([n + 1]) * size for n, size in enumerate(sizes)]
-    in_pieces = [content if n % 2 else (content[:2], memoryview(content)[2:]) for n, content in enumerate(contents)]
-    request = wire.request_of("study", {contract.Tensor(f"T{n}", "UINT8", (-1,), ""): content
-                                        for n, content in enumerate(in_pieces)})
-    whole = service_pb2.ModelInferRequest.FromString(request.serialized())
-    assert whole.model_name == "study" and [i.name for i in whole.inputs] == [f"T{n}" for n in range(len(sizes))]
-    assert list(whole.raw_input_contents) == contents and request.ByteSize() == whole.ByteSize()
-
-
-@pytest.mark.skipif(not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="huge pages are off here")
-def test_the_bytes_of_a_large_scan_touch_few_new_pages():
-    scan = np.ones((512, 512, 80), np.int16)
-    request = wire.request_of("study", {contract.VOLUME: (b"header", scan.data)})
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    sent = request.serialized()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < len(sent) / mmap.PAGESIZE / 4
-
-
 @pytest.mark.parametrize("request_of", [
     lambda client, study: client.ask(study, "What?").text,
     lambda client, study: "".join(client.stream(study, "What?")),
