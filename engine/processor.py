@@ -9,10 +9,5 @@ def has_bf16() -> bool:
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_flags())
 
 
-def has_amx() -> bool:
-    """Whether it multiplies tiles of bf16 (AMX)."""
-    return "amx_bf16" in _flags()
-
-
 def _flags() -> list[str]:
     return Path("/proc/cpuinfo").read_text().split()

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: an ONNX graph with its matrix products in bf16, where the processor multiplies bf16 natively.
 
 ONNX Runtime has no bf16 on x86. Left to choose, OpenVINO would keep everything in bf16, the sums of all blocks and the
-norms among it, and masks suffer; so only what goes into a product is rounded here, and the rest stays in fp32.
+norms among it, and masks suffer; so only what goes into a product or comes out of it is rounded here.
 """
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ import numpy as np
 import openvino
 from openvino import opset13 as op
 
-from engine.processor import has_amx
-
-_TYPES = {openvino.Type.f32: "tensor(float)", openvino.Type.i64: "tensor(int64)"}
+# What a product's result passes through on its way into the next one: activations are computed with the product, in
+# fp32, before it is rounded.
+_KEEP_BF16 = {"Reshape", "Transpose", "Slice", "Squeeze", "Gelu"}
+# Products before the first block of a ViT, and in it: patch embedding; qkv, attention's output, both of the MLP.
+_EMBEDDING, _BLOCK = 1, 4
+_FP32, _BF16 = openvino.Type.f32, openvino.Type.bf16
+_TYPES = {_FP32: "tensor(float)", openvino.Type.i64: "tensor(int64)"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class OpenVinoSession:
         self._inputs, self._outputs = ([_node(port) for port in ports] for ports in (model.inputs, model.outputs))
         model.reshape({node.name: [1, *(-1 if size is None else size for size in node.shape[1:])]
                        for node in self._inputs})
-        _multiply_in_bf16(model, attention=not has_amx())
+        _multiply_in_bf16(model)
         self._model = _core().compile_model(model, "CPU", {
             "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads})
         self._request = self._model.create_infer_request()
@@ -67,40 +71,72 @@ def _core() -> openvino.Core:
     return openvino.Core()
 
 
-def _multiply_in_bf16(model: openvino.Model, attention: bool) -> None:
-    """Round what goes into products with weights and into attention, and what comes out of them, to bf16.
+def _multiply_in_bf16(model: openvino.Model) -> None:
+    """Let products with weights and attention read and write bf16; what they write stays so until it is summed up.
 
-    attention: whether that, too. By AMX it takes the fixture's mask beyond the bound of 0.999 (Dice 0.9988; 0.9992 with
-    attention in fp32), by AVX512-BF16 it does not (0.9994).
+    Left in fp32 is what costs little and would make much of the error: the patch embedding, the projector behind the
+    vision encoder's pooling (few rows, and more than half of the whole error), and where features are not pooled, the first
+    block, whose error all others pass on.
     """
-    for node in model.get_ordered_ops():
-        inputs, kind = [port.get_source_output() for port in node.inputs()], node.get_type_name()
-        if kind == "MatMul" and inputs[1].get_node().get_type_name() == "Constant":
-            product = _product(*inputs, node.get_attributes())
-        elif kind == "ScaledDotProductAttention" and attention:
-            product = op.scaled_dot_product_attention(*(op.convert(part, "bf16") for part in inputs))
-        else:
-            continue
-        out = op.convert(product, "f32").output(0)
-        out.set_names(node.output(0).get_names())
-        for target in node.output(0).get_target_inputs():
-            target.replace_source_output(out)
+    nodes = model.get_ordered_ops()
+    products = [node for node in nodes if _weights(node) is not None]
+    pooled = any(node.get_type_name() == "AvgPool" for node in nodes)
+    most = max(map(_rows, products), default=0)
+    chosen = {node.get_name() for node in products[_EMBEDDING if pooled else _EMBEDDING + _BLOCK:]
+              if 2 * _rows(node) > most}
+    for node in nodes:
+        ports, kind = node.inputs(), node.get_type_name()
+        if node.get_name() in chosen:
+            _round_product(node)
+        elif (kind == "ScaledDotProductAttention" or _adds_bias(node)) and _is_bf16(ports[0]):
+            for port in ports:
+                _convert(port, _BF16)
+        elif not (kind in _KEEP_BF16 and _is_bf16(ports[0])):
+            for port in filter(_is_bf16, ports):
+                _convert(port, _FP32)
+        node.validate_and_infer_types()  # what it writes is known from here on
 
 
-def _product(x: openvino.Output, weights: openvino.Output, turned: Mapping[str, bool]) -> openvino.Node:
-    """x @ weights in bf16, either transposed where `turned` says so.
+def _weights(node: openvino.Node) -> np.ndarray | None:
+    """Of a product with weights, as they lie there."""
+    return node.input_value(1).get_node().data if _has_constant(node, "MatMul") else None
 
-    Rounding weights harms more than rounding everything else, since it is the same in every patch. So weights that bf16
-    does not hold (those of published checkpoints are stored in it) become the sum of two that it does.
-    """
-    whole = weights.get_node().data
-    first = (whole.view(np.uint32) & 0xFFFF0000).view(np.float32)
-    rest = whole - first
+
+def _adds_bias(node: openvino.Node) -> bool:
+    return _has_constant(node, "Add") and len(node.get_input_shape(1)) == 1
+
+
+def _has_constant(node: openvino.Node, kind: str) -> bool:
+    return node.get_type_name() == kind and node.input_value(1).get_node().get_type_name() == "Constant"
+
+
+def _rows(product: openvino.Node) -> int:
+    shape = product.get_output_partial_shape(0)
+    return shape[len(shape) - 2].get_length()
+
+
+def _round_product(node: openvino.Node) -> None:
+    """Weights that bf16 does not hold (those of published checkpoints are stored in it) become the sum of two that it
+    does: rounding them harms more than rounding anything else, since it is the same in every patch."""
+    turned, rows = node.get_attributes(), node.input(0)
+    _convert(rows, _BF16)
+    weights = _weights(node)
+    first = (weights.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    rest = weights - first
     if rest.any():
-        of_x = len(x.get_partial_shape()) - (2 if turned["transpose_a"] else 1)
-        x, first = op.concat([x, x], of_x), np.concatenate([first, rest], 1 if turned["transpose_b"] else 0)
-    return op.matmul(op.convert(x, "bf16"), op.convert(op.constant(first), "bf16"), turned["transpose_a"],
-                     turned["transpose_b"])
+        of_rows = len(rows.get_partial_shape()) - (2 if turned["transpose_a"] else 1)
+        rows.replace_source_output(op.concat([rows.get_source_output()] * 2, of_rows).output(0))
+        first = np.concatenate([first, rest], 1 if turned["transpose_b"] else 0)
+    node.input(1).replace_source_output(op.convert(op.constant(first), "bf16").output(0))
+
+
+def _is_bf16(port: openvino.Input) -> bool:
+    return port.get_source_output().get_element_type() == _BF16
+
+
+def _convert(port: openvino.Input, dtype: openvino.Type) -> None:
+    if port.get_source_output().get_element_type() != dtype:
+        port.replace_source_output(op.convert(port.get_source_output(), dtype.to_string()).output(0))
 
 
 def _node(port) -> Node:
