@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from nibabel.orientations import io_orientation
+from scipy.sparse import csr_array
 
 from engine.errors import InvalidInput
 from engine.volume.resample import apply, cheapest_order, shrink, slabs, weights
@@ -79,13 +80,13 @@ class Geometry:
             columns = np.flatnonzero(matrix.any(0))
             columns = slice(columns[0], columns[-1] + 1)
             volume = volume[(slice(None),) * axis + (columns,)]
-            matrices.append(np.ascontiguousarray(matrix[:, columns]))
+            matrices.append(csr_array(matrix[:, columns]))
             box.append(slice(start + rows[0], start + rows[-1] + 1))
         target = mask[tuple(box)]
         *rest, last = cheapest_order(matrices)
         volume = np.ascontiguousarray(volume)
         for axis in rest:
-            volume = np.ascontiguousarray(apply(volume, matrices[axis], axis))
+            volume = apply(volume, matrices[axis], axis)
         across = 1 if last == 0 else 0
         for part in slabs(target.shape, across):
             part = (slice(None),) * across + (part,)

