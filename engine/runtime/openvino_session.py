@@ -75,8 +75,8 @@ def _multiply_in_bf16(model: openvino.Model) -> None:
     """Let products with weights and attention read and write bf16; what they write stays so until it is summed up.
 
     Left in fp32 is what costs little and would make much of the error: the patch embedding, the projector behind the
-    vision encoder's pooling (few rows, and more than half of the whole error), and where features are not pooled, the first
-    block, whose error all others pass on.
+    vision encoder's pooling (few rows, and more than half of the whole error), and where features are not pooled, the
+    first block, whose error all others pass on.
     """
     nodes = model.get_ordered_ops()
     products = [node for node in nodes if _weights(node) is not None]
@@ -126,8 +126,9 @@ def _round_product(node: openvino.Node) -> None:
     if rest.any():
         of_rows = len(rows.get_partial_shape()) - (2 if turned["transpose_a"] else 1)
         rows.replace_source_output(op.concat([rows.get_source_output()] * 2, of_rows).output(0))
-        first = np.concatenate([first, rest], 1 if turned["transpose_b"] else 0)
-    node.input(1).replace_source_output(op.convert(op.constant(first), "bf16").output(0))
+        parts = np.concatenate([first, rest], 1 if turned["transpose_b"] else 0)
+        node.input(1).replace_source_output(op.constant(parts).output(0))
+    _convert(node.input(1), _BF16)
 
 
 def _is_bf16(port: openvino.Input) -> bool:

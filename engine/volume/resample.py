@@ -35,8 +35,9 @@ def apply(volume: np.ndarray, matrix: csr_array, axis: int) -> np.ndarray:
     """`matrix` [out, in] along `axis` of a C-contiguous float32 volume with 3 axes."""
     if axis == 0:
         return (matrix @ volume.reshape(len(volume), -1)).reshape(-1, *volume.shape[1:])
-    result = np.empty((len(volume), *((matrix.shape[0], volume.shape[2]) if axis == 1 else
-                                      (volume.shape[1], matrix.shape[0]))), np.float32)
+    shape = list(volume.shape)
+    shape[axis] = matrix.shape[0]
+    result = np.empty(shape, np.float32)
     for part, into in zip(volume, result):
         into[...] = matrix @ part if axis == 1 else (matrix @ part.T).T
     return result
