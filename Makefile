@@ -47,9 +47,9 @@ gpu-check:  ## in the image of deploy/ (its README has the command): build, comp
 	@$(GPU_PYTHON) deploy/gpu_check.py --out $(OUT)/gpu-check
 
 bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine's floor (10 to 25 minutes, nothing beside it)
-	@$(BIN)/python benchmarks/make_checkpoint.py --llm 135m $(OUT)/bench/checkpoint
-	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/bench/checkpoint --repository $(OUT)/bench/model_repository \
-	  --json $(OUT)/bench/latency.json --plots $(OUT)/bench
+	@$(BIN)/python benchmarks/make_checkpoint.py --llm 135m $(OUT)/bench/checkpoint --clip $(OUT)/bench/clip
+	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/bench/checkpoint --clip-checkpoint $(OUT)/bench/clip \
+	  --repository $(OUT)/bench/model_repository --json $(OUT)/bench/latency.json --plots $(OUT)/bench
 
 bench-settings: $(VENV)/testing  ## after `make bench`: precisions of the encoders, vLLM's settings (10 minutes, nothing beside it)
 	@$(BIN)/python benchmarks/encoders.py --checkpoint $(OUT)/bench/checkpoint --repository $(OUT)/bench/model_repository \

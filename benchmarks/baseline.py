@@ -1,30 +1,32 @@
 """What a user would do today: the same weights in eager PyTorch, one request at a time, everything from the start.
 
-As the published script does: `encode_images`, transformers' `generate` on `inputs_embeds`, then SegVol. Nothing is kept
-between questions. Scans are read and masks are put back by the engine's own functions, so that the sides differ in
-serving only.
+As the published script does: `encode_images`, transformers' `generate` on `inputs_embeds`, then SegVol; M3D-CLIP for a
+ranking. Nothing is kept between questions. Scans are read and masks are put back by the engine's own functions, so that
+the sides differ in serving only.
 """
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks import machine
 from benchmarks.samples import Sample
 from benchmarks.scans import BenchmarkScan
-from engine.models.checkpoint import load_lamed
+from engine.models.checkpoint import load_clip, load_lamed
 from engine.prompt import Prompt
 from engine.scan import pack_scan, read_scan
 from engine.volume import prepare
 
 
 class Baseline:
-    """One loaded model in eager PyTorch. precision: of all its parts, a key of machine.DTYPES."""
+    """One loaded model in eager PyTorch, with M3D-CLIP if asked. precision: of all parts, a key of machine.DTYPES."""
 
-    def __init__(self, checkpoint: str, precision: str):
+    def __init__(self, checkpoint: str, precision: str, clip_checkpoint: str | None = None):
         self.precision = precision
         self.dtype = machine.DTYPES[precision]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,6 +34,11 @@ class Baseline:
         self.model.to(self.device)
         config = self.model.config
         self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.context_length)
+        self.clip = None
+        if clip_checkpoint:
+            self.clip, folder = load_clip(clip_checkpoint, self.dtype)
+            self.clip.to(self.device)
+            self.clip_tokenizer = AutoTokenizer.from_pretrained(folder)
 
     @torch.inference_mode()
     def ask(self, scan: BenchmarkScan, question: str, tokens: int) -> Sample:
@@ -58,6 +65,16 @@ class Baseline:
         if logits is not None:
             mask = geometry.mask_to_scan(torch.sigmoid(logits[0, 0].float()).cpu().numpy())
         return clock.sample(len(said), ids.shape[1]), mask
+
+    @torch.inference_mode()
+    def rank(self, scan: BenchmarkScan, texts: Sequence[str]) -> tuple[Sample, list[float]]:
+        """Also the scores, one for each text."""
+        started = time.perf_counter()
+        image, _ = self._image(scan)
+        tokens = self.clip_tokenizer(list(texts), padding="max_length", max_length=self.clip.config.max_text_len,
+                                     truncation=True, return_tensors="pt").to(self.device)
+        (scores,) = self.clip.logits_per_image(image, tokens["input_ids"], tokens["attention_mask"]).tolist()
+        return Sample(time.perf_counter() - started), scores
 
     def _image(self, scan: BenchmarkScan):
         data, affine = pack_scan(scan.array, scan.affine)

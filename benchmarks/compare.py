@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,10 @@ METRICS = ("total_s", "first_s", "per_token_s")
 OF_THE_WORK = ("scan", "tokens")
 OF_THE_MACHINE = ("cpu", "cores", "gpu", "versions")
 SAME_BYTES = 1.001  # a question's number may have a digit more
-ONCE = {"export_s": "export", "export_peak_bytes": "memory of the export", "start_s": "start",
-        "server_memory_bytes": "memory of the server", "peak_memory_bytes": "memory of the machine"}
+SAME_MEMORY = 1.1
+ONCE = {"export_s": "export", "start_s": "start"}
+MEMORY = {"export_peak_bytes": "memory of the export", "server_memory_bytes": "memory of the server",
+          "peak_memory_bytes": "memory of the machine"}
 MACHINE = "cold, total"  # of a baseline: says how fast the machine was
 
 
@@ -71,7 +73,7 @@ def compare(old: dict, new: dict) -> tuple[list[Row], list[str]]:
     if _precision(old) != _precision(new):
         raise InvalidInput(f"they did other work: the precision was {_precision(old)} and is {_precision(new)}")
     rows, gone = [], []
-    for measured, row in ((_measured, _noisy), (_sizes, _exact)):
+    for measured, row in ((_measured, _noisy), (_sizes, _bounded(SAME_BYTES)), (_memory, _bounded(SAME_MEMORY))):
         before, after = dict(measured(old)), dict(measured(new))
         rows += [row(what, before[what], after[what]) for what in before if what in after]
         gone += [what for what in before if what not in after]
@@ -84,10 +86,13 @@ def _noisy(what: str, old: list[float], new: list[float]) -> Row:
     return Row(what, *interval(old, new))
 
 
-def _exact(what: str, old: int, new: int) -> Row:
-    ratio = new / old
-    end = 1.0 if 1 / SAME_BYTES < ratio < SAME_BYTES else ratio
-    return Row(what, ratio, end, end)
+def _bounded(same: float) -> Callable[[str, int, int], Row]:
+    def row(what: str, old: int, new: int) -> Row:
+        ratio = new / old
+        end = 1.0 if 1 / same < ratio < same else ratio
+        return Row(what, ratio, end, end)
+
+    return row
 
 
 def machine(rows: list[Row]) -> tuple[float, float]:
@@ -98,13 +103,13 @@ def machine(rows: list[Row]) -> tuple[float, float]:
 
 
 def _measured(result: dict) -> Iterator[tuple[str, list[float]]]:
-    """Durations and memory, with their samples."""
+    """Durations, with their samples."""
     for side, kinds in result["samples"].items():
         for kind, samples in kinds.items():
             yield from _times(f"{side}, {kind}", samples)
             for part in sorted({name for s in samples for name in s["parts"]}):
                 yield f"{side}, {kind}, {part}", [s["parts"][part] for s in samples if part in s["parts"]]
-            if side == "served" and kind in ("cold", "follow_up"):
+            if samples and side == "served" and kind in ("cold", "follow_up"):
                 yield f"{side}, {kind}, overhead", [rest(s) for s in samples]
     clients: dict[str, list[float]] = {}
     for row in result.get("closed_loop", ()):
@@ -129,6 +134,12 @@ def _sizes(result: dict) -> Iterator[tuple[str, int]]:
     """Bytes on the wire."""
     for name, size in result.get("wire", {}).items():
         yield f"bytes of {name}", size
+
+
+def _memory(result: dict) -> Iterator[tuple[str, int]]:
+    for name, words in MEMORY.items():
+        if result.get(name):
+            yield words, result[name]
 
 
 def _precision(result: dict) -> str | None:
@@ -159,6 +170,10 @@ def main() -> int:
     except InvalidInput as error:
         print(f"not compared: {error}", file=sys.stderr)
         return 2
+    except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        print("not compared: one of the files is no whole result of latency.py "
+              f"({type(error).__name__}: {error}): measure again", file=sys.stderr)
+        return 2
     for name in OF_THE_MACHINE:
         if old["conditions"].get(name) != new["conditions"].get(name):
             print(f"not the same: {name} was {old['conditions'].get(name)} and is {new['conditions'].get(name)}")
@@ -171,7 +186,9 @@ def main() -> int:
         print(f"{row.what:<44} {row.ratio:6.3f}   {noise:<16}  {mark}")
     for what in gone:
         print(f"{what:<44} missing in {arguments.new}")
-    return int(slower or bool(gone))
+    for section, words in new.get("failures", {}).items():
+        print(f"{section:<44} failed in {arguments.new}: {words}")
+    return int(slower or bool(gone) or bool(new.get("failures")))
 
 
 if __name__ == "__main__":

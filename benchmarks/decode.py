@@ -25,9 +25,10 @@ import numpy as np  # noqa: E402
 from google.protobuf import text_format  # noqa: E402
 from tritonclient.grpc import model_config_pb2  # noqa: E402
 
-from benchmarks import floor  # noqa: E402
+from benchmarks import command, floor  # noqa: E402
+from benchmarks.command import at_least, say, several  # noqa: E402
 from benchmarks.report import table  # noqa: E402
-from engine.errors import InvalidInput, M3DError  # noqa: E402
+from engine.errors import InvalidInput  # noqa: E402
 from engine.manifest import Manifest  # noqa: E402
 from engine.models.checkpoint import open_lamed  # noqa: E402
 from engine.runtime.decoder.settings import DecoderSettings  # noqa: E402
@@ -64,15 +65,17 @@ WAYS = {
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    try:
-        if arguments.way_alone:
-            found = asyncio.run(_measure_here(arguments, WAYS[arguments.way_alone]))
-            print(f"{RESULT}{json.dumps(found)}", flush=True)
-            return 0
-        result = measure(arguments)
-    except M3DError as error:
-        print(f"the benchmark failed: {error}", file=sys.stderr)
-        return 1
+    return command.run(lambda: (_measure_alone if arguments.way_alone else _measure_and_tell)(arguments))
+
+
+def _measure_alone(arguments: argparse.Namespace) -> int:
+    found = asyncio.run(_measure_here(arguments, WAYS[arguments.way_alone]))
+    print(f"{RESULT}{json.dumps(found)}", flush=True)
+    return 0
+
+
+def _measure_and_tell(arguments: argparse.Namespace) -> int:
+    result = measure(arguments)
     print("\n" + text(result))
     return int(bool(result["failures"]))
 
@@ -82,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     if unknown := sorted(set(arguments.ways) - set(WAYS)):
         raise InvalidInput(f"unknown: {', '.join(unknown)}; the ways are {', '.join(WAYS)}")
     manifest = Manifest.read(arguments.repository)
-    _say("the machine's rates")
+    say("the machine's rates")
     rates = floor.measure(seconds=arguments.floor_seconds)
     config, _, _ = open_lamed(arguments.checkpoint or manifest.checkpoint)
     alone, together = (floor.stages(config, llm=manifest.precision, graphs="fp32", question_tokens=12,
@@ -92,11 +95,11 @@ def measure(arguments: argparse.Namespace) -> dict:
               "settings": asdict(configured(arguments.repository)),
               "floor": {"per_token_s": alone, "tokens_per_s": AT_ONCE / together}, "ways": {}, "failures": {}}
     for name in arguments.ways:
-        _say(name)
-        command = [sys.executable, __file__, "--repository", arguments.repository, "--tokens", arguments.tokens,
-                   "--repeats", arguments.repeats, "--way-alone", name]
+        say(name)
+        words = [sys.executable, __file__, "--repository", arguments.repository, "--tokens", arguments.tokens,
+                 "--repeats", arguments.repeats, "--way-alone", name]
         try:
-            done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True,
+            done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True,
                                   timeout=arguments.timeout)
         except subprocess.TimeoutExpired:
             result["failures"][name] = f"not done after {arguments.timeout:g} s"
@@ -174,20 +177,16 @@ def text(result: dict) -> str:
         f"{result['rates']['memory'] / 1e9:.1f} GB/s.", *failed))
 
 
-def _say(words: str) -> None:
-    print(f"- {words}", flush=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, required=True, help="an exported model repository")
     parser.add_argument("--checkpoint", help="its checkpoint (default: what the manifest names)")
-    parser.add_argument("--ways", type=lambda words: tuple(words.split(",")), default=tuple(WAYS),
-                        help=f"default: {','.join(WAYS)}")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds for a way (default: %(default)s)")
-    parser.add_argument("--floor-seconds", type=float, default=2.0, help="for each of the machine's rates")
+    parser.add_argument("--ways", type=several(), default=tuple(WAYS), help=f"default: {','.join(WAYS)}")
+    parser.add_argument("--tokens", type=at_least(2), default=64, help="of an answer (default: %(default)s)")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--timeout", type=at_least(0, float), default=TIMEOUT_S,
+                        help="seconds for a way (default: %(default)s)")
+    parser.add_argument("--floor-seconds", type=at_least(0, float), default=2.0, help="for each of the machine's rates")
     parser.add_argument("--json", type=Path, help="file for everything")
     parser.add_argument("--way-alone", choices=WAYS, help=argparse.SUPPRESS)  # in the process of its own
     return parser

@@ -32,10 +32,11 @@ import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks import floor, scans  # noqa: E402
+from benchmarks import command, floor, scans  # noqa: E402
+from benchmarks.command import at_least, say, several  # noqa: E402
 from benchmarks.report import table  # noqa: E402
 from engine import contract  # noqa: E402
-from engine.errors import InvalidInput, M3DError  # noqa: E402
+from engine.errors import InvalidInput  # noqa: E402
 from engine.models.checkpoint import load_lamed  # noqa: E402
 from engine.models.lamed import Lamed  # noqa: E402
 from engine.processor import has_bf16  # noqa: E402
@@ -79,11 +80,11 @@ class Exactness:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    try:
-        result = measure(arguments)
-    except M3DError as error:
-        print(f"the benchmark failed: {error}", file=sys.stderr)
-        return 1
+    return command.run(lambda: _measure_and_tell(arguments))
+
+
+def _measure_and_tell(arguments: argparse.Namespace) -> int:
+    result = measure(arguments)
     print("\n" + text(result))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     rates = floor.measure(seconds=arguments.floor_seconds)
     result = {"target": target, "precisions": precisions, "rates": asdict(rates), "exactness": []}
     with tempfile.TemporaryDirectory() as folder:
-        _say("the checkpoint")
+        say("the checkpoint")
         model, tokenizer = _open(arguments.checkpoint)
         images = {}
         for scan in map(scans.read, arguments.scan) if arguments.scan else [scans.phantom()]:
@@ -117,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         for name, image in images.items():
             result["exactness"] += encoders.exactness(name, image, arguments.question or [QUESTION], arguments.tokens)
         if arguments.fixture:
-            _say("the fixture")
+            say("the fixture")
             checkpoint, image, question, tokens = _fixture(Path(folder) / "fixture")
             encoders = Encoders(*_open(str(checkpoint)), precisions, Path(folder) / "fixture", target, [image])
             result["exactness"] += encoders.exactness("fixture", image, [question], tokens)
@@ -142,7 +143,7 @@ class Encoders:
         for name in (VISION, SEGMENTATION):
             path = (repository or folder) / name / "1" / "model.onnx"
             for precision in precisions:
-                _say(f"{name}, {precision}")
+                say(f"{name}, {precision}")
                 started = time.perf_counter()
                 self.graphs[name, precision] = (
                     _typed(path, precision, images) if target == "tensorrt" else
@@ -161,7 +162,7 @@ class Encoders:
         """
         found: dict = {}
         for name in (VISION, SEGMENTATION):
-            _say(f"{name}, {runs} runs of each")
+            say(f"{name}, {runs} runs of each")
             outputs = {precision: self.encode(name, precision, image) for precision in self.precisions}  # warm-up
             found[name] = {precision: {"load_s": self.load_s[name, precision], "seconds": []}
                            for precision in self.precisions}
@@ -182,7 +183,7 @@ class Encoders:
     @torch.inference_mode()
     def exactness(self, case: str, image: np.ndarray, questions: list[str], tokens: int) -> list[Exactness]:
         """Every pair of precisions against the fp32 pair."""
-        _say(f"answers and masks of the {case}")
+        say(f"answers and masks of the {case}")
         answers = {p: [self._answer(self.encode(VISION, p, image), question, tokens) for question in questions]
                    for p in self.precisions}
         features = {p: torch.from_numpy(self.encode(SEGMENTATION, p, image)) for p in self.precisions}
@@ -190,7 +191,7 @@ class Encoders:
                  for pair in itertools.product(self.precisions, repeat=2)}
         exact = masks["fp32", "fp32"]
         if all(mask is None for mask in exact):
-            _say(f"the {case} draws no mask: give a --question whose answer has a [SEG]")
+            say(f"the {case} draws no mask: give a --question whose answer has a [SEG]")
         found = []
         for pair, drawn in masks.items():
             same = [_same_tokens(a.token_ids, b.token_ids) for a, b in zip(answers["fp32"], answers[pair[0]])]
@@ -268,7 +269,7 @@ def _export(model: Lamed, folder: Path, fused: bool) -> None:
 
     for graph in lamed_graphs(model):
         if graph.name in (VISION, SEGMENTATION):
-            _say(f"{graph.name}: export")
+            say(f"{graph.name}: export")
             build(graph, folder, fused)
 
 
@@ -309,10 +310,6 @@ def _same_tokens(exact: tuple[int, ...], other: tuple[int, ...]) -> int | None:
     return next((n for n, (a, b) in enumerate(zip(exact, other)) if a != b), min(len(exact), len(other)))
 
 
-def _say(words: str) -> None:
-    print(f"- {words}", flush=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="M3D-LaMed: a folder or a Hugging Face id")
@@ -321,14 +318,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scan", type=Path, nargs="+", help="scan files (default: a made CT)")
     parser.add_argument("--question", action="append", help="asked about each scan; its answer should have a [SEG]. May "
                         "be given several times (the default does it with checkpoints of make_checkpoint.py)")
-    parser.add_argument("--tokens", type=int, default=24, help="of an answer (default: %(default)s)")
-    parser.add_argument("--precisions", type=lambda words: tuple(words.split(",")),
+    parser.add_argument("--tokens", type=at_least(2), default=24, help="of an answer (default: %(default)s)")
+    parser.add_argument("--precisions", type=several(),
                         help="default: fp32,bf16,int8 (bf16 is left out where the processor does not have it), for "
                              "target tensorrt fp32,fp16,bf16,fp8")
-    parser.add_argument("--runs", type=int, default=5, help="of each encoder (default: %(default)s)")
+    parser.add_argument("--runs", type=at_least(0), default=5, help="of each encoder (default: %(default)s)")
     parser.add_argument("--fixture", action=argparse.BooleanOptionalAction, default=True,
                         help="also compare on the fixture of tests/fixtures (default: yes)")
-    parser.add_argument("--floor-seconds", type=float, default=2.0, help="for each of the machine's rates")
+    parser.add_argument("--floor-seconds", type=at_least(0, float), default=2.0, help="for each of the machine's rates")
     parser.add_argument("--json", type=Path, help="file for everything")
     return parser
 

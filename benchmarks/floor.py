@@ -106,13 +106,13 @@ def weights(*modules: nn.Module) -> int:
     return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())
 
 
-def measure(device: str | None = None, seconds: float = 1.0) -> Rates:
-    """The rates of this machine: the best of the repetitions that fit in about `seconds` each.
+def measure(seconds: float = 1.0) -> Rates:
+    """The rates of this machine, of its GPU if it has one: the best of the repetitions that fit in `seconds` each.
 
     Of products, the best shape counts: a floor that a stage can go below is none. A processor that has no products of
     bf16 makes them in fp32 (PyTorch's own way takes minutes for the large one).
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     matmul = {name: max(_product_rate(shape, machine.DTYPES[name], seconds / len(SHAPES), device) for shape in SHAPES)
               for name in machine.precisions()}
     matmul["fp16"] = matmul.setdefault("bf16", matmul["fp32"])

@@ -6,8 +6,8 @@
 
 In one run: the server; the baseline (the same weights in eager PyTorch with transformers' `generate`, one request at a
 time, in fp32 and bf16), which takes its turn after the server in every round; and the floor (the machine's measured
-matrix rate and memory bandwidth, and each stage's FLOPs and bytes). Leave the machine alone meanwhile. What was measured
-is written after every section, and a section that fails leaves the others standing (exit status 1).
+matrix rate and memory bandwidth, and each stage's FLOPs and bytes). Leave the machine alone meanwhile. A section that
+fails leaves the others standing (exit status 1). What was measured so far is in OUT.json.part until all is there.
 """
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ if __package__ in (None, ""):  # run as a script, from any folder
 
 import torch  # noqa: E402
 
-from benchmarks import floor, load, machine, preprocessing, report, scans, triton_trace  # noqa: E402
+from benchmarks import command, floor, load, machine, preprocessing, report, scans, triton_trace  # noqa: E402
 from benchmarks.baseline import Baseline  # noqa: E402
+from benchmarks.command import at_least, say, several  # noqa: E402
 from benchmarks.samples import Sample  # noqa: E402
 from benchmarks.served import ENCODERS, Served  # noqa: E402
 from engine.client import Study  # noqa: E402
 from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.manifest import FILE_NAME as MANIFEST, Manifest  # noqa: E402
-from engine.models.checkpoint import open_lamed  # noqa: E402
+from engine.models.checkpoint import open_lamed, resolve  # noqa: E402
 from engine.runtime.onnx_session import chosen_precision  # noqa: E402
 from engine.server import Server, free_ports  # noqa: E402
 
@@ -58,17 +59,22 @@ TEXTS = ("a chest CT with a pleural effusion", "an abdominal CT without findings
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    return command.run(lambda: _measure_and_tell(arguments))
+
+
+def _measure_and_tell(arguments: argparse.Namespace) -> int:
     try:
         result = measure(arguments)
-    except M3DError as error:
-        print(f"the benchmark failed: {error}", file=sys.stderr)
-        return 1
+    except BaseException:
+        if arguments.json and _unfinished(arguments.json).exists():
+            say(f"what was measured before: {_unfinished(arguments.json)}")
+        raise
     print("\n" + report.text(result))
     if arguments.json:
-        _say(f"everything: {arguments.json}")
+        say(f"everything: {arguments.json}")
     if arguments.plots:
         for path in report.plots(result, arguments.plots):
-            _say(f"picture: {path}")
+            say(f"picture: {path}")
     for name, words in result["failures"].items():
         print(f"not measured, {name}: {words}", file=sys.stderr)
     return int(bool(result["failures"]))
@@ -76,20 +82,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Everything that `--json` writes; raw samples, and what report.py makes of them."""
-    if not (arguments.checkpoint or arguments.repository or arguments.server):
-        raise InvalidInput("name what to measure: --checkpoint, --repository or --server")
-    if arguments.json and arguments.json.is_dir():
-        raise InvalidInput(f"{arguments.json} is a folder: give a file for --json")
-    if not (arguments.checkpoint and (arguments.repository or not arguments.server)):
-        _say("without --checkpoint there is no baseline, and without the served --repository beside it no floor")
-    for path in filter(None, (arguments.json and arguments.json.parent, arguments.plots)):
-        path.mkdir(parents=True, exist_ok=True)
     base = scans.read(arguments.scan) if arguments.scan else scans.phantom()
+    _check(arguments)
+    if not (arguments.checkpoint and (arguments.repository or not arguments.server)):
+        say("without --checkpoint there is no baseline, and without the served --repository beside it no floor")
     conditions = {**machine.conditions(), "scan": {"shape": list(base.array.shape), "dtype": str(base.array.dtype),
                                                    "bytes": base.array.nbytes},
                   "tokens": arguments.tokens, "repeats": arguments.repeats, "warm_up": arguments.warm_up}
     result = {"conditions": conditions, "samples": {}, "warm_up": {}, "failures": {}, "seconds": {}}
-    section = Sections(result, arguments.json)
+    section = Sections(result, arguments.json and _unfinished(arguments.json))
     with section("the machine's rates"):
         rates = floor.measure(seconds=arguments.floor_seconds)
         result["rates"] = asdict(rates)
@@ -123,7 +124,39 @@ def measure(arguments: argparse.Namespace) -> dict:
         result["ratios"] = report.ratios_of(result)
         result["least"] = report.least(result, floors, rates)
         result["targets"] = report.targets(result)
+    if arguments.json:
+        _unfinished(arguments.json).replace(arguments.json)
     return result
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises M3DError for what cannot work, before anything is measured."""
+    if not (arguments.checkpoint or arguments.repository or arguments.server):
+        raise InvalidInput("name what to measure: --checkpoint, --repository or --server")
+    if arguments.json and arguments.json.is_dir():
+        raise InvalidInput(f"{arguments.json} is a folder: give a file for --json")
+    try:
+        for folder in filter(None, (arguments.json and arguments.json.parent, arguments.plots)):
+            folder.mkdir(parents=True, exist_ok=True)
+        if arguments.json:
+            _unfinished(arguments.json).touch()
+            _unfinished(arguments.json).unlink()
+    except OSError as error:
+        raise InvalidInput(f"no results can be written to {error.filename}: {error.strerror}") from None
+    if arguments.checkpoint:
+        open_lamed(arguments.checkpoint)
+    if arguments.clip_checkpoint:
+        resolve(arguments.clip_checkpoint)
+    if arguments.repository and (arguments.server or not arguments.checkpoint):
+        Manifest.read(arguments.repository)
+    if arguments.server:
+        with contextlib.closing(Served(arguments.server)) as served:
+            served.serves("m3d_chat")
+
+
+def _unfinished(path: Path) -> Path:
+    """Where results are until they are whole: an earlier file of that name is not lost to a run that fails."""
+    return path.with_name(f"{path.name}.part")
 
 
 class Sections:
@@ -138,7 +171,7 @@ class Sections:
 
     @contextlib.contextmanager
     def __call__(self, name: str, needed: bool = True) -> Iterator[None]:
-        _say(name)
+        say(name)
         started = time.perf_counter()
         try:
             yield
@@ -168,9 +201,9 @@ def _serving(arguments: argparse.Namespace, folder: Path) -> Iterator[dict]:
         return
     repository = arguments.repository or folder / "model_repository"
     made = _export(arguments, repository) if arguments.checkpoint else {}
-    _say("the server starts")
+    say("the server starts")
     started = time.perf_counter()
-    with Server(repository, **free_ports(), trace=folder / TRACE, on_progress=_say) as server:
+    with Server(repository, **free_ports(), trace=folder / TRACE, on_progress=say) as server:
         yield {**made, "url": server.url, "manifest": asdict(Manifest.read(repository)),
                "start_s": time.perf_counter() - started, "keeper_pid": server.keeper_pid}
 
@@ -186,11 +219,15 @@ def _export(arguments: argparse.Namespace, repository: Path) -> dict[str, float]
     before = _written(repository / MANIFEST)
     clip = ["--clip-checkpoint", arguments.clip_checkpoint] if arguments.clip_checkpoint else []
     started = time.perf_counter()
-    process = subprocess.Popen([
+    with subprocess.Popen([
         sys.executable, ROOT / "export" / "build_engines.py", "--checkpoint", arguments.checkpoint, *clip,
-        "--precision", arguments.precision, "--repository", repository])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+        "--precision", arguments.precision, "--repository", repository]) as process:
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise M3DError("the export failed; its words stand above")
     if _written(repository / MANIFEST) == before:
@@ -202,8 +239,9 @@ def _baselines(arguments: argparse.Namespace) -> dict[str, Baseline]:
     """By the names that the results use."""
     if not arguments.checkpoint or not arguments.baseline:
         return {}
-    _say(f"the baseline loads, {' and '.join(arguments.baseline)}")
-    return {f"baseline {precision}": Baseline(arguments.checkpoint, precision) for precision in arguments.baseline}
+    say(f"the baseline loads, {' and '.join(arguments.baseline)}")
+    return {f"baseline {precision}": Baseline(arguments.checkpoint, precision, arguments.clip_checkpoint)
+            for precision in arguments.baseline}
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -221,11 +259,11 @@ class Run:
         self.questions = (f"{QUESTIONS[n % len(QUESTIONS)]} ({n})" for n in itertools.count())
 
     def one_at_a_time(self) -> None:
-        """Rounds of a new scan, a follow-up, a mask, another mask by the server, then the same by each baseline."""
+        """Rounds of a new scan, a follow-up, masks and rankings by the server, then the same by each baseline."""
         segments, ranks = self.served.serves("m3d_segment"), self.served.serves("m3d_retrieve")
         for number in range(-self.arguments.warm_up, self.repeats):
             self.kept = self.result["samples" if number >= 0 else "warm_up"]
-            _say(f"round {number + 1} of {self.repeats}" if number >= 0 else "warm-up")
+            say(f"round {number + 1} of {self.repeats}" if number >= 0 else "warm-up")
             scan, question = next(self.fresh), next(self.questions)
             cold, study = self.served.cold(scan, question, self.tokens)
             self._keep("served", "cold", cold)
@@ -243,6 +281,8 @@ class Run:
                 self._keep(name, "cold", baseline.ask(scan, question, self.tokens))
                 if segments:
                     self._keep(name, "segment", baseline.segment(scan, *self.segmenting)[0])
+                if ranks and baseline.clip:
+                    self._keep(name, "rank", baseline.rank(scan, TEXTS)[0])
             self.studies = [study]
 
     def wire(self) -> None:
@@ -256,7 +296,7 @@ class Run:
             self.studies.append(self.served.cold(next(self.fresh), next(self.questions), 1)[1])
         self.result["closed_loop"] = []
         for number, concurrency in itertools.product(range(self.repeats), self.arguments.concurrency):
-            _say(f"{concurrency} at a time, round {number + 1} of {self.repeats}")
+            say(f"{concurrency} at a time, round {number + 1} of {self.repeats}")
             asked = [next(self.questions) for _ in range(QUESTIONS_A_CLIENT)]
             seconds, samples = self.served.chats(self.studies, asked, self.tokens, concurrency)
             row = {"concurrency": concurrency, "tokens_per_s": sum(s.tokens for s in samples) / seconds,
@@ -297,7 +337,7 @@ class Run:
             return self.served.pieces(self.studies[index % len(self.studies)], question, self.tokens)
 
         for scenario, rate in plan if self.arguments.seconds else ():
-            _say(scenario + (f", {rate:g} questions/s" if rate else ""))
+            say(scenario + (f", {rate:g} questions/s" if rate else ""))
             done = load.run(scenario, ask, max(OFFLINE_QUESTIONS, len(self.studies)), rate=rate,
                             seconds=self.arguments.seconds, limits=limits)
             self.result["open_loop"].append({**asdict(done), "samples": [s.to_dict() for s in done.samples]})
@@ -359,32 +399,6 @@ def _written(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
-def _say(text: str) -> None:
-    print(f"- {text}", flush=True)
-
-
-def _at_least(least: float, kind: type = int):
-    """An argument's type: a number from `least` on."""
-
-    def number(text: str):
-        if (value := kind(text)) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return value
-
-    number.__name__ = "number"  # argparse says it of what is none
-    return number
-
-
-def _several(one):
-    """An argument's type: values with commas between them."""
-
-    def values(text: str) -> tuple:
-        return tuple(one(part) for part in text.split(",") if part)
-
-    values.__name__ = "list with commas"
-    return values
-
-
 def _precision(text: str) -> str:
     if text not in machine.DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(machine.DTYPES)}")
@@ -402,30 +416,30 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--repository", type=Path, help="an exported model repository; with --checkpoint it is made, or "
                       "brought up to date (default: one that is removed at the end)")
     what.add_argument("--server", help="gRPC address of a running server")
-    what.add_argument("--baseline", type=_several(_precision), default=machine.precisions(),
+    what.add_argument("--baseline", type=several(_precision), default=machine.precisions(),
                       help="precisions of eager PyTorch to compare with, empty for none (default: fp32, and bf16 "
                            "where the processor multiplies it)")
     what.add_argument("--scan", type=Path, help="a scan file (default: a made CT of 512 x 512 x 64)")
     what.add_argument("--segment-question", default=SEGMENT_QUESTION, help="its answer must have a [SEG]; the default "
                       "does it with checkpoints of make_checkpoint.py")
     how = parser.add_argument_group("how much")
-    how.add_argument("--tokens", type=_at_least(2), default=64, help="of an answer (default: %(default)s)")
-    how.add_argument("--segment-tokens", type=_at_least(1), default=8,
+    how.add_argument("--tokens", type=at_least(2), default=64, help="of an answer (default: %(default)s)")
+    how.add_argument("--segment-tokens", type=at_least(1), default=8,
                      help="of an answer with a mask (default: %(default)s)")
-    how.add_argument("--repeats", type=_at_least(1), default=5, help="rounds (default: %(default)s)")
-    how.add_argument("--warm-up", type=_at_least(0), default=1, help="rounds that do not count (default: %(default)s)")
-    how.add_argument("--concurrency", type=_several(_at_least(1)), default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
-    how.add_argument("--rates", type=_several(_at_least(1e-3, float)), default=(0.5, 1.0, 2.0),
+    how.add_argument("--repeats", type=at_least(1), default=5, help="rounds (default: %(default)s)")
+    how.add_argument("--warm-up", type=at_least(0), default=1, help="rounds that do not count (default: %(default)s)")
+    how.add_argument("--concurrency", type=several(at_least(1)), default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
+    how.add_argument("--rates", type=several(at_least(1e-3, float)), default=(0.5, 1.0, 2.0),
                      help="questions/s that arrive at random (default: 0.5,1,2)")
-    how.add_argument("--seconds", type=_at_least(0, float), default=30.0,
+    how.add_argument("--seconds", type=at_least(0, float), default=30.0,
                      help="of a LoadGen run, 0: none (default: %(default)s)")
-    how.add_argument("--ttft-limit", type=float, default=load.TTFT_LIMIT_S, help="seconds that the p99 of the time to "
-                     "the first token may be (default: MLPerf's %(default)s)")
-    how.add_argument("--tpot-limit", type=float, default=load.TPOT_LIMIT_S, help="the same of the time per output "
-                     "token (default: MLPerf's %(default)s)")
+    how.add_argument("--ttft-limit", type=at_least(0, float), default=load.TTFT_LIMIT_S,
+                     help="seconds that the p99 of the time to the first token may be (default: MLPerf's %(default)s)")
+    how.add_argument("--tpot-limit", type=at_least(0, float), default=load.TPOT_LIMIT_S,
+                     help="the same of the time per output token (default: MLPerf's %(default)s)")
     how.add_argument("--large-ct", type=preprocessing.shape_of, default=preprocessing.LARGE_CT,
                      help="voxels of the CT whose preprocessing is measured (default: 512,512,400)")
-    how.add_argument("--floor-seconds", type=float, default=2.0, help="for each of the machine's rates")
+    how.add_argument("--floor-seconds", type=at_least(0, float), default=2.0, help="for each of the machine's rates")
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, help="file for everything, raw samples included")
     out.add_argument("--plots", type=Path, help="folder for pictures")

@@ -1,15 +1,17 @@
 """Write a checkpoint of real geometry with random weights: what latency depends on, without a download.
 
-    python benchmarks/make_checkpoint.py --llm 135m DIR
+    python benchmarks/make_checkpoint.py --llm 135m DIR [--clip DIR]
 
 Full-size 3D ViT, projector and SegVol as published; the language model has SmolLM2-135M's, TinyLlama-1.1B's or
 LLaMA-2-7B's sizes. Its answers mean nothing, but never end early: each answer repeats the last token of the question
-until the limit is reached. So a question that ends with `[SEG]` gets a mask.
+until the limit is reached. So a question that ends with `[SEG]` gets a mask. --clip writes an M3D-CLIP, too, as
+published: the same ViT and a BERT-base.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator
@@ -21,12 +23,14 @@ if __package__ in (None, ""):  # run as a script, from any folder
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from engine.models.base import text_encoder_folder  # noqa: E402
 from engine.models.checkpoint import PARTS  # noqa: E402
-from engine.models.config import LamedConfig  # noqa: E402
+from engine.models.clip import M3DClip  # noqa: E402
+from engine.models.config import ClipConfig, LamedConfig  # noqa: E402
 from engine.models.lamed import Lamed  # noqa: E402
 from engine.prompt import SEG_TOKEN, SPECIAL_TOKENS  # noqa: E402
 
-TOKENIZER = Path(__file__).resolve().parent.parent / "training" / "demo"
+DEMO = Path(__file__).resolve().parent.parent / "training" / "demo"  # has tokenizers
 SHARD_BYTES = 2_000_000_000
 ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
 LLMS = {
@@ -43,6 +47,10 @@ PUBLISHED = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "image_size": [32, 256, 256], "patch_size": [4, 16, 16],
     "vision_tower": "vit3d", "mm_hidden_size": 768, "mm_projector_type": "spp", "proj_layer_type": "mlp",
     "proj_layer_num": 2, "proj_pooling_type": "spatial", "proj_pooling_size": 2, "segmentation_module": "segvol",
+}
+PUBLISHED_CLIP = {
+    "architectures": ["M3DCLIP"], "model_type": "m3d_clip", "img_size": [32, 256, 256], "patch_size": [4, 16, 16],
+    "in_channels": 1, "hidden_size": 768, "mlp_dim": 3072, "num_layers": 12, "num_heads": 12, "max_text_len": 128,
 }
 
 
@@ -66,13 +74,27 @@ def write(folder: Path, values: dict) -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer(values["vocab_size"])))
-    (folder / "tokenizer_config.json").write_text((TOKENIZER / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text((DEMO / "tokenizer_config.json").read_text())
+    return folder
+
+
+def write_clip(folder: Path, values: dict) -> Path:
+    """Write an M3D-CLIP with `values` as config.json: fp32 weights, and the demo's tokenizer, which is BERT's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(20240331)
+    model = M3DClip(ClipConfig.from_dict(values))
+    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    source = text_encoder_folder(json.loads((DEMO / "clip" / "config.json").read_text())["text_encoder"])
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(source / name, folder)
     return folder
 
 
 def tokenizer(vocab_size: int) -> dict:
     """The demo's byte-level BPE (tokenizer.json), cut to its first tokens, with the added ones as the last ids."""
-    values = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    values = json.loads((DEMO / "tokenizer.json").read_text())
     first_added = vocab_size - len(ADDED_TOKENS)
     model = values["model"]
     model["vocab"] = {token: id_ for token, id_ in model["vocab"].items() if id_ < first_added}
@@ -125,11 +147,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write into")
     parser.add_argument("--llm", choices=LLMS, default="135m", help="size of the language model (default: %(default)s)")
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="folder to write an M3D-CLIP into")
     arguments = parser.parse_args()
     try:
         print(write(arguments.folder, config_of(arguments.llm)))
+        if arguments.clip:
+            print(write_clip(arguments.clip, PUBLISHED_CLIP))
     except OSError as error:
-        parser.error(f"{arguments.folder} cannot be written: {error.strerror}")
+        parser.error(f"{error.filename or arguments.folder} cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":

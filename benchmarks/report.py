@@ -15,10 +15,12 @@ class Target:
 
     name: str
     words: str
-    limit: float
+    limit: float | None = None  # None: no bound, but it belongs beside one
     at_least: bool = False
 
-    def met(self, value: float) -> bool:
+    def met(self, value: float) -> bool | None:
+        if self.limit is None:
+            return None
         return value >= self.limit if self.at_least else value <= self.limit
 
 
@@ -26,9 +28,13 @@ TARGETS = (
     Target("cold_e2e", "new scan, end to end, ÷ baseline fp32", 0.5),
     Target("cold_e2e_equal_precision", "new scan, end to end, ÷ baseline at equal precision", 0.8),
     Target("followup_ttft", "follow-up, time to first token, ÷ baseline fp32", 0.05),
+    Target("followup_ttft_equal_precision", "the same at equal precision"),
     Target("throughput_c8", "8 chats about known scans, tokens/s, ÷ baseline fp32", 4.0, at_least=True),
     Target("throughput_c8_equal_precision", "the same at equal precision", 4.0, at_least=True),
     Target("segment_warm", "mask of a known scan, ÷ baseline fp32", 0.5),
+    Target("segment_warm_equal_precision", "the same at equal precision"),
+    Target("rank_warm", "texts ranked for a known scan, ÷ baseline fp32"),
+    Target("rank_warm_equal_precision", "the same at equal precision"),
     Target("overhead_cold", "serving overhead of a new scan, share", 0.03),
     Target("overhead_followup_s", "serving overhead of a follow-up, s", 0.01),
     Target("interference", "follow-up's first token during an upload ÷ during matrix products on all cores", 1.1),
@@ -37,7 +43,7 @@ TARGETS = (
     Target("prepare_large_s", "preprocessing of a large CT, s", 3.0),
     Target("prepare_large_memory", "its extra memory ÷ the scan", 3.0),
     Target("start_s", "server start to ready (meant for the demo checkpoint), s", 60.0),
-    Target("memory", "server's memory ÷ (1.5 × weights + 6 GB)", 1.0),
+    Target("memory", "server's memory ÷ (1.5 × exported files + 6 GB)", 1.0),
 )
 
 
@@ -48,39 +54,45 @@ MISSES = {"cold": "miss", "segment": "miss (features)", "rank": "miss (CLIP)"}
 _BESIDE, _AFTER = "segmentation_encoder", "segmentation_head"
 
 
-def ratios_of(result: dict) -> dict[str, float]:
-    """The value of every target that was measured, medians over pairs or repeats."""
+def values_of(result: dict) -> dict[str, list[float]]:
+    """The values of what TARGETS name, as far as it was measured: of each pair or repeat, or the only one."""
     served, found = result["samples"]["served"], {}
     cold, again = served["cold"], served["follow_up"]
     equal = f"baseline {result['manifest']['precision']}" if result["manifest"] else None
     for name, suffix in (("baseline fp32", ""), (equal, "_equal_precision")):
         theirs = result["samples"].get(name)
         if theirs:
-            found[f"cold_e2e{suffix}"] = median(ratios(_all(cold, "total_s"), _all(theirs["cold"], "total_s")))
-            found[f"followup_ttft{suffix}"] = median(ratios(_all(again, "first_s"), _all(theirs["cold"], "first_s")))
-            if "segment" in theirs:
-                found[f"segment_warm{suffix}"] = median(
-                    ratios(_all(served["segment"], "total_s"), _all(theirs["segment"], "total_s")))
+            found[f"cold_e2e{suffix}"] = ratios(_all(cold, "total_s"), _all(theirs["cold"], "total_s"))
+            found[f"followup_ttft{suffix}"] = ratios(_all(again, "first_s"), _all(theirs["cold"], "first_s"))
+            for kind in ("segment", "rank"):
+                if kind in theirs:
+                    found[f"{kind}_warm{suffix}"] = ratios(_all(served[kind], "total_s"),
+                                                           _all(theirs[kind], "total_s"))
         rows = [row for row in result.get("closed_loop", ()) if name in row["baselines"]]
         if rows:
-            found[f"throughput_c8{suffix}"] = median(row["tokens_per_s"] / row["baselines"][name] for row in rows)
-    found["overhead_cold"] = median(rest(s) / s["total_s"] for s in cold)
-    found["overhead_followup_s"] = median(rest(s) for s in again)
-    if "during_products" in served:
-        found["interference"] = (median(_all(served["during_upload"], "first_s")) /
-                                 median(_all(served["during_products"], "first_s")))
+            found[f"throughput_c8{suffix}"] = [row["tokens_per_s"] / row["baselines"][name] for row in rows]
+    found["overhead_cold"] = [rest(s) / s["total_s"] for s in cold]
+    found["overhead_followup_s"] = [rest(s) for s in again]
+    if "during_products" in served:  # as many as there was time for: no pairs
+        found["interference"] = [median(_all(served["during_upload"], "first_s")) /
+                                 median(_all(served["during_products"], "first_s"))]
     if "mask" in (wire := result.get("wire", {})):
-        found["wire_per_mask"] = wire["mask"] / wire["logits"]
-        found["wire_per_study"] = ((wire["upload"] + wire["answer"] + wire["follow_up"] + wire["segment"]) /
-                                   (wire["scan"] + wire["mask"]))
+        found["wire_per_mask"] = [wire["mask"] / wire["logits"]]
+        found["wire_per_study"] = [(wire["upload"] + wire["answer"] + wire["follow_up"] + wire["segment"]) /
+                                   (wire["scan"] + wire["mask"])]
     if large := result.get("preprocessing"):
-        found["prepare_large_s"] = median(large["seconds"])
-        found["prepare_large_memory"] = large["extra_bytes"] / large["scan_bytes"]
+        found["prepare_large_s"] = large["seconds"]
+        found["prepare_large_memory"] = [large["extra_bytes"] / large["scan_bytes"]]
     if result["start_s"]:
-        found["start_s"] = result["start_s"]
-        weights = sum(result["manifest"]["files"].values())
-        found["memory"] = result["server_memory_bytes"] / (1.5 * weights + 6e9)
+        found["start_s"] = [result["start_s"]]
+        exported = sum(result["manifest"]["files"].values())
+        found["memory"] = [result["server_memory_bytes"] / (1.5 * exported + 6e9)]
     return found
+
+
+def ratios_of(result: dict) -> dict[str, float]:
+    """The medians of values_of."""
+    return {name: median(values) for name, values in values_of(result).items()}
 
 
 def least(result: dict, floors: dict[str, Stage], rates: Rates) -> dict[str, float]:
@@ -116,20 +128,21 @@ def least(result: dict, floors: dict[str, Stage], rates: Rates) -> dict[str, flo
 
 
 def targets(result: dict) -> list[dict]:
-    """{"name", "words", "limit", "value", "met", "least", "verdict"} of every target that was measured.
+    """{"name", "words", "limit", "value", "values", "met", "least", "verdict"} of every target that was measured.
 
-    least: the best value that the machine's floor allows, None where there is none. verdict: met, missed, or ruled out
-    by the floor.
+    values: those whose median is the value. least: the best value that the machine's floor allows, None where there is
+    none. verdict: met, missed, or ruled out by the floor; nothing without a limit.
     """
-    found = []
+    found, measured = [], values_of(result)
     for t in TARGETS:
-        if t.name not in result["ratios"]:
+        if t.name not in measured:
             continue
-        value, best = result["ratios"][t.name], result["least"].get(t.name)
+        value, best = median(measured[t.name]), result["least"].get(t.name)
         met = t.met(value)
-        verdict = "met" if met else "ruled out by the floor" if best is not None and not t.met(best) else "MISSED"
+        verdict = ("" if t.limit is None else "met" if met else
+                   "ruled out by the floor" if best is not None and not t.met(best) else "MISSED")
         found.append({"name": t.name, "words": t.words, "limit": t.limit, "at_least": t.at_least, "value": value,
-                      "met": met, "least": best, "verdict": verdict})
+                      "values": measured[t.name], "met": met, "least": best, "verdict": verdict})
     return found
 
 
@@ -190,10 +203,10 @@ def _one_at_a_time(result: dict) -> str:
         for kind, samples in kinds.items():
             total = summary(_all(samples, "total_s"))
             first, each = _all(samples, "first_s"), _all(samples, "per_token_s")
-            rows.append((side, kind.replace("_", " "), _cache(side, kind, samples), _s(total["median"]),
+            rows.append((side, kind.replace("_", " "), _cache(side, kind, samples), len(samples), _s(total["median"]),
                          f"{_s(total['min'])} to {_s(total['max'])}", _s(total["p90"]), _s(total["p99"]),
                          _s(median(first)) if first else "", f"{1e3 * median(each):.1f} ms" if each else ""))
-    said = table(("side", "request", "caches", "median", "spread", "p90", "p99", "first token", "per token"), rows)
+    said = table(("side", "request", "caches", "n", "median", "spread", "p90", "p99", "first token", "per token"), rows)
     if len(set(lengths.values())) == 1:
         return said
     answers = ", ".join(f"{side} {tokens:g}" for side, tokens in lengths.items())
@@ -261,9 +274,10 @@ def _first_and_each(run: dict) -> tuple[dict, dict | None]:
 
 
 def _targets(result: dict) -> str:
-    rows = [(t["words"], f"{'≥' if t['at_least'] else '≤'} {t['limit']:.3g}", f"{t['value']:.3g}",
+    rows = [(t["words"], "" if t["limit"] is None else f"{'≥' if t['at_least'] else '≤'} {t['limit']:.3g}",
+             f"{t['value']:.3g}", f"{min(t['values']):.3g} to {max(t['values']):.3g}" if len(t["values"]) > 1 else "",
              "" if t["least"] is None else f"{t['least']:.3g}", t["verdict"]) for t in result["targets"]]
-    return table(("target", "wanted", "measured", "floor", ""), rows)
+    return table(("target", "wanted", "measured", "spread", "floor", ""), rows)
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:

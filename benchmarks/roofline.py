@@ -15,6 +15,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.command import at_least  # noqa: E402
 from benchmarks.floor import Rates, Stage, stages  # noqa: E402
 from engine.errors import M3DError  # noqa: E402
 from engine.models.config import LamedConfig  # noqa: E402
@@ -48,8 +49,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="M3D-LaMed: a folder or a Hugging Face id (default: the published 7B)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16", help="default: %(default)s")
-    parser.add_argument("--question-tokens", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=64, help="of the answer (default: %(default)s)")
+    parser.add_argument("--question-tokens", type=at_least(0), default=16, help="default: %(default)s")
+    parser.add_argument("--tokens", type=at_least(1), default=64, help="of the answer (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         values = read_config(resolve(arguments.checkpoint)) if arguments.checkpoint else config_of("7b")

@@ -1,7 +1,6 @@
 """The scans that are sent: as many different ones as needed, all alike."""
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +39,15 @@ def read(path: Path) -> BenchmarkScan:
 
 
 def different(scan: BenchmarkScan) -> Iterator[BenchmarkScan]:
-    """Copies of `scan` with other noise in their middle, within its range: the same work, but nothing of it is cached.
+    """Copies of `scan` with other noise in their middle, within its range: the same work, but nothing of it is cached,
+    not even by a server that an earlier run has measured.
 
     Outside the middle a copy might lose the difference when it is cropped, and have the same visual tokens.
     """
     low, high = scan.array.min(), scan.array.max()
     middle = tuple(slice(n // 2, n // 2 + max(1, n // 8)) for n in scan.array.shape)
-    for number in itertools.count():
+    rng = np.random.default_rng()
+    while True:
         array = scan.array.copy(order="K")
-        array[middle] = np.random.default_rng(number).uniform(low, high, array[middle].shape)
+        array[middle] = rng.uniform(low, high, array[middle].shape)
         yield BenchmarkScan(array, scan.affine)

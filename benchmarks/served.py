@@ -48,7 +48,7 @@ class Served:
         uploaded = time.perf_counter() - started
         if study.info["cached"]:
             raise InvalidInput("the server knows a scan that should be new to it: give a --scan with more than a few "
-                               "intensities, or start the server anew")
+                               "intensities")
         asked = self.ask(study, question, tokens)
         parts = {"prepare": study.info["prepare_s"], **self._since(before), **asked.parts}
         return replace(asked, total_s=uploaded + asked.total_s, first_s=uploaded + asked.first_s, parts=parts,

@@ -26,11 +26,15 @@ def fixture_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def repository(fixture_checkpoint, tmp_path_factory):
+def clip_checkpoint(tmp_path_factory):
+    return write_tiny_clip(tmp_path_factory.mktemp("checkpoint") / "clip")
+
+
+@pytest.fixture(scope="session")
+def repository(fixture_checkpoint, clip_checkpoint, tmp_path_factory):
     """A model repository with chat, segmentation and retrieval, exported in fp32."""
-    folder = tmp_path_factory.mktemp("repository")
-    repository = copy_repository(folder)
-    export(str(fixture_checkpoint), repository, clip_checkpoint=str(write_tiny_clip(folder / "clip")), precision="fp32")
+    repository = copy_repository(tmp_path_factory.mktemp("repository"))
+    export(str(fixture_checkpoint), repository, clip_checkpoint=str(clip_checkpoint), precision="fp32")
     return repository
 
 

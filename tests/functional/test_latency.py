@@ -2,11 +2,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from benchmarks import latency, machine
+from tests.conftest import ROOT
 from tests.tiny import QUESTION, volume
 from tests.tiny_bench import write_tiny_checkpoint
 
@@ -19,15 +23,16 @@ def scan(tmp_path):
     return tmp_path / "scan.npy"
 
 
-def test_it_measures_a_running_server_against_both_baselines_and_the_floor(server, repository, fixture_checkpoint, scan,
-                                                                           tmp_path, capsys):
+def test_it_measures_a_running_server_against_both_baselines_and_the_floor(
+        server, repository, fixture_checkpoint, clip_checkpoint, scan, tmp_path, capsys):
     out = tmp_path / "latency.json"
     assert latency.main([*QUICK, "--server", server.url, "--repository", str(repository), "--checkpoint",
-                         str(fixture_checkpoint), "--scan", str(scan), "--segment-question", QUESTION,
+                         str(fixture_checkpoint), "--clip-checkpoint", str(clip_checkpoint), "--scan", str(scan), "--segment-question", QUESTION,
                          "--segment-tokens", "24", "--tokens", "6", "--baseline", "fp32,bf16", "--concurrency", "1,8",
                          "--rates", "5", "--seconds", "1", "--json", str(out), "--plots", str(tmp_path)]) == 0
     said, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert {"cold_e2e", "followup_ttft", "throughput_c8", "segment_warm", "overhead_cold"} <= set(found["ratios"])
+    assert {"cold_e2e", "followup_ttft", "throughput_c8", "segment_warm", "rank_warm",
+            "overhead_cold"} <= set(found["ratios"])
     assert all(np.isfinite(value) for value in found["ratios"].values())
     served = found["samples"]["served"]
     assert {"cold", "follow_up", "segment", "segment_again", "rank", "rank_again", "during_upload"} <= set(served)
@@ -54,3 +59,15 @@ def test_it_exports_and_serves_a_checkpoint_by_itself(tmp_path, capsys):
     # Its answers have the length that was asked for.
     assert [s["tokens"] for s in found["samples"]["served"]["cold"]] == [4]
     assert found["manifest"]["precision"] == machine.precisions()[-1] and "server start" in capsys.readouterr().out
+
+
+def test_ended_amid_its_export_it_leaves_no_export_running(tmp_path):
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
+    command = [sys.executable, "benchmarks/latency.py", *QUICK, "--checkpoint", str(checkpoint)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if "language model for vLLM" in line)  # words of the export
+        process.send_signal(signal.SIGTERM)
+        # Ends when nobody is left who could write.
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+    assert "the server starts" not in rest

@@ -12,21 +12,23 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from transformers import BertTokenizer
 
 from benchmarks import (compare, decode, encoders, floor, latency, load, machine, preprocessing, report, roofline, scans,
                         triton_trace)
 from benchmarks.baseline import Baseline
-from benchmarks.make_checkpoint import config_of
+from benchmarks.latency import TEXTS
+from benchmarks.make_checkpoint import PUBLISHED_CLIP, config_of, write_clip
 from benchmarks.samples import Sample, ratios, summary
 from engine.errors import InvalidInput
-from engine.models.checkpoint import load_lamed
-from engine.models.config import LamedConfig
+from engine.models.checkpoint import load_clip, load_lamed
+from engine.models.config import ClipConfig, LamedConfig
 from engine.processor import has_bf16
 from engine.prompt import Prompt
 from engine.scan import pack_scan, read_scan
 from engine.volume import prepare
 from tests.conftest import ROOT
-from tests.tiny import IMAGE_SIZE
+from tests.tiny import IMAGE_SIZE, PATCH_SIZE, VIT
 from tests.tiny_bench import write_tiny_checkpoint
 
 
@@ -218,7 +220,7 @@ def test_a_server_that_is_slow_on_follow_ups_misses_that_target():
     slow = result()
     slow["samples"]["served"]["follow_up"] = slow["samples"]["served"]["cold"]
     for measured, met in ((result(), True), (slow, False)):
-        measured |= {"ratios": report.ratios_of(measured), "least": {}}
+        measured |= {"least": {}}
         found = {target["name"]: target["met"] for target in report.targets(measured)}
         assert found["followup_ttft"] is met
         assert found["throughput_c8"] and found["cold_e2e"] and not found["overhead_cold"]
@@ -351,7 +353,7 @@ def test_the_report_has_every_table_and_picture(tmp_path):
     whole["trace"] = {kind: {**sample(1.0), "spans": spans} for kind in ("cold", "segment")}
     reported(whole)
     said = report.text(whole)
-    for words in ("a processor, 2 cores", "| baseline fp32 | cold | none | 8.00 s |", "| transport |",
+    for words in ("a processor, 2 cores", "| baseline fp32 | cold | none | 2 | 8.00 s |", "| transport |",
                   "Server ready after 50 s, 4.5 GB after the load.",
                   "| 8 | 50 | 40 to 60 |", "| Server | 2/s |", "| VALID | no |", "| MISSED |", "| met |"):
         assert words in said
@@ -422,7 +424,9 @@ def test_throughput_arrivals_parts_sizes_and_times_of_start_are_compared_too():
 
     rows = rows_of(of(1), of(2))
     assert {row.ratio for row in rows.values()} == {2.0}
-    assert {what for what, row in rows.items() if not row.mark()} == {"start", "memory of the server"}
+    assert {what for what, row in rows.items() if not row.mark()} == {"start"}  # measured once
+    assert not any(row.mark() for row in rows_of(of(1), of(1.0005)).values() if row.what.startswith(("bytes", "memory")))
+    assert not rows_of(of(1), of(1.09))["memory of the server"].mark()
     assert set(rows) >= {"8 clients, per token", "Server 2/s, total", "served, cold, prepare", "served, cold, overhead",
                          "preprocessing of a large CT", "bytes of mask"}
 
@@ -433,6 +437,8 @@ def test_what_is_missing_in_the_newer_result_fails(tmp_path, monkeypatch, capsys
     said = capsys.readouterr().out
     assert "8 clients, per token" in said and "bytes of mask" in said and "missing" in said
     assert compared(old, old, tmp_path, monkeypatch) == 0
+    assert compared(old, {**old, "failures": {"arrivals at random": "it broke"}}, tmp_path, monkeypatch) == 1
+    assert "arrivals at random" in (said := capsys.readouterr().out) and "it broke" in said
 
 
 def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
@@ -444,11 +450,15 @@ def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("text, cause", [(None, "cannot be read"), ("{", "not JSON"), ("[]", "no samples"),
                                          ('{"samples": {}}', "no samples"), ("tokens", "other work: tokens"),
+                                         ('{"samples": [1], "conditions": {}}', "no whole result"),
+                                         ("rate", "no whole result"),
                                          ("precision", "other work: the precision")])
 def test_what_cannot_be_compared_is_an_error_of_its_own(tmp_path, monkeypatch, capsys, text, cause):
     other = measured(NOISY)
     if text == "tokens":
         text = json.dumps({**other, "conditions": {**CONDITIONS, "tokens": 64}})
+    elif text == "rate":
+        text = json.dumps({**other, "closed_loop": [{"concurrency": 8, "tokens_per_s": 0}]})
     elif text == "precision":
         text = json.dumps({**other, "manifest": {"precision": "fp32"}})
     (tmp_path / "old").write_text(json.dumps(other))
@@ -483,7 +493,8 @@ def test_made_checkpoints_have_published_vision_and_the_named_language_model():
 def test_copies_of_a_scan_differ_and_keep_its_range(dtype):
     base = scans.BenchmarkScan((100 * np.random.default_rng(0).random((8, 16, 24))).astype(dtype), np.eye(4))
     copies = list(itertools.islice(scans.different(base), 300))
-    assert len({copy.array.tobytes() for copy in copies}) == 300
+    copies.append(next(scans.different(base)))  # in another run
+    assert len({copy.array.tobytes() for copy in copies}) == 301
     assert all(base.array.min() <= c.array.min() and c.array.max() <= base.array.max() for c in copies)
     assert all((c.array != base.array).mean() < 1 / 500 for c in copies)
 
@@ -511,6 +522,28 @@ def test_the_baseline_answers_as_the_reference_does(checkpoint, precision):
     assert baseline.segment(scan, "What is it?", 3)[1] is None
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_baseline_ranks_texts_by_m3d_clip(checkpoint, tmp_path, precision):
+    values = {**PUBLISHED_CLIP, "img_size": list(IMAGE_SIZE), "patch_size": list(PATCH_SIZE), **VIT, "bert_config": dict(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)}
+    folder = write_clip(tmp_path / "clip", values)
+    sample, scores = Baseline(str(checkpoint), precision, str(folder)).rank(scans.phantom((40, 40, 20)), TEXTS)
+    clip, _ = load_clip(folder)
+    scan = scans.phantom((40, 40, 20))
+    image = prepare(read_scan(pack_scan(scan.array)[0], affine=scan.affine), IMAGE_SIZE).image
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    for text, score in zip(TEXTS, scores, strict=True):  # without padding, one by one
+        tokens = tokenizer(text, return_tensors="pt")
+        with torch.inference_mode():
+            exact = clip.logits_per_image(torch.from_numpy(image)[None], tokens["input_ids"], tokens["attention_mask"])
+        assert score == pytest.approx(exact.item(), abs=1e-4 if precision == "fp32" else 0.1)
+    assert sample.total_s > 0
+
+
+def test_the_benchmarks_clip_has_the_published_geometry():
+    assert ClipConfig.from_dict(PUBLISHED_CLIP) == ClipConfig.from_dict({"model_type": "m3d_clip"})
+
+
 def test_preprocessing_is_measured_in_a_process_of_its_own():
     found = preprocessing.measure((256, 256, 64), repeats=2)
     assert found["scan_bytes"] == 2 * 256 * 256 * 64 and 0 < found["file_bytes"] and len(found["seconds"]) == 2
@@ -531,8 +564,20 @@ def test_a_bad_argument_is_refused_before_anything_runs(capsys, words, cause):
 def test_a_scan_or_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
     assert latency.main(["--server", "localhost:1", "--scan", str(tmp_path / "none.nii")]) == 1
     assert "none.nii cannot be read" in capsys.readouterr().err
+    for option, words in (("--checkpoint", "no config.json"), ("--repository", "manifest.json"),
+                          ("--clip-checkpoint", "neither a folder nor a Hugging Face id")):
+        one = {option: tmp_path / "none" if option.startswith("--clip") else tmp_path}
+        assert latency.main(["--server", "localhost:1", *(str(word) for pair in one.items() for word in pair)]) == 1
+        assert words in (said := capsys.readouterr()).err and "rates" not in said.out
     monkeypatch.setattr("sys.argv", ["roofline.py", "--checkpoint", str(tmp_path)])
     assert roofline.main() == 1 and "no floors: " in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for option, path in (("--json", "file/out.json"), ("--plots", "file"), ("--json", "")):
+        assert latency.main(["--server", "localhost:1", option, str(tmp_path / path)]) == 1
+        assert str(tmp_path) in (said := capsys.readouterr()).err and "rates" not in said.out
 
 
 def test_the_most_of_the_memory_in_use_is_seen():

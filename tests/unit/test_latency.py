@@ -163,9 +163,21 @@ def test_the_command_measures_a_server_and_its_baseline(triton, scan, tmp_path, 
     assert len(set(sent)) == 3 * 2 + 1 + 7 + 2 and len(sent) - len(set(sent)) == 3  # each round sends its own again
 
 
-def test_a_server_that_is_not_there_is_a_clear_failure(scan, capsys):
+def test_a_server_that_is_not_there_is_a_clear_failure_at_once(scan, capsys):
     assert latency.main([*QUICK, "--server", "127.0.0.1:1", "--scan", str(scan)]) == 1
-    assert "127.0.0.1:1" in capsys.readouterr().err
+    assert "127.0.0.1:1" in (said := capsys.readouterr()).err and "rates" not in said.out
+
+
+def test_a_run_that_fails_leaves_earlier_results_and_says_where_its_own_are(triton, scan, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise InvalidInput("not like this")
+
+    monkeypatch.setattr(latency.Run, "closed_loop", fail)
+    (tmp_path / "out.json").write_text("earlier")
+    command = [*QUICK, "--server", triton.url, "--scan", str(scan), "--tokens", "4", "--json", str(tmp_path / "out.json")]
+    assert latency.main(command) == 1
+    assert (tmp_path / "out.json").read_text() == "earlier" and "out.json.part" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json.part").read_text())["samples"]["served"]["cold"]
 
 
 def test_nothing_to_measure_is_a_clear_failure(capsys):
