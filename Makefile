@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test quantizing bench bench-settings rehearse-7b gpu-check train-demo clean
+.PHONY: help demo serve test quantizing bench bench-forgetful bench-settings rehearse-7b gpu-check train-demo clean
 SHELL := /bin/bash
 
 ifneq (1,$(words $(CURDIR)))
@@ -50,6 +50,12 @@ bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine
 	@$(BIN)/python benchmarks/make_checkpoint.py --llm 135m $(OUT)/bench/checkpoint --clip $(OUT)/bench/clip
 	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/bench/checkpoint --clip-checkpoint $(OUT)/bench/clip \
 	  --repository $(OUT)/bench/model_repository --json $(OUT)/bench/latency.json --plots $(OUT)/bench
+
+bench-forgetful: $(VENV)/testing  ## after `make bench`: the same, short, with room for one study: the follow-up must miss its target
+	@rm -rf $(OUT)/bench/forgetful && cp -r $(OUT)/bench/model_repository $(OUT)/bench/forgetful
+	@sed -i '/study_store_mb/s/string_value: "[0-9]*"/string_value: "16"/' $(OUT)/bench/forgetful/study/config.pbtxt
+	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/bench/checkpoint --clip-checkpoint $(OUT)/bench/clip \
+	  --repository $(OUT)/bench/forgetful --baseline fp32 --repeats 3 --tokens 16 --concurrency 1 --seconds 0
 
 bench-settings: $(VENV)/testing  ## after `make bench`: precisions of the encoders, vLLM's settings (10 minutes, nothing beside it)
 	@$(BIN)/python benchmarks/encoders.py --checkpoint $(OUT)/bench/checkpoint --repository $(OUT)/bench/model_repository \

@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     conditions = {**machine.conditions(), "scan": {"shape": list(base.array.shape), "dtype": str(base.array.dtype),
                                                    "bytes": base.array.nbytes},
                   "tokens": arguments.tokens, "repeats": arguments.repeats, "warm_up": arguments.warm_up}
-    result = {"conditions": conditions, "samples": {}, "warm_up": {}, "failures": {}, "seconds": {}}
+    result = {"conditions": conditions, "samples": {}, "warm_up": {}, "failures": {}, "seconds": {}, "stolen_s": {}}
     section = Sections(result, arguments.json and _unfinished(arguments.json))
     with section("the machine's rates"):
         rates = floor.measure(seconds=arguments.floor_seconds)
@@ -160,7 +160,8 @@ def _unfinished(path: Path) -> Path:
 
 
 class Sections:
-    """The parts of a run: says that one begins, keeps how long it took, and writes what there is so far to `file`.
+    """The parts of a run: says that one begins, keeps how long it took and what other virtual machines took meanwhile,
+    and writes what there is so far to `file`.
 
     What a section that is not `needed` raises is kept under `failures`, and the run goes on without it.
     """
@@ -172,7 +173,7 @@ class Sections:
     @contextlib.contextmanager
     def __call__(self, name: str, needed: bool = True) -> Iterator[None]:
         say(name)
-        started = time.perf_counter()
+        started, stolen = time.perf_counter(), machine.stolen_s()
         try:
             yield
         except InvalidInput:  # a mistake in the command, which would fail the others, too
@@ -184,6 +185,7 @@ class Sections:
             self.result["failures"][name] = f"{type(error).__name__}: {error}"
         finally:
             self.result["seconds"][name] = time.perf_counter() - started
+            self.result["stolen_s"][name] = machine.stolen_s() - stolen
             if self.file:
                 self.file.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
 
@@ -268,12 +270,10 @@ class Run:
             cold, study = self.served.cold(scan, question, self.tokens)
             self._keep("served", "cold", cold)
             self.served.upload(next(self.fresh))  # somebody else's: a server that keeps one study only shows it now
-            self._keep("served", "follow_up", self.served.ask(study, next(self.questions), self.tokens))
+            self._keep("served", "follow_up", self.served.follow_up(study, next(self.questions), self.tokens))
             if segments:
                 self._segment(study)
-            started = time.perf_counter()
-            self.served.upload(scan)
-            self._keep("served", "upload_again", Sample(time.perf_counter() - started))
+            self._keep("served", "upload_again", self.served.upload_again(scan))
             if ranks:
                 self._keep("served", "rank", self.served.rank(study, TEXTS))
                 self._keep("served", "rank_again", self.served.rank(study, TEXTS))

@@ -49,6 +49,11 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield name, importlib.metadata.version(name)
 
 
+def stolen_s() -> float:
+    """Seconds of its cores that this machine was ready to use and other virtual machines had, since it started."""
+    return int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
+
+
 def memory_of(keeper_pid: int) -> int:
     """Bytes that a server's processes hold now, shared pages counted once."""
     total = 0

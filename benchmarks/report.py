@@ -47,9 +47,12 @@ TARGETS = (
 )
 
 
+STOLEN_SHARE = 0.01  # of the cores, from which on it is said
 COMPARED_CONCURRENCY = 8  # clients, of the throughput that is compared
-# What a server has to compute that others of the same study find in the study store.
-MISSES = {"cold": "miss", "segment": "miss (features)", "rank": "miss (CLIP)"}
+# The part that a request has only if the study store does not hold what it needs.
+COMPUTED = {"cold": "vision_encoder", "follow_up": "vision_encoder", "upload_again": "prepare",
+            "segment": "segmentation_encoder", "segment_again": "segmentation_encoder",
+            "rank": "clip_image_encoder", "rank_again": "clip_image_encoder"}
 # The client says beforehand that it will want a mask: its encoder runs beside the answer, and its head needs both.
 _BESIDE, _AFTER = "segmentation_encoder", "segmentation_head"
 
@@ -193,8 +196,19 @@ def _resources(result: dict) -> str:
     if "peak_memory_bytes" in result:
         words.append(f"at most {result['peak_memory_bytes'] / 1e9:.1f} GB of the machine in use, the baseline's "
                      "included")
+    words += _stolen(result)
     said = "; ".join(words)
     return f"{said[0].upper()}{said[1:]}." if words else ""
+
+
+def _stolen(result: dict) -> list[str]:
+    """How busy others kept the machine, which slows everything down by chance."""
+    shares = {name: stolen / result["seconds"][name] / result["conditions"]["cores"]
+              for name, stolen in result["stolen_s"].items()}
+    if max(shares.values(), default=0) < STOLEN_SHARE:
+        return []
+    worst = max(shares, key=shares.get)
+    return [f"other virtual machines took up to {100 * shares[worst]:.0f} % of the cores ({worst})"]
 
 
 def _one_at_a_time(result: dict) -> str:
@@ -215,11 +229,16 @@ def _one_at_a_time(result: dict) -> str:
 
 
 def _cache(side: str, kind: str, samples: list[dict]) -> str:
-    """What was known before: of the study, and how many rows of the prompt."""
+    """What was known before: whether the study's features, as far as its parts say, and how many rows of the prompt."""
     if side != "served":
         return "none"
-    rows = median(s.get("cached_tokens", 0) for s in samples)
-    return MISSES.get(kind, "hit") + (f", {rows:.0f} of {samples[0]['prompt_tokens']} rows" if rows else "")
+    rows, said = median(s.get("cached_tokens", 0) for s in samples), []
+    if kind in COMPUTED:
+        misses = sum(COMPUTED[kind] in s["parts"] for s in samples)
+        said.append("hit" if not misses else "miss" if misses == len(samples) else f"{misses} of {len(samples)} missed")
+    if rows:
+        said.append(f"{rows:.0f} of {samples[0]['prompt_tokens']} rows")
+    return ", ".join(said)
 
 
 def _stages(result: dict) -> str:

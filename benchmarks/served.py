@@ -18,6 +18,7 @@ from engine.errors import InvalidInput
 from engine.scan import pack_scan
 
 ENCODERS = ("vision_encoder", "segmentation_encoder", "segmentation_head")
+GRAPHS = (*ENCODERS, "clip_image_encoder", "clip_text_encoder")
 
 
 class Served:
@@ -54,8 +55,21 @@ class Served:
         return replace(asked, total_s=uploaded + asked.total_s, first_s=uploaded + asked.first_s, parts=parts,
                        started=started), study
 
+    def follow_up(self, study: Study, question: str, tokens: int) -> Sample:
+        """Another question, and nobody else's beside it: if the server has to encode the scan again, its parts say so."""
+        before = self._compute_s()
+        asked = self.ask(study, question, tokens)
+        return replace(asked, parts={**asked.parts, **self._since(before)})
+
+    def upload_again(self, scan: BenchmarkScan) -> Sample:
+        """A scan that the server should know; without parts if it does."""
+        started = time.perf_counter()
+        study = self.upload(scan)
+        parts = {} if study.info["cached"] else {"prepare": study.info["prepare_s"]}
+        return Sample(time.perf_counter() - started, parts=parts)
+
     def ask(self, study: Study, question: str, tokens: int) -> Sample:
-        """A question about a scan that the server knows."""
+        """A question, maybe one of many at the same time."""
         started = time.perf_counter()
         first = None
         with self.client.stream(study, question, max_new_tokens=tokens) as stream:
@@ -114,9 +128,10 @@ class Served:
         return found
 
     def rank(self, study: Study, texts: Sequence[str]) -> Sample:
+        before = self._compute_s()
         started = time.perf_counter()
         self.client.rank(study, texts)
-        return Sample(time.perf_counter() - started)
+        return Sample(time.perf_counter() - started, parts=self._since(before))
 
     def serves(self, model: str) -> bool:
         return self.client.server_info()["models"][model]
@@ -152,7 +167,7 @@ class Served:
     def _compute_s(self) -> dict[str, float]:
         """Seconds that the graphs have computed since the server started."""
         stats = self._triton.get_inference_statistics().model_stats
-        return {model.name: model.inference_stats.compute_infer.ns / 1e9 for model in stats if model.name in ENCODERS}
+        return {model.name: model.inference_stats.compute_infer.ns / 1e9 for model in stats if model.name in GRAPHS}
 
     def _since(self, before: dict[str, float]) -> dict[str, float]:
         return {name: seconds - before[name] for name, seconds in self._compute_s().items() if seconds > before[name]}

@@ -70,9 +70,23 @@ def test_a_new_scan_that_the_server_knows_is_no_measurement(served, triton):
 
 def test_a_follow_up_sends_the_question_only(served, triton):
     _, study = served.cold(scans.phantom((8, 8, 8)), "What is it?", 5)
-    sample = served.ask(study, "Is it large?", 5)
+    sample = served.follow_up(study, "Is it large?", 5)
     assert len(triton.uploads) == 1 and "VOLUME" not in triton.asked[-1][1]
     assert sample.parts == pytest.approx({"prefill": 1e-5, "decode": 2e-5})
+
+
+def test_a_follow_up_says_that_its_scan_was_encoded_again(served, triton):
+    _, study = served.cold(scans.phantom((8, 8, 8)), "What is it?", 5)
+    triton.evicted = True
+    sample = served.follow_up(study, "Is it large?", 5)
+    assert len(triton.uploads) == 2 and sample.parts["vision_encoder"] == 1.0
+
+
+def test_a_scan_that_is_sent_again_says_whether_it_was_known(served, triton):
+    scan = scans.phantom((8, 8, 8))
+    assert served.upload_again(scan).parts == {"prepare": 0.25}
+    triton.study_info["cached"] = True
+    assert served.upload_again(scan).parts == {}
 
 
 def test_a_mask_has_the_parts_that_ran_for_it(served):
