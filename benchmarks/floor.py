@@ -32,6 +32,12 @@ class Rates:
     wire: float | None = None
 
 
+    def or_better(self, other: "Rates") -> "Rates":
+        """The better of two measurements, each by itself: a machine that is shared is not always at its best."""
+        return Rates({name: max(rate, other.matmul[name]) for name, rate in self.matmul.items()},
+                     max(self.memory, other.memory), max(self.wire, other.wire))
+
+
 @dataclass(frozen=True)
 class Stage:
     """flops: of its matrix products and convolutions. bytes: that it must read, its weights above all."""

@@ -178,11 +178,14 @@ def text(result: dict) -> str:
 def _conditions(result: dict) -> str:
     c, r = result["conditions"], result["rates"]
     rates = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in r["matmul"].items() if name != "fp16")
+    slower = min(min(one["matmul"][name] / value for name, value in r["matmul"].items())
+                 for one in result["rates_measured"])
     precision = f"language model in {result['manifest']['precision']}; " if result["manifest"] else ""
     return (f"{c['date']}, {c['gpu'] or c['cpu']}, {c['cores']} cores, load before {c['load_average_before']:.1f}; "
             f"{precision}scan {' x '.join(map(str, c['scan']['shape']))} {c['scan']['dtype']}, {c['tokens']} tokens, "
             f"{c['repeats']} rounds. The machine: {rates}, memory {r['memory'] / 1e9:.1f} GB/s, "
-            f"loopback {r['wire'] / 1e9:.2f} GB/s.")
+            f"loopback {r['wire'] / 1e9:.2f} GB/s: the better of before and after, of which the other had {slower:.2f} of "
+            "a matrix rate at the worst.")
 
 
 def _resources(result: dict) -> str:

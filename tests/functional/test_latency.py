@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from benchmarks import latency, machine
+from engine.manifest import Manifest
 from tests.conftest import ROOT
 from tests.tiny import QUESTION, volume
 from tests.tiny_bench import write_tiny_checkpoint
@@ -27,7 +30,8 @@ def test_it_measures_a_running_server_against_both_baselines_and_the_floor(
         server, repository, fixture_checkpoint, clip_checkpoint, scan, tmp_path, capsys):
     out = tmp_path / "latency.json"
     assert latency.main([*QUICK, "--server", server.url, "--repository", str(repository), "--checkpoint",
-                         str(fixture_checkpoint), "--clip-checkpoint", str(clip_checkpoint), "--scan", str(scan), "--segment-question", QUESTION,
+                         str(fixture_checkpoint), "--clip-checkpoint", str(clip_checkpoint), "--scan", str(scan),
+                         "--segment-question", QUESTION,
                          "--segment-tokens", "24", "--tokens", "6", "--baseline", "fp32,bf16", "--concurrency", "1,8",
                          "--rates", "5", "--seconds", "1", "--json", str(out), "--plots", str(tmp_path)]) == 0
     said, found = capsys.readouterr().out, json.loads(out.read_text())
@@ -38,6 +42,10 @@ def test_it_measures_a_running_server_against_both_baselines_and_the_floor(
     assert {"cold", "follow_up", "segment", "segment_again", "rank", "rank_again", "during_upload"} <= set(served)
     assert {"prepare", "vision_encoder", "prefill", "decode"} <= set(served["cold"][0]["parts"])
     assert "vision_encoder" not in served["follow_up"][0]["parts"]
+    # A packed bit a voxel, and not a float of the model's logits beside it; the scan once, as it is.
+    wire = found["wire"]
+    assert wire["mask"] < wire["logits"] / 32 + 1000 and wire["upload"] < wire["scan"] + 1000
+    assert wire["follow_up"] < 10_000
     assert found["warm_up"].keys() == found["samples"].keys() == {"served", "baseline fp32", "baseline bf16"}
     assert [row["concurrency"] for row in found["closed_loop"]] == [1, 8]
     assert [run["scenario"] for run in found["open_loop"]] == ["SingleStream", "Offline", "Server"]
@@ -59,6 +67,15 @@ def test_it_exports_and_serves_a_checkpoint_by_itself(tmp_path, capsys):
     # Its answers have the length that was asked for.
     assert [s["tokens"] for s in found["samples"]["served"]["cold"]] == [4]
     assert found["manifest"]["precision"] == machine.precisions()[-1] and "server start" in capsys.readouterr().out
+
+
+def test_another_model_than_the_servers_is_refused(server, repository, fixture_checkpoint, scan, tmp_path, capsys):
+    other_checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
+    other_export = shutil.copytree(repository, tmp_path / "model_repository", symlinks=True)
+    replace(Manifest.read(other_export), precision="bf16").write(other_export)
+    for wrong in (["--repository", str(other_export)], ["--checkpoint", str(other_checkpoint), "--baseline", ""]):
+        assert latency.main([*QUICK, "--server", server.url, "--scan", str(scan), "--warm-up", "0", *wrong]) == 1
+        assert "serves another" in capsys.readouterr().err
 
 
 def test_ended_amid_its_export_it_leaves_no_export_running(tmp_path):

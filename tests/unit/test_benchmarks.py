@@ -101,6 +101,11 @@ def test_a_stage_takes_what_is_scarcer():
     assert (stage.seconds(memory), stage.bound(memory)) == (1, "memory")
 
 
+def test_a_machine_is_as_fast_as_the_better_of_two_measurements():
+    first, second = floor.Rates({"fp32": 1, "bf16": 4}, 10, 7), floor.Rates({"fp32": 2, "bf16": 3}, 20, 6)
+    assert first.or_better(second) == floor.Rates({"fp32": 2, "bf16": 4}, 20, 7)
+
+
 def test_what_other_virtual_machines_took_is_a_number_of_seconds():
     assert machine.stolen_s() == pytest.approx(psutil.cpu_times().steal, abs=0.5)
 
@@ -180,6 +185,7 @@ def result() -> dict:
         "conditions": {"date": "2026-11-22", "cpu": "a processor", "gpu": None, "cores": 2, "load_average_before": 0.0,
                        "scan": {"shape": [4, 4, 4], "dtype": "int16", "bytes": 1000}, "tokens": 5, "repeats": 2},
         "rates": {"matmul": {"fp32": 1e9, "bf16": 2e9}, "memory": 1e6, "wire": 1e5},
+        "rates_measured": [{"matmul": {"fp32": 1e9, "bf16": 1e9}}, {"matmul": {"fp32": 0.9e9, "bf16": 2e9}}],
         "manifest": {"precision": "bf16", "files": {"a": 2_000_000_000}},
         "samples": {
             "served": {"cold": cold, "follow_up": [sample(1.0, 0.1, prefill=0.1, decode=0.88)] * 2,
@@ -365,7 +371,8 @@ def test_the_report_has_every_table_and_picture(tmp_path):
     whole["trace"] = {kind: {**sample(1.0), "spans": spans} for kind in ("cold", "segment")}
     reported(whole)
     said = report.text(whole)
-    for words in ("a processor, 2 cores", "| baseline fp32 | cold | none | 2 | 8.00 s |", "| transport |",
+    for words in ("a processor, 2 cores", "the other had 0.50 of a matrix rate",
+                  "| baseline fp32 | cold | none | 2 | 8.00 s |", "| transport |",
                   "Server ready after 50 s, 4.5 GB after the load; other virtual machines took up to 10 % of the cores",
                   "| served | cold | miss | 2 |", "| served | follow up | hit | 2 |", "| served | segment | miss | 2 |",
                   "| 8 | 50 | 40 to 60 |", "| Server | 2/s |", "| VALID | no |", "| MISSED |", "| met |"):
@@ -633,7 +640,7 @@ def test_encoders_are_compared_with_fp32_and_the_fastest_within_bounds_is_named(
 
 @pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply bf16")
 def test_the_fixture_s_answer_and_mask_survive_a_vision_encoder_in_bf16(tmp_path):
-    """Which is why the CPU's configuration takes it, and fp32 for the segmentation encoder."""
+    """Which is why the CPU's configuration takes it."""
     checkpoint, image, question, tokens = encoders._fixture(tmp_path)
     compared = encoders.Encoders(*encoders._open(str(checkpoint)), ["fp32", "bf16"], tmp_path / "graphs", "cpu", [image])
     found = {(e.vision, e.segmentation): e for e in compared.exactness("fixture", image, [question], tokens)}
