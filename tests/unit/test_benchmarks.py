@@ -546,10 +546,9 @@ def test_the_baseline_answers_as_the_reference_does(checkpoint, precision):
 def test_the_baseline_ranks_texts_by_m3d_clip(checkpoint, tmp_path, precision):
     values = {**PUBLISHED_CLIP, "img_size": list(IMAGE_SIZE), "patch_size": list(PATCH_SIZE), **VIT, "bert_config": dict(
         hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)}
-    folder = write_clip(tmp_path / "clip", values)
-    sample, scores = Baseline(str(checkpoint), precision, str(folder)).rank(scans.phantom((40, 40, 20)), TEXTS)
+    folder, scan = write_clip(tmp_path / "clip", values), scans.phantom((40, 40, 20))
+    sample, scores = Baseline(str(checkpoint), precision, str(folder)).rank(scan, TEXTS)
     clip, _ = load_clip(folder)
-    scan = scans.phantom((40, 40, 20))
     image = prepare(read_scan(pack_scan(scan.array)[0], affine=scan.affine), IMAGE_SIZE).image
     tokenizer = BertTokenizer.from_pretrained(folder)
     for text, score in zip(TEXTS, scores, strict=True):  # without padding, one by one
@@ -584,10 +583,10 @@ def test_a_bad_argument_is_refused_before_anything_runs(capsys, words, cause):
 def test_a_scan_or_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
     assert latency.main(["--server", "localhost:1", "--scan", str(tmp_path / "none.nii")]) == 1
     assert "none.nii cannot be read" in capsys.readouterr().err
-    for option, words in (("--checkpoint", "no config.json"), ("--repository", "manifest.json"),
-                          ("--clip-checkpoint", "neither a folder nor a Hugging Face id")):
-        one = {option: tmp_path / "none" if option.startswith("--clip") else tmp_path}
-        assert latency.main(["--server", "localhost:1", *(str(word) for pair in one.items() for word in pair)]) == 1
+    for option, path, words in (("--checkpoint", tmp_path, "no config.json"),
+                                ("--repository", tmp_path, "manifest.json"),
+                                ("--clip-checkpoint", tmp_path / "none", "neither a folder nor a Hugging Face id")):
+        assert latency.main(["--server", "localhost:1", option, str(path)]) == 1
         assert words in (said := capsys.readouterr()).err and "rates" not in said.out
     monkeypatch.setattr("sys.argv", ["roofline.py", "--checkpoint", str(tmp_path)])
     assert roofline.main() == 1 and "no floors: " in capsys.readouterr().err
