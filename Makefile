@@ -98,7 +98,7 @@ $(VENV)/bin/uv:
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet uv
 
-$(VENV)/serving: pyproject.toml overrides.txt | $(VENV)/bin/uv
+$(VENV)/serving: pyproject.toml overrides.txt engine/runtime/decoder/decode_kernel.c | $(VENV)/bin/uv
 	@echo "installing what serving on a CPU needs ..."
 	@$(INSTALL) --editable '.[cpu]'
 	@touch $@

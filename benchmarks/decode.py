@@ -31,6 +31,7 @@ from benchmarks.report import table  # noqa: E402
 from engine.errors import InvalidInput  # noqa: E402
 from engine.manifest import Manifest  # noqa: E402
 from engine.models.checkpoint import open_lamed  # noqa: E402
+from engine.runtime.decoder.cpu_forward import Pass  # noqa: E402
 from engine.runtime.decoder.settings import DecoderSettings  # noqa: E402
 from engine.sampling import Sampling  # noqa: E402
 
@@ -42,16 +43,17 @@ RESULT = "result: "  # before what a process has measured, as vLLM may print, to
 
 @dataclass(frozen=True)
 class Way:
-    """A way to decode: what differs from the configuration. environment: of vLLM's process. direct: see cpu_forward."""
+    """A way to decode: what differs from the configuration. environment: of vLLM's process. furthest: through layers."""
 
     settings: dict = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    direct: bool = True
+    furthest: Pass = Pass.DECODE_KERNEL
 
 
 WAYS = {
     "as configured": Way(),
-    "vLLM's own pass": Way(direct=False),
+    "without the decode kernel": Way(furthest=Pass.DIRECT),
+    "vLLM's own pass": Way(furthest=Pass.VLLM),
     "one thread": Way({"threads": 1}),
     "waiting threads sleep": Way(environment={"GOMP_SPINCOUNT": "0"}),
     "waiting threads spin": Way(environment={"GOMP_SPINCOUNT": "infinity"}),
@@ -126,7 +128,7 @@ async def _measure_here(arguments: argparse.Namespace, way: Way) -> dict:
     """{"start_s", "new": [[first_s, total_s], ...], "known": ..., "together": [tokens/s, ...]} of one way."""
     from engine.runtime.decoder import Decoder, llm_engine, vllm_environment
 
-    llm_engine.DIRECT = way.direct
+    llm_engine.FURTHEST_PASS = way.furthest
     for variables in (vllm_environment._ALWAYS, vllm_environment._ON_CPU):
         variables.update(way.environment)
     decoder = Decoder(arguments.repository, replace(configured(arguments.repository), **way.settings))

@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 from engine.errors import InvalidInput, ResourceExhausted, Unavailable
 from engine.processor import has_bf16
 from engine.runtime.decoder import AnswerInfo, Decoder
+from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.settings import DecoderSettings
 from engine.sampling import Sampling
 from tests.tiny_llm import BOS, CONTEXT, EOS, VISUAL_TOKENS, WIDTH, question, visual_tokens, write_tiny_llm
@@ -137,7 +138,8 @@ def test_the_cases_hold_what_the_tests_need(expected):
 
 
 def test_ids_text_and_states_are_those_of_transformers(running, expected):
-    assert running.decoder.engine.direct  # so that this and the following hold for the shorter pass, too
+    # So that this and the following hold for the shorter pass, and, where few answers are left, for the decode kernel.
+    assert running.decoder.engine.layers is Pass.DECODE_KERNEL
     for i in range(4):
         answer = running.ask(*case(i), max_new_tokens=LENGTH)
         assert_equals(answer, expected[i])
@@ -361,7 +363,7 @@ def test_phi3_answers_like_transformers_with_a_sliding_window_and_long_rope(tmp_
     right = [right_answer(tiny, long_case(i)) for i in range(3)] + [right_answer(tiny, case(i)) for i in range(AT_ONCE)]
     assert sum(len(states) for _, states in right) >= 8
     with started(tiny) as running:
-        assert running.decoder.engine.direct
+        assert running.decoder.engine.layers is Pass.DIRECT  # its rotary embedding is another one
         answers = running.ask_all(*map(long_case, range(3)), *map(case, range(AT_ONCE)), max_new_tokens=LENGTH)
         for answer, expected in zip(answers, right):
             assert_equals(answer, expected)
@@ -370,7 +372,7 @@ def test_phi3_answers_like_transformers_with_a_sliding_window_and_long_rope(tmp_
 def test_in_bf16_states_are_right_and_kernels_called_directly_where_the_processor_has_it(tmp_path):
     tiny = write_tiny_llm(tmp_path / "repository", precision="bf16")
     with started(tiny) as running:
-        assert running.decoder.engine.direct is has_bf16()
+        assert running.decoder.engine.layers is (Pass.DECODE_KERNEL if has_bf16() else Pass.VLLM)
         answers = running.ask_all(*map(case, range(AT_ONCE)), max_new_tokens=LENGTH)
     assert sum(len(answer.states) for answer in answers) >= 8
     for i, answer in enumerate(answers):

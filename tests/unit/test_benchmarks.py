@@ -25,6 +25,7 @@ from engine.models.checkpoint import load_clip, load_lamed
 from engine.models.config import ClipConfig, LamedConfig
 from engine.processor import has_bf16
 from engine.prompt import Prompt
+from engine.runtime.decoder import llm_engine
 from engine.scan import pack_scan, read_scan
 from engine.volume import prepare
 from tests.conftest import ROOT
@@ -682,9 +683,9 @@ def test_a_faster_pair_out_of_bounds_on_one_case_is_not_chosen():
 def test_every_way_to_decode_differs_from_the_shipped_configuration():
     shipped = decode.configured(ROOT / "model_repository")
     assert shipped.enforce_eager and shipped.block_size == 32
-    ways = [(replace(shipped, **way.settings), tuple(way.environment.items()), way.direct)
+    ways = [(replace(shipped, **way.settings), tuple(way.environment.items()), way.furthest)
             for way in decode.WAYS.values()]
-    assert len(set(ways)) == len(ways) and ways[0] == (shipped, (), True)
+    assert len(set(ways)) == len(ways) and ways[0] == (shipped, (), llm_engine.FURTHEST_PASS)
 
 
 def test_ways_to_decode_stand_beside_the_floor_and_failures_are_named():

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from engine.runtime.decoder import cpu_forward
-from engine.runtime.decoder.cpu_forward import Norms
+from engine.runtime.decoder.cpu_forward import Norms, Pass
 
 
 def norms(to) -> Norms:
@@ -42,15 +42,32 @@ def test_kernels_that_cut_are_recognised(name):
     assert not replace(ROUNDING, **{name: getattr(CUTTING, name)}).round(torch.bfloat16)
 
 
-@pytest.mark.parametrize("device, eager, fits, found, used", [
-    ("cpu", True, True, ROUNDING, True), ("cuda", True, True, ROUNDING, False), ("cpu", False, True, ROUNDING, False),
-    ("cpu", True, False, None, False), ("cpu", True, True, CUTTING, False)])
-def test_it_is_used_on_a_cpu_uncompiled_where_it_fits_and_kernels_round(monkeypatch, device, eager, fits, found, used):
+@pytest.mark.parametrize("device, eager, fits, found, kernel, furthest, used", [
+    ("cpu", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.DECODE_KERNEL),
+    ("cpu", True, True, ROUNDING, False, Pass.DECODE_KERNEL, Pass.DIRECT),
+    ("cpu", True, True, ROUNDING, True, Pass.DIRECT, Pass.DIRECT),
+    ("cpu", True, True, ROUNDING, True, Pass.VLLM, Pass.VLLM),
+    ("cuda", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM),
+    ("cpu", False, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM),
+    ("cpu", True, False, None, True, Pass.DECODE_KERNEL, Pass.VLLM),
+    ("cpu", True, True, CUTTING, True, Pass.DECODE_KERNEL, Pass.VLLM)])
+def test_a_shorter_pass_is_used_on_a_cpu_uncompiled_where_it_fits_and_kernels_round(
+        monkeypatch, device, eager, fits, found, kernel, furthest, used):
     model = SimpleNamespace(forward="vLLM's own")
-    runner = SimpleNamespace(device=torch.device(device), model=SimpleNamespace(model=model),
+    head = SimpleNamespace(cpu_linear="vLLM's own", weight=torch.zeros(16, 8))
+    runner = SimpleNamespace(device=torch.device(device), model=SimpleNamespace(model=model, lm_head=head),
                              model_config=SimpleNamespace(enforce_eager=eager, dtype=torch.bfloat16))
     monkeypatch.setattr(cpu_forward, "_fits", lambda _: fits)
-    monkeypatch.setattr(cpu_forward, "_forward_of", lambda *_: "the shorter one")
+    monkeypatch.setattr(cpu_forward, "_kernel_of", lambda *_: SimpleNamespace() if kernel else None)
+    monkeypatch.setattr(cpu_forward, "_forward_of", lambda *_: "a shorter one")
     monkeypatch.setattr(Norms, "of_vllm", lambda: found)
-    assert cpu_forward.use_on(runner) is used
-    assert model.forward == ("the shorter one" if used else "vLLM's own")
+    assert cpu_forward.use_on(runner, furthest) is used
+    assert (model.forward == "vLLM's own") is (used is Pass.VLLM)
+    assert (head.cpu_linear == "vLLM's own") is (used is not Pass.DECODE_KERNEL)
+
+
+def test_a_weight_comes_back_exactly_from_its_product():
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(40, 1100, generator=torch.Generator().manual_seed(0)).to(dtype)
+        linear = SimpleNamespace(input_size=1100, weight=weight, cpu_linear=lambda x, w, bias: functional.linear(x, w))
+        assert torch.equal(cpu_forward._weight(linear, dtype), weight)

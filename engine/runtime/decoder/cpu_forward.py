@@ -5,6 +5,9 @@ all kinds of hardware. On a CPU, uncompiled, a token of a small model takes long
 threads that wait for the next product fall asleep meanwhile. The pass below calls the same kernels in the same order,
 and for RMSNorm one that vLLM builds for CPUs but uses on GPUs only.
 
+In steps of few rows, which is decoding, a kernel of our own does all but the attention, where it fits and is there (see
+`decode_kernel`).
+
 Written against vLLM 0.32 (vllm/model_executor/models/llama.py, vllm/v1/attention/backends/cpu_attn.py). Models that it
 does not fit keep vLLM's own pass, and `seg_state_check` compares the two at every start.
 """
@@ -12,25 +15,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch.nn import functional
 
+from engine.runtime.decoder import decode_kernel
+from engine.runtime.decoder.decode_kernel import DecodeKernel, Weights
+
 _ROW = 8  # the kernels of RMSNorm take rows of a multiple of this
+_ROWS_AT_ONCE = 512
+_UNSCALED = 1.0, 1.0, "auto"  # keys and values in the cache, and its type
 
 
-def use_on(runner) -> bool:
-    """Give the model of vLLM's `runner` the pass below; False, and nothing changed, where it does not fit."""
-    if runner.device.type != "cpu" or not runner.model_config.enforce_eager:
-        return False
+class Pass(IntEnum):
+    """Through a model's layers: vLLM's own, the one below with vLLM's kernels only, and with the decode kernel, too."""
+
+    VLLM = 0
+    DIRECT = 1
+    DECODE_KERNEL = 2
+
+
+def use_on(runner, furthest: Pass) -> Pass:
+    """Give the model of vLLM's `runner` the furthest pass that fits, `furthest` at most, and say which."""
+    if furthest is Pass.VLLM or runner.device.type != "cpu" or not runner.model_config.enforce_eager:
+        return Pass.VLLM
     model = getattr(runner.model, "model", None)
     if not _fits(model):
-        return False
+        return Pass.VLLM
     norms = Norms.of_vllm()
     if not norms.round(runner.model_config.dtype):
-        return False
-    model.forward = _forward_of(model, norms)
-    return True
+        return Pass.VLLM
+    kernel = _kernel_of(model, runner.model_config.dtype) if furthest is Pass.DECODE_KERNEL else None
+    model.forward = _forward_of(model, norms, kernel)
+    if kernel is None:
+        return Pass.DIRECT
+    _use_on_head(runner.model.lm_head, kernel)
+    return Pass.DECODE_KERNEL
 
 
 @dataclass(frozen=True)
@@ -66,13 +87,16 @@ def _fits(model) -> bool:
     from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
+    def attends_plainly(impl) -> bool:
+        return type(impl) is CPUAttentionBackendImpl and impl.sinks is None and impl.kv_cache_dtype == "auto"
+
     def fits(layer) -> bool:
         if type(layer) is not LlamaDecoderLayer:
             return False
         attention, mlp = layer.self_attn, layer.mlp
         products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
         return (type(attention) is LlamaAttention and type(mlp) is LlamaMLP
-                and type(attention.attn) is Attention and type(attention.attn.impl) is CPUAttentionBackendImpl
+                and type(attention.attn) is Attention and attends_plainly(attention.attn.impl)
                 and layer.hidden_size % _ROW == 0
                 and all(type(one.quant_method) is UnquantizedLinearMethod and one.tp_size == 1 and one.bias is None
                         for one in products))
@@ -80,7 +104,46 @@ def _fits(model) -> bool:
     return type(model) is LlamaModel and all(map(fits, model.layers))
 
 
-def _forward_of(model, norms: Norms) -> Callable:
+def _kernel_of(model, dtype: torch.dtype) -> DecodeKernel | None:
+    """For steps of few rows; None where it is absent or does not fit."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
+    rotary = attention.rotary_emb
+    geometry = decode_kernel.Geometry(model.layers[0].hidden_size, mlp.down_proj.input_size, attention.num_heads,
+                                      attention.num_kv_heads, attention.head_dim, model.norm.variance_epsilon, dtype)
+    if not (decode_kernel.library() and geometry.fits()
+            and len(model.layers) * geometry.layer_bytes <= decode_kernel.MOST_BYTES
+            and getattr(type(rotary), "forward_cpu", None) is RotaryEmbedding.forward_cpu
+            and rotary.is_neox_style and rotary.rotary_dim == attention.head_dim):
+        return None
+    return DecodeKernel(geometry, [Weights(
+        layer.input_layernorm.weight.data, _weight(layer.self_attn.qkv_proj, dtype),
+        _weight(layer.self_attn.o_proj, dtype), layer.post_attention_layernorm.weight.data,
+        _weight(layer.mlp.gate_up_proj, dtype), _weight(layer.mlp.down_proj, dtype)) for layer in model.layers],
+        model.norm.weight.data, rotary.cos_sin_cache)
+
+
+def _use_on_head(head, kernel: DecodeKernel) -> None:
+    """Give the output layer the kernel, too; its weight is whole, as prompts may be embedded with it."""
+    own = head.cpu_linear
+
+    def multiply(x, weight, bias):
+        if len(x) > kernel.most_rows or bias is not None:
+            return own(x, weight, bias)
+        return kernel.product(x, weight)
+
+    if head.weight.shape[0] % decode_kernel.BLOCK == 0:
+        head.cpu_linear = multiply
+
+
+def _weight(linear, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in]. vLLM keeps it as its kernel wants it only: the product with an identity matrix has it, exactly."""
+    identity = torch.eye(linear.input_size, dtype=dtype)
+    return torch.cat([_product(linear)(rows) for rows in identity.split(_ROWS_AT_ONCE)]).T.contiguous()
+
+
+def _forward_of(model, norms: Norms, kernel: DecodeKernel | None) -> Callable:
     from vllm.forward_context import get_forward_context
 
     own = model.forward
@@ -91,8 +154,10 @@ def _forward_of(model, norms: Norms) -> Callable:
         context = get_forward_context()
         if not isinstance(context.attn_metadata, dict):  # no requests: vLLM tries the model out
             return own(input_ids, positions, intermediate_tensors, inputs_embeds)
-        # A copy: the embeddings lie in a buffer of vLLM's, and the sums are made in place.
-        residual = model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds.clone()
+        embedded = model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        if kernel is not None and len(embedded) <= kernel.most_rows:
+            return kernel.run(embedded, positions, lambda number, *ends: layers[number].attend(context, *ends))
+        residual = embedded.clone()  # the embeddings lie in a buffer of vLLM's, and the sums are made in place
         x = torch.empty_like(residual)
         norms.plain(x, residual, *layers[0].input_norm)
         for number, layer in enumerate(layers):
@@ -118,17 +183,28 @@ class _Layer:
         self.rotary = attention.rotary_emb.forward
         self.sizes = [attention.q_size, attention.kv_size, attention.kv_size]
         self.attn, self.impl, self.name = attention.attn, attention.attn.impl, attention.attn.layer_name
+        blocks, heads, rows, _ = self.attn.kv_cache.shape
+        self.cache = self.attn.kv_cache.view(blocks, heads, 2 * rows, -1).chunk(2, 2)  # of keys and of values
 
     def attention(self, x: torch.Tensor, positions: torch.Tensor, context) -> torch.Tensor:
-        attn, cache = self.attn, self.attn.kv_cache
+        attn = self.attn
         query, key, value = self.qkv(x).split(self.sizes, -1)
         query, key = self.rotary(positions, query, key)
         query = query.view(-1, attn.num_heads, attn.head_size)
         key, value = key.view(-1, attn.num_kv_heads, attn.head_size), value.view(-1, attn.num_kv_heads, attn.head_size)
-        self.impl.do_kv_cache_update(attn, key, value, cache, context.slot_mapping[self.name])
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        self.impl.forward(attn, query, key, value, cache, context.attn_metadata[self.name], output)
+        self.attend(context, query, key, value, output)
         return self.out(output.view(len(output), -1))
+
+    def attend(self, context, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
+        """All [R, heads, head size]; keys and values go into the cache, the result into `out`."""
+        kernels, impl, step = torch.ops._C, self.impl, context.attn_metadata[self.name]
+        kernels.cpu_attn_reshape_and_cache.default(key, value, *self.cache, context.slot_mapping[self.name],
+                                                   self.attn.isa, *_UNSCALED)
+        kernels.cpu_attention_with_kv_cache.default(
+            query, *self.cache, out, step.query_start_loc, step.seq_lens, impl.scale, step.causal, impl.alibi_slopes,
+            impl.sliding_window, step.block_table, impl.logits_soft_cap, step.scheduler_metadata, None,
+            step.dynamic_causal, *_UNSCALED)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         gate, factor = self.gate_up(x).chunk(2, -1)

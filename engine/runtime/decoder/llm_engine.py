@@ -15,13 +15,14 @@ import torch
 
 from engine.errors import InvalidInput, M3DError, Unavailable
 from engine.runtime.decoder import seg_states, vllm_environment, worker_extension
+from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
 from engine.runtime.decoder.settings import DecoderSettings
 
 RESTART_WINDOW_S = 3600
 WATCH_INTERVAL_S = 1.0
 SHUTDOWN_S = 10.0  # until an engine that does not end by itself is killed
-DIRECT = True  # on a CPU: whether the layers call their kernels directly, see cpu_forward
+FURTHEST_PASS = Pass.DECODE_KERNEL  # on a CPU
 
 
 class LlmEngine:
@@ -30,8 +31,8 @@ class LlmEngine:
     folder: an exported language model. context_length: rows of prompt and answer. padding_id: a token id that no answer has.
 
     An engine that dies fails the answers in progress with Unavailable and is restarted in the background, at most
-    `settings.restarts` times an hour; `health` says where it stands ("ready", or words for the client), `direct`
-    whether the layers call their kernels directly (see cpu_forward).
+    `settings.restarts` times an hour; `health` says where it stands ("ready", or words for the client), `layers` how
+    the layers are computed.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, context_length: int, padding_id: int,
@@ -42,7 +43,7 @@ class LlmEngine:
         self.padding_id = padding_id
         self.settings = settings
         self.health = "starting"
-        self.direct = False
+        self.layers = Pass.VLLM
         self._llm = None
         self._deaths: deque[float] = deque()
         self._tasks: set[asyncio.Task] = set()
@@ -62,8 +63,8 @@ class LlmEngine:
             await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
             self._llm = llm
             checked = await check_seg_states(self.folder, self.dtype, self._greedy, self.take_states)
-            self.direct = DIRECT and all(await llm.collective_rpc("call_kernels_directly"))
-            if self.direct:
+            self.layers = Pass(min(await llm.collective_rpc("shorten_pass", args=(int(FURTHEST_PASS),))))
+            if self.layers is not Pass.VLLM:
                 await check_same_states(checked, self._greedy, self.take_states)
         except BaseException:
             self._llm = None

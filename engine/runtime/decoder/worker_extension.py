@@ -10,6 +10,6 @@ NAME = f"{__name__}.WorkerExtension"
 class WorkerExtension(SegStateExtension):
     """Its methods, and those of its base, are called by `collective_rpc`."""
 
-    def call_kernels_directly(self) -> bool:
-        """Whether the model does so from now on, see cpu_forward."""
-        return cpu_forward.use_on(self.model_runner)
+    def shorten_pass(self, furthest: int) -> int:
+        """See `cpu_forward.use_on`; passes as numbers, which vLLM can send."""
+        return int(cpu_forward.use_on(self.model_runner, cpu_forward.Pass(furthest)))
