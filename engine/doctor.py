@@ -43,7 +43,7 @@ def examine(repository: Path, target: str) -> list[Finding]:
     findings = [_python(), *_packages(target), _triton(target), _cores(), _memory(), _shared_memory()]
     if target == "tensorrt":
         return [*findings, *_gpus(), _tensorrt(), _compiler(), *_repository(repository, target)]
-    return [*findings, *_repository(repository, target), _gpu_beside_the_cpu()]
+    return [*findings, _decode_kernel(), *_repository(repository, target), _gpu_beside_the_cpu()]
 
 
 def target_of(repository: Path) -> str:
@@ -96,6 +96,15 @@ def _compiler() -> Finding:
         return Finding("missing", "C compiler", f"no {' and no '.join(absent)}, with which vLLM compiles kernels: "
                                                 f"{INSTALL['tensorrt']}, or apt-get install gcc libpython3-dev")
     return Finding("ok", "C compiler", str(compiler))
+
+
+def _decode_kernel() -> Finding:
+    """Compiled when the package is installed; sought as a file, because to import its package takes PyTorch."""
+    if any(Path(__file__).parent.glob("runtime/decoder/_decode_kernel.*")):
+        return Finding("ok", "decode kernel", "compiled")
+    return Finding("note", "decode kernel", "not compiled, as the installation found no C compiler: small language "
+                                            "models take half as long again for a token, or longer. apt-get install "
+                                            "gcc libgomp1, then install m3d-engine again")
 
 
 def _cores() -> Finding:

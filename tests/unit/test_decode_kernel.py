@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from engine import doctor
 from engine.runtime.decoder import decode_kernel
 from engine.runtime.decoder.decode_kernel import DecodeKernel, Geometry, Weights
 
@@ -74,6 +75,18 @@ def difference(result: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def test_it_is_there_where_a_compiler_was():
     assert decode_kernel.library() or not shutil.which("cc")
+
+
+@pytest.mark.parametrize("built, state", [(True, "ok"), (False, "note")])
+def test_the_doctor_says_whether_it_was_compiled(monkeypatch, tmp_path, built, state):
+    folder = tmp_path / "runtime/decoder"
+    folder.mkdir(parents=True)
+    (folder / "decode_kernel.c").write_text("")
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    if built:
+        (folder / "_decode_kernel.cpython-311-x86_64-linux-gnu.so").write_text("")
+    finding = doctor._decode_kernel()
+    assert finding.state == state and ("gcc" in finding.detail) is not built
 
 
 @needs_compiler

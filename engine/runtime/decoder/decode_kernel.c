@@ -111,28 +111,33 @@ INLINE void multiply_by(const char *weights, int width, const float *x, int64_t 
     }
 }
 
-#if defined __x86_64__
-#define CLONES __attribute__((target_clones("arch=x86-64-v3", "default"))) /* v3: AVX2; memory is no faster for more */
+typedef void Multiply(const char *weights, int width, const float *x, int64_t rows, const char *ahead,
+                      float sums[][ROWS]);
+
+#define VARIANT(name, is_bf16)                                                                                    \
+    static void name(const char *weights, int width, const float *x, int64_t rows, const char *ahead,             \
+                     float sums[][ROWS])                                                                          \
+    {                                                                                                             \
+        multiply_by(weights, width, x, rows, ahead, is_bf16, sums);                                               \
+    }
+
+VARIANT(multiply_fp32, 0)
+VARIANT(multiply_bf16, 1)
+#if defined __x86_64__ /* vectors wider than AVX2's gain nothing: memory is no faster */
+__attribute__((target("avx2,fma"))) VARIANT(multiply_fp32_avx2, 0)
+__attribute__((target("avx2,fma"))) VARIANT(multiply_bf16_avx2, 1)
+#define HAS_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
 #else
-#define CLONES
+#define multiply_fp32_avx2 multiply_fp32
+#define multiply_bf16_avx2 multiply_bf16
+#define HAS_AVX2 0
 #endif
-
-CLONES static void multiply_bf16(const char *weights, int width, const float *x, int64_t rows, const char *ahead,
-                                 float sums[][ROWS])
-{
-    multiply_by(weights, width, x, rows, ahead, 1, sums);
-}
-
-CLONES static void multiply_fp32(const char *weights, int width, const float *x, int64_t rows, const char *ahead,
-                                 float sums[][ROWS])
-{
-    multiply_by(weights, width, x, rows, ahead, 0, sums);
-}
 
 INLINE void multiply(const char *weights, int width, const float *x, int64_t rows, const char *ahead, int is_bf16,
                      float sums[][ROWS])
 {
-    (is_bf16 ? multiply_bf16 : multiply_fp32)(weights, width, x, rows, ahead, sums);
+    Multiply *plain = is_bf16 ? multiply_bf16 : multiply_fp32, *avx2 = is_bf16 ? multiply_bf16_avx2 : multiply_fp32_avx2;
+    (HAS_AVX2 ? avx2 : plain)(weights, width, x, rows, ahead, sums);
 }
 
 INLINE const char *block(const void *weights, int64_t number, int width, int is_bf16)
