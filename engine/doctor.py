@@ -8,6 +8,7 @@ import shutil
 import sys
 import sysconfig
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from engine import gpu
@@ -100,11 +101,12 @@ def _compiler() -> Finding:
 
 def _decode_kernel() -> Finding:
     """Compiled when the package is installed; sought as a file, because to import its package takes PyTorch."""
-    if any(Path(__file__).parent.glob("runtime/decoder/_decode_kernel.*")):
+    folder = Path(__file__).parent / "runtime/decoder"
+    if any((folder / f"_decode_kernel{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
         return Finding("ok", "decode kernel", "compiled")
-    return Finding("note", "decode kernel", "not compiled, as the installation found no C compiler: small language "
-                                            "models take half as long again for a token, or longer. apt-get install "
-                                            "gcc libgomp1, then install m3d-engine again")
+    return Finding("note", "decode kernel", "not compiled, for want of a C compiler with OpenMP: small language models "
+                                            "take half as long again for a token, or longer. apt-get install gcc, then "
+                                            "`rm .venv/serving; make .venv/serving`, or install m3d-engine anew")
 
 
 def _cores() -> Finding:

@@ -4,6 +4,8 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from importlib.machinery import EXTENSION_SUFFIXES
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from engine import doctor
 from engine.runtime.decoder import decode_kernel
 from engine.runtime.decoder.decode_kernel import DecodeKernel, Geometry, Weights
 
-# Widths that nothing else has, an uneven number of blocks for two threads, fewer heads of keys than of queries.
+# Widths that nothing else has, blocks that three threads cannot share evenly, fewer heads of keys than of queries.
 GEOMETRY = Geometry(hidden=96, intermediate=160, heads=5, kv_heads=1, head_size=64, epsilon=1e-5, dtype=torch.float32)
 LAYERS, POSITIONS = 3, 50
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the largest value
@@ -77,14 +79,21 @@ def test_it_is_there_where_a_compiler_was():
     assert decode_kernel.library() or not shutil.which("cc")
 
 
+@needs_compiler
+@pytest.mark.parametrize("broken", [{"m3d_structures": lambda: 1}, {}])
+def test_a_kernel_of_another_version_is_not_used(monkeypatch, broken):
+    monkeypatch.setattr(decode_kernel.ctypes, "CDLL", lambda _: SimpleNamespace(**broken))
+    assert decode_kernel.library.__wrapped__() is None
+
+
 @pytest.mark.parametrize("built, state", [(True, "ok"), (False, "note")])
 def test_the_doctor_says_whether_it_was_compiled(monkeypatch, tmp_path, built, state):
     folder = tmp_path / "runtime/decoder"
     folder.mkdir(parents=True)
-    (folder / "decode_kernel.c").write_text("")
+    (folder / "_decode_kernel.cpython-27-sparc.so").write_text("")  # of another Python
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
     if built:
-        (folder / "_decode_kernel.cpython-311-x86_64-linux-gnu.so").write_text("")
+        (folder / f"_decode_kernel{EXTENSION_SUFFIXES[0]}").write_text("")
     finding = doctor._decode_kernel()
     assert finding.state == state and ("gcc" in finding.detail) is not built
 

@@ -15,11 +15,12 @@ from tests.tiny_llm import write_tiny_llm
 
 
 class Engine:
-    """What a right engine answers, by transformers; `spoil` changes the states."""
+    """What a right engine answers, by transformers; `spoil` changes the states, `shift` the tokens."""
 
-    def __init__(self, model, spoil):
+    def __init__(self, model, spoil, shift=0):
         self.model = model
         self.spoil = spoil
+        self.shift = shift
         self.states = {}
 
     async def generate(self, rows, length, key, watched):
@@ -27,7 +28,7 @@ class Engine:
                                    do_sample=False)[0]
         rows = torch.cat([rows, self.model.get_input_embeddings()(said[:-1])])
         self.states[key] = self.model.model(inputs_embeds=rows[None]).last_hidden_state[0, -length:].detach().numpy()
-        return said.tolist()
+        return [token + self.shift for token in said.tolist()]
 
     async def take(self, key, positions):
         return self.spoil(self.states[key][positions])
@@ -47,8 +48,8 @@ def check(tiny, spoil=right) -> seg_state_check.Checked:
     return asyncio.run(check_seg_states(tiny.folder, torch.float32, engine.generate, engine.take))
 
 
-def check_again(tiny, before, spoil=right) -> seg_state_check.Checked:
-    engine = Engine(tiny.model, spoil)
+def check_again(tiny, before, spoil=right, shift=0) -> seg_state_check.Checked:
+    engine = Engine(tiny.model, spoil, shift)
     return asyncio.run(check_same_states(before, engine.generate, engine.take))
 
 
@@ -90,3 +91,9 @@ def test_states_after_another_token_are_not_compared(tiny):
     said, states = [checked.said[0] + 1, *checked.said[1:]], checked.states.clone()
     states[1:] = 7
     assert check_again(tiny, replace(checked, said=said, states=states)).difference < 1e-5
+
+
+def test_tokens_that_the_states_do_not_predict_fail_the_start(tiny):
+    """A wrong output layer says another token first, after which no state can be compared."""
+    with pytest.raises(RepositoryError, match="predict"):
+        check_again(tiny, check(tiny), shift=1)

@@ -46,7 +46,7 @@ def use_on(runner, furthest: Pass) -> Pass:
     norms = Norms.of_vllm()
     if not norms.round(runner.model_config.dtype):
         return Pass.VLLM
-    kernel = _kernel_of(model, runner.model_config.dtype) if furthest is Pass.DECODE_KERNEL else None
+    kernel = _kernel_of(runner.model, runner.model_config.dtype) if furthest is Pass.DECODE_KERNEL else None
     model.forward = _forward_of(model, norms, kernel)
     if kernel is None:
         return Pass.DIRECT
@@ -104,10 +104,12 @@ def _fits(model) -> bool:
     return type(model) is LlamaModel and all(map(fits, model.layers))
 
 
-def _kernel_of(model, dtype: torch.dtype) -> DecodeKernel | None:
-    """For steps of few rows; None where it is absent or does not fit."""
+def _kernel_of(whole, dtype: torch.dtype) -> DecodeKernel | None:
+    """For steps of few rows of the `whole` model, output layer included; None where it is absent or does not fit."""
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+    model, head = whole.model, whole.lm_head
     attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
     rotary = attention.rotary_emb
     geometry = decode_kernel.Geometry(model.layers[0].hidden_size, mlp.down_proj.input_size, attention.num_heads,
@@ -115,7 +117,9 @@ def _kernel_of(model, dtype: torch.dtype) -> DecodeKernel | None:
     if not (decode_kernel.library() and geometry.fits()
             and len(model.layers) * geometry.layer_bytes <= decode_kernel.MOST_BYTES
             and getattr(type(rotary), "forward_cpu", None) is RotaryEmbedding.forward_cpu
-            and rotary.is_neox_style and rotary.rotary_dim == attention.head_dim):
+            and rotary.is_neox_style and rotary.cos_sin_cache.shape[1] == attention.head_dim
+            and type(head.quant_method) is UnquantizedEmbeddingMethod and head.weight.dtype is dtype
+            and head.weight.is_contiguous() and len(head.weight) % decode_kernel.BLOCK == 0):
         return None
     return DecodeKernel(geometry, [Weights(
         layer.input_layernorm.weight.data, _weight(layer.self_attn.qkv_proj, dtype),
@@ -133,8 +137,7 @@ def _use_on_head(head, kernel: DecodeKernel) -> None:
             return own(x, weight, bias)
         return kernel.product(x, weight)
 
-    if head.weight.shape[0] % decode_kernel.BLOCK == 0:
-        head.cpu_linear = multiply
+    head.cpu_linear = multiply
 
 
 def _weight(linear, dtype: torch.dtype) -> torch.Tensor:

@@ -228,8 +228,6 @@ static void project(const Geometry *g, const Layer *layer, const Step *step, con
     }
 }
 
-int m3d_most_rows(void) { return MOST_ROWS; }
-
 /* One thread's share. Each normalises for itself: to wait for another one would take longer. */
 static void between(const Geometry *g, const Layer *layer, const Step *step)
 {
@@ -247,7 +245,7 @@ static void between(const Geometry *g, const Layer *layer, const Step *step)
         activate(g, layer, step, x, ups, block(layer->down, rows.first, middle, is_bf16));
 #pragma omp barrier
         add_product(step->residual, hidden, layer->down, middle, step->activated, step->rows, rows,
-                    block(layer->qkv, pairs.first * 2, hidden, is_bf16), is_bf16);
+                    block(layer->qkv ? layer->qkv : layer->down, pairs.first, hidden, is_bf16), is_bf16);
 #pragma omp barrier
     }
     normalise(x, step->residual, layer->next_norm, step->rows, g);
@@ -264,6 +262,11 @@ void m3d_between_attentions(const Geometry *g, const Layer *layer, const Step *s
 #pragma omp parallel num_threads(step->threads)
     between(g, layer, step);
 }
+
+int m3d_most_rows(void) { return MOST_ROWS; }
+
+/* Bytes of all structures, by which a caller sees that it was written for this version. */
+int m3d_structures(void) { return sizeof(Geometry) + sizeof(Layer) + sizeof(Step); }
 
 /* result[row] = weights . x[row] for `blocks` blocks of weights, all in one type. scratch: [rows, width] */
 void m3d_product(const void *weights, int32_t width, int64_t blocks, const void *x, int64_t rows, void *result,

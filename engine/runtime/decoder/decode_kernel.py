@@ -22,9 +22,17 @@ BLOCK = 8  # rows of a weight
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel. It shares PyTorch's OpenMP threads, as PyTorch is loaded by now."""
+    """The compiled kernel, if there is one of this version that can be loaded.
+
+    Compiled by GCC it shares PyTorch's OpenMP threads, as PyTorch is loaded by now.
+    """
     spec = importlib.util.find_spec(MODULE)
-    return ctypes.CDLL(spec.origin) if spec else None
+    try:
+        found = ctypes.CDLL(spec.origin) if spec else None
+        current = found and found.m3d_structures() == sum(map(ctypes.sizeof, (_Geometry, _Layer, _Step)))
+    except (OSError, AttributeError):  # built for another machine; of another version
+        return None
+    return found if current else None
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ Take = Callable[[str, list[int]], Awaitable[np.ndarray]]
 @dataclass(frozen=True)
 class Checked:
     """A short answer of the engine to the prompt `rows` [T, H]: its tokens, their fp32 states [K, H], and how far these
-    were off, relatively."""
+    were off, relatively. head: the model's output layer, [V, H]."""
 
     rows: torch.Tensor
+    head: torch.Tensor
     said: list[int]
     states: torch.Tensor
     difference: float
@@ -43,19 +44,17 @@ async def check_seg_states(folder: Path, dtype: torch.dtype, generate: Generate,
     table = EmbeddingTable(folder)
     rows = table.embed(torch.linspace(0, len(table.rows) - 1, PROMPT_LENGTH).long().tolist(), dtype)
     said, states = await _answer(rows, generate, take)
-    logits = states @ table.head().float().T
-    shortfall = (logits.amax(1) - logits[torch.arange(len(said)), said]) / logits.abs().amax(1)
-    difference = shortfall.max().item()
-    if not difference <= TOLERANCE[dtype]:
-        raise _wrong(f"the states of the tokens {said} predict {logits.argmax(1).tolist()}")
+    head = table.head()
+    difference = _check_predictions(said, states, head, dtype)
     if sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL_MODEL_BYTES:
         wanted = _by_transformers(folder, dtype, torch.cat([rows, table.embed(said[:-1], dtype)]))
         difference = _difference(states, wanted, dtype, "transformers'")
-    return Checked(rows, said, states, difference)
+    return Checked(rows, head, said, states, difference)
 
 
 async def check_same_states(before: Checked, generate: Generate, take: Take) -> Checked:
-    """Compare with what the engine answered `before` it computed in another way, as far as it says the same.
+    """Compare with what the engine answered `before` it computed in another way, as far as it says the same; all it says
+    must be what its states predict.
 
     Raises RepositoryError if the states are off.
     """
@@ -64,6 +63,7 @@ async def check_same_states(before: Checked, generate: Generate, take: Take) -> 
     while same < ANSWER_LENGTH and said[:same] == before.said[:same]:
         same += 1
     difference = _difference(states[:same], before.states[:same], before.rows.dtype, "those of vLLM's own pass")
+    _check_predictions(said, states, before.head, before.rows.dtype)
     return replace(before, said=said, states=states, difference=difference)
 
 
@@ -76,6 +76,16 @@ async def _answer(rows: torch.Tensor, generate: Generate, take: Take) -> tuple[l
     if again != said:
         raise _wrong(f"the same prompt gave {said}, then {again}")
     return said, states
+
+
+def _check_predictions(said: list[int], states: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> float:
+    """How far below the highest logit the tokens said are at most, relatively. Raises RepositoryError if rounding does
+    not explain it."""
+    logits = states @ head.float().T
+    shortfall = ((logits.amax(1) - logits[torch.arange(len(said)), said]) / logits.abs().amax(1)).max().item()
+    if not shortfall <= TOLERANCE[dtype]:
+        raise _wrong(f"the states of the tokens {said} predict {logits.argmax(1).tolist()}")
+    return shortfall
 
 
 def _difference(states: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, whose: str) -> float:
