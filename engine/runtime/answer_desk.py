@@ -26,8 +26,9 @@ SENDING_THREADS = 4
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks. `return_logits` is not for the decoder: it passes it on."""
+    """What a request asks. wanted: outputs. `return_logits` is not for the decoder: it passes it on."""
 
+    wanted: tuple[str, ...]
     study: str
     question: str
     sampling: Sampling
@@ -37,7 +38,7 @@ class Asked:
     @classmethod
     def of(cls, request) -> "Asked":
         sampling = triton_io.text(request, "SAMPLING")
-        return cls(triton_io.text(request, "STUDY") or "", triton_io.text(request, "QUESTION") or "",
+        return cls(tuple(request.requested_output_names()), triton_io.text(request, "STUDY") or "", triton_io.text(request, "QUESTION") or "",
                    Sampling.from_json(sampling) if sampling else Sampling(), triton_io.flag(request, "STREAM"),
                    triton_io.flag(request, "RETURN_LOGITS"))
 
@@ -121,7 +122,7 @@ class AnswerDesk:
         last = deltas[-1]
         no_states = np.zeros((0, self.decoder.manifest.llm_width), np.float32)
         return triton_io.response(
-            TEXT="".join(delta.text for delta in deltas),
+            asked.wanted, TEXT="".join(delta.text for delta in deltas),
             TOKEN_IDS=np.array([id_ for delta in deltas for id_ in delta.token_ids], np.int32),
             FINISH_REASON=last.finish_reason or "", BOXES=np.asarray(boxes, np.float64),
             ANSWER_INFO="" if last.info is None else json.dumps(asdict(last.info)),

@@ -32,5 +32,5 @@ class TritonPythonModel:
         return [triton_io.answer(self._run, request) for request in requests]
 
     def _run(self, request):
-        return triton_io.response(**self.graph({name: triton_io.array(request, name)
-                                                for name in self.model.input_names}))
+        outputs = self.graph({name: triton_io.array(request, name) for name in self.model.input_names})
+        return triton_io.response(request.requested_output_names(), **outputs)

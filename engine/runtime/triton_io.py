@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from collections.abc import Iterable
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -50,9 +51,13 @@ def flag(request, name: str) -> bool:
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
-def response(**outputs) -> pb_utils.InferenceResponse:
-    """A response of named outputs: arrays, or a text for a BYTES output of one element."""
-    return pb_utils.InferenceResponse([_tensor(name, value) for name, value in outputs.items()])
+def response(wanted: Iterable[str], **outputs) -> pb_utils.InferenceResponse:
+    """A response of named outputs: arrays, or a text for a BYTES output of one element.
+
+    wanted: the request's `requested_output_names()`; the others stay out. A response sender would drop them itself, but
+    without Python's lock: every now and then the process died of it.
+    """
+    return pb_utils.InferenceResponse([_tensor(name, outputs[name]) for name in wanted])
 
 
 def error_response(error: Exception) -> pb_utils.InferenceResponse:

@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 
+from engine.contract import MODELS
 from engine.errors import ResourceExhausted
 from engine.runtime.decoder import AnswerInfo, Delta
 from engine.runtime.study_store import StudyStore
@@ -71,13 +72,16 @@ class Sender:
 
 
 class Request:
-    def __init__(self, sender, **inputs):
-        self.sender = sender
+    def __init__(self, sender, wanted, **inputs):
+        self.sender, self.wanted = sender, wanted
         self.inputs = {name: value if isinstance(value, np.ndarray) else np.array([value.encode()], object)
                        for name, value in inputs.items()}
 
     def get_response_sender(self):
         return self.sender
+
+    def requested_output_names(self):
+        return list(self.wanted)
 
 
 class FakeDecoder:
@@ -134,9 +138,9 @@ def desk(tmp_path, monkeypatch):
     store.close()
 
 
-def ask(desk, sender=None, **inputs):
+def ask(desk, sender=None, wanted=MODELS["decoder"].output_names, **inputs):
     sender = sender or Sender()
-    desk.execute([Request(sender, **{"STUDY": STUDY, "QUESTION": "where?", **inputs})])
+    desk.execute([Request(sender, wanted, **{"STUDY": STUDY, "QUESTION": "where?", **inputs})])
     return sender
 
 
@@ -164,6 +168,13 @@ def test_without_stream_there_is_one_response_in_all(desk):
     assert response.text("TEXT") == f"at {BOX}."
     assert response.outputs["TOKEN_IDS"].tolist() == [5, 6, 7, 2] and response.outputs["TOKEN_IDS"].dtype == np.int32
     assert response.outputs["BOXES"].tolist() == [[0, 0, 0, 3, 5, 5]], "voxel edges of the scan's own array"
+
+
+def test_responses_hold_what_was_asked_for_only(desk):
+    """Triton's response sender drops the rest without Python's lock, as it does for ensembles that use less."""
+    desk.decoder.script = ANSWER
+    responses = ask(desk, STREAM=STREAM, wanted=("TEXT", "FINISH_REASON")).responses()
+    assert [set(response.outputs) for response in responses] == [{"TEXT", "FINISH_REASON"}] * 3
 
 
 @pytest.mark.parametrize("inputs, code, words", [

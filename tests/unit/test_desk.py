@@ -159,7 +159,7 @@ def test_inputs_are_optional_and_texts_must_be_utf8(triton):
 
 def test_another_models_answer_is_copied_out_of_tritons_memory(triton):
     tokens = np.ones((1, 2, 3), np.float32)
-    triton.called.append(triton.io.response(VISUAL_TOKENS=tokens))
+    triton.called.append(triton.io.response(["VISUAL_TOKENS"], VISUAL_TOKENS=tokens))
     answered = triton.io.infer("vision_encoder", IMAGE=np.zeros((1, 1, 2, 2, 2), np.float32))
     tokens[:] = 0
     assert answered["VISUAL_TOKENS"].all()

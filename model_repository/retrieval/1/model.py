@@ -25,5 +25,5 @@ class TritonPythonModel:
         self.store.close()
 
     def _scores(self, request):
-        return triton_io.response(SCORES=self.retriever.scores(triton_io.text(request, "STUDY"),
-                                                               triton_io.texts(request, "TEXTS")))
+        scores = self.retriever.scores(triton_io.text(request, "STUDY"), triton_io.texts(request, "TEXTS"))
+        return triton_io.response(request.requested_output_names(), SCORES=scores)

@@ -23,13 +23,14 @@ class TritonPythonModel:
 
     def _nothing_to_do(self, request):
         if not len(triton_io.array(request, "SEG_STATES")):
-            return _response(NO_MASK)
+            return _response(request, NO_MASK)
 
     def _mask(self, request):
-        return _response(self.segmenter.mask(triton_io.text(request, "STUDY"), triton_io.array(request, "SEG_STATES"),
-                                             triton_io.flag(request, "RETURN_LOGITS")))
+        mask = self.segmenter.mask(triton_io.text(request, "STUDY"), triton_io.array(request, "SEG_STATES"),
+                                   triton_io.flag(request, "RETURN_LOGITS"))
+        return _response(request, mask)
 
 
-def _response(mask):
-    return triton_io.response(MASK=mask.packed, MASK_SHAPE=np.array(mask.shape, np.int64), MASK_AFFINE=mask.affine,
-                              LOGITS=mask.logits)
+def _response(request, mask):
+    return triton_io.response(request.requested_output_names(), MASK=mask.packed,
+                              MASK_SHAPE=np.array(mask.shape, np.int64), MASK_AFFINE=mask.affine, LOGITS=mask.logits)

@@ -43,7 +43,7 @@ class TritonPythonModel:
     def _response(self, request, handle, info):
         if triton_io.flag(request, "SEGMENT_HINT") and self.manifest.segments:
             self.early.submit(self._encode_early, handle)
-        return triton_io.response(STUDY=handle, STUDY_INFO=json.dumps(info))
+        return triton_io.response(request.requested_output_names(), STUDY=handle, STUDY_INFO=json.dumps(info))
 
     def _encode_early(self, handle):
         try:
