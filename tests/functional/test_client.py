@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -116,6 +117,21 @@ def test_the_ensemble_answers_like_the_client(server, study, long_answer):
     assert "".join(text_of(response["TEXT"]) for response in responses) == long_answer.text
     assert text_of(responses[-1]["FINISH_REASON"]) == "length"
     connection.close()
+
+
+def test_many_streams_of_the_ensemble_leave_the_server_alive(server, client, study):
+    """It does not use all outputs of the decoder. Dropping them killed the decoder within a few thousand responses."""
+    def ask(stream: int) -> int:
+        connection = Connection(server.url)
+        inputs = {contract.STUDY_IN: study.handle, contract.QUESTION: f"{QUESTION} {stream}", contract.STREAM: True,
+                  contract.SAMPLING: f'{{"max_new_tokens": {LONG}}}'}
+        responses = sum(1 for _ in connection.stream("m3d_chat", inputs, PATIENCE_S))
+        connection.close()
+        return responses
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(ask, range(24))) > 2000
+    assert client.is_ready()
 
 
 def test_a_handle_of_nothing_is_not_found(client):
