@@ -38,7 +38,8 @@ class Asked:
     @classmethod
     def of(cls, request) -> "Asked":
         sampling = triton_io.text(request, "SAMPLING")
-        return cls(tuple(request.requested_output_names()), triton_io.text(request, "STUDY") or "", triton_io.text(request, "QUESTION") or "",
+        return cls(tuple(request.requested_output_names()), triton_io.text(request, "STUDY") or "",
+                   triton_io.text(request, "QUESTION") or "",
                    Sampling.from_json(sampling) if sampling else Sampling(), triton_io.flag(request, "STREAM"),
                    triton_io.flag(request, "RETURN_LOGITS"))
 

@@ -116,7 +116,7 @@ class DecodeKernel:
     def run(self, embedded: torch.Tensor, positions: torch.Tensor, attend: Callable) -> torch.Tensor:
         """The states [R, H] after the last layer, in the model's type, of the rows `embedded` [R, H].
 
-        positions: int64 [R]. attend(number, query, key, value, out): the attention of layer `number`, [R, heads, D] each.
+        positions: int64 [R]. attend(number, query, key, value, out): attention of layer `number`, [R, heads, D] each.
         """
         rows, states = len(embedded), torch.empty_like(embedded)
         positions = positions.contiguous()
