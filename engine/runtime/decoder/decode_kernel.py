@@ -92,6 +92,9 @@ class DecodeKernel:
             raise ValueError(f"no kernel for {geometry}")
         self._call = library().m3d_between_attentions
         self._call.restype = None
+        self._multiply = library().m3d_product
+        self._multiply.restype = None
+        self._multiply.argtypes = [c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_int64]
         self.most_rows = library().m3d_most_rows()
         self._kept = []  # what the kernel knows the addresses of
         self._geometry = _Geometry(geometry.hidden, geometry.intermediate, geometry.heads, geometry.kv_heads,
@@ -104,13 +107,13 @@ class DecodeKernel:
         rows, threads = self.most_rows, torch.get_num_threads()
         self._residual = torch.empty(rows, geometry.hidden)
         activated = torch.empty(rows, geometry.intermediate)
-        self._scratch = torch.empty(threads, rows, max(geometry.hidden, geometry.queries))
+        scratch = torch.empty(threads, rows, max(geometry.hidden, geometry.queries))
         projected = torch.empty(rows, geometry.heads + 2 * geometry.kv_heads, geometry.head_size, dtype=geometry.dtype)
         attended = torch.empty(rows, geometry.heads, geometry.head_size, dtype=geometry.dtype)
         self._attention = [(*projected[:n].split([geometry.heads, geometry.kv_heads, geometry.kv_heads], 1),
                             attended[:n]) for n in range(rows + 1)]
         self._step = _Step(cos_sin=self._address(cos_sin.to(geometry.dtype)), residual=self._address(self._residual),
-                           activated=self._address(activated), scratch=self._address(self._scratch), threads=threads,
+                           activated=self._address(activated), scratch=self._address(scratch), threads=threads,
                            attended=self._address(attended), projected=self._address(projected))
 
     def run(self, embedded: torch.Tensor, positions: torch.Tensor, attend: Callable) -> torch.Tensor:
@@ -134,10 +137,8 @@ class DecodeKernel:
         """x @ weight.T of at most `most_rows` rows x [R, H], for a weight [out, H] with rows in multiples of 8."""
         x = x.contiguous()
         result = x.new_empty(len(x), len(weight))
-        library().m3d_product(c_void_p(weight.data_ptr()), c_int32(weight.shape[1]), c_int64(len(weight) // BLOCK),
-                              c_void_p(x.data_ptr()), c_int64(len(x)), c_void_p(result.data_ptr()),
-                              c_int32(self._geometry.is_bf16), c_void_p(self._scratch.data_ptr()),
-                              c_int64(self._step.threads))
+        self._multiply(weight.data_ptr(), weight.shape[1], len(weight) // BLOCK, x.data_ptr(), len(x), result.data_ptr(),
+                       self._geometry.is_bf16, self._step.scratch, self._step.threads)
         return result
 
     def _address(self, tensor: torch.Tensor | None) -> int | None:
