@@ -197,8 +197,8 @@ class _CountedStub:
         sizes, self._sizes = self._sizes, []
         return sum(sizes)
 
-    def ModelInfer(self, requests, timeout=None):
-        return self.count(self._stub.ModelInfer(map(self.count, requests), timeout=timeout))
+    def ModelInfer(self, request, timeout=None):
+        return self.count(self._stub.ModelInfer(self.count(request), timeout=timeout))
 
     def ModelStreamInfer(self, requests, timeout=None):
         return _CountedCall(self._stub.ModelStreamInfer(map(self.count, requests), timeout=timeout), self.count)

@@ -49,12 +49,16 @@ VOLUME = Tensor("VOLUME", "UINT8", (-1,), "bytes of a scan file: NIfTI, zipped D
 AFFINE_IN = Tensor("AFFINE", "FP64", (4, 4), "voxel-to-world of an npy scan, mm, RAS+ as in NIfTI; files bring theirs", optional=True)
 PRESET = Tensor("PRESET", "BYTES", (1,), "preprocessing preset, one of engine.volume.PRESETS; default auto", optional=True)
 STUDY_IN = Tensor("STUDY", "BYTES", (1,), "handle of a scan that the server holds, instead of VOLUME", optional=True)
+UPLOAD = Tensor("UPLOAD", "BYTES", (1,), "name of a scan that comes in several requests, of which VOLUME is the next part; "
+                "random, so that nobody else can add to it", optional=True)
+UPLOAD_RANGE = Tensor("UPLOAD_RANGE", "INT64", (2,), "of a part: where it begins in the file, and the file's size, bytes", optional=True)
 SEGMENT_HINT = Tensor("SEGMENT_HINT", "BOOL", (1,), "encode for segmentation early, beside decoding", optional=True)
-STUDY = Tensor("STUDY", "BYTES", (1,), "study handle: 64 hex digits, BLAKE3 of content, preset and model")
+STUDY = Tensor("STUDY", "BYTES", (1,), "study handle: 64 hex digits, BLAKE3 of content, preset and model; empty after a part "
+               "of an upload that is not the last")
 # An ensemble's tensors share one name space, so its output cannot be called as its input.
 STUDY_HANDLE = Tensor("STUDY_HANDLE", "BYTES", (1,), "STUDY as an ensemble returns it")
 STUDY_INFO = Tensor("STUDY_INFO", "BYTES", (1,),
-                    "JSON: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model")
+                    "JSON: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model; empty as STUDY is")
 
 # --- a question and its answer ---------------------------------------------------------------------------------------
 QUESTION = Tensor("QUESTION", "BYTES", (1,), "UTF-8 text that follows the image tokens")
@@ -94,7 +98,7 @@ _ANSWER = (TEXT, TOKEN_IDS, FINISH_REASON, BOXES, ANSWER_INFO)
 ENCODER_MAX_BATCH = 8
 
 MODELS: dict[str, Model] = {m.name: m for m in (
-    Model("study", (*_SCAN, SEGMENT_HINT), (STUDY, STUDY_INFO), "decode, preprocess and encode a scan once"),
+    Model("study", (*_SCAN, UPLOAD, UPLOAD_RANGE, SEGMENT_HINT), (STUDY, STUDY_INFO), "decode, preprocess and encode a scan once"),
     Model("m3d_chat", (*_SCAN, QUESTION, SAMPLING, STREAM), (*_ANSWER, STUDY_HANDLE),
           "answer a question about a scan, streaming", decoupled=True, ensemble=True),
     Model("m3d_segment", (*_SCAN, SEGMENT_HINT, QUESTION, SAMPLING, RETURN_LOGITS),

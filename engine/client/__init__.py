@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from engine import contract
-from engine.client.wire import Connection, text_of
+from engine.client.wire import Connection, parts_of, size_of, text_of
+from engine.contract import Tensor
 from engine.errors import Cancelled, InvalidInput, M3DError, StudyNotFound, Unavailable
 from engine.sampling import Sampling
 
@@ -192,9 +194,9 @@ class M3DClient:
         from engine.scan import scan_pieces
 
         source = Source(scan, affine, preset)
-        data, affine = scan_pieces(scan, affine)
-        outputs = self._connection.infer(_STUDY, {contract.VOLUME: data, contract.AFFINE_IN: affine,
-                                                   contract.PRESET: preset}, self._timeout(timeout))
+        # What was read of a file has no name here: it is let go with the last part, while the server works for seconds.
+        outputs = self._connection.infer_in_turn(_STUDY, _upload(*scan_pieces(scan, affine), preset),
+                                                 self._timeout(timeout))
         return Study(text_of(outputs["STUDY"]), json.loads(text_of(outputs["STUDY_INFO"])), source)
 
     def stream(self, study, question: str, *, timeout: float | None = None, **sampling) -> TextStream:
@@ -361,6 +363,21 @@ class _Collected:
         info = json.loads(text_of(self._last["ANSWER_INFO"]) or "{}")
         timings = {**info, "first_text_s": self._first_text_s, "total_s": time.monotonic() - self._started}
         return Answer("".join(self._texts), tuple(self._token_ids), reason, self._last["BOXES"], timings)
+
+
+def _upload(pieces: Iterable[bytes | memoryview], affine: np.ndarray | None, preset: str
+            ) -> Iterator[dict[Tensor, object]]:
+    """The inputs of the requests that bring a scan: of one with the whole file, or of one for each part."""
+    parts = list(parts_of(pieces)) or [(b"",)]
+    size, start, name = sum(map(size_of, parts)), 0, secrets.token_hex(16)
+    for part in parts:
+        inputs, end = {contract.VOLUME: part}, start + size_of(part)
+        if len(parts) > 1:
+            inputs |= {contract.UPLOAD: name, contract.UPLOAD_RANGE: (start, size)}
+        if end == size:
+            inputs |= {contract.AFFINE_IN: affine, contract.PRESET: preset}
+        yield inputs
+        start = end
 
 
 def checked_question(question: str) -> str:

@@ -5,8 +5,6 @@ so that streams are independent, cancelled one by one, and paused by HTTP/2's fl
 """
 from __future__ import annotations
 
-import ctypes
-import mmap
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from engine.contract import Tensor
 from engine.errors import Cancelled, DeadlineExceeded, InvalidInput, M3DError, ResourceExhausted, Unavailable, from_wire
 
+PART_BYTES = 4 << 20  # of a scan in one request: so small that all that handle it use the same memory again
 MAX_REQUEST_BYTES = (1 << 31) - (1 << 16)  # protobuf's 2 GiB, less the envelope
 DTYPES = {"BOOL": np.dtype("?"), "UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "INT64": np.dtype("<i8"),
           "FP32": np.dtype("<f4"), "FP64": np.dtype("<f8")}
@@ -53,7 +52,7 @@ def encode(tensor: Tensor, value) -> tuple[tuple[int, ...], tuple[bytes | memory
         return (len(raw),), tuple(len(text).to_bytes(4, "little") + text for text in raw)
     if tensor.dtype == "UINT8" and isinstance(value, (bytes, tuple)):
         pieces = value if isinstance(value, tuple) else (value,)
-        return (_size(pieces),), pieces
+        return (size_of(pieces),), pieces
     array = np.asarray(value, DTYPES[tensor.dtype])
     return (array.shape or (1,)), (array.tobytes(),)
 
@@ -72,7 +71,7 @@ def decode(datatype: str, shape, content: bytes) -> np.ndarray:
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A ModelInferRequest, and its raw_input_contents still apart from it: protobuf would copy a scan three times.
+    """A ModelInferRequest, and its raw_input_contents still apart from it: protobuf would copy them three times.
 
     Messages of protobuf may be sent in pieces, one behind the other.
     """
@@ -81,48 +80,22 @@ class InferRequest:
     contents: tuple[tuple[bytes | memoryview, ...], ...]
 
     def serialized(self) -> bytes:
-        return _joined(tuple(self._pieces()))
+        return b"".join(self._pieces())
 
     def ByteSize(self) -> int:
         """As protobuf's messages tell theirs."""
-        return _size(self._pieces())
+        return size_of(self._pieces())
 
     def _pieces(self) -> Iterator[bytes | memoryview]:
         yield self.message.SerializeToString()
         for content in self.contents:
-            yield _CONTENT_TAG + _varint(_size(content))
+            yield _CONTENT_TAG + _varint(size_of(content))
             yield from content
 
 
-def _size(pieces: Iterable[bytes | memoryview]) -> int:
+def size_of(pieces: Iterable[bytes | memoryview]) -> int:
     """Bytes of all of them."""
     return sum(memoryview(piece).nbytes for piece in pieces)
-
-
-_LARGE = 4 << 20  # bytes, from here on huge pages are worth their alignment
-_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
-_new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t)
-_address_of = ctypes.pythonapi.PyBytes_AsString
-_address_of.restype, _address_of.argtypes = ctypes.c_void_p, (ctypes.py_object,)
-
-
-def _joined(pieces: Sequence[bytes | memoryview]) -> bytes:
-    """`b"".join`, in huge pages where Linux has them: a scan's bytes are new memory each time, and to touch that 4 KB
-    at a time takes a virtual machine four times as long as to fill it."""
-    size = _size(pieces)
-    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return b"".join(pieces)
-    joined = _new_bytes(None, size)  # Python lets its maker fill it, as long as nobody else has seen it
-    address = _address_of(joined)
-    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    # Advice, no more: where it is not taken, the pages are small ones.
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(address + size - first), mmap.MADV_HUGEPAGE)
-    target, start = np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8), 0
-    for piece in pieces:
-        values = np.frombuffer(piece, np.uint8)
-        target[start:start + values.size] = values
-        start += values.size
-    return joined
 
 
 _CONTENT_TAG = bytes([service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
@@ -141,13 +114,28 @@ def request_of(model: str, inputs: Mapping[Tensor, object]) -> InferRequest:
         if value is None:
             continue
         shape, content = encode(tensor, value)
-        size += _size(content)
+        size += size_of(content)
         if size > MAX_REQUEST_BYTES:
             raise InvalidInput(f"the request would have {size:,} bytes, one message carries at most "
-                               f"{MAX_REQUEST_BYTES:,}: crop or compress the scan (.nii.gz)")
+                               f"{MAX_REQUEST_BYTES:,}")
         request.inputs.add(name=tensor.name, datatype=tensor.dtype, shape=shape)
         contents.append(content)
     return InferRequest(request, tuple(contents))
+
+
+def parts_of(pieces: Iterable[bytes | memoryview]) -> Iterator[tuple[memoryview, ...]]:
+    """A file in parts of PART_BYTES, each as pieces of what `pieces` are one behind the other; nothing is copied."""
+    part, room = (), PART_BYTES
+    for piece in pieces:
+        rest = np.frombuffer(piece, np.uint8) if size_of((piece,)) else np.empty(0, np.uint8)
+        while rest.size:
+            taken, rest = rest[:room], rest[room:]
+            part, room = (*part, taken.data), room - taken.size
+            if not room:
+                yield part
+                part, room = (), PART_BYTES
+    if part:
+        yield part
 
 
 def outputs_of(response: service_pb2.ModelInferResponse) -> dict[str, np.ndarray]:
@@ -180,10 +168,8 @@ class Connection:
         self.url = url
         self._channel = grpc.insecure_channel(url, options=_OPTIONS)
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        # A request as a stream of one message is the same on the wire. But a unary call would keep a scan's bytes until
-        # the server has encoded it, and free them while somebody waits for the answer; here they go once they are sent.
         for name, kind, response in (
-                ("ModelInfer", self._channel.stream_unary, service_pb2.ModelInferResponse),
+                ("ModelInfer", self._channel.unary_unary, service_pb2.ModelInferResponse),
                 ("ModelStreamInfer", self._channel.stream_stream, service_pb2.ModelStreamInferResponse)):
             setattr(self.stub, name, kind(f"/{_SERVICE}/{name}", InferRequest.serialized, response.FromString))
         self._closed = False
@@ -203,7 +189,20 @@ class Connection:
 
     def infer(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> dict[str, np.ndarray]:
         """One request, one response."""
-        return outputs_of(self.call("ModelInfer", iter((request_of(model, inputs),)), timeout))
+        return outputs_of(self.call("ModelInfer", request_of(model, inputs), timeout))
+
+    def infer_in_turn(self, model: str, parts: Iterable[Mapping[Tensor, object]], timeout: float | None
+                      ) -> dict[str, np.ndarray]:
+        """Requests in their order, none of which waits for the response to the one before; the last response.
+
+        Each is let go once it is sent. The first that fails ends it all.
+        """
+        self._check_open()
+        requests = iter([request_of(model, inputs) for inputs in parts])
+        outputs = {}
+        for outputs in ResponseStream(self, self.stub.ModelStreamInfer(requests, timeout=timeout)):
+            pass
+        return outputs
 
     def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> "ResponseStream":
         """One request to a decoupled model, any number of responses. Sent at once."""

@@ -15,15 +15,14 @@ from engine.runtime import triton_io
 
 
 class Desk:
-    """at_once(request): a response, or None if it takes time. later(request): the response of those.
+    """answer(request): the response, or, if that takes time, a function without arguments that returns it.
 
     threads: slow requests at the same time. waiting: slow requests that may wait for a thread; more are refused, as
     each holds its scan in memory.
     """
 
-    def __init__(self, at_once: Callable, later: Callable, threads: int, waiting: int):
-        self.at_once = at_once
-        self.later = later
+    def __init__(self, answer: Callable, threads: int, waiting: int):
+        self.answer = answer
         self.places = threading.BoundedSemaphore(threads + waiting)
         self.capacity = threads + waiting
         self.pool = ThreadPoolExecutor(threads, "slow-requests")
@@ -33,9 +32,9 @@ class Desk:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                answered = self.at_once(request)
-                if answered is None:
-                    self._queue(request, sender)
+                answered = self.answer(request)
+                if callable(answered):
+                    self._queue(answered, request, sender)
                     continue
             except Exception as error:
                 answered = triton_io.error_response(error)
@@ -44,21 +43,22 @@ class Desk:
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def _queue(self, request, sender) -> None:
+    def _queue(self, later: Callable, request, sender) -> None:
         if not self.places.acquire(blocking=False):
             raise ResourceExhausted(f"{self.capacity} requests like this are in work or waiting, which is this "
                                     f"server's limit: try again shortly")
-        self.pool.submit(self._work, request, sender)
+        self.pool.submit(self._work, later, request, sender)
 
-    def _work(self, request, sender) -> None:
+    def _work(self, later: Callable, request, sender) -> None:
         try:
-            triton_io.send(sender, triton_io.answer(self._unless_cancelled, request))
+            triton_io.send(sender, triton_io.answer(_unless_cancelled, later, request))
         except Exception as error:  # nobody looks at this thread's result
             triton_io.log_error("a response could not be sent", error)
         finally:
             self.places.release()
 
-    def _unless_cancelled(self, request):
-        if request.is_cancelled():
-            raise Cancelled("the request was cancelled before its turn came")
-        return self.later(request)
+
+def _unless_cancelled(later: Callable, request):
+    if request.is_cancelled():
+        raise Cancelled("the request was cancelled before its turn came")
+    return later()

@@ -20,12 +20,16 @@ Infer = Callable[..., dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class ScanRequest:
-    """What a request says about its scan: `data` (a file's bytes as uint8) with its companions, or a `handle`."""
+    """What a request says about its scan: `data` (a file's bytes as uint8) with its companions, or a `handle`.
+
+    digest: the data's `content_digest`, if it is known already.
+    """
 
     data: np.ndarray | None
     affine: np.ndarray | None
     preset: str | None
     handle: str | None
+    digest: str | None = None
 
     def __post_init__(self):
         if (self.data is None) == (self.handle is None):
@@ -75,7 +79,7 @@ class Studies:
 
     def _add(self, scan: ScanRequest) -> tuple[str, bool]:
         preset = scan.preset or "auto"
-        handle = study_handle(content_digest(scan.data), scan.affine, preset, self.manifest.identity)
+        handle = study_handle(scan.digest or content_digest(scan.data), scan.affine, preset, self.manifest.identity)
         if handle in self.store:
             return handle, True
         with self.store.lock(handle, "image"):

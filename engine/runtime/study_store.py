@@ -40,12 +40,17 @@ _BYTES_PER_STUDY = 16  # of the lock file: one per piece, with room for more pie
 _WHOLE_STORE = 0
 
 
-def content_digest(data) -> str:
-    """BLAKE3 of a scan's bytes (anything with the buffer protocol), in hex. The costly part of a handle.
+def new_digest() -> blake3:
+    """A BLAKE3 to `update` with a scan's bytes (anything with the buffer protocol). The costly part of a handle.
 
     As safe against collisions as SHA-256, and 4 times as fast even on a processor that has instructions for that.
     """
-    return blake3(data, max_threads=blake3.AUTO).hexdigest()
+    return blake3(max_threads=blake3.AUTO)
+
+
+def content_digest(data) -> str:
+    """The digest of a scan's bytes, in hex."""
+    return new_digest().update(data).hexdigest()
 
 
 def study_handle(content: str, affine: np.ndarray | None, preset: str, model: str) -> str:

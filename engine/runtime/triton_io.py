@@ -69,10 +69,10 @@ def error_response(error: Exception) -> pb_utils.InferenceResponse:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), code))
 
 
-def answer(function, request) -> pb_utils.InferenceResponse:
-    """`function(request)`, or the response that stands for the error it raised."""
+def answer(function, *arguments) -> pb_utils.InferenceResponse:
+    """`function(*arguments)`, or the response that stands for the error it raised."""
     try:
-        return function(request)
+        return function(*arguments)
     except Exception as error:
         return error_response(error)
 

@@ -15,7 +15,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from engine import contract
 from engine.client.wire import Connection, text_of
-from engine.errors import CheckpointError, InvalidInput, M3DError, StudyNotFound
+from engine.errors import CheckpointError, InvalidInput, M3DError, StudyNotFound, Unavailable
 from export.build_engines import export
 from tests.conftest import copy_repository
 from tests.tiny import QUESTION
@@ -175,6 +175,27 @@ def test_a_bad_question_is_refused_with_its_cause(connection, study, model, name
     assert type(refused.value) is kind
     for word in words:
         assert word in str(refused.value)
+
+
+PARTS = {
+    "the middle of no upload": (dict(UPLOAD="x", UPLOAD_RANGE=(10, 20), VOLUME=b"12345"), Unavailable, "upload the scan again"),
+    "more than the whole": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 4), VOLUME=b"12345"), InvalidInput, "not the next part"),
+    "a scan over the limit": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 1 << 40), VOLUME=b"12345"), InvalidInput, "crop"),
+    "nothing": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 4)), InvalidInput, "VOLUME"),
+    "bytes without a place": (dict(UPLOAD="x", VOLUME=b"12345"), InvalidInput, "UPLOAD_RANGE"),
+    "a place of three numbers": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 5, 5), VOLUME=b"12345"), InvalidInput, "UPLOAD_RANGE"),
+    "no image": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 5), VOLUME=b"12345"), InvalidInput, "not an image"),
+    "a study, too": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 5), VOLUME=b"12345", STUDY_IN="0" * 64), InvalidInput, "both"),
+}
+
+
+@pytest.mark.usefixtures("works_afterwards")
+@pytest.mark.parametrize("name", PARTS)
+def test_a_bad_part_of_a_scan_is_refused_with_its_cause(connection, name):
+    inputs, kind, cause = PARTS[name]
+    with pytest.raises(M3DError, match=cause) as refused:
+        connection.infer("study", {getattr(contract, constant): value for constant, value in inputs.items()}, PATIENCE_S)
+    assert type(refused.value) is kind
 
 
 @pytest.mark.usefixtures("works_afterwards")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +36,10 @@ def long_answer(client, study):
 class Reader(threading.Thread):
     """Reads a stream to its end, whatever that is."""
 
-    def __init__(self, stream):
+    def __init__(self, stream, done: queue.SimpleQueue | None = None):
         super().__init__(daemon=True)
         self.stream = stream
+        self.done = done
         self.begun = threading.Event()
         self.ended_by: M3DError | None = None
         self.began_at = self.ended_at = math.inf
@@ -52,6 +54,8 @@ class Reader(threading.Thread):
             self.ended_by = error
         finally:
             self.ended_at = time.monotonic()
+            if self.done:
+                self.done.put(self)
 
 
 def closed(stream):
@@ -86,10 +90,10 @@ def test_a_request_that_ends_early_frees_its_place_in_the_batch(client, study, l
 
 def test_questions_beyond_what_the_server_takes_are_refused_at_once(client, study):
     with ExitStack() as stack:
-        for _ in range(BATCH + WAITING):
-            stack.enter_context(client.stream(study, QUESTION, max_new_tokens=LONG))
-        refused = Reader(stack.enter_context(client.stream(study, QUESTION, max_new_tokens=LONG)))
-        refused.join(PATIENCE_S)
+        done = queue.SimpleQueue()
+        for _ in range(BATCH + WAITING + 1):  # each on a stream of its own, so any of them may come last
+            Reader(stack.enter_context(client.stream(study, QUESTION, max_new_tokens=LONG)), done)
+        refused = done.get(timeout=PATIENCE_S)
         assert isinstance(refused.ended_by, ResourceExhausted)
     while True:  # the others were cancelled, so there is room soon
         try:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import os
 import shutil
 import stat
 import threading
@@ -14,12 +15,12 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 
 from engine import contract
-from engine.client import Study
+from engine.client import Study, wire
 from engine.client.wire import Connection, text_of
 from engine.errors import InvalidInput, StudyNotFound
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest, study_handle
-from tests.functional.footprint import Footprint
+from tests.functional.footprint import Footprint, stub_of
 from tests.locks import waiting_for
 from tests.tiny import IMAGE_SIZE, QUESTION
 
@@ -111,20 +112,33 @@ def test_the_same_scan_sent_again_is_recognised(client, statistics, triton):
     assert ran(before, statistics()) == {}
 
 
-def test_a_large_scan_takes_no_new_memory_of_a_server_that_has_had_one(server, client):
+def test_a_scan_sent_in_parts_is_the_study_that_it_is_at_once(client, triton, statistics, monkeypatch):
+    at_once = text_of(triton.infer("study", {contract.VOLUME: npy(new_scan(20))}, 60)["STUDY"])
+    before = statistics()
+    monkeypatch.setattr(wire, "PART_BYTES", 1000)
+    studies = at_the_same_time(8, lambda i: client.upload(new_scan(20 + i % 2)))
+    assert {study.handle for study in studies[::2]} == {at_once}
+    assert len({study.handle for study in studies[1::2]} - {at_once}) == 1
+    assert ran(before, statistics()) == {"vision_encoder": 1}
+
+
+def test_a_large_scan_takes_no_new_memory_of_those_who_have_had_one(server, client):
     # Over glibc's 32 MB, beyond which it gives a freed block back unless it is told to keep it.
     scan = np.random.default_rng(20).integers(0, 1000, (512, 512, 80), np.int16)
-    statistics = Path(f"/proc/{Footprint(server.keeper_pid).triton_pid}/stat")
-    first_used = []  # pages, in each upload
+    processes = {"client": os.getpid(), "Triton": Footprint(server.keeper_pid).triton_pid,
+                 "study": stub_of(server.keeper_pid, "study")}
+    first_used = {name: [] for name in processes}  # pages, in each upload
     for _ in range(24):  # Triton's threads take turns; each has memory of its own, which grows at first
-        before = _minor_faults(statistics)
+        before = {name: _minor_faults(pid) for name, pid in processes.items()}
         client.upload(scan)
-        first_used.append(_minor_faults(statistics) - before)
-    assert np.mean(first_used[-12:]) < scan.nbytes / mmap.PAGESIZE / 2, first_used
+        for name, pid in processes.items():
+            first_used[name].append(_minor_faults(pid) - before[name])
+    for name, pages in first_used.items():
+        assert np.mean(pages[-12:]) < scan.nbytes / mmap.PAGESIZE / 2, (name, pages)
 
 
-def _minor_faults(statistics: Path) -> int:
-    return int(statistics.read_text().rpartition(")")[2].split()[7])
+def _minor_faults(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
 
 
 def test_a_scan_uploaded_by_many_at_the_same_time_is_encoded_once(client, statistics):

@@ -40,17 +40,19 @@ def piece(text: str, ids: list[int], finish: str = "", boxes=np.zeros((0, 6)), i
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """`stream_error` fails each streaming request; `evicted` makes handles unknown until the next upload;
-    `endless` streams until the client cancels, and `sent` counts what was handed to gRPC; uploads are answered when
-    `may_answer` is set."""
+    """`stream_error` fails each question; `evicted` makes handles unknown until the next upload; `endless` streams until
+    the client cancels, and `sent` counts what was handed to gRPC; uploads are answered when `may_answer` is set, and
+    their part number `refused_part` with an error. `parts` has all that came of uploads, `uploads` the whole."""
 
     def __init__(self):
         self.uploads: list[dict] = []
+        self.parts: list[dict] = []
+        self.refused_part: int | None = None
         self.hints = 0
         self.asked: list[tuple[str, dict]] = []
         self.evicted = False
         self.stream_error: str | None = None
-        self.upload_error: tuple[grpc.StatusCode, str] | None = None
+        self.plain_error: tuple[grpc.StatusCode, str] | None = None
         self.handle = HANDLE
         self.endless = False
         self.silent = False
@@ -86,14 +88,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             if self.evicted:
                 context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
             return response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info))
-        if request.model_name == "study":
-            if not self.may_answer.wait(PATIENCE_S):
-                context.abort(grpc.StatusCode.INTERNAL, "nobody let this server answer")
-            if self.upload_error:
-                context.abort(*self.upload_error)
-            self.uploads.append(inputs)
-            self.evicted = False
-            return response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info))
+        if self.plain_error:
+            context.abort(*self.plain_error)
         self.asked.append((request.model_name, inputs))
         if self.evicted:
             context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
@@ -104,7 +100,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelStreamInfer(self, request_iterator, context):
         request = next(request_iterator)
-        context.add_callback(lambda: self.cancelled.set())
+        if request.model_name == "study":
+            yield from self._upload(itertools.chain([request], request_iterator), context)
+            return
+        context.add_callback(self.cancelled.set)
         inputs = inputs_of(request)
         self.asked.append((request.model_name, inputs))
         error = "in ensemble, NOT_FOUND: study is unknown" if self.evicted else self.stream_error
@@ -118,6 +117,24 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         for outputs in self._outputs(inputs):
             self.sent += 1
             yield service_pb2.ModelStreamInferResponse(infer_response=response(**outputs))
+
+    def _upload(self, requests, context):
+        parts = []
+        for request in requests:
+            parts.append(inputs_of(request))
+            self.parts.append(parts[-1])
+            if len(parts) - 1 == self.refused_part:
+                context.add_callback(self.cancelled.set)
+                yield service_pb2.ModelStreamInferResponse(error_message="INVALID_ARGUMENT: this part is refused")
+            size = parts[-1].get("UPLOAD_RANGE", [0, 0])[1]
+            if sum(part["VOLUME"].size for part in parts) < size:
+                yield service_pb2.ModelStreamInferResponse(infer_response=response(STUDY="", STUDY_INFO=""))
+        if not self.may_answer.wait(PATIENCE_S):
+            context.abort(grpc.StatusCode.INTERNAL, "nobody let this server answer")
+        self.uploads.append(parts[-1] | {"VOLUME": np.concatenate([part["VOLUME"] for part in parts])})
+        self.evicted = False
+        yield service_pb2.ModelStreamInferResponse(
+            infer_response=response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info)))
 
     def _outputs(self, inputs: dict):
         if self.endless:

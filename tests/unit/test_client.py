@@ -2,12 +2,9 @@
 from __future__ import annotations
 
 import gc
-import mmap
-import resource
 import socket
 import threading
 import weakref
-from pathlib import Path
 
 import grpc
 import nibabel
@@ -17,12 +14,12 @@ from tritonclient.grpc import service_pb2
 
 from engine import contract, errors
 from engine.client import M3DClient, Study, wire
+from engine.scan import pack_scan
 from engine.sampling import Sampling
 from tests.unit.fake_triton import ANSWER, HANDLE
 
 VOLUME = np.linspace(0, 1, 60, dtype=np.float32).reshape(1, 3, 4, 5)
 PATIENCE_S = 60
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.fixture
@@ -63,7 +60,42 @@ def test_a_scan_is_let_go_once_it_is_sent(client, triton, monkeypatch):
         return request
 
     monkeypatch.setattr(wire, "request_of", watched)
+    monkeypatch.setattr(wire, "PART_BYTES", 100)
     assert client.upload(VOLUME).handle == HANDLE
+
+
+@pytest.mark.parametrize("size", [1, 99, 100, 101, 300, 368, 1 << 20])
+def test_a_large_scan_is_sent_in_parts_that_make_the_file(client, triton, monkeypatch, size):
+    monkeypatch.setattr(wire, "PART_BYTES", size)
+    affine = np.diag([1.0, 2, 3, 1])
+    file, _ = pack_scan(VOLUME[0], affine)
+    assert client.upload(VOLUME[0], affine, "mr").handle == HANDLE
+    whole, = triton.uploads
+    assert whole["VOLUME"].tobytes() == file and whole["PRESET"] == [b"mr"]
+    np.testing.assert_array_equal(whole["AFFINE"], affine)
+    assert [part["VOLUME"].size for part in triton.parts[:-1]] == [size] * (-(-len(file) // size) - 1)
+    if size >= len(file):
+        assert "UPLOAD" not in whole and "UPLOAD_RANGE" not in whole
+    else:
+        assert [part["UPLOAD_RANGE"].tolist() for part in triton.parts] == [[start, len(file)]
+                                                                           for start in range(0, len(file), size)]
+        assert len({part["UPLOAD"].item() for part in triton.parts}) == 1
+
+
+def test_no_two_uploads_have_one_name(client, triton, monkeypatch):
+    monkeypatch.setattr(wire, "PART_BYTES", 200)
+    for _ in range(3):
+        client.upload(VOLUME)
+    assert len({upload["UPLOAD"].item() for upload in triton.uploads}) == 3
+
+
+def test_an_upload_ends_with_the_first_part_that_is_refused(client, triton, monkeypatch):
+    monkeypatch.setattr(wire, "PART_BYTES", 1)
+    triton.refused_part = 3
+    triton.may_answer.clear()
+    with pytest.raises(errors.InvalidInput, match="this part is refused"):
+        client.upload(VOLUME)
+    assert triton.cancelled.wait(PATIENCE_S) and not triton.uploads
 
 
 def test_a_question_carries_handle_and_sampling(client, triton, study):
@@ -112,15 +144,6 @@ def test_a_request_is_sent_as_protobuf_would_write_it(sizes):
     whole = service_pb2.ModelInferRequest.FromString(request.serialized())
     assert whole.model_name == "study" and [i.name for i in whole.inputs] == [f"T{n}" for n in range(len(sizes))]
     assert list(whole.raw_input_contents) == contents and request.ByteSize() == whole.ByteSize()
-
-
-@pytest.mark.skipif(not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="huge pages are off here")
-def test_the_bytes_of_a_large_scan_touch_few_new_pages():
-    scan = np.ones((512, 512, 80), np.int16)
-    request = wire.request_of("study", {contract.VOLUME: (b"header", scan.data)})
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    sent = request.serialized()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < len(sent) / mmap.PAGESIZE / 4
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -272,10 +295,10 @@ def test_an_error_in_a_stream_is_raised_as_its_class(client, triton, study, mess
     (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE: the decoder restarts", errors.Unavailable),
     (grpc.StatusCode.INTERNAL, "oops", errors.M3DError),
 ])
-def test_an_error_of_a_plain_request_is_raised_as_its_class(client, triton, status, message, kind):
-    triton.upload_error = (status, message)
+def test_an_error_of_a_plain_request_is_raised_as_its_class(client, triton, study, status, message, kind):
+    triton.plain_error = (status, message)
     with pytest.raises(errors.M3DError) as raised:
-        client.upload(VOLUME)
+        client.rank(study, ["a liver"])
     assert type(raised.value) is kind
     assert message.rpartition(": ")[2] in str(raised.value)
 

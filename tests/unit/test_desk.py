@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,11 +81,11 @@ def triton(monkeypatch):
 def test_a_quick_request_is_answered_while_slow_ones_are_in_work(triton):
     go = threading.Event()
 
-    def later(request):
+    def later():
         assert go.wait(30)
         return "slow"
 
-    desk = triton.Desk(lambda request: request.inputs.get("quick"), later, threads=2, waiting=8)
+    desk = triton.Desk(lambda request: request.inputs.get("quick", later), threads=2, waiting=8)
     slow, quick = [Request() for _ in range(5)], Request(quick="quick")
     assert desk.execute([*slow, quick]) is None
     assert quick.answers == ["quick"] and not any(request.answers for request in slow)
@@ -96,11 +97,11 @@ def test_a_quick_request_is_answered_while_slow_ones_are_in_work(triton):
 def test_more_slow_requests_than_there_are_places_are_refused_and_places_become_free_again(triton):
     go = threading.Event()
 
-    def later(request):
+    def later():
         assert go.wait(30)
         return "slow"
 
-    desk = triton.Desk(lambda request: None, later, threads=1, waiting=2)
+    desk = triton.Desk(lambda request: later, threads=1, waiting=2)
     requests = [Request() for _ in range(4)]
     desk.execute(requests)
     error = requests[-1].answer().error
@@ -113,7 +114,7 @@ def test_more_slow_requests_than_there_are_places_are_refused_and_places_become_
 
 def test_a_request_cancelled_while_it_waited_is_not_worked_on(triton):
     worked = []
-    desk = triton.Desk(lambda request: None, worked.append, threads=1, waiting=1)
+    desk = triton.Desk(lambda request: partial(worked.append, request), threads=1, waiting=1)
     request = Request(cancelled=True)
     desk.execute([request])
     assert request.answer().error.code == "CANCELLED" and not worked
@@ -134,7 +135,7 @@ def test_an_error_reaches_the_client_with_its_code_and_the_desk_goes_on(triton, 
             raise error
         return "fine"
 
-    desk = triton.Desk((lambda request: None) if slow else fail, fail, threads=1, waiting=4)
+    desk = triton.Desk(partial(partial, fail) if slow else fail, threads=1, waiting=4)
     bad, good = Request(bad=True), Request()
     desk.execute([bad, good])
     assert (bad.answer().error.code, bad.answer().error.text) == (code, text)

@@ -1,4 +1,6 @@
 """Draws the mask that an answer's [SEG] states ask for; an answer without one passes through at once."""
+from functools import partial
+
 import numpy as np
 
 from engine.runtime import triton_io
@@ -11,7 +13,7 @@ class TritonPythonModel:
     def initialize(self, args):
         self.store = StudyStore.of_server()
         self.segmenter = Segmenter(self.store, triton_io.infer)
-        self.desk = Desk(self._nothing_to_do, self._mask, threads=triton_io.parameter(args, "threads", 2),
+        self.desk = Desk(self._answer, threads=triton_io.parameter(args, "threads", 2),
                          waiting=triton_io.parameter(args, "waiting", 64))
 
     def execute(self, requests):
@@ -21,9 +23,9 @@ class TritonPythonModel:
         self.desk.close()
         self.store.close()
 
-    def _nothing_to_do(self, request):
-        if not len(triton_io.array(request, "SEG_STATES")):
-            return _response(request, NO_MASK)
+    def _answer(self, request):
+        nothing_to_do = not len(triton_io.array(request, "SEG_STATES"))
+        return _response(request, NO_MASK) if nothing_to_do else partial(self._mask, request)
 
     def _mask(self, request):
         mask = self.segmenter.mask(triton_io.text(request, "STUDY"), triton_io.array(request, "SEG_STATES"),

@@ -3,12 +3,14 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from engine.errors import InvalidInput
 from engine.manifest import Manifest
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk
 from engine.runtime.server_folder import SHARED_MEMORY
 from engine.runtime.study import ScanRequest, Studies
 from engine.runtime.study_store import StudyStore, default_limit
+from engine.runtime.uploads import Uploads
 from engine.scan.limits import Limits
 
 
@@ -20,8 +22,9 @@ class TritonPythonModel:
                            for name in ("max_bytes", "max_voxels", "max_files")})
         self.store = StudyStore.of_server(megabytes * 1_000_000 or default_limit(SHARED_MEMORY))
         self.studies = Studies(self.store, self.manifest, triton_io.infer, limits)
-        self.desk = Desk(self._known, self._open, threads=triton_io.parameter(args, "threads", 2),
-                         waiting=triton_io.parameter(args, "waiting", 16))
+        self.uploads = Uploads(limits)
+        self.desk = Desk(self._answer, threads=triton_io.parameter(args, "threads", 4),
+                         waiting=triton_io.parameter(args, "waiting", 64))
         self.early = ThreadPoolExecutor(1, "early-segmentation")
 
     def execute(self, requests):
@@ -32,26 +35,36 @@ class TritonPythonModel:
         self.early.shutdown(wait=True, cancel_futures=True)
         self.store.close()
 
-    def _known(self, request):
-        scan = _scan(request)
+    def _answer(self, request):
+        scan = self._scan(request)
+        if scan is None:
+            return triton_io.response(request.requested_output_names(), STUDY="", STUDY_INFO="")
         if scan.handle is not None and self.studies.is_ready(scan.handle):
-            return self._response(request, scan.handle, self.studies.info(scan.handle, cached=True))
+            return self._opened(request, scan.handle, self.studies.info(scan.handle, cached=True))
+        return lambda: self._opened(request, *self.studies.open(scan))
 
-    def _open(self, request):
-        return self._response(request, *self.studies.open(_scan(request)))
-
-    def _response(self, request, handle, info):
+    def _opened(self, request, handle, info):
         if triton_io.flag(request, "SEGMENT_HINT") and self.manifest.segments:
             self.early.submit(self._encode_early, handle)
         return triton_io.response(request.requested_output_names(), STUDY=handle, STUDY_INFO=json.dumps(info))
+
+    def _scan(self, request):
+        """What the request says about its scan; None if it brings a part, and more are to come."""
+        data, digest, upload = triton_io.array(request, "VOLUME"), None, triton_io.text(request, "UPLOAD")
+        if upload is not None:
+            place = triton_io.array(request, "UPLOAD_RANGE")
+            if data is None or place is None:
+                raise InvalidInput("a request with an UPLOAD has a VOLUME (the part) and an UPLOAD_RANGE (where it "
+                                   "begins, and the bytes of the whole file)")
+            whole = self.uploads.add(upload, *place.tolist(), data)
+            if whole is None:
+                return None
+            data, digest = whole.data, whole.digest.hexdigest()
+        return ScanRequest(data, triton_io.array(request, "AFFINE"), triton_io.text(request, "PRESET"),
+                           triton_io.text(request, "STUDY"), digest)
 
     def _encode_early(self, handle):
         try:
             self.studies.encode_for_segmentation(handle)
         except Exception as error:  # not lost: the segmentation model runs into it again, and tells its client
             triton_io.log_error("encoding early for segmentation failed", error)
-
-
-def _scan(request):
-    return ScanRequest(data=triton_io.array(request, "VOLUME"), affine=triton_io.array(request, "AFFINE"),
-                       preset=triton_io.text(request, "PRESET"), handle=triton_io.text(request, "STUDY"))

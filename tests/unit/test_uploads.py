@@ -1,0 +1,132 @@
+"""Scans that come in parts: what they become, and that no mistake and no ill will makes anything else of them, such as a
+scan with bytes that nobody sent (of memory that another patient's scan was in before)."""
+import threading
+
+import numpy as np
+import pytest
+
+from engine.errors import InvalidInput, Unavailable
+from engine.runtime import uploads as uploads_module
+from engine.runtime.study_store import content_digest
+from engine.runtime.uploads import IDLE_S, Uploads
+from engine.scan.limits import Limits
+
+FILE = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def uploads(clock):
+    return Uploads(Limits(max_bytes=FILE.size), clock)
+
+
+def send(uploads, name: str, part_bytes: int, file=FILE, start=0):
+    """Send the rest of a file from `start` on; what the last part gave. The ones before must give nothing."""
+    for begin in range(start, file.size, part_bytes):
+        whole = uploads.add(name, begin, file.size, file[begin:begin + part_bytes])
+        assert (whole is None) == (begin + part_bytes < file.size)
+    return whole
+
+
+@pytest.mark.parametrize("part_bytes", [1000, 33_333, 99_999, 100_000])
+def test_parts_become_the_file_and_its_digest(uploads, part_bytes):
+    whole = send(uploads, "a", part_bytes)
+    np.testing.assert_array_equal(whole.data, FILE)
+    assert whole.digest.hexdigest() == content_digest(FILE)
+
+
+def test_uploads_in_turns_are_not_mixed_up(uploads):
+    files = {"a": FILE, "b": FILE[::-1].copy()}
+    for begin in range(0, FILE.size, 10_000):
+        for name, file in files.items():
+            whole = uploads.add(name, begin, file.size, file[begin:begin + 10_000])
+            if whole is not None:
+                np.testing.assert_array_equal(whole.data, file)
+                assert whole.digest.hexdigest() == content_digest(file)
+    assert whole is not None
+
+
+def test_uploads_at_the_same_time_are_not_mixed_up(uploads):
+    wholes = {}
+
+    def one(n):
+        wholes[n] = send(uploads, str(n), 100, np.full(5_000, n, np.uint8))
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(wholes) == list(range(8)) and all((whole.data == n).all() for n, whole in wholes.items())
+
+
+@pytest.mark.parametrize("start, size, part", [
+    (20_000, FILE.size, FILE[20_000:30_000]), (5_000, FILE.size, FILE[5_000:10_000]),
+    (10_000, FILE.size + 1, FILE[10_000:]), (10_000, FILE.size, FILE), (10_000, FILE.size, FILE[:0]),
+    (10_000, -1, FILE[10_000:20_000]), (-1, FILE.size, FILE[:1]),
+], ids=["skips bytes", "overlaps", "another size", "too long", "empty", "negative size", "negative start"])
+def test_a_part_that_is_not_the_next_one_is_refused_and_ends_the_upload(uploads, start, size, part):
+    uploads.add("a", 0, FILE.size, FILE[:10_000])
+    with pytest.raises(InvalidInput, match="not the next part"):
+        uploads.add("a", start, size, part)
+    with pytest.raises(Unavailable, match="does not know the upload"):
+        uploads.add("a", 10_000, FILE.size, FILE[10_000:20_000])
+    np.testing.assert_array_equal(send(uploads, "a", 50_000).data, FILE)
+
+
+@pytest.mark.parametrize("start, size, part", [(0, 0, FILE[:0]), (0, 5, FILE[:0]), (0, 5, FILE[:6]), (0, -5, FILE[:5])])
+def test_a_first_part_that_cannot_be_one_is_refused(uploads, start, size, part):
+    with pytest.raises((InvalidInput, Unavailable)):
+        uploads.add("a", start, size, part)
+
+
+def test_a_file_over_the_limit_is_refused_with_its_first_part(uploads):
+    with pytest.raises(InvalidInput, match="over this server's limit of 100,000"):
+        uploads.add("a", 0, FILE.size + 1, FILE[:10])
+
+
+def test_beginning_again_begins_anew(uploads):
+    uploads.add("a", 0, FILE.size, FILE[:10_000])
+    np.testing.assert_array_equal(send(uploads, "a", 25_000).data, FILE)
+
+
+def test_the_one_that_waits_longest_gives_way_to_a_third_of_the_largest_size(uploads):
+    for name, start in (("a", 0), ("b", 0), ("a", 10), ("c", 0)):
+        uploads.add(name, start, FILE.size, FILE[start:start + 10])
+    with pytest.raises(Unavailable, match="give way"):
+        uploads.add("b", 10, FILE.size, FILE[10:20])
+    for name, start in (("a", 20), ("c", 10)):
+        np.testing.assert_array_equal(send(uploads, name, 50_000, start=start).data, FILE)
+
+
+def test_an_upload_that_waits_too_long_gives_way_to_the_next(uploads, clock):
+    for name in "ab":
+        uploads.add(name, 0, 100, FILE[:10])
+    clock.now += IDLE_S
+    uploads.add("b", 10, 100, FILE[10:20])
+    clock.now += 1
+    uploads.add("c", 0, 100, FILE[:10])
+    with pytest.raises(Unavailable):
+        uploads.add("a", 10, 100, FILE[10:20])
+    np.testing.assert_array_equal(send(uploads, "b", 40, FILE[:100], start=20).data, FILE[:100])
+
+
+def test_small_uploads_are_bounded_in_number(uploads, monkeypatch):
+    monkeypatch.setattr(uploads_module, "MOST", 3)
+    for name in "abcd":
+        uploads.add(name, 0, 20, FILE[:10])
+    with pytest.raises(Unavailable):
+        uploads.add("a", 10, 20, FILE[10:20])
+    assert all(uploads.add(name, 10, 20, FILE[10:20]) is not None for name in "bcd")
