@@ -13,6 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from engine.contract import MODELS
 from engine.errors import RepositoryError
 
 FILE_NAME = "manifest.json"
@@ -97,11 +98,17 @@ class Manifest:
         return _plans(self.graphs)
 
     def check(self, repository: Path) -> None:
-        """Raises RepositoryError if `repository` lacks a model's configuration, or an exported file at its size."""
+        """Raises RepositoryError if `repository` lacks a model's configuration, has that of another version of the
+        engine, or lacks an exported file at its size."""
         absent = [model for model in self.models if not (repository / model / "config.pbtxt").is_file()]
         if absent:
             raise RepositoryError(f"{repository} lacks the models {', '.join(absent)} that its manifest lists: "
                                   "export into a complete copy of model_repository/")
+        if others := [f"{model} ({', '.join(lacks)})" for model in self.models
+                      if (lacks := _lacking(repository / model / "config.pbtxt", model))]:
+            raise RepositoryError(f"{repository} is a copy of another version's model_repository/, without these "
+                                  f"tensors: {', '.join(others)}; copy the tracked files there again, what was exported "
+                                  "may stay")
         damaged = [f"{path} ({words})" for path, size in self.files.items()
                    if (words := _damage(repository / path, size))]
         if damaged:
@@ -149,6 +156,12 @@ class Manifest:
 
 def _plans(graphs: dict[str, dict]) -> dict[str, Any]:
     return {name: entry["plan"] for name, entry in graphs.items() if entry.get("plan") is not None}
+
+
+def _lacking(config: Path, model: str) -> list[str]:
+    """Tensors of the contract that a model's configuration does not name."""
+    text = config.read_text()
+    return [tensor.name for tensor in (*MODELS[model].inputs, *MODELS[model].outputs) if f'"{tensor.name}"' not in text]
 
 
 def _damage(file: Path, size: int) -> str | None:

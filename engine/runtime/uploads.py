@@ -61,9 +61,9 @@ class Uploads:
                 raise Unavailable("this server does not know the upload (any more): it waited too long for a part, or "
                                   "had to give way to others; upload the scan again")
             if not (start == upload.received < end <= size == upload.data.size):
-                raise InvalidInput(f"bytes {start:,} to {end:,} of {size:,} are not the next part of an upload that has "
-                                   f"{upload.received:,} of {upload.data.size:,}: send its parts in their order, none "
-                                   "of them empty")
+                raise InvalidInput(f"bytes {start:,} to {end:,} of {size:,} are not the next part of an upload that "
+                                   f"has {upload.received:,} of {upload.data.size:,}: send its parts in their order, "
+                                   "none of them empty")
             upload.data[start:end] = part
             upload.digest.update(part)
             upload.received, upload.last_part = end, self.clock()

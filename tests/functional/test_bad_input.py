@@ -178,14 +178,14 @@ def test_a_bad_question_is_refused_with_its_cause(connection, study, model, name
 
 
 PARTS = {
-    "the middle of no upload": (dict(UPLOAD="x", UPLOAD_RANGE=(10, 20), VOLUME=b"12345"), Unavailable, "upload the scan again"),
-    "more than the whole": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 4), VOLUME=b"12345"), InvalidInput, "not the next part"),
-    "a scan over the limit": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 1 << 40), VOLUME=b"12345"), InvalidInput, "crop"),
-    "nothing": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 4)), InvalidInput, "VOLUME"),
-    "bytes without a place": (dict(UPLOAD="x", VOLUME=b"12345"), InvalidInput, "UPLOAD_RANGE"),
-    "a place of three numbers": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 5, 5), VOLUME=b"12345"), InvalidInput, "UPLOAD_RANGE"),
-    "no image": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 5), VOLUME=b"12345"), InvalidInput, "not an image"),
-    "a study, too": (dict(UPLOAD="x", UPLOAD_RANGE=(0, 5), VOLUME=b"12345", STUDY_IN="0" * 64), InvalidInput, "both"),
+    "the middle of no upload": ({"UPLOAD_RANGE": (10, 20)}, Unavailable, "upload the scan again"),
+    "more than the whole": ({"UPLOAD_RANGE": (0, 4)}, InvalidInput, "not the next part"),
+    "a scan over the limit": ({"UPLOAD_RANGE": (0, 1 << 40)}, InvalidInput, "crop"),
+    "nothing": ({"UPLOAD_RANGE": (0, 4), "VOLUME": None}, InvalidInput, "VOLUME"),
+    "bytes without a place": ({}, InvalidInput, "UPLOAD_RANGE"),
+    "a place of three numbers": ({"UPLOAD_RANGE": (0, 5, 5)}, InvalidInput, "UPLOAD_RANGE"),
+    "no image": ({"UPLOAD_RANGE": (0, 5)}, InvalidInput, "not an image"),
+    "a study, too": ({"UPLOAD_RANGE": (0, 5), "STUDY_IN": "0" * 64}, InvalidInput, "both"),
 }
 
 
@@ -193,8 +193,9 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_a_bad_part_of_a_scan_is_refused_with_its_cause(connection, name):
     inputs, kind, cause = PARTS[name]
+    inputs = {getattr(contract, tensor): value for tensor, value in {"UPLOAD": "x", "VOLUME": b"12345", **inputs}.items()}
     with pytest.raises(M3DError, match=cause) as refused:
-        connection.infer("study", {getattr(contract, constant): value for constant, value in inputs.items()}, PATIENCE_S)
+        connection.infer("study", inputs, PATIENCE_S)
     assert type(refused.value) is kind
 
 

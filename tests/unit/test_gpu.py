@@ -16,6 +16,7 @@ from engine.gpu import Gpu
 from engine.manifest import Manifest
 from engine.server import Server, free_ports
 from engine.server.triton import Triton
+from tests.conftest import ROOT
 
 L4 = Gpu("NVIDIA L4", "580.95.05", "8.9", 24 << 30, 22 << 30)
 RTX_5090 = Gpu("NVIDIA RTX 5090", "580.95.05", "12.0", 32 << 30, 31 << 30, 1)
@@ -68,7 +69,7 @@ def exported(tmp_path):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_bytes(bytes(size))
     (tmp_path / "study").mkdir()
-    (tmp_path / "study" / "config.pbtxt").touch()
+    shutil.copy(ROOT / "model_repository" / "study" / "config.pbtxt", tmp_path / "study")
     replace(MANIFEST, files=FILES).write(tmp_path)
     return tmp_path
 

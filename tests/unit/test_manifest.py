@@ -4,12 +4,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 
 import pytest
 
 from engine.errors import RepositoryError
 from engine.manifest import Manifest
+from tests.conftest import ROOT
 from tests.unit.fake_models import manifest
 
 PLAN = {"tensorrt": "11.4.0.106", "compute_capability": "8.9", "version_compatible": False, "hardware_compatible": True}
@@ -20,7 +22,7 @@ WHOLE = manifest(graphs={"study": {"plan": PLAN}, "m3d_segment": {"max_error": 0
 def repository(tmp_path):
     for model in WHOLE.models:
         (tmp_path / model / "1").mkdir(parents=True)
-        (tmp_path / model / "config.pbtxt").touch()
+        shutil.copy(ROOT / "model_repository" / model / "config.pbtxt", tmp_path / model)
     (tmp_path / "study" / "1" / "model.plan").write_bytes(bytes(8))
     WHOLE.write(tmp_path)
     return tmp_path
@@ -60,6 +62,13 @@ def test_the_first_of_many_lost_files_are_named(repository):
     lost = replace(WHOLE, files={**WHOLE.files, **{f"decoder/1/llm/{k}.safetensors": 1 for k in range(5)}})
     with pytest.raises(RepositoryError, match=r"/0.safetensors \(missing\), .*/2.safetensors \(missing\) and 2 more: "):
         lost.check(repository)
+
+
+def test_a_repository_copied_from_another_version_is_told_by_its_tensors(repository):
+    config = repository / "study" / "config.pbtxt"
+    config.write_text(config.read_text().replace('"UPLOAD"', '"UPLOADED"'))
+    with pytest.raises(RepositoryError, match=r"another version's.*: study \(UPLOAD\); copy"):
+        WHOLE.check(repository)
 
 
 def test_a_model_that_is_not_there_at_all_is_named_before_its_files(repository):

@@ -1,5 +1,5 @@
-"""Scans that come in parts: what they become, and that no mistake and no ill will makes anything else of them, such as a
-scan with bytes that nobody sent (of memory that another patient's scan was in before)."""
+"""Scans that come in parts: what they become, and that no mistake and no ill will makes anything else of them, such as
+a scan with bytes that nobody sent (of memory that another patient's scan was in before)."""
 import threading
 
 import numpy as np

@@ -15,7 +15,8 @@ class TritonPythonModel:
         self.store = StudyStore.of_server()
         self.retriever = Retriever(self.store, Manifest.read(repository), repository / CLIP_TOKENIZER_FOLDER,
                                    triton_io.infer)
-        self.desk = Desk(lambda request: partial(self._scores, request), threads=triton_io.parameter(args, "threads", 2),
+        self.desk = Desk(lambda request: partial(self._scores, request),
+                         threads=triton_io.parameter(args, "threads", 2),
                          waiting=triton_io.parameter(args, "waiting", 64))
 
     def execute(self, requests):
