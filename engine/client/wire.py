@@ -198,11 +198,12 @@ class Connection:
         Each is let go once it is sent. The first that fails ends it all.
         """
         self._check_open()
-        requests = iter([request_of(model, inputs) for inputs in parts])
-        outputs = {}
-        for outputs in ResponseStream(self, self.stub.ModelStreamInfer(requests, timeout=timeout)):
-            pass
-        return outputs
+        requests = [request_of(model, inputs) for inputs in parts]
+        wanted, requests = len(requests), iter(requests)
+        responses = list(ResponseStream(self, self.stub.ModelStreamInfer(requests, timeout=timeout)))
+        if len(responses) < wanted:
+            raise Unavailable(f"the server closed the stream after {len(responses)} of {wanted} responses; see its log")
+        return responses[-1]
 
     def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> "ResponseStream":
         """One request to a decoupled model, any number of responses. Sent at once."""

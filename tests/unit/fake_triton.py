@@ -129,6 +129,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             size = parts[-1].get("UPLOAD_RANGE", [0, 0])[1]
             if sum(part["VOLUME"].size for part in parts) < size:
                 yield service_pb2.ModelStreamInferResponse(infer_response=response(STUDY="", STUDY_INFO=""))
+        if self.unfinished:
+            return
         if not self.may_answer.wait(PATIENCE_S):
             context.abort(grpc.StatusCode.INTERNAL, "nobody let this server answer")
         self.uploads.append(parts[-1] | {"VOLUME": np.concatenate([part["VOLUME"] for part in parts])})

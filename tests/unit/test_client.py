@@ -275,6 +275,14 @@ def test_a_stream_that_ends_without_its_last_piece_is_an_error(client, triton, s
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("part_bytes", [100, 1000])
+def test_an_upload_that_ends_without_its_last_response_is_an_error(client, triton, monkeypatch, part_bytes):
+    monkeypatch.setattr(wire, "PART_BYTES", part_bytes)
+    triton.unfinished = True
+    with pytest.raises(errors.Unavailable, match="closed the stream after [03] of [14] responses"):
+        client.upload(VOLUME)
+
+
 @pytest.mark.parametrize(("message", "kind"), [
     ("INVALID_ARGUMENT: the question has 900 tokens", errors.InvalidInput),
     ("in ensemble 'm3d_chat', RESOURCE_EXHAUSTED: the store is full", errors.ResourceExhausted),
