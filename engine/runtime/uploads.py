@@ -34,8 +34,9 @@ class Upload:
 class Uploads:
     """The uploads in progress of one process, by name.
 
-    Bounded: together they may be twice as large as the largest scan, and MOST in number. Those that have waited longest
-    for a part give way to a new one that does not fit, and all that have waited for IDLE_S do. clock: seconds.
+    Bounded: what has come of them may be twice as large as the largest scan, and they MOST in number. Those that have
+    waited longest for a part give way to what does not fit, and those that have waited for IDLE_S to the next part of
+    any. What is only announced takes no memory, and so nobody's place. clock: seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
@@ -53,17 +54,18 @@ class Uploads:
         end = start + part.size
         with self._lock:
             upload = self._uploads.pop(name, None)
-            if start == 0 < size:
-                self.limits.check_bytes(size, "the file")
-                self._make_room(size)
+            if not 0 <= start < end <= size:
+                raise InvalidInput(f"bytes {start:,} to {end:,} are no part of a file of {size:,} bytes")
+            self.limits.check_bytes(size, "the file")
+            if start == 0:
                 upload = Upload(np.empty(size, np.uint8))
             elif upload is None:
                 raise Unavailable("this server does not know the upload (any more): it waited too long for a part, or "
                                   "had to give way to others; upload the scan again")
-            if not (start == upload.received < end <= size == upload.data.size):
+            if (start, size) != (upload.received, upload.data.size):
                 raise InvalidInput(f"bytes {start:,} to {end:,} of {size:,} are not the next part of an upload that "
-                                   f"has {upload.received:,} of {upload.data.size:,}: send its parts in their order, "
-                                   "none of them empty")
+                                   f"has {upload.received:,} of {upload.data.size:,}: send its parts in their order")
+            self._make_room(end)
             upload.data[start:end] = part
             upload.digest.update(part)
             upload.received, upload.last_part = end, self.clock()
@@ -72,8 +74,8 @@ class Uploads:
             self._uploads[name] = upload
 
     def _make_room(self, size: int) -> None:
-        now, room = self.clock(), 2 * self.limits.max_bytes - sum(upload.data.size for upload in self._uploads.values())
+        now, room = self.clock(), 2 * self.limits.max_bytes - sum(upload.received for upload in self._uploads.values())
         for name, upload in list(self._uploads.items()):
             if room < size or len(self._uploads) >= MOST or now - upload.last_part > IDLE_S:
                 del self._uploads[name]
-                room += upload.data.size
+                room += upload.received

@@ -179,7 +179,8 @@ def test_a_bad_question_is_refused_with_its_cause(connection, study, model, name
 
 PARTS = {
     "the middle of no upload": ({"UPLOAD_RANGE": (10, 20)}, Unavailable, "upload the scan again"),
-    "more than the whole": ({"UPLOAD_RANGE": (0, 4)}, InvalidInput, "not the next part"),
+    "more than the whole": ({"UPLOAD_RANGE": (0, 4)}, InvalidInput, "no part of a file of 4"),
+    "a part before the file": ({"UPLOAD_RANGE": (-1, 9)}, InvalidInput, "no part of a file"),
     "a scan over the limit": ({"UPLOAD_RANGE": (0, 1 << 40)}, InvalidInput, "crop"),
     "nothing": ({"UPLOAD_RANGE": (0, 4), "VOLUME": None}, InvalidInput, "VOLUME"),
     "bytes without a place": ({}, InvalidInput, "UPLOAD_RANGE"),

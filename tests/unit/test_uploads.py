@@ -74,12 +74,12 @@ def test_uploads_at_the_same_time_are_not_mixed_up(uploads):
 
 @pytest.mark.parametrize("start, size, part", [
     (20_000, FILE.size, FILE[20_000:30_000]), (5_000, FILE.size, FILE[5_000:10_000]),
-    (10_000, FILE.size + 1, FILE[10_000:]), (10_000, FILE.size, FILE), (10_000, FILE.size, FILE[:0]),
+    (10_000, FILE.size - 1, FILE[10_000:20_000]), (10_000, FILE.size, FILE), (10_000, FILE.size, FILE[:0]),
     (10_000, -1, FILE[10_000:20_000]), (-1, FILE.size, FILE[:1]),
 ], ids=["skips bytes", "overlaps", "another size", "too long", "empty", "negative size", "negative start"])
 def test_a_part_that_is_not_the_next_one_is_refused_and_ends_the_upload(uploads, start, size, part):
     uploads.add("a", 0, FILE.size, FILE[:10_000])
-    with pytest.raises(InvalidInput, match="not the next part"):
+    with pytest.raises(InvalidInput, match="not the next part|no part of a file"):
         uploads.add("a", start, size, part)
     with pytest.raises(Unavailable, match="does not know the upload"):
         uploads.add("a", 10_000, FILE.size, FILE[10_000:20_000])
@@ -88,7 +88,7 @@ def test_a_part_that_is_not_the_next_one_is_refused_and_ends_the_upload(uploads,
 
 @pytest.mark.parametrize("start, size, part", [(0, 0, FILE[:0]), (0, 5, FILE[:0]), (0, 5, FILE[:6]), (0, -5, FILE[:5])])
 def test_a_first_part_that_cannot_be_one_is_refused(uploads, start, size, part):
-    with pytest.raises((InvalidInput, Unavailable)):
+    with pytest.raises(InvalidInput, match="no part of a file"):
         uploads.add("a", start, size, part)
 
 
@@ -102,13 +102,22 @@ def test_beginning_again_begins_anew(uploads):
     np.testing.assert_array_equal(send(uploads, "a", 25_000).data, FILE)
 
 
-def test_the_one_that_waits_longest_gives_way_to_a_third_of_the_largest_size(uploads):
-    for name, start in (("a", 0), ("b", 0), ("a", 10), ("c", 0)):
-        uploads.add(name, start, FILE.size, FILE[start:start + 10])
+def test_the_one_that_waits_longest_gives_way_to_what_does_not_fit(uploads):
+    most = FILE.size - 1  # two of them and two bytes may be here
+    for name, start, end in (("a", 0, 10), ("b", 0, most), ("a", 10, most), ("c", 0, 2)):
+        uploads.add(name, start, FILE.size, FILE[start:end])
+    uploads.add("c", 2, FILE.size, FILE[2:3])
     with pytest.raises(Unavailable, match="give way"):
-        uploads.add("b", 10, FILE.size, FILE[10:20])
-    for name, start in (("a", 20), ("c", 10)):
+        uploads.add("b", most, FILE.size, FILE[most:])
+    for name, start in (("a", most), ("c", 3)):
         np.testing.assert_array_equal(send(uploads, name, 50_000, start=start).data, FILE)
+
+
+def test_what_is_only_announced_takes_nobodys_place(uploads):
+    uploads.add("a", 0, FILE.size, FILE[:10])
+    for name in "bcdef":
+        uploads.add(name, 0, FILE.size, FILE[:1])
+    np.testing.assert_array_equal(send(uploads, "a", 50_000, start=10).data, FILE)
 
 
 def test_an_upload_that_waits_too_long_gives_way_to_the_next(uploads, clock):
