@@ -4,7 +4,8 @@ Triton writes a list of events. Those with a `timestamps` list hold nanoseconds 
 time.perf_counter's on Linux; the others name the model of an id, and the id that called it.
 
 It has no models that our Python models call (the encoders): Triton ends when it is to trace those for a request that is
-answered through its sender. Their time is in Triton's statistics.
+answered through its sender. Their time is in Triton's statistics. Now and then it lacks a whole request to the decoder,
+too; why is not known.
 """
 from __future__ import annotations
 
