@@ -195,7 +195,7 @@ class Connection:
                       ) -> dict[str, np.ndarray]:
         """Requests in their order, none of which waits for the response to the one before; the last response.
 
-        Each is let go once it is sent. The first that fails ends it all.
+        They are let go once the last is sent. The first that fails ends it all.
         """
         self._check_open()
         requests = [request_of(model, inputs) for inputs in parts]

@@ -29,8 +29,8 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
 }
 
-# A scan passes through several buffers of its size, and glibc gives blocks of over 32 MB back to the system when they
-# are freed: the next scan's would be touched for the first time again, which takes longer than filling them.
+# A scan is put together in a buffer of its size, and glibc gives blocks of over 32 MB back to the system when they are
+# freed: the next scan's would be touched for the first time again, which takes longer than filling it.
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 
 

@@ -54,9 +54,17 @@ def test_a_scan_is_let_go_once_it_is_sent(client, triton, monkeypatch):
     """It may be as large as the client's memory allows, and the server works on it for seconds."""
     triton.may_answer.clear()
 
+    kept = []
+
+    def let_go():
+        kept.pop()
+        if not kept:
+            triton.may_answer.set()
+
     def watched(*arguments, request_of=wire.request_of):
         request = request_of(*arguments)
-        weakref.finalize(request, triton.may_answer.set)
+        kept.append(None)
+        weakref.finalize(request, let_go)
         return request
 
     monkeypatch.setattr(wire, "request_of", watched)

@@ -48,14 +48,15 @@ def test_parts_become_the_file_and_its_digest(uploads, part_bytes):
 
 
 def test_uploads_in_turns_are_not_mixed_up(uploads):
-    files = {"a": FILE, "b": FILE[::-1].copy()}
+    files, complete = {"a": FILE, "b": FILE[::-1].copy()}, []
     for begin in range(0, FILE.size, 10_000):
         for name, file in files.items():
             whole = uploads.add(name, begin, file.size, file[begin:begin + 10_000])
             if whole is not None:
                 np.testing.assert_array_equal(whole.data, file)
                 assert whole.digest.hexdigest() == content_digest(file)
-    assert whole is not None
+                complete.append(name)
+    assert complete == ["a", "b"]
 
 
 def test_uploads_at_the_same_time_are_not_mixed_up(uploads):
