@@ -49,8 +49,9 @@ VOLUME = Tensor("VOLUME", "UINT8", (-1,), "bytes of a scan file: NIfTI, zipped D
 AFFINE_IN = Tensor("AFFINE", "FP64", (4, 4), "voxel-to-world of an npy scan, mm, RAS+ as in NIfTI; files bring theirs", optional=True)
 PRESET = Tensor("PRESET", "BYTES", (1,), "preprocessing preset, one of engine.volume.PRESETS; default auto", optional=True)
 STUDY_IN = Tensor("STUDY", "BYTES", (1,), "handle of a scan that the server holds, instead of VOLUME", optional=True)
-UPLOAD = Tensor("UPLOAD", "BYTES", (1,), "name of a scan that comes in several requests, of which VOLUME is the next part; "
-                "random, so that nobody else can add to it; AFFINE and PRESET come with the last part", optional=True)
+UPLOAD = Tensor("UPLOAD", "BYTES", (1,), "name of a scan that comes in several requests, of which VOLUME is the next part, "
+                "at most 16 MiB; 1 to 64 characters, random, so that nobody else can add to it; the other inputs come with "
+                "the last part", optional=True)
 UPLOAD_RANGE = Tensor("UPLOAD_RANGE", "INT64", (2,), "of a part: where it begins in the file, and the file's size, bytes", optional=True)
 SEGMENT_HINT = Tensor("SEGMENT_HINT", "BOOL", (1,), "encode for segmentation early, beside decoding", optional=True)
 STUDY = Tensor("STUDY", "BYTES", (1,), "study handle: 64 hex digits, BLAKE3 of content, preset and model; empty after a part "

@@ -5,7 +5,6 @@ has touched yet. Parts use the same memory again, and while one is sent another 
 """
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,12 +12,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from blake3 import blake3
 
-from engine.errors import InvalidInput, Unavailable
+from engine.errors import InvalidInput, ResourceExhausted, Unavailable
 from engine.runtime.study_store import new_digest
 from engine.scan.limits import Limits
 
-IDLE_S = 600.0  # as long as our client waits, unless it is told otherwise
+MAX_PART_BYTES = 16 << 20  # taken in within some milliseconds, while other requests wait
+MAX_NAME_LENGTH = 64
 MOST = 1000  # uploads at a time, however small
+IDLE_S = 600.0  # as long as our client waits, unless it is told otherwise
+SLOW_S = 60.0  # between two parts of our client on a line of half a megabit per second
 
 
 @dataclass
@@ -32,50 +34,64 @@ class Upload:
 
 
 class Uploads:
-    """The uploads in progress of one process, by name.
+    """The uploads in progress of one process, by name. One thread calls it.
 
-    Bounded: what has come of them may be twice as large as the largest scan, and they MOST in number. Those that have
-    waited longest for a part give way to what does not fit, and those that have waited for IDLE_S to the next part of
-    any. What is only announced takes no memory, and so nobody's place. clock: seconds.
+    Bounded: what has come of them may be twice as large as the largest scan, and they MOST in number. What does not fit
+    takes the place of uploads that have waited for a part for SLOW_S, if there are any, and is refused otherwise. What
+    is only announced takes no memory, and so nobody's place. clock: seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
         self.limits = limits
         self.clock = clock
         self._uploads: dict[str, Upload] = {}  # the one that waits longest comes first
-        self._lock = threading.Lock()
 
     def add(self, name: str, start: int, size: int, part: np.ndarray) -> Upload | None:
         """Add `part` (uint8), whose place in a file of `size` bytes begins at `start`. The upload, once it is complete.
 
-        Raises InvalidInput for a part that is not the next one or a file that is too large, Unavailable for a part of
-        an upload that gave way; either ends the upload.
+        Raises InvalidInput for a part that is not the next one, or for a part, a file or a name that is too large;
+        Unavailable for a part of an upload that gave way, ResourceExhausted for one that finds no room. Each ends the
+        upload.
         """
-        end = start + part.size
-        with self._lock:
-            upload = self._uploads.pop(name, None)
-            if not 0 <= start < end <= size:
-                raise InvalidInput(f"bytes {start:,} to {end:,} are no part of a file of {size:,} bytes")
-            self.limits.check_bytes(size, "the file")
-            if start == 0:
-                upload = Upload(np.empty(size, np.uint8))
-            elif upload is None:
-                raise Unavailable("this server does not know the upload (any more): it waited too long for a part, or "
-                                  "had to give way to others; upload the scan again")
-            if (start, size) != (upload.received, upload.data.size):
-                raise InvalidInput(f"bytes {start:,} to {end:,} of {size:,} are not the next part of an upload that "
-                                   f"has {upload.received:,} of {upload.data.size:,}: send its parts in their order")
-            self._make_room(end)
-            upload.data[start:end] = part
-            upload.digest.update(part)
-            upload.received, upload.last_part = end, self.clock()
-            if end == size:
-                return upload
-            self._uploads[name] = upload
+        end, upload = start + part.size, self._uploads.pop(name, None)
+        if len(name) > MAX_NAME_LENGTH:
+            raise InvalidInput(f"an upload's name has at most {MAX_NAME_LENGTH} characters, not {len(name):,}")
+        if part.size > MAX_PART_BYTES:
+            raise InvalidInput(f"a part has at most {MAX_PART_BYTES:,} bytes, not {part.size:,}: send more parts")
+        if not 0 <= start < end <= size:
+            raise InvalidInput(f"bytes {start:,} to {end:,} are no part of a file of {size:,} bytes")
+        self.limits.check_bytes(size, "the file")
+        if start == 0:
+            upload = Upload(np.empty(size, np.uint8))
+        elif upload is None:
+            raise Unavailable("this server does not know the upload (any more): it waited too long for a part, or had "
+                              "to give way to others; upload the scan again")
+        if (start, size) != (upload.received, upload.data.size):
+            raise InvalidInput(f"bytes {start:,} to {end:,} of {size:,} are not the next part of an upload that has "
+                               f"{upload.received:,} of {upload.data.size:,}: send its parts in their order")
+        self._make_room(end)
+        upload.data[start:end] = part
+        upload.digest.update(part)
+        upload.received, upload.last_part = end, self.clock()
+        if end == size:
+            return upload
+        self._uploads[name] = upload
+
+    def forget_idle(self) -> None:
+        """Let go of the uploads that have waited for a part for IDLE_S."""
+        self._forget(lambda upload: self.clock() - upload.last_part > IDLE_S)
 
     def _make_room(self, size: int) -> None:
-        now, room = self.clock(), 2 * self.limits.max_bytes - sum(upload.received for upload in self._uploads.values())
+        self._forget(lambda upload: self.clock() - upload.last_part > SLOW_S and not self._has_room(size))
+        if not self._has_room(size):
+            raise ResourceExhausted("this server takes in as many uploads as it has memory for: try again shortly")
+
+    def _has_room(self, size: int) -> bool:
+        received = sum(upload.received for upload in self._uploads.values())
+        return received + size <= 2 * self.limits.max_bytes and len(self._uploads) < MOST
+
+    def _forget(self, gives_way: Callable[[Upload], bool]) -> None:
         for name, upload in list(self._uploads.items()):
-            if room < size or len(self._uploads) >= MOST or now - upload.last_part > IDLE_S:
-                del self._uploads[name]
-                room += upload.received
+            if not gives_way(upload):
+                break  # those behind it have waited less
+            del self._uploads[name]

@@ -187,6 +187,13 @@ PARTS = {
     "a place of three numbers": ({"UPLOAD_RANGE": (0, 5, 5)}, InvalidInput, "UPLOAD_RANGE"),
     "no image": ({"UPLOAD_RANGE": (0, 5)}, InvalidInput, "not an image"),
     "a study, too": ({"UPLOAD_RANGE": (0, 5), "STUDY_IN": "0" * 64}, InvalidInput, "both"),
+    "a place of no upload": ({"UPLOAD": None, "UPLOAD_RANGE": (0, 5)}, InvalidInput, "UPLOAD"),
+    "an affine before the last part": ({"UPLOAD_RANGE": (0, 6), "AFFINE_IN": np.eye(4)}, InvalidInput, "AFFINE.*last"),
+    "a preset before the last part": ({"UPLOAD_RANGE": (0, 6), "PRESET": "auto"}, InvalidInput, "PRESET.*last"),
+    "a study before the last part": ({"UPLOAD_RANGE": (0, 6), "STUDY_IN": "0" * 64}, InvalidInput, "STUDY.*last"),
+    "a hint before the last part": ({"UPLOAD_RANGE": (0, 6), "SEGMENT_HINT": True}, InvalidInput, "SEGMENT_HINT.*last"),
+    "a part that is too large": ({"UPLOAD_RANGE": (0, 1 << 25), "VOLUME": bytes((16 << 20) + 1)}, InvalidInput, "more parts"),
+    "a name that is too long": ({"UPLOAD": "x" * 65, "UPLOAD_RANGE": (0, 5)}, InvalidInput, "64 characters"),
 }
 
 

@@ -1,14 +1,12 @@
 """Scans that come in parts: what they become, and that no mistake and no ill will makes anything else of them, such as
 a scan with bytes that nobody sent (of memory that another patient's scan was in before)."""
-import threading
-
 import numpy as np
 import pytest
 
-from engine.errors import InvalidInput, Unavailable
+from engine.errors import InvalidInput, ResourceExhausted, Unavailable
 from engine.runtime import uploads as uploads_module
 from engine.runtime.study_store import content_digest
-from engine.runtime.uploads import IDLE_S, Uploads
+from engine.runtime.uploads import IDLE_S, SLOW_S, Uploads
 from engine.scan.limits import Limits
 
 FILE = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
@@ -59,20 +57,6 @@ def test_uploads_in_turns_are_not_mixed_up(uploads):
     assert complete == ["a", "b"]
 
 
-def test_uploads_at_the_same_time_are_not_mixed_up(uploads):
-    wholes = {}
-
-    def one(n):
-        wholes[n] = send(uploads, str(n), 100, np.full(5_000, n, np.uint8))
-
-    threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(wholes) == list(range(8)) and all((whole.data == n).all() for n, whole in wholes.items())
-
-
 @pytest.mark.parametrize("start, size, part", [
     (20_000, FILE.size, FILE[20_000:30_000]), (5_000, FILE.size, FILE[5_000:10_000]),
     (10_000, FILE.size - 1, FILE[10_000:20_000]), (10_000, FILE.size, FILE), (10_000, FILE.size, FILE[:0]),
@@ -103,10 +87,20 @@ def test_beginning_again_begins_anew(uploads):
     np.testing.assert_array_equal(send(uploads, "a", 25_000).data, FILE)
 
 
-def test_the_one_that_waits_longest_gives_way_to_what_does_not_fit(uploads):
+def test_a_part_or_a_name_that_is_too_large_is_refused(monkeypatch, uploads):
+    monkeypatch.setattr(uploads_module, "MAX_PART_BYTES", 100)
+    with pytest.raises(InvalidInput, match="at most 100 bytes, not 101"):
+        uploads.add("a", 0, FILE.size, FILE[:101])
+    with pytest.raises(InvalidInput, match="at most 64 characters, not 65"):
+        uploads.add("n" * 65, 0, FILE.size, FILE[:100])
+    assert send(uploads, "n" * 64, 100) is not None
+
+
+def test_what_does_not_fit_takes_the_place_of_those_that_have_waited_longest(uploads, clock):
     most = FILE.size - 1  # two of them and two bytes may be here
     for name, start, end in (("a", 0, 10), ("b", 0, most), ("a", 10, most), ("c", 0, 2)):
         uploads.add(name, start, FILE.size, FILE[start:end])
+    clock.now += SLOW_S + 1
     uploads.add("c", 2, FILE.size, FILE[2:3])
     with pytest.raises(Unavailable, match="give way"):
         uploads.add("b", most, FILE.size, FILE[most:])
@@ -114,29 +108,48 @@ def test_the_one_that_waits_longest_gives_way_to_what_does_not_fit(uploads):
         np.testing.assert_array_equal(send(uploads, name, 50_000, start=start).data, FILE)
 
 
-def test_what_is_only_announced_takes_nobodys_place(uploads):
+def test_what_does_not_fit_beside_uploads_in_progress_is_refused(uploads, clock):
+    most = FILE.size - 1
+    for name in "ab":
+        uploads.add(name, 0, FILE.size, FILE[:most])
+    clock.now += SLOW_S
+    uploads.add("c", 0, FILE.size, FILE[:2])
+    with pytest.raises(ResourceExhausted, match="try again"):
+        uploads.add("c", 2, FILE.size, FILE[2:3])
+    for name in "ab":
+        np.testing.assert_array_equal(send(uploads, name, 1, start=most).data, FILE)
+    np.testing.assert_array_equal(send(uploads, "c", 50_000).data, FILE)
+
+
+def test_what_is_only_announced_takes_nobodys_place(uploads, clock):
     uploads.add("a", 0, FILE.size, FILE[:10])
+    clock.now += SLOW_S + 1
     for name in "bcdef":
         uploads.add(name, 0, FILE.size, FILE[:1])
     np.testing.assert_array_equal(send(uploads, "a", 50_000, start=10).data, FILE)
 
 
-def test_an_upload_that_waits_too_long_gives_way_to_the_next(uploads, clock):
+def test_an_upload_that_waits_too_long_is_forgotten(uploads, clock):
     for name in "ab":
         uploads.add(name, 0, 100, FILE[:10])
     clock.now += IDLE_S
+    uploads.forget_idle()
     uploads.add("b", 10, 100, FILE[10:20])
     clock.now += 1
-    uploads.add("c", 0, 100, FILE[:10])
+    uploads.forget_idle()
     with pytest.raises(Unavailable):
         uploads.add("a", 10, 100, FILE[10:20])
     np.testing.assert_array_equal(send(uploads, "b", 40, FILE[:100], start=20).data, FILE[:100])
 
 
-def test_small_uploads_are_bounded_in_number(uploads, monkeypatch):
+def test_small_uploads_are_bounded_in_number(uploads, clock, monkeypatch):
     monkeypatch.setattr(uploads_module, "MOST", 3)
-    for name in "abcd":
+    for name in "abc":
         uploads.add(name, 0, 20, FILE[:10])
+    with pytest.raises(ResourceExhausted):
+        uploads.add("d", 0, 20, FILE[:10])
+    clock.now += SLOW_S + 1
+    uploads.add("d", 0, 20, FILE[:10])
     with pytest.raises(Unavailable):
         uploads.add("a", 10, 20, FILE[10:20])
     assert all(uploads.add(name, 10, 20, FILE[10:20]) is not None for name in "bcd")

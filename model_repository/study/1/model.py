@@ -13,6 +13,8 @@ from engine.runtime.study_store import StudyStore, default_limit
 from engine.runtime.uploads import Uploads
 from engine.scan.limits import Limits
 
+_WITH_THE_LAST_PART = ("AFFINE", "PRESET", "STUDY", "SEGMENT_HINT")
+
 
 class TritonPythonModel:
     def initialize(self, args):
@@ -28,6 +30,7 @@ class TritonPythonModel:
         self.early = ThreadPoolExecutor(1, "early-segmentation")
 
     def execute(self, requests):
+        self.uploads.forget_idle()
         self.desk.execute(requests)
 
     def finalize(self):
@@ -50,13 +53,17 @@ class TritonPythonModel:
 
     def _scan(self, request):
         """What the request says about its scan; None if it brings a part, and more are to come."""
-        data, digest, upload = triton_io.array(request, "VOLUME"), None, triton_io.text(request, "UPLOAD")
-        if upload is not None:
-            place = triton_io.array(request, "UPLOAD_RANGE")
-            if data is None or place is None:
-                raise InvalidInput("a request with an UPLOAD has a VOLUME (the part) and an UPLOAD_RANGE (where it "
-                                   "begins, and the bytes of the whole file)")
-            whole = self.uploads.add(upload, *place.tolist(), data)
+        data, digest = triton_io.array(request, "VOLUME"), None
+        upload, place = triton_io.text(request, "UPLOAD"), triton_io.array(request, "UPLOAD_RANGE")
+        if upload is not None or place is not None:
+            if upload is None or place is None or data is None:
+                raise InvalidInput("a part of an upload has a VOLUME (the part), an UPLOAD (its name) and an UPLOAD_RANGE "
+                                   "(where it begins, and the bytes of the whole file)")
+            start, size = place.tolist()
+            for name in _WITH_THE_LAST_PART if start + data.size < size else ():
+                if triton_io.array(request, name) is not None:
+                    raise InvalidInput(f"{name} came with a part of an upload that is not its last: give it with that")
+            whole = self.uploads.add(upload, start, size, data)
             if whole is None:
                 return None
             data, digest = whole.data, whole.digest.hexdigest()
