@@ -65,7 +65,7 @@ def interval(old: Sequence[float], new: Sequence[float], seed: int = 0) -> tuple
 
 
 def compare(old: dict, new: dict) -> tuple[list[Row], list[str]]:
-    """What both results have, and the names of what only `old` has. Raises InvalidInput for other work."""
+    """What both results have, and the names of what only `old` has. Raises InvalidInput for other work, or nothing."""
     for name in OF_THE_WORK:
         if old["conditions"][name] != new["conditions"][name]:
             raise InvalidInput(f"they did other work: {name} was {old['conditions'][name]} and is "
@@ -77,6 +77,8 @@ def compare(old: dict, new: dict) -> tuple[list[Row], list[str]]:
         before, after = dict(measured(old)), dict(measured(new))
         rows += [row(what, before[what], after[what]) for what in before if what in after]
         gone += [what for what in before if what not in after]
+    if not rows:
+        raise InvalidInput("nothing was measured in both")
     return rows, gone
 
 

@@ -144,6 +144,8 @@ def _check(arguments: argparse.Namespace) -> None:
         if arguments.json:
             _unfinished(arguments.json).touch()
             _unfinished(arguments.json).unlink()
+    except FileExistsError as error:
+        raise InvalidInput(f"{error.filename} is a file: results need a folder there") from None
     except OSError as error:
         raise InvalidInput(f"no results can be written to {error.filename}: {error.strerror}") from None
     if arguments.checkpoint:

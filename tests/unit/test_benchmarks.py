@@ -472,7 +472,7 @@ def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("text, cause", [(None, "cannot be read"), ("{", "not JSON"), ("[]", "no samples"),
                                          ('{"samples": {}}', "no samples"), ("tokens", "other work: tokens"),
                                          ('{"samples": [1], "conditions": {}}', "no whole result"),
-                                         ("rate", "no whole result"),
+                                         ("rate", "no whole result"), ("nothing", "nothing was measured in both"),
                                          ("precision", "other work: the precision")])
 def test_what_cannot_be_compared_is_an_error_of_its_own(tmp_path, monkeypatch, capsys, text, cause):
     other = measured(NOISY)
@@ -480,6 +480,8 @@ def test_what_cannot_be_compared_is_an_error_of_its_own(tmp_path, monkeypatch, c
         text = json.dumps({**other, "conditions": {**CONDITIONS, "tokens": 64}})
     elif text == "rate":
         text = json.dumps({**other, "closed_loop": [{"concurrency": 8, "tokens_per_s": 0}]})
+    elif text == "nothing":
+        text = json.dumps({"samples": {"served": {}}, "conditions": CONDITIONS, "manifest": other["manifest"]})
     elif text == "precision":
         text = json.dumps({**other, "manifest": {"precision": "fp32"}})
     (tmp_path / "old").write_text(json.dumps(other))

@@ -199,6 +199,12 @@ def test_nothing_to_measure_is_a_clear_failure(capsys):
     assert "--checkpoint, --repository or --server" in capsys.readouterr().err
 
 
+def test_results_below_a_file_are_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert latency.main(["--checkpoint", "none", "--json", str(tmp_path / "file" / "out.json")]) == 1
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+
+
 def test_an_answer_without_a_mask_names_the_option(triton, scan, capsys):
     triton.mask[:] = False
     assert latency.main([*QUICK, "--server", triton.url, "--scan", str(scan)]) == 1
