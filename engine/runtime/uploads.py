@@ -6,6 +6,7 @@ has touched yet. Parts use the same memory again, and while one is sent another 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -36,15 +37,17 @@ class Upload:
 class Uploads:
     """The uploads in progress of one process, by name. One thread calls it.
 
-    Bounded: what has come of them may be twice as large as the largest scan, and they MOST in number. What does not fit
-    takes the place of uploads that have waited for a part for SLOW_S, if there are any, and is refused otherwise. What
-    is only announced takes no memory, and so nobody's place. clock: seconds.
+    Bounded: what has come of them, and the complete ones whose data somebody holds, may be twice as large as the largest
+    scan, and those in progress MOST in number. What does not fit takes the place of uploads that have waited for a part
+    for SLOW_S, if there are any, and is refused otherwise. What is only announced takes no memory, and so nobody's
+    place. clock: seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
         self.limits = limits
         self.clock = clock
         self._uploads: dict[str, Upload] = {}  # the one that waits longest comes first
+        self._held: dict[int, int] = {}  # bytes of complete ones, until their data is let go, by any thread
 
     def add(self, name: str, start: int, size: int, part: np.ndarray) -> Upload | None:
         """Add `part` (uint8), whose place in a file of `size` bytes begins at `start`. The upload, once it is complete.
@@ -73,9 +76,12 @@ class Uploads:
         upload.data[start:end] = part
         upload.digest.update(part)
         upload.received, upload.last_part = end, self.clock()
-        if end == size:
-            return upload
-        self._uploads[name] = upload
+        if end < size:
+            self._uploads[name] = upload
+            return None
+        self._held[id(upload.data)] = size
+        weakref.finalize(upload.data, self._held.pop, id(upload.data))
+        return upload
 
     def forget_idle(self) -> None:
         """Let go of the uploads that have waited for a part for IDLE_S."""
@@ -87,8 +93,8 @@ class Uploads:
             raise ResourceExhausted("this server takes in as many uploads as it has memory for: try again shortly")
 
     def _has_room(self, size: int) -> bool:
-        received = sum(upload.received for upload in self._uploads.values())
-        return received + size <= 2 * self.limits.max_bytes and len(self._uploads) < MOST
+        here = sum(upload.received for upload in self._uploads.values()) + sum(list(self._held.values()))
+        return here + size <= 2 * self.limits.max_bytes and len(self._uploads) < MOST
 
     def _forget(self, gives_way: Callable[[Upload], bool]) -> None:
         for name, upload in list(self._uploads.items()):

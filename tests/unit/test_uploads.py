@@ -121,6 +121,14 @@ def test_what_does_not_fit_beside_uploads_in_progress_is_refused(uploads, clock)
     np.testing.assert_array_equal(send(uploads, "c", 50_000).data, FILE)
 
 
+def test_a_complete_upload_takes_room_until_its_data_is_let_go(uploads):
+    held = [send(uploads, name, 50_000).data[10:] for name in "ab"]
+    with pytest.raises(ResourceExhausted):
+        uploads.add("c", 0, FILE.size, FILE[:1])
+    held.pop()
+    np.testing.assert_array_equal(send(uploads, "c", 50_000).data, FILE)
+
+
 def test_what_is_only_announced_takes_nobodys_place(uploads, clock):
     uploads.add("a", 0, FILE.size, FILE[:10])
     clock.now += SLOW_S + 1
