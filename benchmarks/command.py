@@ -33,12 +33,12 @@ def say(words: str) -> None:
     print(f"- {words}", flush=True)
 
 
-def at_least(least: float, kind: type = int):
-    """An argument's type: a number from `least` on."""
+def at_least(least: float, kind: type = int, most: float = 1_000_000):
+    """An argument's type: a number from `least` on, and at most `most`."""
 
     def number(text: str):
-        if (value := kind(text)) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most:,}")
         return value
 
     number.__name__ = "number"  # argparse says it of what is none
@@ -46,10 +46,10 @@ def at_least(least: float, kind: type = int):
 
 
 def several(one: Callable = str):
-    """An argument's type: values with commas between them."""
+    """An argument's type: values with commas between them, each once."""
 
     def values(text: str) -> tuple:
-        return tuple(one(part) for part in text.split(",") if part)
+        return tuple(dict.fromkeys(one(part) for part in text.split(",") if part))
 
     values.__name__ = "list with commas"
     return values

@@ -7,8 +7,8 @@ again at random (bootstrap). A ratio is marked if 1 lies outside, and also whate
 machine itself, where both have one: noise between two runs is not in the samples of either. What was measured once or
 twice has no interval and no mark, but bytes on the wire, which have no noise.
 
-The exit status is 1 if anything of the server is slower beyond its noise or is missing in NEW, 2 if they cannot be
-compared: not results, or of other work (scan, tokens, precision).
+The exit status is 1 if anything of the server is slower beyond its noise, is missing in NEW, or does a step that it did
+not in OLD, 2 if they cannot be compared: not results, or of other work (scans, tokens, questions, precision).
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +31,12 @@ from engine.errors import InvalidInput  # noqa: E402
 DRAWS = 4000
 FEWEST = 3  # samples that say something about their noise
 METRICS = ("total_s", "first_s", "per_token_s")
-OF_THE_WORK = ("scan", "tokens")
+OF_THE_WORK = ("scan", "tokens", "segment_tokens", "segment_question")
 OF_THE_MACHINE = ("cpu", "cores", "gpu", "versions")
 SAME_BYTES = 1.001  # a question's number may have a digit more
 SAME_MEMORY = 1.1
 ONCE = {"export_s": "export", "start_s": "start"}
+OF_THE_MODEL = ("checkpoint_sha256", "graph_precision")
 MEMORY = {"export_peak_bytes": "memory of the export", "server_memory_bytes": "memory of the server",
           "peak_memory_bytes": "memory of the machine"}
 MACHINE = "cold, total"  # of a baseline: says how fast the machine was
@@ -65,12 +66,21 @@ def interval(old: Sequence[float], new: Sequence[float], seed: int = 0) -> tuple
     return float(np.median(new) / np.median(old)), float(low), float(high)
 
 
-def compare(old: dict, new: dict) -> tuple[list[Row], list[str]]:
-    """What both results have, and the names of what only `old` has. Raises InvalidInput for other work, or nothing."""
+@dataclass(frozen=True)
+class Compared:
+    """rows: what both results have. gone: names of what only the old one has. steps: those that only the new one takes."""
+
+    rows: list[Row]
+    gone: list[str]
+    steps: list[str]
+
+
+def compare(old: dict, new: dict) -> Compared:
+    """Raises InvalidInput for other work, or nothing in both."""
     for name in OF_THE_WORK:
-        if old["conditions"][name] != new["conditions"][name]:
-            raise InvalidInput(f"they did other work: {name} was {old['conditions'][name]} and is "
-                               f"{new['conditions'][name]}")
+        before, after = (result["conditions"].get(name) for result in (old, new))
+        if before != after and None not in (before, after):  # earlier results have not all of them
+            raise InvalidInput(f"they did other work: {name} was {before} and is {after}")
     if _precision(old) != _precision(new):
         raise InvalidInput(f"they did other work: the precision was {_precision(old)} and is {_precision(new)}")
     rows, gone = [], []
@@ -80,7 +90,9 @@ def compare(old: dict, new: dict) -> tuple[list[Row], list[str]]:
         gone += [what for what in before if what not in after]
     if not rows:
         raise InvalidInput("nothing was measured in both")
-    return rows, gone
+    kinds = old["samples"].get("served", {}).keys() & new["samples"].get("served", {}).keys()
+    steps_before, steps_after = set(_steps(old, kinds)), set(_steps(new, kinds))
+    return Compared(rows, [what for what in gone if what not in steps_before], sorted(steps_after - steps_before))
 
 
 def _noisy(what: str, old: list[float], new: list[float]) -> Row:
@@ -111,7 +123,7 @@ def _measured(result: dict) -> Iterator[tuple[str, list[float]]]:
         for kind, samples in kinds.items():
             yield from _times(f"{side}, {kind}", samples)
             for part in sorted({name for s in samples for name in s["parts"]}):
-                yield f"{side}, {kind}, {part}", [s["parts"][part] for s in samples if part in s["parts"]]
+                yield _step(side, kind, part), [s["parts"][part] for s in samples if part in s["parts"]]
             if samples and side == "served" and kind in ("cold", "follow_up"):
                 yield f"{side}, {kind}, overhead", [rest(s) for s in samples]
     clients: dict[str, list[float]] = {}
@@ -121,10 +133,24 @@ def _measured(result: dict) -> Iterator[tuple[str, list[float]]]:
     for run in result.get("open_loop", ()):
         yield from _times(run["scenario"] + (f" {run['rate']:g}/s" if run["rate"] else ""), run["samples"])
     if "preprocessing" in result:
-        yield "preprocessing of a large CT", result["preprocessing"]["seconds"]
+        yield f"preprocessing of {_large_ct(result)}", result["preprocessing"]["seconds"]
     for name, words in ONCE.items():
         if result.get(name):
             yield words, [result[name]]
+
+
+def _steps(result: dict, kinds: Iterable[str]) -> Iterator[str]:
+    """What the server does for any of the requests of these kinds."""
+    for kind in kinds:
+        yield from (_step("served", kind, part) for s in result["samples"]["served"][kind] for part in s["parts"])
+
+
+def _step(side: str, kind: str, part: str) -> str:
+    return f"{side}, {kind}, {part}"
+
+
+def _large_ct(result: dict) -> str:
+    return "a CT of " + " x ".join(map(str, result["preprocessing"]["shape"]))
 
 
 def _times(what: str, samples: list[dict]) -> Iterator[tuple[str, list[float]]]:
@@ -143,6 +169,8 @@ def _memory(result: dict) -> Iterator[tuple[str, int]]:
     for name, words in MEMORY.items():
         if result.get(name):
             yield words, result[name]
+    if "preprocessing" in result:
+        yield f"memory of preprocessing {_large_ct(result)}", result["preprocessing"]["extra_bytes"]
 
 
 def _precision(result: dict) -> str | None:
@@ -152,7 +180,7 @@ def _precision(result: dict) -> str | None:
 def read(path: Path) -> dict:
     """A result of latency.py. Raises InvalidInput for anything else."""
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(), parse_constant=_refused)
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
@@ -162,6 +190,10 @@ def read(path: Path) -> dict:
     return result
 
 
+def _refused(number: str) -> None:
+    raise InvalidInput(f"a result has no {number}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, metavar="OLD.json", help="what latency.py --json wrote before")
@@ -169,7 +201,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         old, new = read(arguments.old), read(arguments.new)
-        rows, gone = compare(old, new)
+        compared = compare(old, new)
     except InvalidInput as error:
         print(f"not compared: {error}", file=sys.stderr)
         return 2
@@ -180,18 +212,27 @@ def main() -> int:
     for name in OF_THE_MACHINE:
         if old["conditions"].get(name) != new["conditions"].get(name):
             print(f"not the same: {name} was {old['conditions'].get(name)} and is {new['conditions'].get(name)}")
-    known, slower = machine(rows), False
-    for row in rows:
+    for name in OF_THE_MODEL:
+        before, after = ((result.get("manifest") or {}).get(name, result.get(name)) for result in (old, new))
+        if before != after:
+            print(f"not the same: {name} was {before} and is {after}")
+    known, slower, judged = machine(compared.rows), False, False
+    for row in compared.rows:
         ours = not row.what.startswith("baseline")
         mark = row.mark(known) if ours else row.mark()
         slower |= ours and mark == "SLOWER"
+        judged |= row.low is not None and row.low < row.high
         noise = "" if row.low is None else f"[{row.low:.3f}, {row.high:.3f}]"
         print(f"{row.what:<44} {row.ratio:6.3f}   {noise:<16}  {mark}")
-    for what in gone:
+    for what in compared.gone:
         print(f"{what:<44} missing in {arguments.new}")
+    for what in compared.steps:
+        print(f"{what:<44} NOT DONE in {arguments.old}")
     for section, words in new.get("failures", {}).items():
         print(f"{section:<44} failed in {arguments.new}: {words}")
-    return int(slower or bool(gone) or bool(new.get("failures")))
+    if not judged:
+        print(f"no time was measured {FEWEST} times in both: none is judged")
+    return int(slower or bool(compared.gone or compared.steps or new.get("failures")))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,9 +87,10 @@ def measure(arguments: argparse.Namespace) -> dict:
     _check(arguments)
     if not (arguments.checkpoint and (arguments.repository or not arguments.server)):
         say("without --checkpoint there is no baseline, and without the served --repository beside it no floor")
-    conditions = {**machine.conditions(), "scan": {"shape": list(base.array.shape), "dtype": str(base.array.dtype),
+    conditions = {**machine.conditions(), "command": shlex.join(sys.argv), "scan": {"shape": list(base.array.shape), "dtype": str(base.array.dtype),
                                                    "bytes": base.array.nbytes},
-                  "tokens": arguments.tokens, "repeats": arguments.repeats, "warm_up": arguments.warm_up}
+                  "tokens": arguments.tokens, "segment_tokens": arguments.segment_tokens,
+                  "segment_question": arguments.segment_question, "repeats": arguments.repeats, "warm_up": arguments.warm_up}
     result = {"conditions": conditions, "samples": {}, "warm_up": {}, "failures": {}, "seconds": {}, "stolen_s": {}}
     section = Sections(result, arguments.json and _unfinished(arguments.json))
     with section("the machine's rates"):
@@ -136,14 +138,17 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raises M3DError for what cannot work, before anything is measured."""
     if not (arguments.checkpoint or arguments.repository or arguments.server):
         raise InvalidInput("name what to measure: --checkpoint, --repository or --server")
-    if arguments.json and arguments.json.is_dir():
-        raise InvalidInput(f"{arguments.json} is a folder: give a file for --json")
+    if arguments.json and arguments.json.exists() and not arguments.json.is_file():
+        raise InvalidInput(f"{arguments.json} is no file: give one for --json")
     try:
         for folder in filter(None, (arguments.json and arguments.json.parent, arguments.plots)):
             folder.mkdir(parents=True, exist_ok=True)
         if arguments.json:
-            _unfinished(arguments.json).touch()
-            _unfinished(arguments.json).unlink()
+            part = _unfinished(arguments.json)
+            earlier = part.exists()  # of a run that was interrupted: stays until there is more
+            part.open("a").close()
+            if not earlier:
+                part.unlink()
     except FileExistsError as error:
         raise InvalidInput(f"{error.filename} is a file: results need a folder there") from None
     except OSError as error:
@@ -434,7 +439,7 @@ def _parser() -> argparse.ArgumentParser:
                       help="of the language model in the export (default on this machine: %(default)s)")
     what.add_argument("--repository", type=Path, help="an exported model repository; with --checkpoint it is made, or "
                       "brought up to date (default: one that is removed at the end)")
-    what.add_argument("--server", help="gRPC address of a running server")
+    what.add_argument("--server", help="gRPC address of a running server; baseline and floors are this machine's")
     what.add_argument("--baseline", type=several(_precision), default=machine.precisions(),
                       help="precisions of eager PyTorch to compare with, empty for none (default: fp32, and bf16 "
                            "where the processor multiplies it)")
@@ -448,7 +453,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--repeats", type=at_least(1), default=5, help="rounds (default: %(default)s)")
     how.add_argument("--warm-up", type=at_least(0), default=1, help="rounds that do not count (default: %(default)s)")
     how.add_argument("--concurrency", type=several(at_least(1)), default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
-    how.add_argument("--rates", type=several(at_least(1e-3, float)), default=(0.5, 1.0, 2.0),
+    how.add_argument("--rates", type=several(at_least(1e-3, float, 1000)), default=(0.5, 1.0, 2.0),
                      help="questions/s that arrive at random (default: 0.5,1,2)")
     how.add_argument("--seconds", type=at_least(0, float), default=30.0,
                      help="of a LoadGen run, 0: none (default: %(default)s)")

@@ -5,7 +5,10 @@ SingleStream: one after the other. Offline: all at once.
 """
 from __future__ import annotations
 
+import atexit
+import os
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import mlperf_loadgen as loadgen
 
+from benchmarks.command import INTERRUPTED
 from benchmarks.samples import Sample
 
 # MLPerf Inference's limits of the Server scenario for an 8B language model, at the 99th percentile.
@@ -75,56 +79,78 @@ def run(scenario: str, ask: Callable[[int], Iterator[int]], questions: int, *, r
     else:
         settings.min_query_count = 1
     system = _System(ask)
-    sut = loadgen.ConstructSUT(system.issue, lambda: None)
-    library = loadgen.ConstructQSL(questions, questions, lambda indices: None, lambda indices: None)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            log = loadgen.LogSettings()
-            log.log_output.outdir, log.log_output.copy_summary_to_stdout = folder, False
-            log.enable_trace = False
-            started = time.perf_counter()
-            loadgen.StartTestWithLogSettings(sut, library, settings, log)
-            took = time.perf_counter() - started
-            summary = Path(folder, "mlperf_log_summary.txt").read_text()
-    finally:
-        loadgen.DestroyQSL(library)
-        loadgen.DestroySUT(sut)
-        system.close()
+    with tempfile.TemporaryDirectory() as folder:
+        log = loadgen.LogSettings()
+        log.log_output.outdir, log.log_output.copy_summary_to_stdout = folder, False
+        log.enable_trace = False
+        system.be_tested(questions, settings, log)
+        summary = Path(folder, "mlperf_log_summary.txt").read_text()
     verdict = re.search(r"^Result is : (\w+)", summary, re.M)[1]
-    return Load(scenario, rate, took, system.arrivals_s, system.samples, verdict, summary)
+    return Load(scenario, rate, system.took_s, system.arrivals_s, system.samples, verdict, summary)
 
 
 class _System:
-    """What LoadGen calls the system under test: takes questions at once, answers them from threads."""
+    """What LoadGen calls the system under test: takes questions at once, answers them from threads.
+
+    LoadGen cannot be ended early, and an exception in what it calls kills the process. So it runs in a thread of its
+    own; after an interrupt nothing comes back from here to it, and the thread stays where it is.
+    """
 
     def __init__(self, ask: Callable[[int], Iterator[int]]):
         self.ask = ask
         self.samples: list[Sample] = []
         self.arrivals_s: list[float] = []
         self.error: BaseException | None = None
+        self.took_s = 0.0
         self._pool = ThreadPoolExecutor(MAX_IN_FLIGHT, "questions")
         self._lock = threading.Lock()
+        self._interrupted = False
 
-    def issue(self, queries) -> None:
-        now = time.perf_counter()
-        for query in queries:
-            self.arrivals_s.append(now)
-            self._pool.submit(self._answer, query.id, query.index, now)
-
-    def close(self) -> None:
+    def be_tested(self, questions: int, settings: loadgen.TestSettings, log: loadgen.LogSettings) -> None:
+        """Run LoadGen to its end. Raises what `ask` raised first."""
+        test = threading.Thread(target=self._test, args=(questions, settings, log), name="loadgen", daemon=True)
+        try:
+            test.start()
+            while test.is_alive():
+                test.join(0.1)  # a signal just before a wait without an end would be seen at its end
+        except BaseException:
+            self._interrupted = True
+            atexit.register(_exit_at_once)
+            raise
         self._pool.shutdown()
         if self.error is not None:
             raise self.error
+
+    def _test(self, questions: int, settings: loadgen.TestSettings, log: loadgen.LogSettings) -> None:
+        system = loadgen.ConstructSUT(self._issue, lambda: None)
+        library = loadgen.ConstructQSL(questions, questions, lambda indices: None, lambda indices: None)
+        started = time.perf_counter()
+        loadgen.StartTestWithLogSettings(system, library, settings, log)
+        self.took_s = time.perf_counter() - started
+        loadgen.DestroyQSL(library)
+        loadgen.DestroySUT(system)
+
+    def _issue(self, queries) -> None:
+        now = time.perf_counter()
+        for query in queries:
+            if self._interrupted:
+                threading.Event().wait()
+            self.arrivals_s.append(now)
+            self._pool.submit(self._answer, query.id, query.index, now)
 
     def _answer(self, id_: int, index: int, arrived: float) -> None:
         first, tokens = None, 0
         try:
             for count in self.ask(index):
+                if self._interrupted:
+                    return
                 tokens += count
                 if first is None:
                     first = self._first_token(id_, arrived)
         except Exception as error:  # LoadGen waits for every answer: the run is ended, then this is raised
             self.error = self.error or error
+        if self._interrupted:
+            return
         if first is None:
             first = self._first_token(id_, arrived)
         total = time.perf_counter() - arrived
@@ -135,3 +161,10 @@ class _System:
     def _first_token(self, id_: int, arrived: float) -> float:
         loadgen.FirstTokenComplete([loadgen.QuerySampleResponse(id_, 0, 0)])
         return time.perf_counter() - arrived
+
+
+def _exit_at_once() -> None:
+    """End the process without LoadGen's own destructors, which crash while it waits for answers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)

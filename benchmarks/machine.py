@@ -24,8 +24,7 @@ SAMPLING_S = 0.2  # between two looks at the memory
 
 def conditions() -> dict:
     """What figures of this machine depend on."""
-    cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(),
+    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": _cpu(),
             "cores": len(os.sched_getaffinity(0)), "memory_bytes": _memory()["MemTotal"],
             "load_average_before": os.getloadavg()[0],
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -35,6 +34,15 @@ def conditions() -> dict:
 def precisions() -> tuple[str, ...]:
     """Those of DTYPES that this machine multiplies by itself, the fastest last."""
     return tuple(DTYPES) if torch.cuda.is_available() or has_bf16() else ("fp32",)
+
+
+def _cpu() -> str:
+    """The processor's name, with family and model: a virtual machine's name may hide which it is."""
+    told = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M))
+    if "model name" not in told:
+        return platform.processor()
+    return told["model name"] + "".join(f", {word} {told[key]}" for key, word in (("cpu family", "family"),
+                                                                               ("model", "model")) if key in told)
 
 
 def _memory() -> dict[str, int]:

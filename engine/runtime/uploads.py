@@ -38,9 +38,9 @@ class Uploads:
     """The uploads in progress of one process, by name. One thread calls it.
 
     Bounded: what has come of them, and the complete ones whose data somebody holds, may be twice as large as the largest
-    scan, and those in progress MOST in number. What does not fit takes the place of uploads that have waited for a part
-    for SLOW_S, if there are any, and is refused otherwise. What is only announced takes no memory, and so nobody's
-    place. clock: seconds.
+    scan. What does not fit takes the place of uploads that have waited for a part for SLOW_S, if there are any, and is
+    refused otherwise. What is only announced takes no memory, and so nobody's place; but those in progress are at most
+    MOST in number, and of more the one gives way of which the least has come. clock: seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
@@ -65,7 +65,7 @@ class Uploads:
             raise InvalidInput(f"bytes {start:,} to {end:,} are no part of a file of {size:,} bytes")
         self.limits.check_bytes(size, "the file")
         if start == 0:
-            upload = Upload(np.empty(size, np.uint8))
+            upload = Upload(_memory(size))
         elif upload is None:
             raise Unavailable("this server does not know the upload (any more): it waited too long for a part, or had "
                               "to give way to others; upload the scan again")
@@ -77,6 +77,8 @@ class Uploads:
         upload.digest.update(part)
         upload.received, upload.last_part = end, self.clock()
         if end < size:
+            if len(self._uploads) == MOST:
+                del self._uploads[min(self._uploads, key=lambda name: self._uploads[name].received)]
             self._uploads[name] = upload
             return None
         self._held[id(upload.data)] = size
@@ -90,14 +92,21 @@ class Uploads:
     def _make_room(self, size: int) -> None:
         self._forget(lambda upload: self.clock() - upload.last_part > SLOW_S and not self._has_room(size))
         if not self._has_room(size):
-            raise ResourceExhausted("this server takes in as many uploads as it has memory for: try again shortly")
+            raise ResourceExhausted("this server takes in as much as it has memory for: try again shortly")
 
     def _has_room(self, size: int) -> bool:
         here = sum(upload.received for upload in self._uploads.values()) + sum(list(self._held.values()))
-        return here + size <= 2 * self.limits.max_bytes and len(self._uploads) < MOST
+        return here + size <= 2 * self.limits.max_bytes
 
     def _forget(self, gives_way: Callable[[Upload], bool]) -> None:
         for name, upload in list(self._uploads.items()):
             if not gives_way(upload):
                 break  # those behind it have waited less
             del self._uploads[name]
+
+
+def _memory(size: int) -> np.ndarray:
+    try:
+        return np.empty(size, np.uint8)
+    except MemoryError:
+        raise ResourceExhausted(f"this server has no memory for {size:,} bytes now: try again shortly") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,8 +15,8 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from benchmarks import (compare, decode, encoders, floor, latency, load, machine, preprocessing, report, roofline, scans,
-                        triton_trace)
+from benchmarks import (command, compare, decode, encoders, floor, latency, load, machine, preprocessing, report,
+                        roofline, scans, triton_trace)
 from benchmarks.baseline import Baseline
 from benchmarks.latency import TEXTS
 from benchmarks.make_checkpoint import PUBLISHED_CLIP, config_of, write_clip
@@ -167,6 +168,34 @@ def test_an_answer_that_fails_fails_the_load():
 
     with pytest.raises(OSError, match="went away"):
         load.run("Offline", fail, 3, seconds=0.2)
+
+
+INTERRUPTED_LOAD = """
+import sys, time
+from benchmarks import command, load
+
+def answer(index):
+    print("asked", flush=True)
+    while True:
+        time.sleep(0.01)
+        yield 1
+
+sys.exit(command.run(lambda: load.run(sys.argv[1], answer, 4, rate=50.0, seconds=60)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("scenario", load.SCENARIOS)
+def test_a_load_that_is_interrupted_ends_in_order(scenario, number):
+    with subprocess.Popen([sys.executable, "-c", INTERRUPTED_LOAD, scenario], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == "asked\n"
+            process.send_signal(number)
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, said) == (command.INTERRUPTED, "the benchmark was interrupted\n")
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -395,7 +424,7 @@ def measured(cold, baseline=(), **others) -> dict:
 
 
 def rows_of(old: dict, new: dict) -> dict:
-    return {row.what: row for row in compare.compare(old, new)[0]}
+    return {row.what: row for row in compare.compare(old, new).rows}
 
 
 def compared(old: dict, new: dict, folder, monkeypatch) -> int:
@@ -410,7 +439,7 @@ NOISY = 1 + 0.1 * np.random.default_rng(0).standard_normal(20)
 
 def test_only_what_is_slower_beyond_its_noise_is_marked():
     again = 1 + 0.1 * np.random.default_rng(1).standard_normal(20)
-    assert not any(row.mark() for row in compare.compare(measured(NOISY), measured(again))[0])
+    assert not any(row.mark() for row in compare.compare(measured(NOISY), measured(again)).rows)
     slower = measured(NOISY)
     for one in slower["samples"]["served"]["cold"]:
         one["total_s"] *= 1.5
@@ -440,7 +469,7 @@ def test_throughput_arrivals_parts_sizes_and_times_of_start_are_compared_too():
         whole["samples"]["served"]["cold"] = [sample(factor * 2.0, factor * 1.0, prepare=factor * 0.5)] * 3
         return {**whole, "closed_loop": [{"concurrency": 8, "tokens_per_s": 100 / factor}] * 3,
                 "open_loop": [{"scenario": "Server", "rate": 2.0, "samples": [sample(factor, factor / 2)] * 3}],
-                "preprocessing": {"seconds": [factor] * 3}, "start_s": 10 * factor, "wire": {"mask": 100 * factor},
+                "preprocessing": {"seconds": [factor] * 3, "shape": [8, 8, 4], "extra_bytes": 100 * factor}, "start_s": 10 * factor, "wire": {"mask": 100 * factor},
                 "server_memory_bytes": 1e9 * factor}
 
     rows = rows_of(of(1), of(2))
@@ -449,7 +478,8 @@ def test_throughput_arrivals_parts_sizes_and_times_of_start_are_compared_too():
     assert not any(row.mark() for row in rows_of(of(1), of(1.0005)).values() if row.what.startswith(("bytes", "memory")))
     assert not rows_of(of(1), of(1.09))["memory of the server"].mark()
     assert set(rows) >= {"8 clients, per token", "Server 2/s, total", "served, cold, prepare", "served, cold, overhead",
-                         "preprocessing of a large CT", "bytes of mask"}
+                         "preprocessing of a CT of 8 x 8 x 4", "memory of preprocessing a CT of 8 x 8 x 4",
+                         "bytes of mask"}
 
 
 def test_what_is_missing_in_the_newer_result_fails(tmp_path, monkeypatch, capsys):
@@ -462,6 +492,25 @@ def test_what_is_missing_in_the_newer_result_fails(tmp_path, monkeypatch, capsys
     assert "arrivals at random" in (said := capsys.readouterr().out) and "it broke" in said
 
 
+def test_a_step_that_one_follow_up_takes_anew_is_marked_and_one_that_none_takes_any_more_is_not(tmp_path, monkeypatch, capsys):
+    without, with_ = measured([1.0] * 3), measured([1.0] * 3)
+    without["samples"]["served"]["follow_up"] = [sample(1.0, 0.5)] * 3
+    with_["samples"]["served"]["follow_up"] = [sample(1.0, 0.5)] * 2 + [sample(1.0, 0.5, vision_encoder=0.4)]
+    assert compared(without, with_, tmp_path, monkeypatch) == 1
+    assert "served, follow_up, vision_encoder" in capsys.readouterr().out
+    assert compared(with_, without, tmp_path, monkeypatch) == 0
+    assert "vision_encoder" not in capsys.readouterr().out
+
+
+def test_results_too_few_to_be_judged_and_another_model_are_said(tmp_path, monkeypatch, capsys):
+    other = {**measured([1.0]), "graph_precision": {"vision_encoder": "fp32"}}
+    compared(measured([1.0]), other, tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    assert "none is judged" in said and "graph_precision was None and is {'vision_encoder': 'fp32'}" in said
+    compared(measured(NOISY), measured(NOISY), tmp_path, monkeypatch)
+    assert "judged" not in capsys.readouterr().out
+
+
 def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
     other = measured(NOISY)
     other["conditions"] = {**CONDITIONS, "cpu": "another processor"}
@@ -472,7 +521,8 @@ def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("text, cause", [(None, "cannot be read"), ("{", "not JSON"), ("[]", "no samples"),
                                          ('{"samples": {}}', "no samples"), ("tokens", "other work: tokens"),
                                          ('{"samples": [1], "conditions": {}}', "no whole result"),
-                                         ("rate", "no whole result"), ("nothing", "nothing was measured in both"),
+                                         ("rate", "no whole result"), ("[NaN]", "has no NaN"),
+                                         ("nothing", "nothing was measured in both"),
                                          ("precision", "other work: the precision")])
 def test_what_cannot_be_compared_is_an_error_of_its_own(tmp_path, monkeypatch, capsys, text, cause):
     other = measured(NOISY)
@@ -574,8 +624,9 @@ def test_preprocessing_is_measured_in_a_process_of_its_own():
 
 
 @pytest.mark.parametrize("words, cause", [
-    (("--repeats", "0"), "0 is less than 1"), (("--tokens", "1"), "1 is less than 2"),
-    (("--concurrency", "1,0"), "0 is less than 1"), (("--concurrency", "1,x"), "invalid list with commas value"),
+    (("--repeats", "0"), "0 is not between 1 and"), (("--tokens", "1"), "1 is not between 2 and"),
+    (("--seconds", "nan"), "nan is not between"), (("--rates", "1,1e9"), "1e9 is not between 0.001 and 1,000"),
+    (("--concurrency", "1,0"), "0 is not between 1 and"), (("--concurrency", "1,x"), "invalid list with commas value"),
     (("--baseline", "fp16"), "'fp16' is none of fp32, bf16"), (("--large-ct", "8,8"), "not the voxels of three axes")])
 def test_a_bad_argument_is_refused_before_anything_runs(capsys, words, cause):
     with pytest.raises(SystemExit):

@@ -205,6 +205,18 @@ def test_results_below_a_file_are_refused_before_anything_is_measured(tmp_path, 
     assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
 
 
+def test_a_run_that_cannot_begin_leaves_what_an_interrupted_one_has_left(tmp_path, capsys):
+    (tmp_path / "out.json.part").write_text("earlier")
+    for name in ("out.json", "other.json"):
+        assert latency.main(["--checkpoint", str(tmp_path / "none"), "--json", str(tmp_path / name)]) == 1
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.json.part", "earlier")]
+
+
+def test_a_device_is_no_file_for_results(capsys):
+    assert latency.main(["--checkpoint", "none", "--json", "/dev/null"]) == 1
+    assert "/dev/null is no file" in capsys.readouterr().err
+
+
 def test_an_answer_without_a_mask_names_the_option(triton, scan, capsys):
     triton.mask[:] = False
     assert latency.main([*QUICK, "--server", triton.url, "--scan", str(scan)]) == 1

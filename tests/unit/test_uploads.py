@@ -150,14 +150,23 @@ def test_an_upload_that_waits_too_long_is_forgotten(uploads, clock):
     np.testing.assert_array_equal(send(uploads, "b", 40, FILE[:100], start=20).data, FILE[:100])
 
 
-def test_small_uploads_are_bounded_in_number(uploads, clock, monkeypatch):
+def test_of_too_many_uploads_the_one_gives_way_of_which_the_least_has_come(uploads, monkeypatch):
     monkeypatch.setattr(uploads_module, "MOST", 3)
-    for name in "abc":
-        uploads.add(name, 0, 20, FILE[:10])
-    with pytest.raises(ResourceExhausted):
-        uploads.add("d", 0, 20, FILE[:10])
-    clock.now += SLOW_S + 1
-    uploads.add("d", 0, 20, FILE[:10])
-    with pytest.raises(Unavailable):
-        uploads.add("a", 10, 20, FILE[10:20])
-    assert all(uploads.add(name, 10, 20, FILE[10:20]) is not None for name in "bcd")
+    for name, received in (("a", 10), ("b", 1), ("c", 1)):
+        uploads.add(name, 0, 20, FILE[:received])
+    for name in "defgh":
+        uploads.add(name, 0, 20, FILE[:1])
+        uploads.add("b", 0, 20, FILE[:1])  # begins anew, again and again
+    np.testing.assert_array_equal(send(uploads, "a", 5, FILE[:20], start=10).data, FILE[:20])
+    with pytest.raises(Unavailable, match="give way"):
+        uploads.add("c", 1, 20, FILE[1:20])
+
+
+def test_a_file_that_no_memory_is_left_for_is_refused(uploads, monkeypatch):
+    monkeypatch.setattr(uploads_module.np, "empty", raises_memory_error)
+    with pytest.raises(ResourceExhausted, match="no memory"):
+        uploads.add("a", 0, 20, FILE[:10])
+
+
+def raises_memory_error(*_):
+    raise MemoryError
