@@ -31,7 +31,8 @@ from engine.errors import InvalidInput  # noqa: E402
 DRAWS = 4000
 FEWEST = 3  # samples that say something about their noise
 METRICS = ("total_s", "first_s", "per_token_s")
-OF_THE_WORK = ("scan", "tokens", "segment_tokens", "segment_question")
+OF_THE_WORK = ("scan", "tokens")
+ALSO_OF_THE_WORK = ("segment_tokens", "segment_question")  # which earlier results do not tell
 OF_THE_MACHINE = ("cpu", "cores", "gpu", "versions")
 SAME_BYTES = 1.001  # a question's number may have a digit more
 SAME_MEMORY = 1.1
@@ -77,9 +78,10 @@ class Compared:
 
 def compare(old: dict, new: dict) -> Compared:
     """Raises InvalidInput for other work, or nothing in both."""
-    for name in OF_THE_WORK:
-        before, after = (result["conditions"].get(name) for result in (old, new))
-        if before != after and None not in (before, after):  # earlier results have not all of them
+    known = [name for name in ALSO_OF_THE_WORK if name in old["conditions"] and name in new["conditions"]]
+    for name in (*OF_THE_WORK, *known):
+        before, after = old["conditions"][name], new["conditions"][name]
+        if before != after:
             raise InvalidInput(f"they did other work: {name} was {before} and is {after}")
     if _precision(old) != _precision(new):
         raise InvalidInput(f"they did other work: the precision was {_precision(old)} and is {_precision(new)}")
