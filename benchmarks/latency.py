@@ -407,14 +407,19 @@ def _graph_precision(served: Served, manifest: dict | None) -> dict[str, str]:
 
 
 def _traced(result: dict, path: Path) -> dict[str, dict]:
-    """By kind of request its sample of median time, with `spans`, what Triton's trace says; empty without a trace."""
+    """By kind of request a sample with `spans`, what Triton's trace says; empty without a trace.
+
+    Of those that the trace has with the most models, the one of median time: now and then it lacks a part of one.
+    """
     spans = triton_trace.read(path)
     found = {}
     for kind in TRACED if spans else ():
         samples = sorted(result["samples"]["served"].get(kind, ()), key=lambda sample: sample["total_s"])
-        if samples:
-            middle = samples[len(samples) // 2]
-            found[kind] = {**middle, "spans": triton_trace.within(spans, middle["started"], middle["total_s"])}
+        traced = [{**s, "spans": triton_trace.within(spans, s["started"], s["total_s"])} for s in samples]
+        models = [len({span["model"] for span in s["spans"]}) for s in traced]
+        whole = [s for s, count in zip(traced, models) if count == max(models)]
+        if whole:
+            found[kind] = whole[len(whole) // 2]
     return found
 
 

@@ -149,6 +149,8 @@ def main() -> None:
     parser.add_argument("--llm", choices=LLMS, default="135m", help="size of the language model (default: %(default)s)")
     parser.add_argument("--clip", type=Path, metavar="DIR", help="folder to write an M3D-CLIP into")
     arguments = parser.parse_args()
+    if arguments.clip and arguments.clip.resolve() == arguments.folder.resolve():
+        parser.error("two checkpoints, two folders: --clip names the other's")
     try:
         print(write(arguments.folder, config_of(arguments.llm)))
         if arguments.clip:

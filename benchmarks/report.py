@@ -21,7 +21,8 @@ class Target:
     def met(self, value: float) -> bool | None:
         if self.limit is None:
             return None
-        return value >= self.limit if self.at_least else value <= self.limit
+        # What is less than nothing was not measured rightly, such as an overhead when the parts overlap.
+        return value >= self.limit if self.at_least else 0 <= value <= self.limit
 
 
 TARGETS = (

@@ -3,8 +3,9 @@
     python benchmarks/roofline.py [--checkpoint DIR] [--precision bf16]
 
 Without a checkpoint: the published M3D-LaMed on LLaMA-2-7B. Assumptions: the data sheets' dense matrix rates and memory
-bandwidths, reached in full; weights read once a stage (decode: once a token), activations never leave the caches;
-norms, softmax, sampling, launches and transfers cost nothing. So no implementation is faster, and none gets there.
+bandwidths (TF32 for fp32), reached in full; weights read once a stage (decode: once a token), activations never leave
+the caches; norms, softmax, sampling, launches and transfers cost nothing. So no implementation is faster, and none gets
+there.
 """
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ time.perf_counter's on Linux; the others name the model of an id, and the id tha
 
 It has no models that our Python models call (the encoders): Triton ends when it is to trace those for a request that is
 answered through its sender. Their time is in Triton's statistics. Now and then it lacks a whole request to the decoder,
-too; why is not known.
+too; why is not known, so requests are shown that it has whole.
 """
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Manifest:
         path = Path(repository) / FILE_NAME
         try:
             values = json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise RepositoryError(
                 f"{repository} was never exported (no {FILE_NAME}): run `python export/build_engines.py --checkpoint "
                 f"CHECKPOINT --target {target} --repository {shlex.quote(str(repository))}` first") from None

@@ -175,7 +175,8 @@ import sys, time
 from benchmarks import command, load
 
 def answer(index):
-    print("asked", flush=True)
+    sys.stdout.write("asked\\n")  # whole, from whichever thread
+    sys.stdout.flush()
     while True:
         time.sleep(0.01)
         yield 1

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib
+import runpy
 import sys
 import threading
 from functools import partial
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidInput, StudyNotFound, Unavailable
+from engine.runtime.uploads import Uploads
+from engine.scan.limits import Limits
+from tests.conftest import ROOT
 
 MODULES = ("engine.runtime.triton_io", "engine.runtime.desk")
 
@@ -32,6 +36,9 @@ class Request:
 
     def get_response_sender(self):
         return self
+
+    def requested_output_names(self):
+        return ["STUDY"]
 
     def is_cancelled(self):
         return self.cancelled
@@ -187,3 +194,21 @@ def test_parameters_are_whole_numbers(triton):
     for value in ("-1", "two", "1.5"):
         with pytest.raises(Exception, match="threads of study must be a whole number"):
             triton.io.parameter(args(value), "threads", 1)
+
+
+@pytest.mark.parametrize("part_bytes", [1000, 100], ids=["at once", "in parts"])
+def test_a_scan_is_decoded_where_it_was_put_together(triton, part_bytes):
+    model = runpy.run_path(str(ROOT / "model_repository/study/1/model.py"))["TritonPythonModel"]()
+    model.uploads, added, opened = Uploads(Limits()), [], []
+    add = model.uploads.add
+    model.uploads.add = lambda *part: added.append(add(*part)) or added[-1]
+    model.studies = SimpleNamespace(open=lambda scan: opened.append(scan) or ("handle", {}))
+    file = np.arange(1000).astype(np.uint8)
+    for start in range(0, file.size, part_bytes):
+        inputs = {"VOLUME": file[start:start + part_bytes]}
+        if part_bytes < file.size:
+            inputs |= {"UPLOAD": np.array([b"name"], object), "UPLOAD_RANGE": np.array([start, file.size])}
+        answer = model._answer(Request(**{name: Tensor(name, array) for name, array in inputs.items()}))
+    assert answer().outputs["STUDY"] == np.array([b"handle"], object)
+    assert opened[0].data is (added[-1].data if added else inputs["VOLUME"])
+    np.testing.assert_array_equal(opened[0].data, file)
