@@ -69,7 +69,7 @@ def interval(old: Sequence[float], new: Sequence[float], seed: int = 0) -> tuple
 
 @dataclass(frozen=True)
 class Compared:
-    """rows: what both results have. gone: names of what only the old one has. steps: those that only the new one takes."""
+    """rows: what both results have. gone: what only the old one has. steps: the server's that only the new one has."""
 
     rows: list[Row]
     gone: list[str]

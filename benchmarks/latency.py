@@ -87,10 +87,10 @@ def measure(arguments: argparse.Namespace) -> dict:
     _check(arguments)
     if not (arguments.checkpoint and (arguments.repository or not arguments.server)):
         say("without --checkpoint there is no baseline, and without the served --repository beside it no floor")
-    conditions = {**machine.conditions(), "command": shlex.join(sys.argv), "scan": {"shape": list(base.array.shape), "dtype": str(base.array.dtype),
-                                                   "bytes": base.array.nbytes},
-                  "tokens": arguments.tokens, "segment_tokens": arguments.segment_tokens,
-                  "segment_question": arguments.segment_question, "repeats": arguments.repeats, "warm_up": arguments.warm_up}
+    scan = {"shape": list(base.array.shape), "dtype": str(base.array.dtype), "bytes": base.array.nbytes}
+    conditions = {**machine.conditions(), "command": shlex.join(sys.argv), "scan": scan, "tokens": arguments.tokens,
+                  "segment_tokens": arguments.segment_tokens, "segment_question": arguments.segment_question,
+                  "repeats": arguments.repeats, "warm_up": arguments.warm_up}
     result = {"conditions": conditions, "samples": {}, "warm_up": {}, "failures": {}, "seconds": {}, "stolen_s": {}}
     section = Sections(result, arguments.json and _unfinished(arguments.json))
     with section("the machine's rates"):

@@ -37,10 +37,10 @@ class Upload:
 class Uploads:
     """The uploads in progress of one process, by name. One thread calls it.
 
-    Bounded: what has come of them, and the complete ones whose data somebody holds, may be twice as large as the largest
-    scan. What does not fit takes the place of uploads that have waited for a part for SLOW_S, if there are any, and is
-    refused otherwise. What is only announced takes no memory, and so nobody's place; but those in progress are at most
-    MOST in number, and of more the one gives way of which the least has come. clock: seconds.
+    Bounded: what has come of them, and the complete ones whose data somebody holds, may be twice as large as the
+    largest scan. What does not fit takes the place of uploads that have waited for a part for SLOW_S, if there are any,
+    and is refused otherwise. What is only announced takes no memory, and so nobody's place; but those in progress are
+    at most MOST in number, and of more the one gives way of which the least has come. clock: seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):

@@ -493,7 +493,7 @@ def test_what_is_missing_in_the_newer_result_fails(tmp_path, monkeypatch, capsys
     assert "arrivals at random" in (said := capsys.readouterr().out) and "it broke" in said
 
 
-def test_a_step_that_one_follow_up_takes_anew_is_marked_and_one_that_none_takes_any_more_is_not(tmp_path, monkeypatch, capsys):
+def test_a_step_that_one_request_takes_anew_is_marked_and_one_that_none_takes_now_is_not(tmp_path, monkeypatch, capsys):
     without, with_ = measured([1.0] * 3), measured([1.0] * 3)
     without["samples"]["served"]["follow_up"] = [sample(1.0, 0.5)] * 3
     with_["samples"]["served"]["follow_up"] = [sample(1.0, 0.5)] * 2 + [sample(1.0, 0.5, vision_encoder=0.4)]

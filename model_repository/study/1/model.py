@@ -57,8 +57,8 @@ class TritonPythonModel:
         upload, place = triton_io.text(request, "UPLOAD"), triton_io.array(request, "UPLOAD_RANGE")
         if upload is not None or place is not None:
             if upload is None or place is None or data is None:
-                raise InvalidInput("a part of an upload has a VOLUME (the part), an UPLOAD (its name) and an UPLOAD_RANGE "
-                                   "(where it begins, and the bytes of the whole file)")
+                raise InvalidInput("a part of an upload has a VOLUME (the part), an UPLOAD (its name) and an "
+                                   "UPLOAD_RANGE (where it begins, and the bytes of the whole file)")
             start, size = place.tolist()
             for name in _WITH_THE_LAST_PART if start + data.size < size else ():
                 if triton_io.array(request, name) is not None:
