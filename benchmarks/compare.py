@@ -37,7 +37,6 @@ OF_THE_MACHINE = ("cpu", "cores", "gpu", "versions")
 SAME_BYTES = 1.001  # a question's number may have a digit more
 SAME_MEMORY = 1.1
 ONCE = {"export_s": "export", "start_s": "start"}
-OF_THE_MODEL = ("checkpoint_sha256", "graph_precision")
 MEMORY = {"export_peak_bytes": "memory of the export", "server_memory_bytes": "memory of the server",
           "peak_memory_bytes": "memory of the machine"}
 MACHINE = "cold, total"  # of a baseline: says how fast the machine was
@@ -175,6 +174,13 @@ def _memory(result: dict) -> Iterator[tuple[str, int]]:
         yield f"memory of preprocessing {_large_ct(result)}", result["preprocessing"]["extra_bytes"]
 
 
+def _surroundings(result: dict) -> dict:
+    """What is no reason not to compare, but may be one for a difference: the machine and the model."""
+    manifest = result.get("manifest") or {}
+    return {**{name: result["conditions"].get(name) for name in OF_THE_MACHINE},
+            "checkpoint_sha256": manifest.get("checkpoint_sha256"), "graph_precision": result.get("graph_precision")}
+
+
 def _precision(result: dict) -> str | None:
     return result["manifest"]["precision"] if result.get("manifest") else None
 
@@ -211,13 +217,10 @@ def main() -> int:
         print("not compared: one of the files is no whole result of latency.py "
               f"({type(error).__name__}: {error}): measure again", file=sys.stderr)
         return 2
-    for name in OF_THE_MACHINE:
-        if old["conditions"].get(name) != new["conditions"].get(name):
-            print(f"not the same: {name} was {old['conditions'].get(name)} and is {new['conditions'].get(name)}")
-    for name in OF_THE_MODEL:
-        before, after = ((result.get("manifest") or {}).get(name, result.get(name)) for result in (old, new))
-        if before != after:
-            print(f"not the same: {name} was {before} and is {after}")
+    before, after = _surroundings(old), _surroundings(new)
+    for name, value in before.items():
+        if value != after[name]:
+            print(f"not the same: {name} was {value} and is {after[name]}")
     known, slower, judged = machine(compared.rows), False, False
     for row in compared.rows:
         ours = not row.what.startswith("baseline")

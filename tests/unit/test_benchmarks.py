@@ -470,8 +470,8 @@ def test_throughput_arrivals_parts_sizes_and_times_of_start_are_compared_too():
         whole["samples"]["served"]["cold"] = [sample(factor * 2.0, factor * 1.0, prepare=factor * 0.5)] * 3
         return {**whole, "closed_loop": [{"concurrency": 8, "tokens_per_s": 100 / factor}] * 3,
                 "open_loop": [{"scenario": "Server", "rate": 2.0, "samples": [sample(factor, factor / 2)] * 3}],
-                "preprocessing": {"seconds": [factor] * 3, "shape": [8, 8, 4], "extra_bytes": 100 * factor}, "start_s": 10 * factor, "wire": {"mask": 100 * factor},
-                "server_memory_bytes": 1e9 * factor}
+                "preprocessing": {"seconds": [factor] * 3, "shape": [8, 8, 4], "extra_bytes": 100 * factor},
+                "start_s": 10 * factor, "wire": {"mask": 100 * factor}, "server_memory_bytes": 1e9 * factor}
 
     rows = rows_of(of(1), of(2))
     assert {row.ratio for row in rows.values()} == {2.0}
