@@ -4,6 +4,7 @@ As the published script does: `encode_images`, transformers' `generate` on `inpu
 ranking. Nothing is kept between questions. Scans are read and masks are put back by the engine's own functions, so that
 the sides differ in serving only.
 """
+
 from __future__ import annotations
 
 import time
@@ -49,8 +50,9 @@ class Baseline:
         embeds = self.model.prompt_embeddings(ids, self.model.encode_images(image))
         clock.note("encode")
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device)
-        said = self.model.llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=tokens,
-                                       do_sample=False, streamer=clock)
+        said = self.model.llm.generate(
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=tokens, do_sample=False, streamer=clock
+        )
         return clock.sample(said.shape[1], embeds.shape[1])
 
     @torch.inference_mode()
@@ -71,8 +73,13 @@ class Baseline:
         """Also the scores, one for each text."""
         started = time.perf_counter()
         image, _ = self._image(scan)
-        tokens = self.clip_tokenizer(list(texts), padding="max_length", max_length=self.clip.config.max_text_len,
-                                     truncation=True, return_tensors="pt").to(self.device)
+        tokens = self.clip_tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self.clip.config.max_text_len,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
         (scores,) = self.clip.logits_per_image(image, tokens["input_ids"], tokens["attention_mask"]).tolist()
         return Sample(time.perf_counter() - started), scores
 

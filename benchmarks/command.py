@@ -1,4 +1,5 @@
 """What the benchmarks' commands share: how they begin, speak and end, and their arguments' types."""
+
 from __future__ import annotations
 
 import argparse

@@ -10,6 +10,7 @@ twice has no interval and no mark, but bytes on the wire, which have no noise.
 The exit status is 1 if anything of the server is slower beyond its noise, is missing in NEW, or does a step that it did
 not in OLD, 2 if they cannot be compared: not results, or of other work (scans, tokens, questions, precision).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,10 +24,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from benchmarks.samples import rest  # noqa: E402
-from engine.errors import InvalidInput  # noqa: E402
+from benchmarks.samples import rest
+from engine.errors import InvalidInput
 
 DRAWS = 4000
 FEWEST = 3  # samples that say something about their noise
@@ -37,8 +38,11 @@ OF_THE_MACHINE = ("cpu", "cores", "gpu", "versions")
 SAME_BYTES = 1.001  # a question's number may have a digit more
 SAME_MEMORY = 1.1
 ONCE = {"export_s": "export", "start_s": "start"}
-MEMORY = {"export_peak_bytes": "memory of the export", "server_memory_bytes": "memory of the server",
-          "peak_memory_bytes": "memory of the machine"}
+MEMORY = {
+    "export_peak_bytes": "memory of the export",
+    "server_memory_bytes": "memory of the server",
+    "peak_memory_bytes": "memory of the machine",
+}
 MACHINE = "cold, total"  # of a baseline: says how fast the machine was
 
 
@@ -113,8 +117,11 @@ def _bounded(same: float) -> Callable[[str, int, int], Row]:
 
 def machine(rows: list[Row]) -> tuple[float, float]:
     """Interval of how much slower the machine itself was, as the baselines have it; (1, 1) without one."""
-    ends = [(row.low, row.high) for row in rows if row.what.startswith("baseline") and row.what.endswith(MACHINE)
-            and row.low is not None]
+    ends = [
+        (row.low, row.high)
+        for row in rows
+        if row.what.startswith("baseline") and row.what.endswith(MACHINE) and row.low is not None
+    ]
     return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (1.0, 1.0)
 
 
@@ -177,8 +184,11 @@ def _memory(result: dict) -> Iterator[tuple[str, int]]:
 def _surroundings(result: dict) -> dict:
     """What is no reason not to compare, but may be one for a difference: the machine and the model."""
     manifest = result.get("manifest") or {}
-    return {**{name: result["conditions"].get(name) for name in OF_THE_MACHINE},
-            "checkpoint_sha256": manifest.get("checkpoint_sha256"), "graph_precision": result.get("graph_precision")}
+    return {
+        **{name: result["conditions"].get(name) for name in OF_THE_MACHINE},
+        "checkpoint_sha256": manifest.get("checkpoint_sha256"),
+        "graph_precision": result.get("graph_precision"),
+    }
 
 
 def _precision(result: dict) -> str | None:
@@ -214,8 +224,11 @@ def main() -> int:
         print(f"not compared: {error}", file=sys.stderr)
         return 2
     except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        print("not compared: one of the files is no whole result of latency.py "
-              f"({type(error).__name__}: {error}): measure again", file=sys.stderr)
+        print(
+            "not compared: one of the files is no whole result of latency.py "
+            f"({type(error).__name__}: {error}): measure again",
+            file=sys.stderr,
+        )
         return 2
     before, after = _surroundings(old), _surroundings(new)
     for name, value in before.items():

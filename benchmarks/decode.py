@@ -6,6 +6,7 @@ Each way runs in a process of its own, without Triton: answers alone about a new
 at the same time. The floor of a token is reading the weights and the cache once, at the bandwidth measured here.
 Leave the machine alone meanwhile: about 40 s for each way, two minutes for the compiled one.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,19 +22,19 @@ from statistics import median
 if __package__ in (None, ""):  # run as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-from google.protobuf import text_format  # noqa: E402
-from tritonclient.grpc import model_config_pb2  # noqa: E402
+import numpy as np
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
 
-from benchmarks import command, floor  # noqa: E402
-from benchmarks.command import at_least, say, several  # noqa: E402
-from benchmarks.report import table  # noqa: E402
-from engine.errors import InvalidInput  # noqa: E402
-from engine.manifest import Manifest  # noqa: E402
-from engine.models.checkpoint import open_lamed  # noqa: E402
-from engine.runtime.decoder.cpu_forward import Pass  # noqa: E402
-from engine.runtime.decoder.settings import DecoderSettings  # noqa: E402
-from engine.sampling import Sampling  # noqa: E402
+from benchmarks import command, floor
+from benchmarks.command import at_least, say, several
+from benchmarks.report import table
+from engine.errors import InvalidInput
+from engine.manifest import Manifest
+from engine.models.checkpoint import open_lamed
+from engine.runtime.decoder.cpu_forward import Pass
+from engine.runtime.decoder.settings import DecoderSettings
+from engine.sampling import Sampling
 
 AT_ONCE = 8
 QUESTION = "What does this scan show?"
@@ -59,8 +60,9 @@ WAYS = {
     "waiting threads spin": Way(environment={"GOMP_SPINCOUNT": "infinity"}),
     "threads bound by OpenMP": Way(environment={"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}),
     # vLLM binds the threads of workers with a process of their own only.
-    "threads bound by vLLM": Way(environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-                                              "VLLM_CPU_OMP_THREADS_BIND": "auto"}),
+    "threads bound by vLLM": Way(
+        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "auto"}
+    ),
     "compiled": Way({"enforce_eager": False}),
 }
 
@@ -90,19 +92,37 @@ def measure(arguments: argparse.Namespace) -> dict:
     say("the machine's rates")
     rates = floor.measure(seconds=arguments.floor_seconds)
     config, _, _ = open_lamed(arguments.checkpoint or manifest.checkpoint)
-    alone, together = (floor.stages(config, llm=manifest.precision, graphs="fp32", question_tokens=12,
-                                    answer_tokens=arguments.tokens, at_once=n)["decode"].seconds(rates)
-                       for n in (1, AT_ONCE))
-    result = {"precision": manifest.precision, "tokens": arguments.tokens, "rates": asdict(rates),
-              "settings": asdict(configured(arguments.repository)),
-              "floor": {"per_token_s": alone, "tokens_per_s": AT_ONCE / together}, "ways": {}, "failures": {}}
+    alone, together = (
+        floor.stages(
+            config, llm=manifest.precision, graphs="fp32", question_tokens=12, answer_tokens=arguments.tokens, at_once=n
+        )["decode"].seconds(rates)
+        for n in (1, AT_ONCE)
+    )
+    result = {
+        "precision": manifest.precision,
+        "tokens": arguments.tokens,
+        "rates": asdict(rates),
+        "settings": asdict(configured(arguments.repository)),
+        "floor": {"per_token_s": alone, "tokens_per_s": AT_ONCE / together},
+        "ways": {},
+        "failures": {},
+    }
     for name in arguments.ways:
         say(name)
-        words = [sys.executable, __file__, "--repository", arguments.repository, "--tokens", arguments.tokens,
-                 "--repeats", arguments.repeats, "--way-alone", name]
+        words = [
+            sys.executable,
+            __file__,
+            "--repository",
+            arguments.repository,
+            "--tokens",
+            arguments.tokens,
+            "--repeats",
+            arguments.repeats,
+            "--way-alone",
+            name,
+        ]
         try:
-            done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True,
-                                  timeout=arguments.timeout)
+            done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, timeout=arguments.timeout)
         except subprocess.TimeoutExpired:
             result["failures"][name] = f"not done after {arguments.timeout:g} s"
         else:
@@ -133,8 +153,9 @@ async def _measure_here(arguments: argparse.Namespace, way: Way) -> dict:
         variables.update(way.environment)
     decoder = Decoder(arguments.repository, replace(configured(arguments.repository), **way.settings))
     shape = decoder.manifest.num_visual_tokens, decoder.manifest.llm_width
-    scans = [np.random.default_rng(n).normal(0, 0.1, shape).astype(np.float32)
-             for n in range(AT_ONCE + arguments.repeats)]
+    scans = [
+        np.random.default_rng(n).normal(0, 0.1, shape).astype(np.float32) for n in range(AT_ONCE + arguments.repeats)
+    ]
     asked = iter(range(10**9))  # no question twice
 
     async def ask(scan: np.ndarray) -> tuple[float, float]:
@@ -165,18 +186,42 @@ def text(result: dict) -> str:
     rows, least = [], result["floor"]
     for name, way in result["ways"].items():
         each = [1e3 * (total - first) / (result["tokens"] - 1) for first, total in way["new"] + way["known"]]
-        rows.append((name, f"{way['start_s']:.0f} s", *(f"{1e3 * median(first for first, _ in way[kind]):.0f} ms"
-                                                       for kind in ("new", "known")),
-                     f"{median(each):.1f} ms", f"{min(each):.1f} to {max(each):.1f} ms",
-                     f"{median(each) / 1e3 / least['per_token_s']:.1f}", f"{median(way['together']):.0f}",
-                     f"{min(way['together']):.0f} to {max(way['together']):.0f}",
-                     f"{least['tokens_per_s'] / median(way['together']):.1f}"))
+        rows.append(
+            (
+                name,
+                f"{way['start_s']:.0f} s",
+                *(f"{1e3 * median(first for first, _ in way[kind]):.0f} ms" for kind in ("new", "known")),
+                f"{median(each):.1f} ms",
+                f"{min(each):.1f} to {max(each):.1f} ms",
+                f"{median(each) / 1e3 / least['per_token_s']:.1f}",
+                f"{median(way['together']):.0f}",
+                f"{min(way['together']):.0f} to {max(way['together']):.0f}",
+                f"{least['tokens_per_s'] / median(way['together']):.1f}",
+            )
+        )
     failed = [f"{name}: {words}" for name, words in result["failures"].items()]
-    return "\n\n".join((
-        table(("", "start", "first token, new scan", "known scan", "per token", "spread", "÷ floor",
-               f"tokens/s, {AT_ONCE} at once", "spread", "floor ÷"), rows),
-        f"Floor of a token {1e3 * least['per_token_s']:.1f} ms in {result['precision']}, memory "
-        f"{result['rates']['memory'] / 1e9:.1f} GB/s.", *failed))
+    return "\n\n".join(
+        (
+            table(
+                (
+                    "",
+                    "start",
+                    "first token, new scan",
+                    "known scan",
+                    "per token",
+                    "spread",
+                    "÷ floor",
+                    f"tokens/s, {AT_ONCE} at once",
+                    "spread",
+                    "floor ÷",
+                ),
+                rows,
+            ),
+            f"Floor of a token {1e3 * least['per_token_s']:.1f} ms in {result['precision']}, memory "
+            f"{result['rates']['memory'] / 1e9:.1f} GB/s.",
+            *failed,
+        )
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -186,8 +231,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ways", type=several(), default=tuple(WAYS), help=f"default: {','.join(WAYS)}")
     parser.add_argument("--tokens", type=at_least(2), default=64, help="of an answer (default: %(default)s)")
     parser.add_argument("--repeats", type=at_least(1), default=3, help="rounds (default: %(default)s)")
-    parser.add_argument("--timeout", type=at_least(0, float), default=TIMEOUT_S,
-                        help="seconds for a way (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=at_least(0, float), default=TIMEOUT_S, help="seconds for a way (default: %(default)s)"
+    )
     parser.add_argument("--floor-seconds", type=at_least(0, float), default=2.0, help="for each of the machine's rates")
     parser.add_argument("--json", type=Path, help="file for everything")
     parser.add_argument("--way-alone", choices=WAYS, help=argparse.SUPPRESS)  # in the process of its own

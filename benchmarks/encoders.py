@@ -11,6 +11,7 @@ vision and a segmentation encoder answers the questions, greedily in fp32 PyTorc
 what the others are compared with, on the checkpoint and on the recorded fixture of tests/fixtures. Within bounds: the
 same tokens, and a Dice of 0.999 or more, everywhere.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -95,13 +96,18 @@ def _measure_and_tell(arguments: argparse.Namespace) -> int:
 def measure(arguments: argparse.Namespace) -> dict:
     """{"target", "precisions", "rates", "runs": {encoder: {precision: {...}}}, "exactness": [...]}, JSON-ready."""
     target = arguments.target
-    precisions = [p for p in arguments.precisions or PRECISIONS[target]
-                  if p != "bf16" or target == "tensorrt" or has_bf16()]
+    precisions = [
+        p for p in arguments.precisions or PRECISIONS[target] if p != "bf16" or target == "tensorrt" or has_bf16()
+    ]
     if "fp32" not in precisions or set(precisions) - set(PRECISIONS[target]):
-        raise InvalidInput(f"--precisions for target {target} are some of {', '.join(PRECISIONS[target])}; fp32 must be "
-                           "one, since the others are compared with it")
+        raise InvalidInput(
+            f"--precisions for target {target} are some of {', '.join(PRECISIONS[target])}; fp32 must be "
+            "one, since the others are compared with it"
+        )
     if arguments.repository and target == "tensorrt":
-        raise InvalidInput("--repository holds graphs for a CPU: for target tensorrt leave it out, they are exported anew")
+        raise InvalidInput(
+            "--repository holds graphs for a CPU: for target tensorrt leave it out, they are exported anew"
+        )
     rates = floor.measure(seconds=arguments.floor_seconds)
     result = {"target": target, "precisions": precisions, "rates": asdict(rates), "exactness": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -110,10 +116,18 @@ def measure(arguments: argparse.Namespace) -> dict:
         images = {}
         for scan in map(scans.read, arguments.scan) if arguments.scan else [scans.phantom()]:
             data, affine = pack_scan(scan.array, scan.affine)
-            images[f"scan {len(images) + 1}"] = prepare(read_scan(data, affine=affine),
-                                                        model.config.vision.image_size).image
-        encoders = Encoders(model, tokenizer, precisions, Path(folder) / "checkpoint", target, list(images.values()),
-                            arguments.repository)
+            images[f"scan {len(images) + 1}"] = prepare(
+                read_scan(data, affine=affine), model.config.vision.image_size
+            ).image
+        encoders = Encoders(
+            model,
+            tokenizer,
+            precisions,
+            Path(folder) / "checkpoint",
+            target,
+            list(images.values()),
+            arguments.repository,
+        )
         result["runs"] = encoders.timed(next(iter(images.values())), arguments.runs if target == "cpu" else 0, rates)
         for name, image in images.items():
             result["exactness"] += encoders.exactness(name, image, arguments.question or [QUESTION], arguments.tokens)
@@ -130,8 +144,16 @@ class Encoders:
     """Both encoders of a checkpoint in several precisions. Their graphs are exported into `folder`, unless there is a
     `repository` that holds them. images: volumes [1, D, H, W] that fp8 is calibrated on."""
 
-    def __init__(self, model: Lamed, tokenizer, precisions: list[str], folder: Path, target: str,
-                 images: list[np.ndarray], repository: Path | None = None):
+    def __init__(
+        self,
+        model: Lamed,
+        tokenizer,
+        precisions: list[str],
+        folder: Path,
+        target: str,
+        images: list[np.ndarray],
+        repository: Path | None = None,
+    ):
         config = model.config
         self.model = model
         self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.context_length)
@@ -146,10 +168,12 @@ class Encoders:
                 say(f"{name}, {precision}")
                 started = time.perf_counter()
                 self.graphs[name, precision] = (
-                    _typed(path, precision, images) if target == "tensorrt" else
-                    OnnxGraph(_quantised(path, folder / f"{name}.int8"), contract.MODELS[name])
-                    if precision == "int8" else
-                    OnnxGraph(path, contract.MODELS[name], precision=precision))
+                    _typed(path, precision, images)
+                    if target == "tensorrt"
+                    else OnnxGraph(_quantised(path, folder / f"{name}.int8"), contract.MODELS[name])
+                    if precision == "int8"
+                    else OnnxGraph(path, contract.MODELS[name], precision=precision)
+                )
                 self.load_s[name, precision] = time.perf_counter() - started
 
     def encode(self, name: str, precision: str, image: np.ndarray) -> np.ndarray:
@@ -164,8 +188,9 @@ class Encoders:
         for name in (VISION, SEGMENTATION):
             say(f"{name}, {runs} runs of each")
             outputs = {precision: self.encode(name, precision, image) for precision in self.precisions}  # warm-up
-            found[name] = {precision: {"load_s": self.load_s[name, precision], "seconds": []}
-                           for precision in self.precisions}
+            found[name] = {
+                precision: {"load_s": self.load_s[name, precision], "seconds": []} for precision in self.precisions
+            }
             for _, precision in itertools.product(range(runs), self.precisions):
                 started = time.perf_counter()
                 self.encode(name, precision, image)
@@ -184,11 +209,15 @@ class Encoders:
     def exactness(self, case: str, image: np.ndarray, questions: list[str], tokens: int) -> list[Exactness]:
         """Every pair of precisions against the fp32 pair."""
         say(f"answers and masks of the {case}")
-        answers = {p: [self._answer(self.encode(VISION, p, image), question, tokens) for question in questions]
-                   for p in self.precisions}
+        answers = {
+            p: [self._answer(self.encode(VISION, p, image), question, tokens) for question in questions]
+            for p in self.precisions
+        }
         features = {p: torch.from_numpy(self.encode(SEGMENTATION, p, image)) for p in self.precisions}
-        masks = {pair: [self._mask(features[pair[1]], answered.state) for answered in answers[pair[0]]]
-                 for pair in itertools.product(self.precisions, repeat=2)}
+        masks = {
+            pair: [self._mask(features[pair[1]], answered.state) for answered in answers[pair[0]]]
+            for pair in itertools.product(self.precisions, repeat=2)
+        }
         exact = masks["fp32", "fp32"]
         if all(mask is None for mask in exact):
             say(f"the {case} draws no mask: give a --question whose answer has a [SEG]")
@@ -196,16 +225,23 @@ class Encoders:
         for pair, drawn in masks.items():
             same = [_same_tokens(a.token_ids, b.token_ids) for a, b in zip(answers["fp32"], answers[pair[0]])]
             dices = [dice(a, b) for a, b in zip(exact, drawn) if a is not None or b is not None]
-            found.append(Exactness(case, *pair, min((n for n in same if n is not None), default=None),
-                                   min(dices, default=None)))
+            found.append(
+                Exactness(case, *pair, min((n for n in same if n is not None), default=None), min(dices, default=None))
+            )
         return found
 
     def _answer(self, visual_tokens: np.ndarray, question: str, tokens: int) -> Answered:
-        embeds = self.model.prompt_embeddings(torch.tensor([self.prompt.input_ids(question)]),
-                                              torch.from_numpy(visual_tokens))
+        embeds = self.model.prompt_embeddings(
+            torch.tensor([self.prompt.input_ids(question)]), torch.from_numpy(visual_tokens)
+        )
         out = self.model.llm.generate(
-            inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), max_new_tokens=tokens,
-            do_sample=False, output_hidden_states=True, return_dict_in_generate=True)
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+            max_new_tokens=tokens,
+            do_sample=False,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
         states = torch.cat([step[-1][0, -1:] for step in out.hidden_states])
         chosen = states[out.sequences[0] == self.model.config.seg_token_id]
         return Answered(tuple(out.sequences[0].tolist()), chosen.mean(0, keepdim=True) if len(chosen) else None)
@@ -214,8 +250,9 @@ class Encoders:
         return None if state is None else self.model.segment(features, state)[0, 0].numpy() > 0
 
     def _flops(self, name: str) -> int:
-        return floor.stages(self.model.config, llm="bf16", graphs="fp32", question_tokens=1,
-                            answer_tokens=1)[name].flops
+        return floor.stages(self.model.config, llm="bf16", graphs="fp32", question_tokens=1, answer_tokens=1)[
+            name
+        ].flops
 
 
 def dice(a: np.ndarray | None, b: np.ndarray | None) -> float:
@@ -229,31 +266,56 @@ def dice(a: np.ndarray | None, b: np.ndarray | None) -> float:
 def text(result: dict) -> str:
     """Markdown tables, and which pair is the fastest within bounds."""
     rows = [(name, precision, r) for name, runs in result["runs"].items() for precision, r in runs.items()]
-    off = [(name.replace("_", " "), precision, *(f"{r[error]:.1e}" for error in ("error", "max_error", "mean_error")))
-           for name, precision, r in rows]
-    exactness = [(e["case"], e["vision"], e["segmentation"],
-                  "none" if e["same_tokens"] is None else f"after {e['same_tokens']}",
-                  "no mask" if e["dice"] is None else f"{e['dice']:.5f}", "yes" if e["within_bounds"] else "no")
-                 for e in result["exactness"]]
+    off = [
+        (name.replace("_", " "), precision, *(f"{r[error]:.1e}" for error in ("error", "max_error", "mean_error")))
+        for name, precision, r in rows
+    ]
+    exactness = [
+        (
+            e["case"],
+            e["vision"],
+            e["segmentation"],
+            "none" if e["same_tokens"] is None else f"after {e['same_tokens']}",
+            "no mask" if e["dice"] is None else f"{e['dice']:.5f}",
+            "yes" if e["within_bounds"] else "no",
+        )
+        for e in result["exactness"]
+    ]
     columns = ("encoder", "precision", "error", "max error", "mean error")
-    compared = table(("on", "vision encoder", "segmentation encoder", "tokens differ", "Dice", "within bounds"),
-                     exactness)
+    compared = table(
+        ("on", "vision encoder", "segmentation encoder", "tokens differ", "Dice", "within bounds"), exactness
+    )
     if result["target"] == "tensorrt":  # whose times are those of another device
         return "\n\n".join((table(columns, off), compared))
-    taken = [(f"{median(r['seconds']):.2f} s", f"{min(r['seconds']):.2f} to {max(r['seconds']):.2f} s",
-              f"{median(r['seconds']) / r['floor_s']:.1f}", f"{r['load_s']:.1f} s") for _, _, r in rows]
+    taken = [
+        (
+            f"{median(r['seconds']):.2f} s",
+            f"{min(r['seconds']):.2f} to {max(r['seconds']):.2f} s",
+            f"{median(r['seconds']) / r['floor_s']:.1f}",
+            f"{r['load_s']:.1f} s",
+        )
+        for _, _, r in rows
+    ]
     best = fastest(result)
-    return "\n\n".join((
-        table((*columns, "median", "spread", "÷ floor", "load"), [(*a, *b) for a, b in zip(off, taken)]), compared,
-        f"Fastest within bounds: vision encoder in {best[0]}, segmentation encoder in {best[1]}."))
+    return "\n\n".join(
+        (
+            table((*columns, "median", "spread", "÷ floor", "load"), [(*a, *b) for a, b in zip(off, taken)]),
+            compared,
+            f"Fastest within bounds: vision encoder in {best[0]}, segmentation encoder in {best[1]}.",
+        )
+    )
 
 
 def fastest(result: dict) -> tuple[str, str]:
     """The pair of precisions (vision, segmentation) that takes the least time of those within bounds everywhere."""
     allowed = {(e["vision"], e["segmentation"]) for e in result["exactness"]}
     allowed -= {(e["vision"], e["segmentation"]) for e in result["exactness"] if not e["within_bounds"]}
-    return min(allowed, key=lambda pair: sum(median(result["runs"][name][precision]["seconds"])
-                                             for name, precision in zip((VISION, SEGMENTATION), pair)))
+    return min(
+        allowed,
+        key=lambda pair: sum(
+            median(result["runs"][name][precision]["seconds"]) for name, precision in zip((VISION, SEGMENTATION), pair)
+        ),
+    )
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------
@@ -278,8 +340,14 @@ def _quantised(path: Path, target: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    quantize_dynamic(path, target, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8,
-                     per_channel=True, use_external_data_format=True)
+    quantize_dynamic(
+        path,
+        target,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        use_external_data_format=True,
+    )
     return target
 
 
@@ -316,15 +384,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repository", type=Path, help="an export of this checkpoint whose graphs are measured")
     parser.add_argument("--target", choices=tuple(PRECISIONS), default="cpu", help="whose precisions (default: cpu)")
     parser.add_argument("--scan", type=Path, nargs="+", help="scan files (default: a made CT)")
-    parser.add_argument("--question", action="append", help="asked about each scan; its answer should have a [SEG]. May "
-                        "be given several times (the default does it with checkpoints of make_checkpoint.py)")
+    parser.add_argument(
+        "--question",
+        action="append",
+        help="asked about each scan; its answer should have a [SEG]. May "
+        "be given several times (the default does it with checkpoints of make_checkpoint.py)",
+    )
     parser.add_argument("--tokens", type=at_least(2), default=24, help="of an answer (default: %(default)s)")
-    parser.add_argument("--precisions", type=several(),
-                        help="default: fp32,bf16,int8 (bf16 is left out where the processor does not have it), for "
-                             "target tensorrt fp32,fp16,bf16,fp8")
+    parser.add_argument(
+        "--precisions",
+        type=several(),
+        help="default: fp32,bf16,int8 (bf16 is left out where the processor does not have it), for "
+        "target tensorrt fp32,fp16,bf16,fp8",
+    )
     parser.add_argument("--runs", type=at_least(0), default=5, help="of each encoder (default: %(default)s)")
-    parser.add_argument("--fixture", action=argparse.BooleanOptionalAction, default=True,
-                        help="also compare on the fixture of tests/fixtures (default: yes)")
+    parser.add_argument(
+        "--fixture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also compare on the fixture of tests/fixtures (default: yes)",
+    )
     parser.add_argument("--floor-seconds", type=at_least(0, float), default=2.0, help="for each of the machine's rates")
     parser.add_argument("--json", type=Path, help="file for everything")
     return parser

@@ -2,6 +2,7 @@
 
 FLOPs are counted by running the checkpoint's geometry on PyTorch's meta device, which computes shapes only.
 """
+
 from __future__ import annotations
 
 import socket
@@ -31,11 +32,13 @@ class Rates:
     memory: float
     wire: float | None = None
 
-
-    def or_better(self, other: "Rates") -> "Rates":
+    def or_better(self, other: Rates) -> Rates:
         """The better of two measurements, each by itself: a machine that is shared is not always at its best."""
-        return Rates({name: max(rate, other.matmul[name]) for name, rate in self.matmul.items()},
-                     max(self.memory, other.memory), max(self.wire, other.wire))
+        return Rates(
+            {name: max(rate, other.matmul[name]) for name, rate in self.matmul.items()},
+            max(self.memory, other.memory),
+            max(self.wire, other.wire),
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Stage:
     def seconds(self, rates: Rates) -> float:
         return max(self.flops / rates.matmul[self.precision], self.bytes / rates.memory)
 
-    def at(self, precision: str) -> "Stage":
+    def at(self, precision: str) -> Stage:
         """The same work in another precision; the bytes are those of the weights."""
         return replace(self, precision=precision, bytes=self.bytes * ITEMSIZE[precision] / ITEMSIZE[self.precision])
 
@@ -59,8 +62,9 @@ class Stage:
         return "compute" if self.flops / rates.matmul[self.precision] >= self.bytes / rates.memory else "memory"
 
 
-def stages(config: LamedConfig, *, llm: str, graphs: str, question_tokens: int, answer_tokens: int,
-           at_once: int = 1) -> dict[str, Stage]:
+def stages(
+    config: LamedConfig, *, llm: str, graphs: str, question_tokens: int, answer_tokens: int, at_once: int = 1
+) -> dict[str, Stage]:
     """The compute stages of a question about a new scan, by the name that measurements use.
 
     llm, graphs: precisions. at_once: answers decoded at the same time, which share the reading of the weights;
@@ -69,17 +73,28 @@ def stages(config: LamedConfig, *, llm: str, graphs: str, question_tokens: int, 
     with torch.device("meta"):
         model = Lamed(config).eval()
         image = torch.empty(1, 1, *config.vision.image_size)
-        found = {"vision_encoder": Stage("vision_encoder", flops(lambda: model.encode_images(image)),
-                                         weights(model.vision_tower, model.mm_projector) * ITEMSIZE[graphs], graphs)}
+        found = {
+            "vision_encoder": Stage(
+                "vision_encoder",
+                flops(lambda: model.encode_images(image)),
+                weights(model.vision_tower, model.mm_projector) * ITEMSIZE[graphs],
+                graphs,
+            )
+        }
         if config.segmentation is not None:
             features = torch.empty(1, config.segmentation.hidden_size, *config.segmentation.grid)
             state = torch.empty(1, config.llm_width)
             encoder = model.seg_module.image_encoder
-            found["segmentation_encoder"] = Stage("segmentation_encoder", flops(lambda: model.seg_module.encode(image)),
-                                                  weights(encoder) * ITEMSIZE[graphs], graphs)
+            found["segmentation_encoder"] = Stage(
+                "segmentation_encoder",
+                flops(lambda: model.seg_module.encode(image)),
+                weights(encoder) * ITEMSIZE[graphs],
+                graphs,
+            )
             head = weights(model.seg_module, model.seg_projector) - weights(encoder)
-            found["segmentation_head"] = Stage("segmentation_head", flops(lambda: model.segment(features, state)),
-                                               head * ITEMSIZE["fp32"], "fp32")
+            found["segmentation_head"] = Stage(
+                "segmentation_head", flops(lambda: model.segment(features, state)), head * ITEMSIZE["fp32"], "fp32"
+            )
         prompt = 1 + config.num_visual_tokens + question_tokens
         body, head = model.llm.model, model.llm.lm_head
 
@@ -87,8 +102,13 @@ def stages(config: LamedConfig, *, llm: str, graphs: str, question_tokens: int, 
             """Of a forward over `rows` rows of which the last one is sampled from."""
             # A mask of 4 axes is taken as it is; others are looked into, which has no answer on the meta device.
             mask = torch.empty(1, 1, rows, rows)
-            return flops(lambda: head(body(inputs_embeds=torch.empty(1, rows, config.llm_width), attention_mask=mask,
-                                           use_cache=False).last_hidden_state[:, -1]))
+            return flops(
+                lambda: head(
+                    body(
+                        inputs_embeds=torch.empty(1, rows, config.llm_width), attention_mask=mask, use_cache=False
+                    ).last_hidden_state[:, -1]
+                )
+            )
 
         # Tied embeddings are the head; others are read a row at a time.
         read = (weights(body) - weights(body.embed_tokens) + weights(head)) * ITEMSIZE[llm]
@@ -119,8 +139,10 @@ def measure(seconds: float = 1.0) -> Rates:
     bf16 makes them in fp32 (PyTorch's own way takes minutes for the large one).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    matmul = {name: max(_product_rate(shape, machine.DTYPES[name], seconds / len(SHAPES), device) for shape in SHAPES)
-              for name in machine.precisions()}
+    matmul = {
+        name: max(_product_rate(shape, machine.DTYPES[name], seconds / len(SHAPES), device) for shape in SHAPES)
+        for name in machine.precisions()
+    }
     matmul["fp16"] = matmul.setdefault("bf16", matmul["fp32"])
     large = torch.ones(1 << 27, device=device, dtype=torch.float32)  # 512 MiB: beyond every cache
     memory = large.nbytes / _best(large.sum, seconds, device)

@@ -9,6 +9,7 @@ time, in fp32 and bf16), which takes its turn after the server in every round; a
 matrix rate and memory bandwidth, and each stage's FLOPs and bytes). Leave the machine alone meanwhile. A section that
 fails leaves the others standing (exit status 1). What was measured so far is in OUT.json.part until all is there.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,6 +27,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,14 +43,22 @@ from benchmarks.samples import Sample  # noqa: E402
 from benchmarks.served import ENCODERS, Served  # noqa: E402
 from engine.client import Study  # noqa: E402
 from engine.errors import InvalidInput, M3DError  # noqa: E402
-from engine.manifest import FILE_NAME as MANIFEST, Manifest  # noqa: E402
+from engine.manifest import FILE_NAME as MANIFEST  # noqa: E402
+from engine.manifest import Manifest  # noqa: E402
 from engine.models.checkpoint import open_lamed, resolve, sha256  # noqa: E402
 from engine.runtime.onnx_session import chosen_precision  # noqa: E402
 from engine.server import Server, free_ports  # noqa: E402
 
-QUESTIONS = ("What does this scan show?", "Is there a pleural effusion?", "Which organs are visible in this scan?",
-             "Is the heart enlarged?", "Are there any fractures?", "Describe the liver.", "Is there a mass?",
-             "What is the orientation of this scan?")
+QUESTIONS = (
+    "What does this scan show?",
+    "Is there a pleural effusion?",
+    "Which organs are visible in this scan?",
+    "Is the heart enlarged?",
+    "Are there any fractures?",
+    "Describe the liver.",
+    "Is there a mass?",
+    "What is the orientation of this scan?",
+)
 QUESTIONS_A_CLIENT = 2
 OFFLINE_QUESTIONS = 16
 TRACE = "trace.json"
@@ -88,9 +98,16 @@ def measure(arguments: argparse.Namespace) -> dict:
     if not (arguments.checkpoint and (arguments.repository or not arguments.server)):
         say("without --checkpoint there is no baseline, and without the served --repository beside it no floor")
     scan = {"shape": list(base.array.shape), "dtype": str(base.array.dtype), "bytes": base.array.nbytes}
-    conditions = {**machine.conditions(), "command": shlex.join(sys.argv), "scan": scan, "tokens": arguments.tokens,
-                  "segment_tokens": arguments.segment_tokens, "segment_question": arguments.segment_question,
-                  "repeats": arguments.repeats, "warm_up": arguments.warm_up}
+    conditions = {
+        **machine.conditions(),
+        "command": shlex.join(sys.argv),
+        "scan": scan,
+        "tokens": arguments.tokens,
+        "segment_tokens": arguments.segment_tokens,
+        "segment_question": arguments.segment_question,
+        "repeats": arguments.repeats,
+        "warm_up": arguments.warm_up,
+    }
     result = {"conditions": conditions, "samples": {}, "warm_up": {}, "failures": {}, "seconds": {}, "stolen_s": {}}
     section = Sections(result, arguments.json and _unfinished(arguments.json))
     with section("the machine's rates"):
@@ -167,13 +184,17 @@ def _check(arguments: argparse.Namespace) -> None:
 def _check_model(served: dict, arguments: argparse.Namespace) -> None:
     """Raises InvalidInput if a server that runs says that it serves another model than what is named beside it."""
     if served and arguments.repository and served["manifest_sha256"] != Manifest.read(arguments.repository).identity:
-        raise InvalidInput(f"the server serves another export than {arguments.repository}: name the --repository that it "
-                           "serves, or start it anew if that has changed")
+        raise InvalidInput(
+            f"the server serves another export than {arguments.repository}: name the --repository that it "
+            "serves, or start it anew if that has changed"
+        )
     if served and arguments.checkpoint:
         _, _, folder = open_lamed(arguments.checkpoint)
         if served["checkpoint_sha256"] != sha256(folder):
-            raise InvalidInput(f"the server serves another checkpoint ({served['checkpoint']}) than "
-                               f"{arguments.checkpoint}: its baseline and floors would be another model's")
+            raise InvalidInput(
+                f"the server serves another checkpoint ({served['checkpoint']}) than "
+                f"{arguments.checkpoint}: its baseline and floors would be another model's"
+            )
 
 
 def _unfinished(path: Path) -> Path:
@@ -228,8 +249,13 @@ def _serving(arguments: argparse.Namespace, folder: Path) -> Iterator[dict]:
     say("the server starts")
     started = time.perf_counter()
     with Server(repository, **free_ports(), trace=folder / TRACE, on_progress=say) as server:
-        yield {**made, "url": server.url, "manifest": asdict(Manifest.read(repository)),
-               "start_s": time.perf_counter() - started, "keeper_pid": server.keeper_pid}
+        yield {
+            **made,
+            "url": server.url,
+            "manifest": asdict(Manifest.read(repository)),
+            "start_s": time.perf_counter() - started,
+            "keeper_pid": server.keeper_pid,
+        }
 
 
 def _export(arguments: argparse.Namespace, repository: Path) -> dict[str, float]:
@@ -243,9 +269,19 @@ def _export(arguments: argparse.Namespace, repository: Path) -> dict[str, float]
     before = _written(repository / MANIFEST)
     clip = ["--clip-checkpoint", arguments.clip_checkpoint] if arguments.clip_checkpoint else []
     started = time.perf_counter()
-    with subprocess.Popen([
-        sys.executable, ROOT / "export" / "build_engines.py", "--checkpoint", arguments.checkpoint, *clip,
-        "--precision", arguments.precision, "--repository", repository]) as process:
+    with subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "export" / "build_engines.py",
+            "--checkpoint",
+            arguments.checkpoint,
+            *clip,
+            "--precision",
+            arguments.precision,
+            "--repository",
+            repository,
+        ]
+    ) as process:
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except KeyboardInterrupt:
@@ -264,8 +300,10 @@ def _baselines(arguments: argparse.Namespace) -> dict[str, Baseline]:
     if not arguments.checkpoint or not arguments.baseline:
         return {}
     say(f"the baseline loads, {' and '.join(arguments.baseline)}")
-    return {f"baseline {precision}": Baseline(arguments.checkpoint, precision, arguments.clip_checkpoint)
-            for precision in arguments.baseline}
+    return {
+        f"baseline {precision}": Baseline(arguments.checkpoint, precision, arguments.clip_checkpoint)
+        for precision in arguments.baseline
+    }
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -276,7 +314,12 @@ class Run:
         self.repeats, self.tokens = arguments.repeats, arguments.tokens
         self.segmenting = arguments.segment_question, arguments.segment_tokens
         self.arguments, self.served, self.baselines, self.base, self.result = (
-            arguments, served, baselines, base, result)
+            arguments,
+            served,
+            baselines,
+            base,
+            result,
+        )
         self.fresh = scans.different(base)
         self.studies: list[Study] = []
         # No question twice, so that no answer's prefill is cached as a whole.
@@ -323,8 +366,12 @@ class Run:
             say(f"{concurrency} at a time, round {number + 1} of {self.repeats}")
             asked = [next(self.questions) for _ in range(QUESTIONS_A_CLIENT)]
             seconds, samples = self.served.chats(self.studies, asked, self.tokens, concurrency)
-            row = {"concurrency": concurrency, "tokens_per_s": sum(s.tokens for s in samples) / seconds,
-                   "samples": [s.to_dict() for s in samples], "baselines": {}}
+            row = {
+                "concurrency": concurrency,
+                "tokens_per_s": sum(s.tokens for s in samples) / seconds,
+                "samples": [s.to_dict() for s in samples],
+                "baselines": {},
+            }
             if concurrency == report.COMPARED_CONCURRENCY:
                 for name, baseline in self.baselines.items():
                     one = baseline.ask(self.base, next(self.questions), self.tokens)
@@ -343,9 +390,9 @@ class Run:
         for _ in range(self.repeats):
             started = time.perf_counter()
             scan = next(self.fresh)
-            self._during("during_upload", lambda: self.served.upload(scan))
+            self._during("during_upload", partial(self.served.upload, scan))
             took = time.perf_counter() - started
-            self._during("during_products", lambda: products(time.perf_counter() + took))
+            self._during("during_products", lambda took=took: products(time.perf_counter() + took))
             self._during("alone", lambda: None)
 
     def open_loop(self) -> None:
@@ -362,15 +409,23 @@ class Run:
 
         for scenario, rate in plan if self.arguments.seconds else ():
             say(scenario + (f", {rate:g} questions/s" if rate else ""))
-            done = load.run(scenario, ask, max(OFFLINE_QUESTIONS, len(self.studies)), rate=rate,
-                            seconds=self.arguments.seconds, limits=limits)
+            done = load.run(
+                scenario,
+                ask,
+                max(OFFLINE_QUESTIONS, len(self.studies)),
+                rate=rate,
+                seconds=self.arguments.seconds,
+                limits=limits,
+            )
             self.result["open_loop"].append({**asdict(done), "samples": [s.to_dict() for s in done.samples]})
 
     def _segment(self, study: Study) -> None:
         first, found = self.served.segment(study, *self.segmenting)
         if found.mask is None:
-            raise InvalidInput(f"no mask to measure: {self.segmenting[0]!r} was answered by {found.answer.text!r}; "
-                               "give a --segment-question whose answer has a [SEG]")
+            raise InvalidInput(
+                f"no mask to measure: {self.segmenting[0]!r} was answered by {found.answer.text!r}; "
+                "give a --segment-question whose answer has a [SEG]"
+            )
         self._keep("served", "segment", first)
         self._keep("served", "segment_again", self.served.segment(study, *self.segmenting)[0])
 
@@ -388,10 +443,16 @@ def _floors(arguments: argparse.Namespace, result: dict) -> dict[str, floor.Stag
         return {}
     config, _, _ = open_lamed(arguments.checkpoint)
     asked = result["samples"]["served"]["cold"][0]["prompt_tokens"] - 1 - config.num_visual_tokens
-    found = floor.stages(config, llm=result["manifest"]["precision"], graphs="fp32", question_tokens=asked,
-                         answer_tokens=arguments.tokens)
-    return found | {name: found[name].at(precision) for name, precision in result["graph_precision"].items()
-                    if name in found}
+    found = floor.stages(
+        config,
+        llm=result["manifest"]["precision"],
+        graphs="fp32",
+        question_tokens=asked,
+        answer_tokens=arguments.tokens,
+    )
+    return found | {
+        name: found[name].at(precision) for name, precision in result["graph_precision"].items() if name in found
+    }
 
 
 def _graph_precision(served: Served, manifest: dict | None) -> dict[str, str]:
@@ -401,8 +462,9 @@ def _graph_precision(served: Served, manifest: dict | None) -> dict[str, str]:
         configured = served.parameter(name, "precision")
         planned = manifest["graphs"].get(name, {}).get("plan", {}).get("precision", "fp32")
         # There is no rate of fp8 products: fp16's stands for it.
-        found[name] = (chosen_precision(configured, manifest["precision"]) if configured else
-                       {"fp8": "fp16"}.get(planned, planned))
+        found[name] = (
+            chosen_precision(configured, manifest["precision"]) if configured else {"fp8": "fp16"}.get(planned, planned)
+        )
     return found
 
 
@@ -437,37 +499,73 @@ def _precision(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--checkpoint", help="M3D-LaMed, a folder or a Hugging Face id: exported and served, unless "
-                                           "--repository or --server says otherwise, and run by the baseline")
+    what.add_argument(
+        "--checkpoint",
+        help="M3D-LaMed, a folder or a Hugging Face id: exported and served, unless "
+        "--repository or --server says otherwise, and run by the baseline",
+    )
     what.add_argument("--clip-checkpoint", help="M3D-CLIP, to measure retrieval, too")
-    what.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=machine.precisions()[-1],
-                      help="of the language model in the export (default on this machine: %(default)s)")
-    what.add_argument("--repository", type=Path, help="an exported model repository; with --checkpoint it is made, or "
-                      "brought up to date (default: one that is removed at the end)")
+    what.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default=machine.precisions()[-1],
+        help="of the language model in the export (default on this machine: %(default)s)",
+    )
+    what.add_argument(
+        "--repository",
+        type=Path,
+        help="an exported model repository; with --checkpoint it is made, or "
+        "brought up to date (default: one that is removed at the end)",
+    )
     what.add_argument("--server", help="gRPC address of a running server; baseline and floors are this machine's")
-    what.add_argument("--baseline", type=several(_precision), default=machine.precisions(),
-                      help="precisions of eager PyTorch to compare with, empty for none (default: fp32, and bf16 "
-                           "where the processor multiplies it)")
+    what.add_argument(
+        "--baseline",
+        type=several(_precision),
+        default=machine.precisions(),
+        help="precisions of eager PyTorch to compare with, empty for none (default: fp32, and bf16 "
+        "where the processor multiplies it)",
+    )
     what.add_argument("--scan", type=Path, help="a scan file (default: a made CT of 512 x 512 x 64)")
-    what.add_argument("--segment-question", default=SEGMENT_QUESTION, help="its answer must have a [SEG]; the default "
-                      "does it with checkpoints of make_checkpoint.py")
+    what.add_argument(
+        "--segment-question",
+        default=SEGMENT_QUESTION,
+        help="its answer must have a [SEG]; the default does it with checkpoints of make_checkpoint.py",
+    )
     how = parser.add_argument_group("how much")
     how.add_argument("--tokens", type=at_least(2), default=64, help="of an answer (default: %(default)s)")
-    how.add_argument("--segment-tokens", type=at_least(1), default=8,
-                     help="of an answer with a mask (default: %(default)s)")
+    how.add_argument(
+        "--segment-tokens", type=at_least(1), default=8, help="of an answer with a mask (default: %(default)s)"
+    )
     how.add_argument("--repeats", type=at_least(1), default=5, help="rounds (default: %(default)s)")
     how.add_argument("--warm-up", type=at_least(0), default=1, help="rounds that do not count (default: %(default)s)")
     how.add_argument("--concurrency", type=several(at_least(1)), default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
-    how.add_argument("--rates", type=several(at_least(1e-3, float, 1000)), default=(0.5, 1.0, 2.0),
-                     help="questions/s that arrive at random (default: 0.5,1,2)")
-    how.add_argument("--seconds", type=at_least(0, float), default=30.0,
-                     help="of a LoadGen run, 0: none (default: %(default)s)")
-    how.add_argument("--ttft-limit", type=at_least(0, float), default=load.TTFT_LIMIT_S,
-                     help="seconds that the p99 of the time to the first token may be (default: MLPerf's %(default)s)")
-    how.add_argument("--tpot-limit", type=at_least(0, float), default=load.TPOT_LIMIT_S,
-                     help="the same of the time per output token (default: MLPerf's %(default)s)")
-    how.add_argument("--large-ct", type=preprocessing.shape_of, default=preprocessing.LARGE_CT,
-                     help="voxels of the CT whose preprocessing is measured (default: 512,512,400)")
+    how.add_argument(
+        "--rates",
+        type=several(at_least(1e-3, float, 1000)),
+        default=(0.5, 1.0, 2.0),
+        help="questions/s that arrive at random (default: 0.5,1,2)",
+    )
+    how.add_argument(
+        "--seconds", type=at_least(0, float), default=30.0, help="of a LoadGen run, 0: none (default: %(default)s)"
+    )
+    how.add_argument(
+        "--ttft-limit",
+        type=at_least(0, float),
+        default=load.TTFT_LIMIT_S,
+        help="seconds that the p99 of the time to the first token may be (default: MLPerf's %(default)s)",
+    )
+    how.add_argument(
+        "--tpot-limit",
+        type=at_least(0, float),
+        default=load.TPOT_LIMIT_S,
+        help="the same of the time per output token (default: MLPerf's %(default)s)",
+    )
+    how.add_argument(
+        "--large-ct",
+        type=preprocessing.shape_of,
+        default=preprocessing.LARGE_CT,
+        help="voxels of the CT whose preprocessing is measured (default: 512,512,400)",
+    )
     how.add_argument("--floor-seconds", type=at_least(0, float), default=2.0, help="for each of the machine's rates")
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, help="file for everything, raw samples included")

@@ -3,6 +3,7 @@
 Server: questions arrive at random, as a Poisson process of a given rate, whether or not earlier ones are answered.
 SingleStream: one after the other. Offline: all at once.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -24,8 +25,11 @@ from benchmarks.samples import Sample
 
 # MLPerf Inference's limits of the Server scenario for an 8B language model, at the 99th percentile.
 TTFT_LIMIT_S, TPOT_LIMIT_S = 0.5, 0.03
-SCENARIOS = {"SingleStream": loadgen.TestScenario.SingleStream, "Server": loadgen.TestScenario.Server,
-             "Offline": loadgen.TestScenario.Offline}
+SCENARIOS = {
+    "SingleStream": loadgen.TestScenario.SingleStream,
+    "Server": loadgen.TestScenario.Server,
+    "Offline": loadgen.TestScenario.Offline,
+}
 MAX_IN_FLIGHT = 256
 _SECOND_NS = 1_000_000_000
 
@@ -54,8 +58,15 @@ class Load:
     summary: str
 
 
-def run(scenario: str, ask: Callable[[int], Iterator[int]], questions: int, *, rate: float | None = None,
-        seconds: float = 10.0, limits: Limits = Limits()) -> Load:
+def run(
+    scenario: str,
+    ask: Callable[[int], Iterator[int]],
+    questions: int,
+    *,
+    rate: float | None = None,
+    seconds: float = 10.0,
+    limits: Limits = Limits(),
+) -> Load:
     """Put a load on `ask` for `seconds` (Offline: until `questions` are answered).
 
     ask(number): the token counts of the pieces of the answer to one of `questions` questions, as they come; called

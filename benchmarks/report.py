@@ -1,4 +1,5 @@
 """What a result of latency.py says: ratios against the targets, tables, pictures. All of it from the raw samples."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -51,9 +52,15 @@ TARGETS = (
 STOLEN_SHARE = 0.01  # of the cores, from which on it is said
 COMPARED_CONCURRENCY = 8  # clients, of the throughput that is compared
 # The part that a request has only if the study store does not hold what it needs.
-COMPUTED = {"cold": "vision_encoder", "follow_up": "vision_encoder", "upload_again": "prepare",
-            "segment": "segmentation_encoder", "segment_again": "segmentation_encoder",
-            "rank": "clip_image_encoder", "rank_again": "clip_image_encoder"}
+COMPUTED = {
+    "cold": "vision_encoder",
+    "follow_up": "vision_encoder",
+    "upload_again": "prepare",
+    "segment": "segmentation_encoder",
+    "segment_again": "segmentation_encoder",
+    "rank": "clip_image_encoder",
+    "rank_again": "clip_image_encoder",
+}
 # The client says beforehand that it will want a mask: its encoder runs beside the answer, and its head needs both.
 _BESIDE, _AFTER = "segmentation_encoder", "segmentation_head"
 
@@ -70,20 +77,21 @@ def values_of(result: dict) -> dict[str, list[float]]:
             found[f"followup_ttft{suffix}"] = ratios(_all(again, "first_s"), _all(theirs["cold"], "first_s"))
             for kind in ("segment", "rank"):
                 if kind in theirs:
-                    found[f"{kind}_warm{suffix}"] = ratios(_all(served[kind], "total_s"),
-                                                           _all(theirs[kind], "total_s"))
+                    found[f"{kind}_warm{suffix}"] = ratios(_all(served[kind], "total_s"), _all(theirs[kind], "total_s"))
         rows = [row for row in result.get("closed_loop", ()) if name in row["baselines"]]
         if rows:
             found[f"throughput_c8{suffix}"] = [row["tokens_per_s"] / row["baselines"][name] for row in rows]
     found["overhead_cold"] = [rest(s) / s["total_s"] for s in cold]
     found["overhead_followup_s"] = [rest(s) for s in again]
     if "during_products" in served:  # as many as there was time for: no pairs
-        found["interference"] = [median(_all(served["during_upload"], "first_s")) /
-                                 median(_all(served["during_products"], "first_s"))]
+        found["interference"] = [
+            median(_all(served["during_upload"], "first_s")) / median(_all(served["during_products"], "first_s"))
+        ]
     if "mask" in (wire := result.get("wire", {})):
         found["wire_per_mask"] = [wire["mask"] / wire["logits"]]
-        found["wire_per_study"] = [(wire["upload"] + wire["answer"] + wire["follow_up"] + wire["segment"]) /
-                                   (wire["scan"] + wire["mask"])]
+        found["wire_per_study"] = [
+            (wire["upload"] + wire["answer"] + wire["follow_up"] + wire["segment"]) / (wire["scan"] + wire["mask"])
+        ]
     if large := result.get("preprocessing"):
         found["prepare_large_s"] = large["seconds"]
         found["prepare_large_memory"] = [large["extra_bytes"] / large["scan_bytes"]]
@@ -118,16 +126,18 @@ def least(result: dict, floors: dict[str, Stage], rates: Rates) -> dict[str, flo
         if not theirs:
             continue
         cold, first = (median(_all(theirs["cold"], what)) for what in ("total_s", "first_s"))
-        found[f"cold_e2e{suffix}"] = (sent + seconds["vision_encoder"] + seconds["prefill"] +
-                                      (tokens - 1) * seconds["decode"]) / cold
+        found[f"cold_e2e{suffix}"] = (
+            sent + seconds["vision_encoder"] + seconds["prefill"] + (tokens - 1) * seconds["decode"]
+        ) / cold
         found[f"followup_ttft{suffix}"] = seconds["decode"] / first
         if rows := [row["baselines"][name] for row in result.get("closed_loop", ()) if name in row["baselines"]]:
             found[f"throughput_c8{suffix}"] = COMPARED_CONCURRENCY / together / median(rows)
         if "segment" in theirs and "segmentation_encoder" in seconds:
             answer = result["samples"]["served"]["segment"][0]["tokens"] * seconds["decode"]
             # Encoding and decoding may run beside each other, but share the machine.
-            found[f"segment_warm{suffix}"] = (seconds["segmentation_encoder"] + seconds["segmentation_head"] + answer
-                                              ) / median(_all(theirs["segment"], "total_s"))
+            found[f"segment_warm{suffix}"] = (
+                seconds["segmentation_encoder"] + seconds["segmentation_head"] + answer
+            ) / median(_all(theirs["segment"], "total_s"))
     return found
 
 
@@ -143,10 +153,28 @@ def targets(result: dict) -> list[dict]:
             continue
         value, best = median(measured[t.name]), result["least"].get(t.name)
         met = t.met(value)
-        verdict = ("" if t.limit is None else "met" if met else
-                   "ruled out by the floor" if best is not None and not t.met(best) else "MISSED")
-        found.append({"name": t.name, "words": t.words, "limit": t.limit, "at_least": t.at_least, "value": value,
-                      "values": measured[t.name], "met": met, "least": best, "verdict": verdict})
+        verdict = (
+            ""
+            if t.limit is None
+            else "met"
+            if met
+            else "ruled out by the floor"
+            if best is not None and not t.met(best)
+            else "MISSED"
+        )
+        found.append(
+            {
+                "name": t.name,
+                "words": t.words,
+                "limit": t.limit,
+                "at_least": t.at_least,
+                "value": value,
+                "values": measured[t.name],
+                "met": met,
+                "least": best,
+                "verdict": verdict,
+            }
+        )
     return found
 
 
@@ -154,8 +182,10 @@ def stages(result: dict, floors: dict[str, Stage], rates: Rates) -> list[dict]:
     """{"stage", "measured_s", "floor_s", "bound"}: medians of what each stage took beside the least it could take."""
     served = result["samples"]["served"]
     scan = result["conditions"]["scan"]["bytes"]
-    measured = {"transport": (median(_all(served["upload_again"], "total_s")), scan / rates.wire, "wire"),
-                "prepare": (_part(served["cold"], "prepare"), scan / rates.memory, "memory")}
+    measured = {
+        "transport": (median(_all(served["upload_again"], "total_s")), scan / rates.wire, "wire"),
+        "prepare": (_part(served["cold"], "prepare"), scan / rates.memory, "memory"),
+    }
     for name, stage in floors.items():
         samples = served.get("segment", []) if name.startswith("segmentation") else served["cold"]
         if not any(name in s["parts"] for s in samples):
@@ -164,29 +194,44 @@ def stages(result: dict, floors: dict[str, Stage], rates: Rates) -> list[dict]:
         if seconds is None:
             continue
         measured[name] = (seconds, stage.seconds(rates), f"{stage.bound(rates)}, {stage.precision}")
-    return [{"stage": name, "measured_s": seconds, "floor_s": least, "bound": bound}
-            for name, (seconds, least, bound) in measured.items()]
+    return [
+        {"stage": name, "measured_s": seconds, "floor_s": least, "bound": bound}
+        for name, (seconds, least, bound) in measured.items()
+    ]
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
 def text(result: dict) -> str:
     """Markdown tables of everything."""
-    return "\n\n".join(part for part in (_conditions(result), _resources(result), _one_at_a_time(result),
-                                         _stages(result), _closed_loop(result), _open_loop(result), _targets(result))
-                       if part)
+    return "\n\n".join(
+        part
+        for part in (
+            _conditions(result),
+            _resources(result),
+            _one_at_a_time(result),
+            _stages(result),
+            _closed_loop(result),
+            _open_loop(result),
+            _targets(result),
+        )
+        if part
+    )
 
 
 def _conditions(result: dict) -> str:
     c, r = result["conditions"], result["rates"]
     rates = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in r["matmul"].items() if name != "fp16")
-    slower = min(min(one["matmul"][name] / value for name, value in r["matmul"].items())
-                 for one in result["rates_measured"])
+    slower = min(
+        min(one["matmul"][name] / value for name, value in r["matmul"].items()) for one in result["rates_measured"]
+    )
     precision = f"language model in {result['manifest']['precision']}; " if result["manifest"] else ""
-    return (f"{c['date']}, {c['gpu'] or c['cpu']}, {c['cores']} cores, load before {c['load_average_before']:.1f}; "
-            f"{precision}scan {' x '.join(map(str, c['scan']['shape']))} {c['scan']['dtype']}, {c['tokens']} tokens, "
-            f"{c['repeats']} rounds. The machine: {rates}, memory {r['memory'] / 1e9:.1f} GB/s, "
-            f"loopback {r['wire'] / 1e9:.2f} GB/s: the better of before and after, of which the other had {slower:.2f} of "
-            "a matrix rate at the worst.")
+    return (
+        f"{c['date']}, {c['gpu'] or c['cpu']}, {c['cores']} cores, load before {c['load_average_before']:.1f}; "
+        f"{precision}scan {' x '.join(map(str, c['scan']['shape']))} {c['scan']['dtype']}, {c['tokens']} tokens, "
+        f"{c['repeats']} rounds. The machine: {rates}, memory {r['memory'] / 1e9:.1f} GB/s, "
+        f"loopback {r['wire'] / 1e9:.2f} GB/s: the better of before and after, of which the other had {slower:.2f} of "
+        "a matrix rate at the worst."
+    )
 
 
 def _resources(result: dict) -> str:
@@ -195,11 +240,13 @@ def _resources(result: dict) -> str:
     if "export_s" in result:
         words.append(f"export {result['export_s']:.0f} s and at most {result['export_peak_bytes'] / 1e9:.1f} GB")
     if result["start_s"]:
-        words.append(f"server ready after {result['start_s']:.0f} s, {result['server_memory_bytes'] / 1e9:.1f} GB "
-                     "after the load")
+        words.append(
+            f"server ready after {result['start_s']:.0f} s, {result['server_memory_bytes'] / 1e9:.1f} GB after the load"
+        )
     if "peak_memory_bytes" in result:
-        words.append(f"at most {result['peak_memory_bytes'] / 1e9:.1f} GB of the machine in use, the baseline's "
-                     "included")
+        words.append(
+            f"at most {result['peak_memory_bytes'] / 1e9:.1f} GB of the machine in use, the baseline's included"
+        )
     words += _stolen(result)
     said = "; ".join(words)
     return f"{said[0].upper()}{said[1:]}." if words else ""
@@ -207,8 +254,10 @@ def _resources(result: dict) -> str:
 
 def _stolen(result: dict) -> list[str]:
     """How busy others kept the machine, which slows everything down by chance."""
-    shares = {name: stolen / result["seconds"][name] / result["conditions"]["cores"]
-              for name, stolen in result["stolen_s"].items()}
+    shares = {
+        name: stolen / result["seconds"][name] / result["conditions"]["cores"]
+        for name, stolen in result["stolen_s"].items()
+    }
     if max(shares.values(), default=0) < STOLEN_SHARE:
         return []
     worst = max(shares, key=shares.get)
@@ -221,15 +270,28 @@ def _one_at_a_time(result: dict) -> str:
         for kind, samples in kinds.items():
             total = summary(_all(samples, "total_s"))
             first, each = _all(samples, "first_s"), _all(samples, "per_token_s")
-            rows.append((side, kind.replace("_", " "), _cache(side, kind, samples), len(samples), _s(total["median"]),
-                         f"{_s(total['min'])} to {_s(total['max'])}", _s(total["p90"]), _s(total["p99"]),
-                         _s(median(first)) if first else "", f"{1e3 * median(each):.1f} ms" if each else ""))
+            rows.append(
+                (
+                    side,
+                    kind.replace("_", " "),
+                    _cache(side, kind, samples),
+                    len(samples),
+                    _s(total["median"]),
+                    f"{_s(total['min'])} to {_s(total['max'])}",
+                    _s(total["p90"]),
+                    _s(total["p99"]),
+                    _s(median(first)) if first else "",
+                    f"{1e3 * median(each):.1f} ms" if each else "",
+                )
+            )
     said = table(("side", "request", "caches", "n", "median", "spread", "p90", "p99", "first token", "per token"), rows)
     if len(set(lengths.values())) == 1:
         return said
     answers = ", ".join(f"{side} {tokens:g}" for side, tokens in lengths.items())
-    return (f"{said}\n\nThe answers about a new scan differ in length (tokens: {answers}): ratios of their whole times "
-            "are of different work.")
+    return (
+        f"{said}\n\nThe answers about a new scan differ in length (tokens: {answers}): ratios of their whole times "
+        "are of different work."
+    )
 
 
 def _cache(side: str, kind: str, samples: list[dict]) -> str:
@@ -246,8 +308,16 @@ def _cache(side: str, kind: str, samples: list[dict]) -> str:
 
 
 def _stages(result: dict) -> str:
-    rows = [(s["stage"].replace("_", " "), _s(s["measured_s"]), _s(s["floor_s"]), s["bound"],
-             f"{s['measured_s'] / s['floor_s']:.1f}") for s in result["stages"]]
+    rows = [
+        (
+            s["stage"].replace("_", " "),
+            _s(s["measured_s"]),
+            _s(s["floor_s"]),
+            s["bound"],
+            f"{s['measured_s'] / s['floor_s']:.1f}",
+        )
+        for s in result["stages"]
+    ]
     return table(("stage", "measured", "floor", "floor by", "measured ÷ floor"), rows)
 
 
@@ -258,28 +328,55 @@ def _closed_loop(result: dict) -> str:
         samples = [s for row in group for s in row["samples"]]
         total, first = summary(_all(samples, "total_s")), summary(_all(samples, "first_s"))
         each = _all(samples, "per_token_s")
-        rows.append((concurrency, f"{rate['median']:.0f}", f"{rate['min']:.0f} to {rate['max']:.0f}",
-                     *(_s(total[p]) for p in ("median", "p90", "p99")), *(_s(first[p]) for p in
-                                                                         ("median", "p90", "p99")),
-                     f"{1e3 * median(each):.1f} ms" if each else ""))
-    return table(("clients", "tokens/s", "spread", "answer", "p90", "p99", "first token", "p90", "p99", "per token"),
-                 rows)
+        rows.append(
+            (
+                concurrency,
+                f"{rate['median']:.0f}",
+                f"{rate['min']:.0f} to {rate['max']:.0f}",
+                *(_s(total[p]) for p in ("median", "p90", "p99")),
+                *(_s(first[p]) for p in ("median", "p90", "p99")),
+                f"{1e3 * median(each):.1f} ms" if each else "",
+            )
+        )
+    return table(
+        ("clients", "tokens/s", "spread", "answer", "p90", "p99", "first token", "p90", "p99", "per token"), rows
+    )
 
 
 def _open_loop(result: dict) -> str:
     rows = []
     for run in result.get("open_loop", ()):
         first, each = _first_and_each(run)
-        rows.append((run["scenario"], f"{run['rate']:g}/s" if run["rate"] else "", len(run["samples"]),
-                     *(_s(first[p]) for p in ("median", "p90", "p99")),
-                     *(f"{1e3 * each[p]:.0f} ms" if each else "" for p in ("median", "p90", "p99")), run["verdict"],
-                     _verdict(run, result["limits"])))
+        rows.append(
+            (
+                run["scenario"],
+                f"{run['rate']:g}/s" if run["rate"] else "",
+                len(run["samples"]),
+                *(_s(first[p]) for p in ("median", "p90", "p99")),
+                *(f"{1e3 * each[p]:.0f} ms" if each else "" for p in ("median", "p90", "p99")),
+                run["verdict"],
+                _verdict(run, result["limits"]),
+            )
+        )
     if not rows:
         return ""
-    head = ("LoadGen scenario", "rate", "answers", "first token", "p90", "p99", "per token", "p90", "p99",
-            "LoadGen says", "within limits")
-    return table(head, rows) + (f"\n\nLimits: first token p99 {1e3 * result['limits']['ttft_s']:.0f} ms, per token p99 "
-                                f"{1e3 * result['limits']['tpot_s']:.0f} ms (MLPerf's for an 8B model: 500 and 30).")
+    head = (
+        "LoadGen scenario",
+        "rate",
+        "answers",
+        "first token",
+        "p90",
+        "p99",
+        "per token",
+        "p90",
+        "p99",
+        "LoadGen says",
+        "within limits",
+    )
+    return table(head, rows) + (
+        f"\n\nLimits: first token p99 {1e3 * result['limits']['ttft_s']:.0f} ms, per token p99 "
+        f"{1e3 * result['limits']['tpot_s']:.0f} ms (MLPerf's for an 8B model: 500 and 30)."
+    )
 
 
 def _verdict(run: dict, limits: dict) -> str:
@@ -297,9 +394,17 @@ def _first_and_each(run: dict) -> tuple[dict, dict | None]:
 
 
 def _targets(result: dict) -> str:
-    rows = [(t["words"], "" if t["limit"] is None else f"{'≥' if t['at_least'] else '≤'} {t['limit']:.3g}",
-             f"{t['value']:.3g}", f"{min(t['values']):.3g} to {max(t['values']):.3g}" if len(t["values"]) > 1 else "",
-             "" if t["least"] is None else f"{t['least']:.3g}", t["verdict"]) for t in result["targets"]]
+    rows = [
+        (
+            t["words"],
+            "" if t["limit"] is None else f"{'≥' if t['at_least'] else '≤'} {t['limit']:.3g}",
+            f"{t['value']:.3g}",
+            f"{min(t['values']):.3g} to {max(t['values']):.3g}" if len(t["values"]) > 1 else "",
+            "" if t["least"] is None else f"{t['least']:.3g}",
+            t["verdict"],
+        )
+        for t in result["targets"]
+    ]
     return table(("target", "wanted", "measured", "spread", "floor", ""), rows)
 
 
@@ -329,9 +434,12 @@ def plots(result: dict, folder: Path) -> list[Path]:
         figure.savefig(folder / name, dpi=120)
         written.append(folder / name)
 
-    if loops := [plot for loop, plot in (("closed_loop", _plot_closed_loop), ("open_loop", _plot_open_loop))
-                 if result.get(loop)]:
-        figure, axes = pyplot.subplots(1, len(loops), figsize=(5 * len(loops), 4), constrained_layout=True, squeeze=False)
+    if loops := [
+        plot for loop, plot in (("closed_loop", _plot_closed_loop), ("open_loop", _plot_open_loop)) if result.get(loop)
+    ]:
+        figure, axes = pyplot.subplots(
+            1, len(loops), figsize=(5 * len(loops), 4), constrained_layout=True, squeeze=False
+        )
         for plot, one in zip(loops, axes[0]):
             plot(one, result)
         save(figure, "load.png")
@@ -339,8 +447,9 @@ def plots(result: dict, folder: Path) -> list[Path]:
     _plot_waterfall(axes, result)
     save(figure, "waterfall.png")
     if traced := result.get("trace"):
-        figure, axes = pyplot.subplots(len(traced), figsize=(10, 2.2 * len(traced)), constrained_layout=True,
-                                       squeeze=False)
+        figure, axes = pyplot.subplots(
+            len(traced), figsize=(10, 2.2 * len(traced)), constrained_layout=True, squeeze=False
+        )
         for (kind, sample), one in zip(traced.items(), axes[:, 0]):
             _plot_trace(one, kind, sample)
         save(figure, "trace.png")
@@ -353,8 +462,9 @@ def _plot_closed_loop(axes, result: dict) -> None:
     _plot_times(axes, list(groups), [[s for row in group for s in row["samples"]] for group in groups.values()])
     axes.set(xlabel="clients", title="Known scans, closed loop")
     rates = axes.twinx()
-    rates.plot(list(groups), [median(row["tokens_per_s"] for row in group) for group in groups.values()], "s--",
-               color="grey")
+    rates.plot(
+        list(groups), [median(row["tokens_per_s"] for row in group) for group in groups.values()], "s--", color="grey"
+    )
     rates.set_ylabel("tokens/s (grey)")
     rates.set_ylim(0, None)
 
@@ -369,7 +479,7 @@ def _plot_times(axes, loads: list[float], samples: list[list[dict]]) -> None:
     """Median and p99 of answers and first tokens against the load under which the samples were taken."""
     for what, label in (("total_s", "answer"), ("first_s", "first token")):
         found = [summary(_all(some, what)) for some in samples]
-        line, = axes.plot(loads, [f["median"] for f in found], "o-", label=f"{label}, median")
+        (line,) = axes.plot(loads, [f["median"] for f in found], "o-", label=f"{label}, median")
         axes.plot(loads, [f["p99"] for f in found], ":", color=line.get_color(), label=f"{label}, p99")
     axes.set(ylabel="seconds", ylim=(0, None))
     axes.legend()
@@ -399,8 +509,11 @@ def _plot_waterfall(axes, result: dict) -> None:
     axes.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
     axes.invert_yaxis()
     axes.set(xlabel="seconds", title="Where the time of one request goes")
-    axes.legend(handles=[axes.barh(0, 0, color=colour, label=name.replace("_", " "))
-                         for name, colour in colours.items()], ncols=4, fontsize="small")
+    axes.legend(
+        handles=[axes.barh(0, 0, color=colour, label=name.replace("_", " ")) for name, colour in colours.items()],
+        ncols=4,
+        fontsize="small",
+    )
 
 
 def _plot_trace(axes, kind: str, sample: dict) -> None:
@@ -408,14 +521,21 @@ def _plot_trace(axes, kind: str, sample: dict) -> None:
     colours = {"read": "tab:grey", "queue": "tab:red", "compute": "tab:blue", "send": "tab:green"}
     rows = list(dict.fromkeys(span["model"] for span in sample["spans"]))
     for span in sample["spans"]:
-        axes.barh(rows.index(span["model"]), span["end_s"] - span["start_s"], left=span["start_s"],
-                  color=colours[span["step"]])
+        axes.barh(
+            rows.index(span["model"]),
+            span["end_s"] - span["start_s"],
+            left=span["start_s"],
+            color=colours[span["step"]],
+        )
     axes.set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows])
     axes.axvline(sample["total_s"], color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set(xlabel="seconds", title=f"{kind.replace('_', ' ')}: {_s(sample['total_s'])}", xlim=(0, None))
-    axes.legend(handles=[axes.barh(0, 0, color=colour, label=step) for step, colour in colours.items()], ncols=4,
-                fontsize="small")
+    axes.legend(
+        handles=[axes.barh(0, 0, color=colour, label=step) for step, colour in colours.items()],
+        ncols=4,
+        fontsize="small",
+    )
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ bandwidths (TF32 for fp32), reached in full; weights read once a stage (decode: 
 the caches; norms, softmax, sampling, launches and transfers cost nothing. So no implementation is faster, and none gets
 there.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,10 +17,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.command import at_least  # noqa: E402
-from benchmarks.floor import Rates, Stage, stages  # noqa: E402
-from engine.errors import M3DError  # noqa: E402
-from engine.models.config import LamedConfig  # noqa: E402
+from benchmarks.command import at_least
+from benchmarks.floor import Rates, Stage, stages
+from engine.errors import M3DError
+from engine.models.config import LamedConfig
 
 # NVIDIA's data sheets, dense: TF32 for fp32, bf16/fp16 tensor cores, bytes/s of the memory.
 GPUS = {
@@ -58,10 +59,18 @@ def main() -> int:
     except M3DError as error:
         print(f"no floors: {error}", file=sys.stderr)
         return 1
-    found = stages(LamedConfig.from_dict(values), llm=arguments.precision, graphs=arguments.precision,
-                   question_tokens=arguments.question_tokens, answer_tokens=arguments.tokens)
-    print(__doc__.strip().splitlines()[0], f"\n\n{arguments.checkpoint or 'published 7B'}, {arguments.precision}, "
-          f"{arguments.question_tokens} tokens asked, {arguments.tokens} answered\n")
+    found = stages(
+        LamedConfig.from_dict(values),
+        llm=arguments.precision,
+        graphs=arguments.precision,
+        question_tokens=arguments.question_tokens,
+        answer_tokens=arguments.tokens,
+    )
+    print(
+        __doc__.strip().splitlines()[0],
+        f"\n\n{arguments.checkpoint or 'published 7B'}, {arguments.precision}, "
+        f"{arguments.question_tokens} tokens asked, {arguments.tokens} answered\n",
+    )
     print(table(found, GPUS, arguments.tokens))
     print("\n" + __doc__.strip().partition("7B. ")[2])
     return 0

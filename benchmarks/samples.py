@@ -1,4 +1,5 @@
 """What was measured: one sample a request, and what may be said about many of them."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -39,8 +40,14 @@ class Sample:
 def summary(values: Sequence[float]) -> dict[str, float]:
     """{"n", "median", "p90", "p99", "min", "max"} of `values`; percentiles are interpolated linearly."""
     median, p90, p99 = np.percentile(np.asarray(values, float), PERCENTILES)
-    return {"n": len(values), "median": float(median), "p90": float(p90), "p99": float(p99),
-            "min": float(min(values)), "max": float(max(values))}
+    return {
+        "n": len(values),
+        "median": float(median),
+        "p90": float(p90),
+        "p99": float(p99),
+        "min": float(min(values)),
+        "max": float(max(values)),
+    }
 
 
 def rest(sample: dict) -> float:

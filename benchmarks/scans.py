@@ -1,4 +1,5 @@
 """The scans that are sent: as many different ones as needed, all alike."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def phantom(shape: tuple[int, int, int] = CT_SHAPE, seed: int = 0) -> BenchmarkS
     """An int16 CT in Hounsfield units: a body of soft tissue with two lungs, noise everywhere."""
     i, j, k = np.ogrid[tuple(slice(-1, 1, complex(n)) for n in shape)]
     noise = np.random.default_rng(seed).integers(-40, 40, shape, np.int16)
-    array = np.where(np.broadcast_to(i ** 2 / 0.64 + j ** 2 / 0.4 < 1, shape), np.int16(40), np.int16(-1000))
+    array = np.where(np.broadcast_to(i**2 / 0.64 + j**2 / 0.4 < 1, shape), np.int16(40), np.int16(-1000))
     for side in (-0.4, 0.4):
         array[((i - side) / 0.25) ** 2 + (j / 0.4) ** 2 + (k / 0.8) ** 2 < 1] = -800
     return BenchmarkScan(np.asfortranarray(array + noise), np.diag([*CT_SPACING_MM, 1.0]))

@@ -1,4 +1,5 @@
 """The engine's side: a running server, asked through the client library as users do."""
+
 from __future__ import annotations
 
 import threading
@@ -48,12 +49,14 @@ class Served:
         study = self.upload(scan)
         uploaded = time.perf_counter() - started
         if study.info["cached"]:
-            raise InvalidInput("the server knows a scan that should be new to it: give a --scan with more than a few "
-                               "intensities")
+            raise InvalidInput(
+                "the server knows a scan that should be new to it: give a --scan with more than a few intensities"
+            )
         asked = self.ask(study, question, tokens)
         parts = {"prepare": study.info["prepare_s"], **self._since(before), **asked.parts}
-        return replace(asked, total_s=uploaded + asked.total_s, first_s=uploaded + asked.first_s, parts=parts,
-                       started=started), study
+        return replace(
+            asked, total_s=uploaded + asked.total_s, first_s=uploaded + asked.first_s, parts=parts, started=started
+        ), study
 
     def follow_up(self, study: Study, question: str, tokens: int) -> Sample:
         """Another question, and nobody else's beside it: if the server has to encode the scan again, its parts say so."""
@@ -104,8 +107,9 @@ class Served:
             working.result()
         return samples
 
-    def on_the_wire(self, scan: BenchmarkScan, questions: Iterator[str], segment_question: str | None, tokens: int
-                    ) -> dict[str, int]:
+    def on_the_wire(
+        self, scan: BenchmarkScan, questions: Iterator[str], segment_question: str | None, tokens: int
+    ) -> dict[str, int]:
         """Bytes of gRPC messages: `scan` as a file; `upload` and `answer` of a new scan; `follow_up`; and of a mask
         `mask` (the response that has it), `logits` (a float for each of its voxels), `segment` (all messages
         of the request).
@@ -123,8 +127,11 @@ class Served:
                 found[name] = counted.taken()
             if segment_question:
                 mask = client.segment(study, segment_question, max_new_tokens=tokens).mask
-                found |= {"mask": counted.largest, "logits": mask.size * np.dtype(np.float32).itemsize,
-                          "segment": counted.taken()}
+                found |= {
+                    "mask": counted.largest,
+                    "logits": mask.size * np.dtype(np.float32).itemsize,
+                    "segment": counted.taken(),
+                }
         return found
 
     def rank(self, study: Study, texts: Sequence[str]) -> Sample:
@@ -136,8 +143,9 @@ class Served:
     def serves(self, model: str) -> bool:
         return self.client.server_info()["models"][model]
 
-    def chats(self, studies: Sequence[Study], questions: Sequence[str], tokens: int, concurrency: int
-              ) -> tuple[float, list[Sample]]:
+    def chats(
+        self, studies: Sequence[Study], questions: Sequence[str], tokens: int, concurrency: int
+    ) -> tuple[float, list[Sample]]:
         """`concurrency` clients, each asking one question after the other about a study of its own.
 
         questions: what each of them asks. Returns the seconds it all took, and the samples.
@@ -176,8 +184,9 @@ class Served:
 def _sample(started: float, total: float, first: float | None, answer: Answer) -> Sample:
     clock = answer.timings
     parts = {"prefill": clock["first_token_s"], "decode": clock["last_token_s"] - clock["first_token_s"]}
-    return Sample(total, first, len(answer.token_ids), clock["prompt_tokens"], parts, clock.get("cached_tokens", 0),
-                  started)
+    return Sample(
+        total, first, len(answer.token_ids), clock["prompt_tokens"], parts, clock.get("cached_tokens", 0), started
+    )
 
 
 class _CountedStub:

@@ -6,6 +6,7 @@ It needs the environment of the image in deploy/ and this checkout: deploy/READM
 Writes OUT/report.md and OUT/report.json after every step. Ends with status 1 if a step failed, or if something that
 serving on a GPU needs is missing; then it says what, and nothing is run.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,17 +60,32 @@ class Report:
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "report.json").write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
-        lines = ["# GPU check", "", *(f"- {line}" for line in self.machine), "", "| step | result | seconds |", "|---|---|---|"]
+        lines = [
+            "# GPU check",
+            "",
+            *(f"- {line}" for line in self.machine),
+            "",
+            "| step | result | seconds |",
+            "|---|---|---|",
+        ]
         for step in self.steps:
             words = {key: value for key, value in step.items() if key not in ("name", "seconds", "ok", "plans")}
-            lines.append(f"| {step['name']} | {'ok' if step['ok'] else 'FAILED'}"
-                         f"{': ' + json.dumps(words, default=str) if words else ''} | {step['seconds']} |")
+            lines.append(
+                f"| {step['name']} | {'ok' if step['ok'] else 'FAILED'}"
+                f"{': ' + json.dumps(words, default=str) if words else ''} | {step['seconds']} |"
+            )
         plans = [(step["name"], name, plan) for step in self.steps for name, plan in step.get("plans", {}).items()]
         if plans:
-            lines += ["", "| export | plan | compared | max error | mean error | fused attentions | MB |",
-                      "|---|---|---|---|---|---|---|"]
-            lines += [f"| {step} | {name} | {p['compared']} | {p['max_error']:.1e} | {p['mean_error']:.1e} | "
-                      f"{p['fused_attentions']} | {p['bytes'] / 1e6:,.0f} |" for step, name, p in plans]
+            lines += [
+                "",
+                "| export | plan | compared | max error | mean error | fused attentions | MB |",
+                "|---|---|---|---|---|---|---|",
+            ]
+            lines += [
+                f"| {step} | {name} | {p['compared']} | {p['max_error']:.1e} | {p['mean_error']:.1e} | "
+                f"{p['fused_attentions']} | {p['bytes'] / 1e6:,.0f} |"
+                for step, name, p in plans
+            ]
         (self.folder / "report.md").write_text("\n".join(lines) + "\n")
 
     @property
@@ -86,11 +103,13 @@ def main(argv: list[str] | None = None) -> int:
         print("this machine cannot run the GPU check; missing are", *missing, sep="\n- ", file=sys.stderr)
         print("deploy/README.md has the command that runs it in the image of deploy/", file=sys.stderr)
         return 1
-    report.machine = [f"{g.name}, compute capability {g.compute_capability}, driver {g.driver}" for g in gpu.find_gpus()]
+    report.machine = [
+        f"{g.name}, compute capability {g.compute_capability}, driver {g.driver}" for g in gpu.find_gpus()
+    ]
     report.machine.append(f"TensorRT {gpu.tensorrt_version()}, CUDA {gpu.cuda_version()}")
     scans = _scans(report)
     for precision in PRECISIONS:
-        report.run(f"build {precision}", lambda: build(arguments.checkpoint, report.folder, precision, scans))
+        report.run(f"build {precision}", partial(build, arguments.checkpoint, report.folder, precision, scans))
     report.run("fixtures through the server", lambda: fixtures(report.folder))
     report.run("latency", lambda: latency(arguments.checkpoint, arguments.segment_question, report.folder))
     print(f"{'everything holds' if report.ok else 'not everything holds'}: {report.folder / 'report.md'}")
@@ -104,8 +123,11 @@ def what_is_missing() -> list[str]:
 
     # The repository is what this check builds.
     found = doctor.examine(ROOT / "model_repository", "tensorrt")
-    missing = [f"{f.what}: {f.detail}" for f in found
-               if f.state == "missing" and f.what not in ("repository", "fits this machine")]
+    missing = [
+        f"{f.what}: {f.detail}"
+        for f in found
+        if f.state == "missing" and f.what not in ("repository", "fits this machine")
+    ]
     try:
         bindings_module("tensorrt")
     except Unavailable as error:
@@ -118,8 +140,20 @@ def build(checkpoint: str, folder: Path, precision: str, scans: list[Path]) -> d
     from engine.manifest import Manifest
 
     repository = _repository(folder, precision)
-    command = ["export/build_engines.py", "--checkpoint", checkpoint, "--target", "tensorrt", "--precision", precision,
-               "--repository", repository, "--timing-cache", folder / "timing.cache", "--force"]
+    command = [
+        "export/build_engines.py",
+        "--checkpoint",
+        checkpoint,
+        "--target",
+        "tensorrt",
+        "--precision",
+        precision,
+        "--repository",
+        repository,
+        "--timing-cache",
+        folder / "timing.cache",
+        "--force",
+    ]
     _python(command + (["--calibration", *scans] if scans else []))
     plans = {name: entry["plan"] for name, entry in Manifest.read(repository).graphs.items() if "plan" in entry}
     unproven = [name for name, plan in plans.items() if plan["compared"] != "plan on the GPU"]
@@ -134,8 +168,9 @@ def fixtures(folder: Path) -> dict:
     with log.open("w") as stream:
         # The checkout may be read-only: pytest keeps no cache in it.
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/functional/test_exactness.py"]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "M3D_TEST_TARGET": "tensorrt"}, stdout=stream,
-                              stderr=stream)
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "M3D_TEST_TARGET": "tensorrt"}, stdout=stream, stderr=stream
+        )
     if done.returncode:
         raise Failed(f"see {log}")
     return {"log": str(log)}
@@ -147,8 +182,21 @@ def latency(checkpoint: str, segment_question: str, folder: Path) -> dict:
 
     repository, result = folder / SERVED / "model_repository", folder / "latency.json"
     with Server(repository, target="tensorrt", **free_ports(), log=folder / "triton.log") as server:
-        _python(["benchmarks/latency.py", "--server", server.url, "--checkpoint", checkpoint, "--repository",
-                 repository, "--json", result, "--segment-question", segment_question])
+        _python(
+            [
+                "benchmarks/latency.py",
+                "--server",
+                server.url,
+                "--checkpoint",
+                checkpoint,
+                "--repository",
+                repository,
+                "--json",
+                result,
+                "--segment-question",
+                segment_question,
+            ]
+        )
     return {"file": str(result)}
 
 
@@ -169,8 +217,9 @@ def _scans(report: Report) -> list[Path]:
 def _repository(folder: Path, precision: str) -> Path:
     target = folder / precision / "model_repository"
     shutil.rmtree(target, ignore_errors=True)
-    tracked = shutil.ignore_patterns("*.onnx*", "*.plan", "layers.txt", "tensorrt.pbtxt", "llm", "tokenizer",
-                                     "manifest.json", "__pycache__")
+    tracked = shutil.ignore_patterns(
+        "*.onnx*", "*.plan", "layers.txt", "tensorrt.pbtxt", "llm", "tokenizer", "manifest.json", "__pycache__"
+    )
     return shutil.copytree(ROOT / "model_repository", target, ignore=tracked)
 
 
@@ -182,12 +231,17 @@ def _python(command: list) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="training/demo", help="M3D-LaMed: a folder or a Hugging Face id "
-                                                                      "(default: the demo's)")
-    parser.add_argument("--segment-question", default="Please segment the left thalamus.",
-                        help="for the latency; the checkpoint's answer must have a [SEG] (default: one of the demo's)")
-    parser.add_argument("--out", type=Path, default=Path("out/gpu-check"), help="folder of report and builds "
-                                                                               "(default: %(default)s)")
+    parser.add_argument(
+        "--checkpoint", default="training/demo", help="M3D-LaMed: a folder or a Hugging Face id (default: the demo's)"
+    )
+    parser.add_argument(
+        "--segment-question",
+        default="Please segment the left thalamus.",
+        help="for the latency; the checkpoint's answer must have a [SEG] (default: one of the demo's)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/gpu-check"), help="folder of report and builds (default: %(default)s)"
+    )
     return parser
 
 

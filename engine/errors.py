@@ -3,6 +3,7 @@
 Triton's streaming protocol carries an error as text only, so the kind travels in front of the message
 (``INVALID_ARGUMENT: the scan has 2 axes, ...``) and the client turns it back into the same class.
 """
+
 from __future__ import annotations
 
 
@@ -78,4 +79,4 @@ def from_wire(message: str) -> M3DError:
     if not found:
         return M3DError(message)
     position, code = min(found)
-    return _BY_CODE[code](message[position + len(code) + 2:])
+    return _BY_CODE[code](message[position + len(code) + 2 :])

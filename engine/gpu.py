@@ -1,4 +1,5 @@
 """The NVIDIA GPUs of this machine, and whether a repository that was exported for TensorRT fits them."""
+
 from __future__ import annotations
 
 import ctypes
@@ -44,8 +45,10 @@ def find_gpus() -> list[Gpu]:
     words = _nvidia_smi(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
     rows = [[cell.strip() for cell in line.split(",")] for line in words.splitlines()]
     whole = [row for row in rows if len(row) == len(_QUERY)]  # others are words, such as "No devices were found"
-    found = {uuid: Gpu(name, driver, capability, _bytes(total), _bytes(free), int(number))
-             for number, uuid, name, driver, capability, total, free in whole}
+    found = {
+        uuid: Gpu(name, driver, capability, _bytes(total), _bytes(free), int(number))
+        for number, uuid, name, driver, capability, total, free in whole
+    }
     return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
@@ -60,8 +63,11 @@ def _visible(gpus: dict[str, Gpu], chosen: str | None) -> list[Gpu]:
         return list(gpus.values())
     visible = []
     for word in map(str.strip, chosen.split(",")):
-        meant = [gpu for uuid, gpu in gpus.items()
-                 if word == str(gpu.number) or word.startswith("GPU-") and uuid.startswith(word)]
+        meant = [
+            gpu
+            for uuid, gpu in gpus.items()
+            if word == str(gpu.number) or word.startswith("GPU-") and uuid.startswith(word)
+        ]
         if len(meant) != 1:  # CUDA ignores it and all behind it
             break
         visible += meant
@@ -96,10 +102,14 @@ def memory_needed(manifest: Manifest, first: bool) -> int:
 
     first: the first GPU has the language model and room to work beside the graphs, which Triton loads on every GPU.
     """
-    graphs = sum(size for path, size in manifest.files.items()
-                 if Path(path).name.startswith(("model.plan", "model.onnx")))
-    llm = sum(size for path, size in manifest.files.items()
-              if path.startswith(str(LLM_FOLDER)) and path.endswith(".safetensors"))
+    graphs = sum(
+        size for path, size in manifest.files.items() if Path(path).name.startswith(("model.plan", "model.onnx"))
+    )
+    llm = sum(
+        size
+        for path, size in manifest.files.items()
+        if path.startswith(str(LLM_FOLDER)) and path.endswith(".safetensors")
+    )
     return graphs + llm + WORKING_BYTES if first else graphs
 
 
@@ -130,10 +140,12 @@ def misfits(manifest: Manifest, gpus: list[Gpu], tensorrt: str | None) -> list[s
 
 def occupied(manifest: Manifest, gpus: list[Gpu]) -> list[str]:
     """Which of `gpus` are large enough for the repository, and have too little memory free now; and what to do."""
-    return [f"{gpu} has {_gib(gpu.free)} GiB of memory free, {_gib(needed)} are needed: stop what uses it (nvidia-smi "
-            "names the processes)"
-            for gpu, needed in _needs(manifest, gpus)
-            if gpu.free is not None and gpu.free < needed and (gpu.memory is None or needed <= gpu.memory)]
+    return [
+        f"{gpu} has {_gib(gpu.free)} GiB of memory free, {_gib(needed)} are needed: stop what uses it (nvidia-smi "
+        "names the processes)"
+        for gpu, needed in _needs(manifest, gpus)
+        if gpu.free is not None and gpu.free < needed and (gpu.memory is None or needed <= gpu.memory)
+    ]
 
 
 def _needs(manifest: Manifest, gpus: list[Gpu]) -> list[tuple[Gpu, int]]:
@@ -146,8 +158,9 @@ def _too_small(manifest: Manifest, gpus: list[Gpu]) -> list[str]:
     for gpu, needed in _needs(manifest, gpus):
         unfit = [other for other in gpus if other.memory is not None and other.memory < needed]
         if gpu in unfit:
-            way_out = _leaving_out(gpus, unfit) or ("take a larger GPU, more of them (tensor_parallel_size of the "
-                                                    "decoder), or a smaller precision")
+            way_out = _leaving_out(gpus, unfit) or (
+                "take a larger GPU, more of them (tensor_parallel_size of the decoder), or a smaller precision"
+            )
             found.append(f"it needs {_gib(needed)} GiB of GPU memory, {gpu} has {_gib(gpu.memory)}: {way_out}")
     return found
 

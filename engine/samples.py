@@ -1,4 +1,5 @@
 """Real scans to try the engine on, taken from the packages that carry them."""
+
 from __future__ import annotations
 
 import gzip
@@ -26,14 +27,20 @@ class Sample:
 
 SAMPLES: dict[str, Sample] = {
     "brain-mr": Sample(
-        "nilearn", "0.14.1", "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz",
-        "T1 MR of the head without skull, 1 mm: the MNI ICBM152 2009a average of 152 people"),
+        "nilearn",
+        "0.14.1",
+        "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz",
+        "T1 MR of the head without skull, 1 mm: the MNI ICBM152 2009a average of 152 people",
+    ),
     "chest-ct": Sample(
-        "pyradiomics", "3.0.1", "data/lung1_image.nrrd",
-        "chest CT with a lung tumour, 0.57 x 0.57 x 5 mm", sdist=True),
+        "pyradiomics", "3.0.1", "data/lung1_image.nrrd", "chest CT with a lung tumour, 0.57 x 0.57 x 5 mm", sdist=True
+    ),
     "spine-ct": Sample(
-        "tptbox", "1.1.0", "TPTBox/tests/sample_ct/sub-ct_label-22_ct.nii.gz",
-        "CT of one lumbar vertebra and its neighbours, 1.5 mm"),
+        "tptbox",
+        "1.1.0",
+        "TPTBox/tests/sample_ct/sub-ct_label-22_ct.nii.gz",
+        "CT of one lumbar vertebra and its neighbours, 1.5 mm",
+    ),
 }
 
 
@@ -62,8 +69,19 @@ def write_sample(name: str, output: Path | str = ".") -> Path:
     return target
 
 
-_NRRD_TYPES = {"short": "i2", "int16": "i2", "signed short": "i2", "ushort": "u2", "unsigned short": "u2",
-               "uint16": "u2", "uchar": "u1", "unsigned char": "u1", "uint8": "u1", "int": "i4", "float": "f4"}
+_NRRD_TYPES = {
+    "short": "i2",
+    "int16": "i2",
+    "signed short": "i2",
+    "ushort": "u2",
+    "unsigned short": "u2",
+    "uint16": "u2",
+    "uchar": "u1",
+    "unsigned char": "u1",
+    "uint8": "u1",
+    "int": "i4",
+    "float": "f4",
+}
 _NRRD_TO_RAS = {"left-posterior-superior": (-1, -1, 1), "right-anterior-superior": (1, 1, 1)}
 
 
@@ -75,8 +93,11 @@ def read_nrrd(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
     head, _, body = Path(path).read_bytes().partition(b"\n\n")
     lines = [line for line in head.decode().splitlines()[1:] if ": " in line and not line.startswith("#")]
     fields = dict(line.split(": ", 1) for line in lines)
-    vectors = [vector.strip(" ()") for key in ("space directions", "space origin")
-               for vector in fields.get(key, "").replace(") (", ")|(").split("|")]
+    vectors = [
+        vector.strip(" ()")
+        for key in ("space directions", "space origin")
+        for vector in fields.get(key, "").replace(") (", ")|(").split("|")
+    ]
     try:
         dtype = np.dtype(_NRRD_TYPES[fields["type"]]).newbyteorder("<" if fields.get("endian") == "little" else ">")
         to_ras = np.array(_NRRD_TO_RAS[fields["space"]], dtype=float)

@@ -1,4 +1,5 @@
 """How an answer is sampled: checked on the client for quick errors, and again on the server, which trusts nobody."""
+
 from __future__ import annotations
 
 import json
@@ -70,7 +71,7 @@ class Sampling:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Sampling":
+    def from_dict(cls, values: dict) -> Sampling:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -78,7 +79,7 @@ class Sampling:
         return cls(**values)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Sampling":
+    def from_json(cls, text: str | bytes) -> Sampling:
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:

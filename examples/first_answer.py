@@ -3,6 +3,7 @@ library is used.
 
     python examples/first_answer.py --repository model_repository --out out
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,10 +19,16 @@ from engine.picture import montage
 from engine.samples import write_sample
 from engine.server import Server, free_ports
 
-QUESTIONS = ("Is this a CT or an MR scan?", "Which part of the body is shown?", "Is the brain stem visible in this scan?")
-REPORTS = ("This is a CT scan of the chest. There is a small tumour in the right lung.",
-           "This is an MR scan of the brain. The skull has been removed and no tumour is seen.",
-           "This is an MR scan of the lumbar spine. No tumour is seen.")
+QUESTIONS = (
+    "Is this a CT or an MR scan?",
+    "Which part of the body is shown?",
+    "Is the brain stem visible in this scan?",
+)
+REPORTS = (
+    "This is a CT scan of the chest. There is a small tumour in the right lung.",
+    "This is an MR scan of the brain. The skull has been removed and no tumour is seen.",
+    "This is an MR scan of the lumbar spine. No tumour is seen.",
+)
 SEGMENT = "Please segment the left thalamus."
 
 
@@ -45,8 +52,9 @@ def main(repository: Path, out: Path) -> None:
         if found.mask is None:
             raise M3DError("the model drew no mask")
         mask = found.save(out / "mask.nii.gz")
-        picture = montage(out / "mask.png", nibabel.load(scan).dataobj[:], found.affine, found.mask, SEGMENT,
-                          found.answer.text)
+        picture = montage(
+            out / "mask.png", nibabel.load(scan).dataobj[:], found.affine, found.mask, SEGMENT, found.answer.text
+        )
         print("  Which report fits the scan?")
         for text, score in client.rank(study, REPORTS).sorted():
             print(f"  {score:6.2f}  {text}")

@@ -7,6 +7,7 @@
 CHECKPOINT is a folder in the published layout or a Hugging Face id. The repository is this project's model_repository
 or a copy of its tracked files. A second run with nothing changed does nothing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,11 +25,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script, from any folder, whose own modules must not hide packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine import contract, manifest  # noqa: E402
-from engine.errors import CheckpointError, InvalidInput, M3DError, RepositoryError  # noqa: E402
-from engine.manifest import CLIP_TOKENIZER_FOLDER, LLM_FOLDER, TENSORRT_CONFIG, Manifest  # noqa: E402
-from engine.prompt import IMAGE_TOKEN, Prompt  # noqa: E402
-from export.build_settings import BUILDERS, RTX_CAPABILITIES, BuildSettings  # noqa: E402
+from engine import contract, manifest
+from engine.errors import CheckpointError, InvalidInput, M3DError, RepositoryError
+from engine.manifest import CLIP_TOKENIZER_FOLDER, LLM_FOLDER, TENSORRT_CONFIG, Manifest
+from engine.prompt import IMAGE_TOKEN, Prompt
+from export.build_settings import BUILDERS, RTX_CAPABILITIES, BuildSettings
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 QUANTIZATIONS = ("fp8", "awq", "gptq")
@@ -38,9 +39,17 @@ VERSIONED = ("m3d-engine", "torch", "onnx", "onnxruntime", "transformers")
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
-        export(arguments.checkpoint, arguments.repository, clip_checkpoint=arguments.clip_checkpoint,
-               target=arguments.target, precision=arguments.precision, settings=_settings(arguments),
-               calibration=arguments.calibration, quantization=arguments.llm_quantization, force=arguments.force)
+        export(
+            arguments.checkpoint,
+            arguments.repository,
+            clip_checkpoint=arguments.clip_checkpoint,
+            target=arguments.target,
+            precision=arguments.precision,
+            settings=_settings(arguments),
+            calibration=arguments.calibration,
+            quantization=arguments.llm_quantization,
+            force=arguments.force,
+        )
     except (M3DError, OSError) as error:
         print(f"export failed: {error}{_left(arguments.repository)}", file=sys.stderr)
         return 1
@@ -59,9 +68,18 @@ def _left(repository: Path) -> str:
     return ""
 
 
-def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = None, target: str = "cpu",
-           precision: str = "fp32", settings: BuildSettings | None = None, calibration: Sequence[Path] = (),
-           quantization: str | None = None, force: bool = False) -> Manifest:
+def export(
+    checkpoint: str,
+    repository: Path,
+    *,
+    clip_checkpoint: str | None = None,
+    target: str = "cpu",
+    precision: str = "fp32",
+    settings: BuildSettings | None = None,
+    calibration: Sequence[Path] = (),
+    quantization: str | None = None,
+    force: bool = False,
+) -> Manifest:
     """Export into `repository` and return its manifest; the one that is there if nothing changed since.
 
     precision: on a CPU the language model's. For TensorRT the encoders', and the language model's, which has bf16
@@ -109,7 +127,9 @@ def export(checkpoint: str, repository: Path, *, clip_checkpoint: str | None = N
     result = replace(result, files=_artifacts(repository))
     result.write(repository)
     size = sum(result.files.values()) / 1e6
-    print(f"exported {len(result.files)} files, {size:,.0f} MB, to {repository} in {time.perf_counter() - started:.0f} s")
+    print(
+        f"exported {len(result.files)} files, {size:,.0f} MB, to {repository} in {time.perf_counter() - started:.0f} s"
+    )
     return result
 
 
@@ -125,8 +145,9 @@ def _open_lamed(checkpoint: str) -> tuple:
     return config, weights, source, Prompt(tokenizer, config.num_visual_tokens, config.context_length)
 
 
-def _export_lamed(lamed: list[tuple], repository: Path, precision: str, quantized: dict, calibration: "_Calibration",
-                  finish=None) -> tuple[dict, dict]:
+def _export_lamed(
+    lamed: list[tuple], repository: Path, precision: str, quantized: dict, calibration: _Calibration, finish=None
+) -> tuple[dict, dict]:
     import torch
 
     from engine.models.checkpoint import build_lamed
@@ -141,10 +162,21 @@ def _export_lamed(lamed: list[tuple], repository: Path, precision: str, quantize
     del weights
     if quantized:
         with torch.inference_mode():
-            visual = [model.encode_images(torch.tensor(volume)[None])[0]
-                      for volume in calibration.volumes(config.vision.image_size)]
-        quantized = {**quantized, **quantize(repository / LLM_FOLDER, quantized["scheme"], DTYPES[precision], prompt,
-                                             visual, lambda text: _say("decoder", text))}
+            visual = [
+                model.encode_images(torch.tensor(volume)[None])[0]
+                for volume in calibration.volumes(config.vision.image_size)
+            ]
+        quantized = {
+            **quantized,
+            **quantize(
+                repository / LLM_FOLDER,
+                quantized["scheme"],
+                DTYPES[precision],
+                prompt,
+                visual,
+                lambda text: _say("decoder", text),
+            ),
+        }
     graphs = {}
     pending = lamed_graphs(model)
     del model
@@ -155,11 +187,16 @@ def _export_lamed(lamed: list[tuple], repository: Path, precision: str, quantize
         gc.collect()
     eos = config.llm.get("eos_token_id", prompt.tokenizer.eos_token_id)
     values = {
-        "image_size": config.vision.image_size, "patch_size": config.vision.patch_size,
-        "num_visual_tokens": config.num_visual_tokens, "llm_width": config.llm_width,
-        "vocab_size": config.llm["vocab_size"], "context_length": config.context_length,
-        "image_token_id": prompt.image_token_id, "eos_token_ids": tuple(eos if isinstance(eos, list) else [eos]),
-        "seg_token_id": config.seg_token_id if config.segmentation is not None else None, "quantization": quantized,
+        "image_size": config.vision.image_size,
+        "patch_size": config.vision.patch_size,
+        "num_visual_tokens": config.num_visual_tokens,
+        "llm_width": config.llm_width,
+        "vocab_size": config.llm["vocab_size"],
+        "context_length": config.context_length,
+        "image_token_id": prompt.image_token_id,
+        "eos_token_ids": tuple(eos if isinstance(eos, list) else [eos]),
+        "seg_token_id": config.seg_token_id if config.segmentation is not None else None,
+        "quantization": quantized,
     }
     return values, graphs
 
@@ -223,18 +260,23 @@ class _Planner:
         from export import plans, typed_graph
 
         path = self.repository / graph.name / "1" / "model.onnx"
-        plans.write_config(graph.name, self.repository,
-                           dict(zip(contract.MODELS[graph.name].input_names, graph.input_shapes)))
+        plans.write_config(
+            graph.name, self.repository, dict(zip(contract.MODELS[graph.name].input_names, graph.input_shapes))
+        )
         if not graph.is_image_encoder:  # TensorRT's are those; the others stay ONNX graphs
             typed_graph.save(typed_graph.free_shapes(onnx.load(path)), path)
             return {}
         volumes = self.calibration.volumes(graph.input_shapes[0][1:])
-        return {"plan": plans.build(graph, self.repository, self.precision, self.settings, volumes,
-                                    lambda text: _say(graph.name, text))}
+        return {
+            "plan": plans.build(
+                graph, self.repository, self.precision, self.settings, volumes, lambda text: _say(graph.name, text)
+            )
+        }
 
 
-def _check_target(target: str, precision: str, settings: BuildSettings | None, calibration: Sequence[Path],
-                  quantization: str | None) -> dict:
+def _check_target(
+    target: str, precision: str, settings: BuildSettings | None, calibration: Sequence[Path], quantization: str | None
+) -> dict:
     """What the manifest says about how plans are built. Raises InvalidInput for what does not go together."""
     if target == "cpu":
         if precision == "fp8":
@@ -250,12 +292,17 @@ def _check_target(target: str, precision: str, settings: BuildSettings | None, c
         raise InvalidInput("target tensorrt needs build settings")
     settings.refuse(precision)
     if precision == "fp8" and not calibration:
-        raise InvalidInput("fp8 is calibrated on scans: give --calibration SCAN [SCAN ...], some of the kind that will "
-                           "be asked about")
+        raise InvalidInput(
+            "fp8 is calibrated on scans: give --calibration SCAN [SCAN ...], some of the kind that will be asked about"
+        )
     described = {**asdict(settings), "timing_cache": None}
     described["best_batches"] = list(settings.best_batches)  # as JSON reads it
-    return {**described, "precision": precision, "calibration": _hashes(calibration),
-            "tensorrt": bindings_module(settings.builder).__version__}
+    return {
+        **described,
+        "precision": precision,
+        "calibration": _hashes(calibration),
+        "tensorrt": bindings_module(settings.builder).__version__,
+    }
 
 
 def _hashes(scans: Sequence[Path]) -> list[str]:
@@ -272,8 +319,10 @@ def _say(name: str, text: str) -> None:
 def _check_repository(repository: Path) -> None:
     missing = [name for name in contract.MODELS if not (repository / name / "config.pbtxt").is_file()]
     if missing:
-        raise RepositoryError(f"{repository} is not the model repository or a copy of its tracked files: it lacks "
-                              f"config.pbtxt of {', '.join(missing)}")
+        raise RepositoryError(
+            f"{repository} is not the model repository or a copy of its tracked files: it lacks "
+            f"config.pbtxt of {', '.join(missing)}"
+        )
 
 
 def _versions() -> dict[str, str]:
@@ -302,8 +351,12 @@ def _current(repository: Path, wanted: dict, quantized: dict) -> Manifest | None
 
 def _artifact_paths(repository: Path) -> list[Path]:
     """What an export writes: everything in the version folders except the Python models."""
-    artifacts = (path for name in contract.MODELS for path in (repository / name / "1").glob("*")
-                 if path.name not in ("model.py", "__pycache__", ".gitkeep"))
+    artifacts = (
+        path
+        for name in contract.MODELS
+        for path in (repository / name / "1").glob("*")
+        if path.name not in ("model.py", "__pycache__", ".gitkeep")
+    )
     return sorted([*artifacts, *repository.glob(f"*/{TENSORRT_CONFIG}")])
 
 
@@ -321,42 +374,93 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="M3D-LaMed: a folder or a Hugging Face id")
     parser.add_argument("--clip-checkpoint", help="M3D-CLIP, for retrieval: a folder or a Hugging Face id")
-    parser.add_argument("--target", choices=("cpu", "tensorrt"), default="cpu",
-                        help="what the repository is served on (default: %(default)s)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
-                        help="cpu: of the language model (the ONNX graphs stay in fp32). tensorrt: of the encoders and "
-                             "the language model; with fp8 encoders it has bf16 (default: %(default)s)")
-    parser.add_argument("--repository", type=Path, default=Path("model_repository"),
-                        help="the model repository, or a copy of its tracked files (default: %(default)s)")
-    parser.add_argument("--llm-quantization", choices=QUANTIZATIONS,
-                        help="quantise the language model's weights by llm-compressor (needs `make quantizing` and "
-                             "--calibration): fp8, or 4 bits by awq or gptq (default: none)")
-    parser.add_argument("--calibration", nargs="+", type=Path, default=(), metavar="SCAN",
-                        help="scans that fp8 encoders and a quantised language model are calibrated on, and that every "
-                             "plan is compared with PyTorch on")
+    parser.add_argument(
+        "--target",
+        choices=("cpu", "tensorrt"),
+        default="cpu",
+        help="what the repository is served on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="cpu: of the language model (the ONNX graphs stay in fp32). tensorrt: of the encoders and "
+        "the language model; with fp8 encoders it has bf16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repository",
+        type=Path,
+        default=Path("model_repository"),
+        help="the model repository, or a copy of its tracked files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--llm-quantization",
+        choices=QUANTIZATIONS,
+        help="quantise the language model's weights by llm-compressor (needs `make quantizing` and "
+        "--calibration): fp8, or 4 bits by awq or gptq (default: none)",
+    )
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        type=Path,
+        default=(),
+        metavar="SCAN",
+        help="scans that fp8 encoders and a quantised language model are calibrated on, and that every "
+        "plan is compared with PyTorch on",
+    )
     parser.add_argument("--force", action="store_true", help="export again although nothing changed")
     group = parser.add_argument_group("target tensorrt")
-    group.add_argument("--builder", choices=BUILDERS, default="tensorrt",
-                       help="tensorrt builds for this machine's GPU. rtx, TensorRT for RTX, needs no GPU: it proves that "
-                            "everything builds, but Triton does not load its plans (default: %(default)s)")
-    group.add_argument("--compute-capability", metavar="X.Y", help="what rtx builds for: " + ", ".join(RTX_CAPABILITIES))
-    group.add_argument("--workspace-gib", type=float, default=4.0,
-                       help="scratch memory that a kernel may use, GiB (default: %(default)s)")
-    group.add_argument("--timing-cache", type=Path, metavar="FILE",
-                       help="measured kernel times, read and written: later builds on the same GPU are quicker")
-    group.add_argument("--version-compatible", action="store_true",
-                       help="plans run on later TensorRT releases, too (m3d serve gives Triton the option it wants then)")
+    group.add_argument(
+        "--builder",
+        choices=BUILDERS,
+        default="tensorrt",
+        help="tensorrt builds for this machine's GPU. rtx, TensorRT for RTX, needs no GPU: it proves that "
+        "everything builds, but Triton does not load its plans (default: %(default)s)",
+    )
+    group.add_argument(
+        "--compute-capability", metavar="X.Y", help="what rtx builds for: " + ", ".join(RTX_CAPABILITIES)
+    )
+    group.add_argument(
+        "--workspace-gib",
+        type=float,
+        default=4.0,
+        help="scratch memory that a kernel may use, GiB (default: %(default)s)",
+    )
+    group.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="measured kernel times, read and written: later builds on the same GPU are quicker",
+    )
+    group.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="plans run on later TensorRT releases, too (m3d serve gives Triton the option it wants then)",
+    )
     group.add_argument("--hardware-compatible", action="store_true", help="plans run on every GPU since Ampere, slower")
-    group.add_argument("--strip-weights", action="store_true",
-                       help="build without weights and refit them, so that a fine-tune needs no second build")
+    group.add_argument(
+        "--strip-weights",
+        action="store_true",
+        help="build without weights and refit them, so that a fine-tune needs no second build",
+    )
     return parser
 
 
 def _settings(arguments: argparse.Namespace) -> BuildSettings | None:
-    names = ("builder", "compute_capability", "workspace_gib", "timing_cache", "version_compatible",
-             "hardware_compatible", "strip_weights")
-    given = BuildSettings(**{name: getattr(arguments, name) for name in names}) if (
-        arguments.target == "tensorrt") else None
+    names = (
+        "builder",
+        "compute_capability",
+        "workspace_gib",
+        "timing_cache",
+        "version_compatible",
+        "hardware_compatible",
+        "strip_weights",
+    )
+    given = (
+        BuildSettings(**{name: getattr(arguments, name) for name in names})
+        if (arguments.target == "tensorrt")
+        else None
+    )
     if given is None and any(getattr(arguments, name) != _parser().get_default(name) for name in names):
         raise InvalidInput(f"{', '.join('--' + name.replace('_', '-') for name in names)} are for --target tensorrt")
     return given

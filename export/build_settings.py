@@ -1,4 +1,5 @@
 """How TensorRT plans are built: what can be chosen, and what goes together."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -43,20 +44,25 @@ class BuildSettings:
             raise InvalidInput(f"workspace must be above 0 GiB, not {self.workspace_gib}")
         if self.builder == "rtx":
             if self.compute_capability not in RTX_CAPABILITIES:
-                raise InvalidInput(f"builder rtx needs --compute-capability, one of {', '.join(RTX_CAPABILITIES)}; "
-                                   f"given: {self.compute_capability}")
+                raise InvalidInput(
+                    f"builder rtx needs --compute-capability, one of {', '.join(RTX_CAPABILITIES)}; "
+                    f"given: {self.compute_capability}"
+                )
             # Stripping fails in TensorRT-RTX 1.7 without a GPU; the others are not in it, or ask for a GPU.
             for name in ("timing_cache", "version_compatible", "hardware_compatible", "strip_weights"):
                 if getattr(self, name):
                     raise InvalidInput(f"builder rtx cannot do --{name.replace('_', '-')} without a GPU: leave it out")
         elif self.compute_capability is not None:
-            raise InvalidInput("builder tensorrt builds for the GPU of this machine: leave out --compute-capability, or "
-                               "take --builder rtx")
+            raise InvalidInput(
+                "builder tensorrt builds for the GPU of this machine: leave out --compute-capability, or "
+                "take --builder rtx"
+            )
 
     def refuse(self, precision: str) -> None:
         """Raises InvalidInput for a precision that the settings rule out."""
         if precision == "fp8" and self.compute_capability and float(self.compute_capability) < FP8_CAPABILITY:
             raise InvalidInput(f"fp8 needs compute capability {FP8_CAPABILITY} or later, not {self.compute_capability}")
         if precision == "fp8" and self.strip_weights:
-            raise InvalidInput("fp8 cannot be refitted, since its scales belong to one checkpoint: leave out "
-                               "--strip-weights")
+            raise InvalidInput(
+                "fp8 cannot be refitted, since its scales belong to one checkpoint: leave out --strip-weights"
+            )

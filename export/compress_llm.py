@@ -6,6 +6,7 @@ SCHEME: fp8 (weights per channel, activations per token while it runs), awq or g
 safetensors file of prompt embeddings [T, H], each calibrated on as it is. Nothing of this project is imported: the
 versions that llm-compressor wants do not fit into vLLM's environment.
 """
+
 import sys
 
 import torch
@@ -26,14 +27,21 @@ def main(scheme: str, folder: str, prompts: str, target: str) -> None:
         IntermediatesCache.pin_memory = lambda *_: None  # AWQ pins memory for a GPU, also where there is none
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     embedded = [rows[None].to(model.dtype) for rows in load_file(prompts).values()]
-    calibration = DataLoader([{"inputs_embeds": rows, "attention_mask": torch.ones(rows.shape[:2], dtype=torch.long)}
-                              for rows in embedded], batch_size=None)
+    calibration = DataLoader(
+        [{"inputs_embeds": rows, "attention_mask": torch.ones(rows.shape[:2], dtype=torch.long)} for rows in embedded],
+        batch_size=None,
+    )
     if scheme == "fp8":
         oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"]))
     else:
         modifier = {"awq": AWQModifier, "gptq": GPTQModifier}[scheme]
-        oneshot(model=model, recipe=modifier(config_groups={"group_0": four_bits(model, symmetric=scheme == "gptq")},
-                                             ignore=["lm_head"]), dataset=calibration)
+        oneshot(
+            model=model,
+            recipe=modifier(
+                config_groups={"group_0": four_bits(model, symmetric=scheme == "gptq")}, ignore=["lm_head"]
+            ),
+            dataset=calibration,
+        )
     model.save_pretrained(target, save_compressed=True)
 
 
@@ -42,8 +50,10 @@ def four_bits(model: torch.nn.Module, symmetric: bool) -> QuantizationScheme:
     fitting = [size for size in GROUPS if all(count % size == 0 for count in columns)]
     if not fitting:
         sys.exit(f"the language model's widths {sorted(columns)} are no multiples of {GROUPS[-1]}: 4 bits need that")
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
-        num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=fitting[0]))
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=fitting[0]),
+    )
 
 
 if __name__ == "__main__":

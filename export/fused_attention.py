@@ -4,6 +4,7 @@ ONNX has attention as products and a softmax between them: 200 MB of scores in e
 and read three times. ONNX Runtime's own operator computes it block by block in the processor's cache, and OpenVINO reads
 it, too. TensorRT does not: its plans start from plain ONNX, in which it finds attention by itself.
 """
+
 from __future__ import annotations
 
 import onnxscript
@@ -15,9 +16,14 @@ DOMAIN, VERSION = "com.microsoft", 1
 _TENSOR = OpSchema.FormalParameter
 # The operator as far as it is used here; onnxscript does not know it.
 _SCHEMA = OpSchema(
-    "MultiHeadAttention", DOMAIN, VERSION, type_constraints=[("T", ["tensor(float)"], "")],
-    inputs=[_TENSOR(name, "T") for name in ("query", "key", "value")], outputs=[_TENSOR("output", "T")],
-    attributes=[OpSchema.Attribute("num_heads", OpSchema.AttrType.INT, "")])
+    "MultiHeadAttention",
+    DOMAIN,
+    VERSION,
+    type_constraints=[("T", ["tensor(float)"], "")],
+    inputs=[_TENSOR(name, "T") for name in ("query", "key", "value")],
+    outputs=[_TENSOR("output", "T")],
+    attributes=[OpSchema.Attribute("num_heads", OpSchema.AttrType.INT, "")],
+)
 _attention = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), _SCHEMA.name, _SCHEMA)
 
 

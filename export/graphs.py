@@ -3,6 +3,7 @@
 The wrappers only rename and bind; the arithmetic is the models'. Every graph has a dynamic batch axis in front and the
 tensor names of `engine.contract`.
 """
+
 from __future__ import annotations
 
 import gc
@@ -71,7 +72,7 @@ class Graph:
         if self.integers is not None:
             ids = torch.randint(self.integers, (batch, *self.input_shapes[0]), generator=generator)
             mask = torch.ones_like(ids)
-            mask[:, ids.shape[1] // 2:] = 0  # half of it padding, so that the mask matters
+            mask[:, ids.shape[1] // 2 :] = 0  # half of it padding, so that the mask matters
             return ids, mask
         if self.is_image_encoder:
             return (torch.rand(batch, *self.input_shapes[0], generator=generator),)
@@ -88,8 +89,11 @@ def lamed_graphs(model: Lamed) -> list[Graph]:
         features = (config.segmentation.hidden_size, *config.segmentation.grid)
         graphs += [
             Graph("segmentation_encoder", Bound(model.seg_module.image_encoder, model.seg_module.encode), (image,)),
-            Graph("segmentation_head", Bound(_without(model.seg_module, "image_encoder").append(model.seg_projector),
-                                             model.segment), (features, (config.llm_width,))),
+            Graph(
+                "segmentation_head",
+                Bound(_without(model.seg_module, "image_encoder").append(model.seg_projector), model.segment),
+                (features, (config.llm_width,)),
+            ),
         ]
     return graphs
 
@@ -100,10 +104,19 @@ def clip_graphs(model: M3DClip) -> list[Graph]:
     vision = nn.ModuleList([model.vision_encoder, model.mm_vision_proj])
     language = nn.ModuleList([model.language_encoder, model.mm_language_proj])
     return [
-        Graph("clip_image_encoder", Bound(vision, lambda x: model.encode_image(x)[:, 0]),
-              ((1, *model.config.vision.image_size),), bound=1e-5),
-        Graph("clip_text_encoder", Bound(language, lambda ids, mask: model.encode_text(ids, mask)[:, 0]),
-              (text, text), bound=1e-5, integers=model.language_encoder.config.vocab_size),
+        Graph(
+            "clip_image_encoder",
+            Bound(vision, lambda x: model.encode_image(x)[:, 0]),
+            ((1, *model.config.vision.image_size),),
+            bound=1e-5,
+        ),
+        Graph(
+            "clip_text_encoder",
+            Bound(language, lambda ids, mask: model.encode_text(ids, mask)[:, 0]),
+            (text, text),
+            bound=1e-5,
+            integers=model.language_encoder.config.vocab_size,
+        ),
     ]
 
 
@@ -121,8 +134,11 @@ def build(graph: Graph, repository: Path, fused: bool) -> dict:
     target.parent.mkdir(parents=True, exist_ok=True)
     _export(graph, target, fused)
     gc.collect()
-    entry = {"opset": OPSET, "bound": graph.bound,
-             **compare(graph, OnnxGraph(target, contract.MODELS[graph.name]), graph.bound)}
+    entry = {
+        "opset": OPSET,
+        "bound": graph.bound,
+        **compare(graph, OnnxGraph(target, contract.MODELS[graph.name]), graph.bound),
+    }
     entry["sha256"] = _sha256(sorted(target.parent.glob(f"{target.name}*")))
     entry["seconds"] = round(time.perf_counter() - started, 1)
     return entry
@@ -137,14 +153,26 @@ def _export(graph: Graph, target: Path, fused: bool) -> None:
     with torch.inference_mode(), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            graph.module, graph.random_inputs(2), target, input_names=model.input_names,
-            output_names=model.output_names, opset_version=OPSET, dynamo=True, verbose=False,
-            dynamic_shapes=(tuple({0: batch} for _ in graph.input_shapes),), external_data=size > EXTERNAL_DATA_BYTES,
-            custom_translation_table=table)
+            graph.module,
+            graph.random_inputs(2),
+            target,
+            input_names=model.input_names,
+            output_names=model.output_names,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=(tuple({0: batch} for _ in graph.input_shapes),),
+            external_data=size > EXTERNAL_DATA_BYTES,
+            custom_translation_table=table,
+        )
 
 
-def compare(graph: Graph, run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], bound: float,
-            inputs: Sequence[tuple[Tensor, ...]] = ()) -> dict:
+def compare(
+    graph: Graph,
+    run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    bound: float,
+    inputs: Sequence[tuple[Tensor, ...]] = (),
+) -> dict:
     """Largest and mean error of `run` against PyTorch, as shares of the largest output; `inputs` are batches.
 
     By default batches of 1 and 2 of random values, which also proves the batch axis. Raises ExportError beyond `bound`.
@@ -162,8 +190,9 @@ def compare(graph: Graph, run: Callable[[dict[str, np.ndarray]], dict[str, np.nd
         errors.append((float(error.max()), float(error.mean())))
     largest, mean = max(e[0] for e in errors), max(e[1] for e in errors)
     if not largest <= bound:
-        raise ExportError(f"{graph.name}: the exported graph is off by {largest:.2e} against PyTorch, {bound:.0e} is "
-                          "allowed")
+        raise ExportError(
+            f"{graph.name}: the exported graph is off by {largest:.2e} against PyTorch, {bound:.0e} is allowed"
+        )
     return {"max_error": largest, "mean_error": mean}
 
 

@@ -1,5 +1,6 @@
 """The language model in a folder of its own, as vLLM loads it: transformers' own architecture and keys, with the
 tokenizer."""
+
 from __future__ import annotations
 
 import json
@@ -20,8 +21,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 2_000_000_000  # what is in memory at once
 
 
-def write_llm(config: LamedConfig, weights: Weights, source: Path, folder: Path, precision: str,
-              progress: Callable[[str], None]) -> None:
+def write_llm(
+    config: LamedConfig, weights: Weights, source: Path, folder: Path, precision: str, progress: Callable[[str], None]
+) -> None:
     """Stream the language model's tensors into `folder` in shards, converted to `precision`; copy the tokenizer."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -35,17 +37,23 @@ def write_llm(config: LamedConfig, weights: Weights, source: Path, folder: Path,
         progress(f"{name}, {len(shard)} tensors")
         tensors = {key: weights[key].to(dtype).contiguous() for key in shard}
         if broken := [key for key, tensor in tensors.items() if not _finite(tensor)]:
-            raise CheckpointError(f"the checkpoint has values that are NaN or infinite in {precision}, in "
-                                  f"{listed(broken)}: get it again, or export with another --precision if its values "
-                                  f"are too large for this one")
+            raise CheckpointError(
+                f"the checkpoint has values that are NaN or infinite in {precision}, in "
+                f"{listed(broken)}: get it again, or export with another --precision if its values "
+                f"are too large for this one"
+            )
         save_file(tensors, folder / name, metadata={"format": "pt"})
         shards[index - 1] = (name, shard)
     if len(shards) > 1:
         total = sum(torch.Size(expected[key]).numel() for key in keys) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": {key: name for name, shard in shards for key in shard}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {key: name for name, shard in shards for key in shard},
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    causal_lm_config(config.llm, architectures=[type(model.llm).__name__], dtype=str(dtype).removeprefix("torch.")
-                     ).save_pretrained(folder)
+    causal_lm_config(
+        config.llm, architectures=[type(model.llm).__name__], dtype=str(dtype).removeprefix("torch.")
+    ).save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

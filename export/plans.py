@@ -1,4 +1,5 @@
 """A graph's TensorRT plan: calibrated, typed, compared with PyTorch, built, and compared again where there is a GPU."""
+
 from __future__ import annotations
 
 import json
@@ -23,8 +24,14 @@ BOUNDS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 5e-2, "fp8": 1e-1}
 TYPED = "model.typed.onnx"
 
 
-def build(graph: Graph, repository: Path, precision: str, settings: BuildSettings,
-          volumes: Sequence[np.ndarray], progress: Callable[[str], None]) -> dict:
+def build(
+    graph: Graph,
+    repository: Path,
+    precision: str,
+    settings: BuildSettings,
+    volumes: Sequence[np.ndarray],
+    progress: Callable[[str], None],
+) -> dict:
     """Turn the exported ONNX graph of `graph` in `repository` into a plan; returns the plan's manifest entry.
 
     volumes: scans as the model sees them, fp32 [1, D, H, W] in 0..1: fp8 is calibrated on them, and every precision is
@@ -41,8 +48,10 @@ def build(graph: Graph, repository: Path, precision: str, settings: BuildSetting
     model = typed_graph.typed(onnx.load(exported), precision, amax)
     typed_graph.save(model, typed)
     key = tensorrt.structure_key(model, settings) if settings.strip_weights else None
-    inputs = [*([graph.random_inputs(1)] if precision != "fp8" else []),
-              *((torch.tensor(volume)[None],) for volume in volumes)]
+    inputs = [
+        *([graph.random_inputs(1)] if precision != "fp8" else []),
+        *((torch.tensor(volume)[None],) for volume in volumes),
+    ]
     errors = compare(graph, on_cpu(model), BOUNDS[precision], inputs)
     del model
     progress(f"{precision}: off by {errors['max_error']:.1e} at most, {BOUNDS[precision]:.0e} allowed (on the CPU)")
@@ -66,8 +75,12 @@ def calibrate(graph: Path, volumes: Sequence[np.ndarray]) -> dict[str, float]:
     watched = typed_graph.fp8_inputs(model)
     for name in watched:
         # Reduced in the graph: the tensors of all blocks at once would not fit into memory.
-        model.graph.node.extend([onnx.helper.make_node("Abs", [name], [f"{name}_abs"]),
-                                 onnx.helper.make_node("ReduceMax", [f"{name}_abs"], [f"{name}_max"], keepdims=0)])
+        model.graph.node.extend(
+            [
+                onnx.helper.make_node("Abs", [name], [f"{name}_abs"]),
+                onnx.helper.make_node("ReduceMax", [f"{name}_abs"], [f"{name}_max"], keepdims=0),
+            ]
+        )
         model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}_max", onnx.TensorProto.FLOAT, []))
     session = _session(model)
     outputs = [f"{name}_max" for name in watched]
@@ -98,8 +111,10 @@ def write_config(name: str, repository: Path, shapes: dict[str, tuple[int, ...]]
             given.zero_data = True
     target = folder / TENSORRT_CONFIG
     target.parent.mkdir(exist_ok=True)
-    target.write_text(f"# Written by export/build_engines.py for the checkpoint that lies here.\n"
-                      f"{text_format.MessageToString(config)}")
+    target.write_text(
+        f"# Written by export/build_engines.py for the checkpoint that lies here.\n"
+        f"{text_format.MessageToString(config)}"
+    )
 
 
 def _stripped_and_refitted(typed: Path, plan: Path, settings: BuildSettings, key: str) -> dict:

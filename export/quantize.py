@@ -3,6 +3,7 @@
 Scans are asked the questions of calibration_questions.txt, and the model's own greedy answers complete the prompts.
 Every other prompt is calibrated on; on the rest the quantised folder, read back, is compared with what it was.
 """
+
 from __future__ import annotations
 
 import gc
@@ -56,15 +57,20 @@ def check(scheme: str | None, scans: int) -> None:
     if scheme not in BOUNDS:
         raise InvalidInput(f"--llm-quantization {scheme!r} is not known; known: {', '.join(BOUNDS)}")
     if not scans:
-        raise InvalidInput("--llm-quantization is calibrated on scans: give --calibration SCAN [SCAN ...], some of the "
-                           "kind that will be asked about")
+        raise InvalidInput(
+            "--llm-quantization is calibrated on scans: give --calibration SCAN [SCAN ...], some of the "
+            "kind that will be asked about"
+        )
     if not PYTHON.is_file():
-        raise InvalidInput(f"--llm-quantization needs llm-compressor in an environment of its own ({PYTHON.parents[1]}"
-                           "): run `make quantizing` first")
+        raise InvalidInput(
+            f"--llm-quantization needs llm-compressor in an environment of its own ({PYTHON.parents[1]}"
+            "): run `make quantizing` first"
+        )
 
 
-def quantize(folder: Path, scheme: str, dtype: torch.dtype, prompt: Prompt, visual: list[Tensor],
-             say: Callable[[str], None]) -> dict:
+def quantize(
+    folder: Path, scheme: str, dtype: torch.dtype, prompt: Prompt, visual: list[Tensor], say: Callable[[str], None]
+) -> dict:
     """Put the quantised language model in the place of the one in `folder`; what the manifest says about it.
 
     dtype: of the one in `folder`, and of what is not quantised. visual: visual tokens [N, H] of each scan. Raises
@@ -82,9 +88,11 @@ def quantize(folder: Path, scheme: str, dtype: torch.dtype, prompt: Prompt, visu
         tokens = sum(len(a.ids) for a in measured)
         say(f"perplexity {after:.3f}, before {before:.3f}; {agreement:.1%} of {tokens} greedy tokens stay")
         if not (ratio <= bound.perplexity_ratio and agreement >= bound.agreement):
-            raise ExportError(f"the language model loses too much in {scheme}: perplexity of its own answers rises "
-                              f"{ratio:.3f}-fold ({bound.perplexity_ratio} allowed), {agreement:.1%} of their tokens stay "
-                              f"the likeliest ({bound.agreement:.0%} needed): export it without --llm-quantization")
+            raise ExportError(
+                f"the language model loses too much in {scheme}: perplexity of its own answers rises "
+                f"{ratio:.3f}-fold ({bound.perplexity_ratio} allowed), {agreement:.1%} of their tokens stay "
+                f"the likeliest ({bound.agreement:.0%} needed): export it without --llm-quantization"
+            )
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
@@ -92,13 +100,20 @@ def quantize(folder: Path, scheme: str, dtype: torch.dtype, prompt: Prompt, visu
         target.rename(folder)
     finally:
         shutil.rmtree(target, ignore_errors=True)
-    return {"scheme": scheme, "perplexity": after, "perplexity_before": before, "agreement": agreement,
-            "tokens": tokens, "bound": [bound.perplexity_ratio, bound.agreement]}
+    return {
+        "scheme": scheme,
+        "perplexity": after,
+        "perplexity_before": before,
+        "agreement": agreement,
+        "tokens": tokens,
+        "bound": [bound.perplexity_ratio, bound.agreement],
+    }
 
 
 @torch.inference_mode()
-def answer(folder: Path, dtype: torch.dtype, prompt: Prompt, visual: list[Tensor],
-           say: Callable[[str], None]) -> list[Answered]:
+def answer(
+    folder: Path, dtype: torch.dtype, prompt: Prompt, visual: list[Tensor], say: Callable[[str], None]
+) -> list[Answered]:
     """Every question about every scan, answered greedily."""
     model = _load(folder, dtype)
     embed, found = model.get_input_embeddings(), []
@@ -109,8 +124,12 @@ def answer(folder: Path, dtype: torch.dtype, prompt: Prompt, visual: list[Tensor
         for question in questions:
             ids = torch.tensor(prompt.question_ids(question), device=model.device)
             asked = torch.cat([embed(bos), tokens.to(model.device, model.dtype), embed(ids)])[None]
-            said = model.generate(inputs_embeds=asked, attention_mask=asked.new_ones(asked.shape[:2], dtype=torch.long),
-                                  max_new_tokens=ANSWER_TOKENS, do_sample=False)[0]
+            said = model.generate(
+                inputs_embeds=asked,
+                attention_mask=asked.new_ones(asked.shape[:2], dtype=torch.long),
+                max_new_tokens=ANSWER_TOKENS,
+                do_sample=False,
+            )[0]
             found.append(Answered(torch.cat([asked[0], embed(said)]).cpu(), said.cpu()))
     return found
 
@@ -136,8 +155,12 @@ def compress(folder: Path, scheme: str, answered: list[Answered], target: Path) 
     shutil.rmtree(target, ignore_errors=True)
     try:
         save_file({f"{number:05}": one.rows.contiguous() for number, one in enumerate(answered)}, prompts)
-        done = subprocess.run([PYTHON, "-I", Path(__file__).with_name("compress_llm.py"), scheme, folder, prompts, target],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            [PYTHON, "-I", Path(__file__).with_name("compress_llm.py"), scheme, folder, prompts, target],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     finally:
         prompts.unlink(missing_ok=True)
     if done.returncode:

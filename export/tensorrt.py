@@ -4,6 +4,7 @@ The only module that speaks to TensorRT. `tensorrt` (10.x and 11.x) builds for t
 plans. `rtx`, TensorRT for RTX, builds ahead of time on any machine, without a GPU: it proves that the graphs parse, type
 and compile for an architecture; Triton's TensorRT backend does not load its plans. Both are used through the same calls.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -28,12 +29,23 @@ if TYPE_CHECKING:  # read with tensorrt-stubs, whose Dims is no sequence and who
 PLAN = {"tensorrt": "model.plan", "rtx": "model.rtx.plan"}  # Triton looks for the first
 STRIPPED_PLAN = "model.stripped.plan"
 REPORT = "layers.txt"
-_DTYPES = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "FP8": "FP8", "INT32": "INT32", "INT64": "INT64",
-           "INT8": "INT8", "BOOL": "BOOL", "UINT8": "UINT8"}
+_DTYPES = {
+    "FLOAT": "FP32",
+    "HALF": "FP16",
+    "BF16": "BF16",
+    "FP8": "FP8",
+    "INT32": "INT32",
+    "INT64": "INT64",
+    "INT8": "INT8",
+    "BOOL": "BOOL",
+    "UINT8": "UINT8",
+}
 _MODULES = {"tensorrt": ("tensorrt", "tensorrt_bindings"), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
-_INSTALL = {"tensorrt": "run inside the image of deploy/, or install `tensorrt-cu13` on a machine with an NVIDIA GPU; "
-                        "without a GPU, check the graphs with --builder rtx",
-            "rtx": "install the extra `m3d-engine[tensorrt-rtx]`"}
+_INSTALL = {
+    "tensorrt": "run inside the image of deploy/, or install `tensorrt-cu13` on a machine with an NVIDIA GPU; "
+    "without a GPU, check the graphs with --builder rtx",
+    "rtx": "install the extra `m3d-engine[tensorrt-rtx]`",
+}
 
 
 class BuildError(M3DError):
@@ -61,7 +73,9 @@ def bindings_module(builder: str) -> Any:
             continue
         if hasattr(module, "Builder"):  # `tensorrt-stubs` leaves an empty `tensorrt` behind
             return module
-    raise Unavailable(f"{'TensorRT' if builder == 'tensorrt' else 'TensorRT-RTX'} is not installed: {_INSTALL[builder]}")
+    raise Unavailable(
+        f"{'TensorRT' if builder == 'tensorrt' else 'TensorRT-RTX'} is not installed: {_INSTALL[builder]}"
+    )
 
 
 def build(graph: Path, plan: Path, settings: BuildSettings) -> dict:
@@ -75,27 +89,38 @@ def build(graph: Path, plan: Path, settings: BuildSettings) -> dict:
     try:
         builder: trt.Builder = api.Builder(log)
     except TypeError as error:  # the constructor returned nothing
-        raise Unavailable(f"TensorRT {api.__version__} does not start ({log.errors() or error}); builder tensorrt needs "
-                          "an NVIDIA GPU and its driver, --builder rtx does not") from None
+        raise Unavailable(
+            f"TensorRT {api.__version__} does not start ({log.errors() or error}); builder tensorrt needs "
+            "an NVIDIA GPU and its driver, --builder rtx does not"
+        ) from None
     model = _read(graph)
     network = _parse(api, builder, log, graph, model)
     bindings = _bindings(network)
     config = _config(api, builder, network, bindings, settings)
     built = builder.build_serialized_network(network, config)
     if built is None:
-        raise BuildError(f"{graph.parents[1].name}: {api.__name__} {api.__version__} cannot build this graph: "
-                         f"{_named(log.errors(), model)}")
+        raise BuildError(
+            f"{graph.parents[1].name}: {api.__name__} {api.__version__} cannot build this graph: "
+            f"{_named(log.errors(), model)}"
+        )
     plan.write_bytes(memoryview(built))  # type: ignore[arg-type]
     if settings.timing_cache is not None:
         settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
         settings.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))  # type: ignore[arg-type]
     layers = log.layers()
     plan.with_name(REPORT).write_text(layers or "this TensorRT reports no layers\n")
-    return {"builder": settings.builder, "tensorrt": api.__version__, "compute_capability": _capability(settings),
-            "profiles": [[1, best, settings.max_batch] for best in settings.best_batches],
-            "version_compatible": settings.version_compatible, "hardware_compatible": settings.hardware_compatible,
-            "bindings": {b.name: [b.dtype, *b.shape] for b in bindings}, "fused_attentions": count_fused(layers),
-            "bytes": plan.stat().st_size, "build_seconds": round(time.perf_counter() - started, 1)}
+    return {
+        "builder": settings.builder,
+        "tensorrt": api.__version__,
+        "compute_capability": _capability(settings),
+        "profiles": [[1, best, settings.max_batch] for best in settings.best_batches],
+        "version_compatible": settings.version_compatible,
+        "hardware_compatible": settings.hardware_compatible,
+        "bindings": {b.name: [b.dtype, *b.shape] for b in bindings},
+        "fused_attentions": count_fused(layers),
+        "bytes": plan.stat().st_size,
+        "build_seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def refit(stripped: Path, graph: Path, plan: Path, builder: str) -> None:
@@ -158,8 +183,12 @@ def structure_key(graph: onnx.ModelProto, settings: BuildSettings) -> str:
                 tensor.ClearField(field)
     for node in bare.graph.node:
         del node.metadata_props[:]
-    parts = (bare.SerializeToString(deterministic=True), repr(settings).encode(), _capability(settings).encode(),
-             bindings_module(settings.builder).__version__.encode())
+    parts = (
+        bare.SerializeToString(deterministic=True),
+        repr(settings).encode(),
+        _capability(settings).encode(),
+        bindings_module(settings.builder).__version__.encode(),
+    )
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
@@ -192,20 +221,25 @@ def _parse(api: Any, builder: trt.Builder, log: Any, graph: Path, model: onnx.Mo
             if node is not None and module_of(node):
                 where += f" of {module_of(node)}"
             errors.append(f"{where}: {error.desc()}")
-        raise BuildError(f"{graph.parents[1].name}: {api.__name__} {api.__version__} cannot parse "
-                         f"{'; '.join(errors) or log.errors()}")
+        raise BuildError(
+            f"{graph.parents[1].name}: {api.__name__} {api.__version__} cannot parse "
+            f"{'; '.join(errors) or log.errors()}"
+        )
     return network
 
 
 def _bindings(network: trt.INetworkDefinition) -> list[Binding]:
     tensors = [(network.get_input(i), True) for i in range(network.num_inputs)]
     tensors += [(network.get_output(i), False) for i in range(network.num_outputs)]
-    return [Binding(t.name, _DTYPES.get(t.dtype.name, t.dtype.name), tuple(t.shape), is_input)  # type: ignore[arg-type]
-            for t, is_input in tensors]
+    return [
+        Binding(t.name, _DTYPES.get(t.dtype.name, t.dtype.name), tuple(t.shape), is_input)  # type: ignore[arg-type]
+        for t, is_input in tensors
+    ]
 
 
-def _config(api: Any, builder: trt.Builder, network: trt.INetworkDefinition, bindings: list[Binding],
-            settings: BuildSettings) -> trt.IBuilderConfig:
+def _config(
+    api: Any, builder: trt.Builder, network: trt.INetworkDefinition, bindings: list[Binding], settings: BuildSettings
+) -> trt.IBuilderConfig:
     config: trt.IBuilderConfig = builder.create_builder_config()
     config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, int(settings.workspace_gib * (1 << 30)))
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
@@ -259,8 +293,9 @@ def _capability(settings: BuildSettings) -> str:
 def _named(errors: str, model: onnx.ModelProto) -> str:
     """`errors` with the PyTorch module behind each ONNX node that they mention."""
     modules = {node.name: module_of(node) for node in model.graph.node if node.name}
-    return re.sub(r"[\w./:]+", lambda word: f"{word[0]} (of {modules[word[0]]})" if modules.get(word[0]) else word[0],
-                  errors)
+    return re.sub(
+        r"[\w./:]+", lambda word: f"{word[0]} (of {modules[word[0]]})" if modules.get(word[0]) else word[0], errors
+    )
 
 
 def _log(api: Any) -> Any:
@@ -281,8 +316,9 @@ def _log(api: Any) -> Any:
 
         def layers(self) -> str:
             """The engine's layers with types and kernels: at this verbosity a build ends with the inspector's text."""
-            found = [message for _, message in self.messages
-                     if message.startswith(("Layers:", "Engine Layer Information:"))]
+            found = [
+                message for _, message in self.messages if message.startswith(("Layers:", "Engine Layer Information:"))
+            ]
             return found[-1] if found else ""
 
     return Log()

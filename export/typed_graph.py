@@ -5,6 +5,7 @@ there stays in fp32: layer norms, softmax, the residual stream, the patch embedd
 everything that is not named here. fp8 is fp16 with the products of the transformer blocks quantised (E4M3, one scale
 per activation tensor and per column of a weight). Products accumulate in fp32 on tensor cores in every type.
 """
+
 from __future__ import annotations
 
 import ast
@@ -27,8 +28,21 @@ _LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp8": Tensor
 _NUMPY = {TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: ml_dtypes.bfloat16, TensorProto.FLOAT: np.float32}
 _PRODUCTS = ("MatMul", "Gemm")
 # These have the type of what they get, if all of it is in reduced precision.
-_FOLLOWING = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Split", "Concat", "Expand", "Identity", "Add",
-              "Mul", "Gelu", "Relu")
+_FOLLOWING = (
+    "Reshape",
+    "Transpose",
+    "Slice",
+    "Squeeze",
+    "Unsqueeze",
+    "Split",
+    "Concat",
+    "Expand",
+    "Identity",
+    "Add",
+    "Mul",
+    "Gelu",
+    "Relu",
+)
 _SIZED = ("Reshape", "Slice", "Squeeze", "Unsqueeze", "Split", "Expand")  # only their first input is data
 
 
@@ -36,8 +50,12 @@ class GraphError(M3DError):
     """A graph is not of the kind that these transformations know."""
 
 
-def typed(model: onnx.ModelProto, precision: str, amax: dict[str, float] | None = None,
-          fp32_parts: frozenset[str] = FP32_PARTS) -> onnx.ModelProto:
+def typed(
+    model: onnx.ModelProto,
+    precision: str,
+    amax: dict[str, float] | None = None,
+    fp32_parts: frozenset[str] = FP32_PARTS,
+) -> onnx.ModelProto:
     """A copy of the fp32 graph `model` with the types of `precision`; inputs and outputs stay in fp32.
 
     amax: for fp8, the largest magnitude of each tensor of `fp8_inputs(model)`, from calibration. fp32_parts: what stays
@@ -79,8 +97,9 @@ def plain_attention(model: onnx.ModelProto) -> onnx.ModelProto:
         back, transpose, flatten = chain
         if list(transpose.attribute[0].ints) != [0, 2, 1]:
             continue
-        back.CopyFrom(helper.make_node("Transpose", [flatten.input[0]], list(back.output), name=back.name,
-                                       perm=[0, 1, 3, 2]))
+        back.CopyFrom(
+            helper.make_node("Transpose", [flatten.input[0]], list(back.output), name=back.name, perm=[0, 1, 3, 2])
+        )
         back.metadata_props.extend(transpose.metadata_props)
     _drop_unused(graph)
     return copied
@@ -120,8 +139,9 @@ def save(model: onnx.ModelProto, path) -> None:
     """Write the graph, large weights into `<name>.data` beside it."""
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-    onnx.save(model, path, save_as_external_data=size > EXTERNAL_DATA_BYTES, location=f"{path.name}.data",
-              size_threshold=1024)
+    onnx.save(
+        model, path, save_as_external_data=size > EXTERNAL_DATA_BYTES, location=f"{path.name}.data", size_threshold=1024
+    )
 
 
 @dataclass
@@ -182,18 +202,21 @@ class _Typing:
         part = "patch_embedding" in module_of(node) and "patch_embedding"
         if node.op_type in _PRODUCTS:
             return part not in self.fp32_parts
-        following = [*_FOLLOWING, *("LayerNormalization" for _ in "x" if "norm" not in self.fp32_parts),
-                     *("Softmax" for _ in "x" if "softmax" not in self.fp32_parts)]
+        following = [
+            *_FOLLOWING,
+            *("LayerNormalization" for _ in "x" if "norm" not in self.fp32_parts),
+            *("Softmax" for _ in "x" if "softmax" not in self.fp32_parts),
+        ]
         names = [node.input[i] for i in positions]
         if node.op_type not in following:
             return False
         moving = [name for name in names if name not in self.constants]
         if not moving:  # an expanded parameter, such as the class token
             return "residual" not in self.fp32_parts
-        if node.op_type == "Add" and "residual" in self.fp32_parts:
-            # A bias is a vector; a position embedding begins the residual stream.
-            if any(len(self.constants[name].dims) > 1 for name in names if name in self.constants):
-                return False
+        # A bias is a vector; a position embedding begins the residual stream.
+        constant_ranks = [len(self.constants[name].dims) for name in names if name in self.constants]
+        if node.op_type == "Add" and "residual" in self.fp32_parts and max(constant_ranks, default=0) > 1:
+            return False
         return all(self.types[name] == self.low for name in moving)
 
     def _as(self, name: str, wanted: int) -> str:
@@ -300,8 +323,10 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
             node.attribute[0].i = TensorProto.FLOAT
         for index, name in enumerate(node.output):
             node.output[index] = f"{name}_exact"
-            nodes += [helper.make_node("Cast", [f"{name}_exact"], [f"{name}_rounded"], to=kind),
-                      helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT)]
+            nodes += [
+                helper.make_node("Cast", [f"{name}_exact"], [f"{name}_rounded"], to=kind),
+                helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT),
+            ]
     del graph.node[:]
     graph.node.extend(nodes)
     return copied

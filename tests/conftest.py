@@ -1,4 +1,5 @@
 """What unit and functional tests share."""
+
 from __future__ import annotations
 
 import os
@@ -16,5 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
 
 def copy_repository(folder: Path) -> Path:
     """The tracked files of model_repository, as a user would copy them."""
-    ignore = shutil.ignore_patterns("*.onnx*", "*.plan", "layers.txt", "tensorrt.pbtxt", "llm", "tokenizer", "manifest.json", "__pycache__")
+    ignore = shutil.ignore_patterns(
+        "*.onnx*", "*.plan", "layers.txt", "tensorrt.pbtxt", "llm", "tokenizer", "manifest.json", "__pycache__"
+    )
     return shutil.copytree(ROOT / "model_repository", folder / "model_repository", ignore=ignore)

@@ -1,4 +1,5 @@
 """A small data root in the layout of M3D-Data, made of phantoms: what readers, checks and preparation are tested on."""
+
 from __future__ import annotations
 
 import csv
@@ -8,8 +9,18 @@ from pathlib import Path
 import numpy as np
 
 SIZE = (8, 32, 32)
-VQA_COLUMNS = ("Image Path", "Text", "Question Type", "Question", "Choice A", "Choice B", "Choice C", "Choice D",
-               "Answer", "Answer Choice")
+VQA_COLUMNS = (
+    "Image Path",
+    "Text",
+    "Question Type",
+    "Question",
+    "Choice A",
+    "Choice B",
+    "Choice C",
+    "Choice D",
+    "Answer",
+    "Answer Choice",
+)
 REFSEG_COLUMNS = ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Answer")
 LIVER, RIGHT_KIDNEY = (slice(1, 5), slice(4, 16), slice(2, 12)), (slice(2, 4), slice(18, 26), slice(5, 10))
 
@@ -53,8 +64,10 @@ def write_root(root: Path) -> Path:
     index = {"train": pairs[:4], "validation": pairs[4:5], "test": pairs[5:]}
     (root / "M3D_Cap_npy" / "M3D_Cap.json").write_text(json.dumps(index))
     for split, chosen in (("train", pairs[:4]), ("val", pairs[4:5]), ("test", pairs[5:])):
-        closed = [(p["image"], "a, b", 1, "Which plane?", "Axial", "Coronal", "Sagittal", "None", "Axial", "A")
-                  for p in chosen]
+        closed = [
+            (p["image"], "a, b", 1, "Which plane?", "Axial", "Coronal", "Sagittal", "None", "Axial", "A")
+            for p in chosen
+        ]
         write_csv(root / f"M3D-VQA/M3D_VQA_{split}.csv", VQA_COLUMNS, closed)
         yes_no = [(p["image"], "", 4, "Is there a mass?", "", "", "", "", "No", "") for p in chosen]
         write_csv(root / f"M3D-VQA/M3D_VQA_yn_{split}.csv", VQA_COLUMNS, yes_no)
@@ -72,8 +85,10 @@ def write_root(root: Path) -> Path:
     case = "M3D_RefSeg_npy/s0000"
     save(root / case / "ct.npy", image(9))
     save(root / case / "mask.npy", (mask(LIVER) + 2.0 * mask(RIGHT_KIDNEY)).astype(np.float32))
-    rows = [(f"{case}/ct.npy", f"{case}/mask.npy", number, 0, f"Segment lesion {number}.", "It is [SEG] on the right.")
-            for number in (1, 2)]
+    rows = [
+        (f"{case}/ct.npy", f"{case}/mask.npy", number, 0, f"Segment lesion {number}.", "It is [SEG] on the right.")
+        for number in (1, 2)
+    ]
     for name in ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv"):
         write_csv(root / "M3D_RefSeg_npy" / name, REFSEG_COLUMNS, rows)
     return root

@@ -1,4 +1,5 @@
 """Tiny random checkpoints in the published layout: real architecture, real files, seconds to serve."""
+
 from __future__ import annotations
 
 import json
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
-
 import weights
 import write_checkpoint
+from safetensors.numpy import load_file, save_file
+
 from engine.models.checkpoint import lamed_shapes, load_lamed
 from engine.models.clip import M3DClip
 from engine.models.config import ClipConfig, LamedConfig
@@ -22,13 +23,34 @@ IMAGE_SIZE, PATCH_SIZE = (16, 64, 64), (4, 16, 16)
 NUM_VISUAL_TOKENS = 8
 VIT = {"hidden_size": 64, "mlp_dim": 128, "num_layers": 2, "num_heads": 4}
 LAMED = {
-    "architectures": ["LamedLlamaForCausalLM"], "model_type": "lamed_llama", "hidden_size": 128,
-    "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 320, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    "image_size": list(IMAGE_SIZE), "patch_size": list(PATCH_SIZE), "vision_tower": "vit3d", "mm_hidden_size": 64,
-    "mm_projector_type": "spp", "proj_layer_type": "mlp", "proj_layer_num": 2, "proj_pooling_type": "spatial",
-    "proj_pooling_size": 2, "segmentation_module": "segvol", "vision_config": VIT, "seg_config": VIT,
+    "architectures": ["LamedLlamaForCausalLM"],
+    "model_type": "lamed_llama",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "image_size": list(IMAGE_SIZE),
+    "patch_size": list(PATCH_SIZE),
+    "vision_tower": "vit3d",
+    "mm_hidden_size": 64,
+    "mm_projector_type": "spp",
+    "proj_layer_type": "mlp",
+    "proj_layer_num": 2,
+    "proj_pooling_type": "spatial",
+    "proj_pooling_size": 2,
+    "segmentation_module": "segvol",
+    "vision_config": VIT,
+    "seg_config": VIT,
 }
 IMAGE_TOKEN_ID = 315
 QUESTION = "w10 w20 w30"
@@ -73,7 +95,8 @@ def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for layer in [found[1] for found in map(queries.fullmatch, tensors) if found]:
         for block, parts, whole in (("self_attn", ("q", "k", "v"), "qkv"), ("mlp", ("gate", "up"), "gate_up")):
             tensors[f"{layer}{block}.{whole}_proj.weight"] = np.concatenate(
-                [tensors.pop(f"{layer}{block}.{part}_proj.weight") for part in parts])
+                [tensors.pop(f"{layer}{block}.{part}_proj.weight") for part in parts]
+            )
     return tensors
 
 
@@ -86,10 +109,21 @@ def _name_seg_token(folder: Path, token_id: int) -> None:
 def write_tiny_clip(folder: Path, seed: str = "tiny") -> Path:
     """A random M3D-CLIP for the same volumes, with a word-level BERT tokenizer of w0, w1, ..."""
     config = {
-        "model_type": "m3d_clip", "img_size": list(IMAGE_SIZE), "patch_size": list(PATCH_SIZE), **VIT,
-        "pos_embed": "perceptron", "in_channels": 1, "max_text_len": 16, "vocab_size": 300,
-        "bert_config": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
-                        "max_position_embeddings": 64},
+        "model_type": "m3d_clip",
+        "img_size": list(IMAGE_SIZE),
+        "patch_size": list(PATCH_SIZE),
+        **VIT,
+        "pos_embed": "perceptron",
+        "in_channels": 1,
+        "max_text_len": 16,
+        "vocab_size": 300,
+        "bert_config": {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "max_position_embeddings": 64,
+        },
     }
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in M3DClip(ClipConfig.from_dict(config)).state_dict().items()}
@@ -98,5 +132,7 @@ def write_tiny_clip(folder: Path, seed: str = "tiny") -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (folder / "vocab.txt").write_text("\n".join([*special, *(f"w{i}" for i in range(300 - len(special)))]) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+    )
     return folder

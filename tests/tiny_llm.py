@@ -1,5 +1,6 @@
 """A tiny random LLaMA or Phi-3 in an exported repository, and what transformers computes with it: the slow, obvious
 way."""
+
 from __future__ import annotations
 
 import json
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
-
 import weights
 import write_checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
 from engine.manifest import LLM_FOLDER, Manifest
 from tests.tiny import fused
 
@@ -21,17 +22,48 @@ VISUAL_TOKENS, WIDTH, VOCABULARY, CONTEXT = 64, 128, 320, 512
 BOS, EOS, IMAGE_TOKEN = 1, 2, 315
 QUESTION_WORDS = range(3, 160)  # never the word that becomes [SEG], which a tokenizer would not know as a word
 CONFIG = LlamaConfig(
-    hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=False,
-    bos_token_id=BOS, eos_token_id=EOS, pad_token_id=0, architectures=["LlamaForCausalLM"])
+    hidden_size=WIDTH,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=CONTEXT,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+    pad_token_id=0,
+    architectures=["LlamaForCausalLM"],
+)
 # Attention looks back over a part of the visual tokens only, and LongRoPE would begin behind the context.
 PHI3_CONFIG = Phi3Config(
-    **{key: getattr(CONFIG, key) for key in (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "vocab_size", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")},
-    max_position_embeddings=4 * CONTEXT, original_max_position_embeddings=CONTEXT, sliding_window=40,
-    rope_scaling={"type": "longrope", "short_factor": [1 + 0.1 * k for k in range(16)],
-                  "long_factor": [2.0 + k for k in range(16)]}, architectures=["Phi3ForCausalLM"])
+    **{
+        key: getattr(CONFIG, key)
+        for key in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "vocab_size",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        )
+    },
+    max_position_embeddings=4 * CONTEXT,
+    original_max_position_embeddings=CONTEXT,
+    sliding_window=40,
+    rope_scaling={
+        "type": "longrope",
+        "short_factor": [1 + 0.1 * k for k in range(16)],
+        "long_factor": [2.0 + k for k in range(16)],
+    },
+    architectures=["Phi3ForCausalLM"],
+)
 
 
 def visual_tokens(seed: int) -> np.ndarray:
@@ -72,15 +104,16 @@ class TinyLlm:
 
     def generate(self, visual: np.ndarray, question: str, length: int, **settings) -> list[int]:
         """Greedy ids by transformers, with the final EOS."""
-        return self.model.generate(inputs_embeds=self.prompt(visual, question), max_new_tokens=length, do_sample=False,
-                                   **settings)[0].tolist()
+        return self.model.generate(
+            inputs_embeds=self.prompt(visual, question), max_new_tokens=length, do_sample=False, **settings
+        )[0].tolist()
 
     @torch.inference_mode()
     def states(self, visual: np.ndarray, question: str, answer: list[int]) -> np.ndarray:
         """fp32 [len(answer), H]: the state that each token of the answer was sampled from."""
         answered = self.model.get_input_embeddings()(torch.tensor(answer[:-1], dtype=torch.long))
         rows = torch.cat([self.prompt(visual, question)[0], answered])
-        return self.model.model(inputs_embeds=rows[None]).last_hidden_state[0, -len(answer):].numpy()
+        return self.model.model(inputs_embeds=rows[None]).last_hidden_state[0, -len(answer) :].numpy()
 
 
 def write_tiny_llm(repository: Path, seed: str = "tiny-llm-2", phi3: bool = False, **changes) -> TinyLlm:
@@ -100,9 +133,22 @@ def write_tiny_llm(repository: Path, seed: str = "tiny-llm-2", phi3: bool = Fals
     (folder / "tokenizer.json").write_text(json.dumps(write_checkpoint.tokenizer(case)))
     (folder / "tokenizer_config.json").write_text(json.dumps(write_checkpoint.TOKENIZER_CONFIG))
     facts = dict(
-        checkpoint=seed, checkpoint_sha256="", target="cpu", precision="fp32", image_size=(16, 64, 64),
-        patch_size=(4, 16, 16), num_visual_tokens=VISUAL_TOKENS, llm_width=WIDTH, vocab_size=VOCABULARY,
-        context_length=CONTEXT, image_token_id=IMAGE_TOKEN, seg_token_id=seg, eos_token_ids=(EOS,), models=("decoder",),
-        graphs={}, versions={})
+        checkpoint=seed,
+        checkpoint_sha256="",
+        target="cpu",
+        precision="fp32",
+        image_size=(16, 64, 64),
+        patch_size=(4, 16, 16),
+        num_visual_tokens=VISUAL_TOKENS,
+        llm_width=WIDTH,
+        vocab_size=VOCABULARY,
+        context_length=CONTEXT,
+        image_token_id=IMAGE_TOKEN,
+        seg_token_id=seg,
+        eos_token_ids=(EOS,),
+        models=("decoder",),
+        graphs={},
+        versions={},
+    )
     Manifest(**{**facts, **changes}).write(repository)
     return tiny

@@ -8,6 +8,7 @@ name the modality, the body part and a tumour, and the structures in its part of
 model and costs a fiftieth of the time, at the price of scans with every structure labelled.
 `final` holds vision tower, projector and embeddings, for `start` of instruction tuning.
 """
+
 from __future__ import annotations
 
 import sys
@@ -16,21 +17,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from engine.errors import InvalidInput  # noqa: E402
-from training import trainer  # noqa: E402
-from training.config import StageSettings  # noqa: E402
-from training.data.augment import View  # noqa: E402
-from training.data.jitter import swap_sides  # noqa: E402
-from training.data.scans import LabelledScan  # noqa: E402
-from training.data.selection import open_questions, open_views, shown  # noqa: E402
-from training.finetune import check_precision  # noqa: E402
-from training.lamed import Start, TrainedLamed  # noqa: E402
-from training.packing import Packer, count_too_long  # noqa: E402
+from engine.errors import InvalidInput
+from training import trainer
+from training.config import StageSettings
+from training.data.augment import View
+from training.data.jitter import swap_sides
+from training.data.scans import LabelledScan
+from training.data.selection import open_questions, open_views, shown
+from training.finetune import check_precision
+from training.lamed import Start, TrainedLamed
+from training.packing import Packer, count_too_long
 
 OBJECTIVES = ("captions", "words")
 _SHOWN = 4
@@ -84,8 +85,11 @@ class WordAligned(trainer.StageModel):
         super().__init__()
         self.model = model
         texts = {text for scan in scans for text in (*scan.structures, *about(scan.facts))}
-        self.lens = Lens(sorted(texts | set(map(swap_sides, texts))), model.tokenizer,
-                         model.lamed.llm.get_input_embeddings().weight.detach().float())
+        self.lens = Lens(
+            sorted(texts | set(map(swap_sides, texts))),
+            model.tokenizer,
+            model.lamed.llm.get_input_embeddings().weight.detach().float(),
+        )
         # The language model itself is never run.
         model.lamed.llm.requires_grad_(False)
 
@@ -97,13 +101,16 @@ class WordAligned(trainer.StageModel):
 
     def collate(self, items: list[tuple[View, np.random.Generator]]) -> dict:
         grid = self.model.lamed.config.visual_grid
-        return {"images": torch.from_numpy(np.stack([view.image for view, _ in items]))[:, None],
-                "target": torch.from_numpy(np.stack([words_of(view, self.lens, grid) for view, _ in items])),
-                "totals": {"scans": torch.tensor(float(len(items)))}}
+        return {
+            "images": torch.from_numpy(np.stack([view.image for view, _ in items]))[:, None],
+            "target": torch.from_numpy(np.stack([words_of(view, self.lens, grid) for view, _ in items])),
+            "totals": {"scans": torch.tensor(float(len(items)))},
+        }
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
-        self.model.write(folder, {key.removeprefix("model."): value for key, value in state.items()
-                                  if key.startswith("model.")})
+        self.model.write(
+            folder, {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+        )
 
     def restore(self, folder: Path) -> None:
         self.model.restore(folder)
@@ -143,8 +150,9 @@ def train(settings: Settings) -> Path:
         aligned = WordAligned(model, list(views.scans.values()))
         return trainer.fit(aligned, settings, views, aligned.collate)
     captions = open_questions(settings, size)
-    packer = Packer(model.tokenizer, model.num_visual_tokens, size, model.config_json["seg_token_id"],
-                    settings.max_length)
+    packer = Packer(
+        model.tokenizer, model.num_visual_tokens, size, model.config_json["seg_token_id"], settings.max_length
+    )
     count_too_long(captions, packer)
     model.shown = shown(captions, _SHOWN) if settings.sample_every else []
     return trainer.fit(model, settings, captions, packer)

@@ -1,4 +1,5 @@
 """One JSON file a stage: read into frozen dataclasses, strictly, before anything is loaded or trained."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,10 +16,20 @@ from engine.errors import InvalidInput
 T = TypeVar("T")
 
 # Set by the stages; everything else of transformers' TrainingArguments may stand under `trainer`.
-MANAGED = {"output_dir": "out", "seed": "seed", "data_seed": "seed", "remove_unused_columns": None,
-           "resume_from_checkpoint": None, "load_best_model_at_end": None, "push_to_hub": None, "do_train": None,
-           # With these a resumed run would not end where one that was never interrupted does.
-           "save_only_model": None, "ignore_data_skip": None, "auto_find_batch_size": None}
+MANAGED = {
+    "output_dir": "out",
+    "seed": "seed",
+    "data_seed": "seed",
+    "remove_unused_columns": None,
+    "resume_from_checkpoint": None,
+    "load_best_model_at_end": None,
+    "push_to_hub": None,
+    "do_train": None,
+    # With these a resumed run would not end where one that was never interrupted does.
+    "save_only_model": None,
+    "ignore_data_skip": None,
+    "auto_find_batch_size": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +63,14 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
         raise InvalidInput(f"{where.rstrip('.') or 'the configuration'} must be an object of settings, not {values!r}")
     settings = dataclasses.fields(cls)
     known = {f.name for f in settings}
-    required = {f.name for f in settings
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        f.name for f in settings if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     for problem, names in (("unknown", set(values) - known), ("missing", required - set(values))):
         if names:
-            raise InvalidInput(f"{problem} setting {', '.join(where + n for n in sorted(names))}; "
-                               f"known: {', '.join(sorted(known))}")
+            raise InvalidInput(
+                f"{problem} setting {', '.join(where + n for n in sorted(names))}; known: {', '.join(sorted(known))}"
+            )
     hints = typing.get_type_hints(cls)
     return cls(**{name: _convert(hints[name], value, where + name) for name, value in values.items()})
 
@@ -72,11 +85,22 @@ def training_arguments(settings: StageSettings, **defaults):
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     backend = {"ddp_backend": None if alone else given.get("ddp_backend", "gloo" if given.get("use_cpu") else None)}
     try:
-        return TrainingArguments(**{
-            # No batch is padded by repeating samples, and every parameter that is trained is reached by every step.
-            "dataloader_drop_last": True, "ddp_find_unused_parameters": False, "report_to": "none",
-            "save_total_limit": 2, **defaults, **given, **backend, "output_dir": str(settings.out),
-            "seed": settings.seed, "data_seed": settings.seed, "remove_unused_columns": False})
+        return TrainingArguments(
+            **{
+                # No batch is padded by repeating samples, and every parameter that is trained is reached by every step.
+                "dataloader_drop_last": True,
+                "ddp_find_unused_parameters": False,
+                "report_to": "none",
+                "save_total_limit": 2,
+                **defaults,
+                **given,
+                **backend,
+                "output_dir": str(settings.out),
+                "seed": settings.seed,
+                "data_seed": settings.seed,
+                "remove_unused_columns": False,
+            }
+        )
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise InvalidInput(f"trainer: {error}") from None
 
@@ -92,8 +116,10 @@ def check_trainer(given: dict) -> None:
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     unknown = sorted(set(given) - known)
     if unknown:
-        raise InvalidInput(f"unknown setting {', '.join('trainer.' + name for name in unknown)}: "
-                           "not one of transformers' TrainingArguments")
+        raise InvalidInput(
+            f"unknown setting {', '.join('trainer.' + name for name in unknown)}: "
+            "not one of transformers' TrainingArguments"
+        )
     hints = typing.get_type_hints(TrainingArguments)
     for name, value in given.items():
         if not _fits(hints[name], value):

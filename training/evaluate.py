@@ -6,6 +6,7 @@ Everything goes the long way: the saved checkpoint is read back, questions are a
 the `[SEG]` states of those answers at the model's full volume. An answer without `[SEG]` counts as Dice 0. Beside each
 figure stand its 95 % interval, what guessing gives, and what is known without a look at the scan: see `Score`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,28 +21,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-from accelerate.utils import gather_object  # noqa: E402
-from rich.progress import track  # noqa: E402
-from scipy import stats  # noqa: E402
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.progress import track
+from scipy import stats
 
-from engine.errors import InvalidInput, M3DError  # noqa: E402
-from engine.models.checkpoint import load_clip, load_lamed, load_tokenizer  # noqa: E402
-from engine.prompt import SEG_TOKEN, Prompt, parse_boxes  # noqa: E402
-from training.config import read  # noqa: E402
-from training.data.augment import Augmentation, View, view_of  # noqa: E402
-from training.data.questions import CLOSED, Question, ask, caption, is_right  # noqa: E402
-from training.data.scans import SOURCES, LabelledScan, load_scans  # noqa: E402
-from training.files import write_json  # noqa: E402
+from engine.errors import InvalidInput, M3DError
+from engine.models.checkpoint import load_clip, load_lamed, load_tokenizer
+from engine.prompt import SEG_TOKEN, Prompt, parse_boxes
+from training.config import read
+from training.data.augment import Augmentation, View, view_of
+from training.data.questions import CLOSED, Question, ask, caption, is_right
+from training.data.scans import SOURCES, LabelledScan, load_scans
+from training.files import write_json
 
 # Apart from training's seeds, which begin with the recipe's.
 SEED = 7_000_000
 LARGE = 0.01
 # The kinds of tasks, in the order of the card, and which closed questions are of which.
-KINDS = ("closed VQA", "open VQA", "yes or no", "caption", "REC", "REG", "segmentation", "refusal", "text retrieval",
-         "scan retrieval")
+KINDS = (
+    "closed VQA",
+    "open VQA",
+    "yes or no",
+    "caption",
+    "REC",
+    "REG",
+    "segmentation",
+    "refusal",
+    "text retrieval",
+    "scan retrieval",
+)
 KIND_OF = {"modality": "closed VQA", "side": "closed VQA", "box_side": "closed VQA", "part": "open VQA"}
 Pair = tuple[np.ndarray, str, tuple[str, str, str]]
 DRAWS = 200  # of each closed question about a view, to see which answer is the commonest
@@ -101,19 +112,29 @@ class Answerer:
         """(answers, mask [D, H, W] bool or None for each). image: [D, H, W]."""
         image = torch.from_numpy(image)[None, None]
         tokens = self.lamed.encode_images(image)
-        prompts = [self.lamed.prompt_embeddings(torch.tensor([self.prompt.input_ids(q.question)]), tokens)[0]
-                   for q in questions]
+        prompts = [
+            self.lamed.prompt_embeddings(torch.tensor([self.prompt.input_ids(q.question)]), tokens)[0]
+            for q in questions
+        ]
         # Padding stands on the left, so that all answers begin at the same step.
         length = max(len(p) for p in prompts)
         embeddings = torch.zeros(len(prompts), length, prompts[0].shape[1], dtype=torch.bfloat16)
         mask = torch.zeros(len(prompts), length, dtype=torch.long)
         for row, p in enumerate(prompts):
-            embeddings[row, length - len(p):], mask[row, length - len(p):] = p, 1
-        out = self.lamed.llm.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=new_tokens,
-                                      do_sample=False, output_hidden_states=True, return_dict_in_generate=True)
+            embeddings[row, length - len(p) :], mask[row, length - len(p) :] = p, 1
+        out = self.lamed.llm.generate(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
         states = torch.stack([step[-1][:, -1] for step in out.hidden_states], dim=1).float()
-        answers = [self.tokenizer.decode(ids, skip_special_tokens=False).split(self.tokenizer.eos_token)[0].strip()
-                   for ids in out.sequences]
+        answers = [
+            self.tokenizer.decode(ids, skip_special_tokens=False).split(self.tokenizer.eos_token)[0].strip()
+            for ids in out.sequences
+        ]
         return answers, self._masks(image, states, out.sequences == self.lamed.config.seg_token_id)
 
     def _masks(self, image: torch.Tensor, states: torch.Tensor, found: torch.Tensor) -> list:
@@ -133,8 +154,10 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 def box_iou(a: np.ndarray, b: np.ndarray, size: tuple[int, int, int]) -> float:
     """Intersection over union (a true union, unlike the reference's hull) of boxes given by first and last voxels."""
+
     def edges(box):
         return box[:3] * size, box[3:] * size + 1
+
     (a0, a1), (b0, b1) = edges(a), edges(b)
     both = np.prod(np.maximum(0, np.minimum(a1, b1) - np.maximum(a0, b0)))
     return float(both / (np.prod(a1 - a0) + np.prod(b1 - b0) - both))
@@ -162,8 +185,11 @@ class Priors:
 
     def usual(self, view: View, name: str, score: Callable[[View], float]) -> float | None:
         """The mean score of a structure as it lies in the unchanged scans of the same body part."""
-        found = [score(other) for other in self.unchanged
-                 if name in other.visible and other.facts["part"] == view.facts["part"]]
+        found = [
+            score(other)
+            for other in self.unchanged
+            if name in other.visible and other.facts["part"] == view.facts["part"]
+        ]
         return float(np.mean(found)) if found else None
 
 
@@ -176,11 +202,15 @@ def finding(view: View) -> tuple[str, str, str]:
 # --- one view --------------------------------------------------------------------------------------------------------
 def measure(answerer: Answerer, view: View, number: int, rng: np.random.Generator, priors: Priors) -> list[Score]:
     """Ask about one view: every closed task, boxes, names of boxes, a description, and every visible structure."""
+
     def score(kind: str, q: Question, value: float, chance: float, **more) -> Score:
         return Score(kind, q.task, view.scan, number, float(value), chance, **more)
 
-    return [*_closed(answerer, view, rng, priors, score), *_worded(answerer, view, rng, priors, score),
-            *_segmented(answerer, view, rng, priors, score)]
+    return [
+        *_closed(answerer, view, rng, priors, score),
+        *_worded(answerer, view, rng, priors, score),
+        *_segmented(answerer, view, rng, priors, score),
+    ]
 
 
 def _closed(answerer: Answerer, view: View, rng: np.random.Generator, priors: Priors, score: Callable) -> list[Score]:
@@ -194,8 +224,11 @@ def _closed(answerer: Answerer, view: View, rng: np.random.Generator, priors: Pr
     scores = []
     for k, (q, answer, unseeing) in enumerate(zip(asked[:-1], answers, blind)):
         kind = KIND_OF.get(q.task, "yes or no") if k < len(known) else "unseen wording"
-        scores.append(score(kind, q, is_right(q, answer), CLOSED[q.task], prior=priors.closed(q),
-                            blind=float(is_right(q, unseeing))))
+        scores.append(
+            score(
+                kind, q, is_right(q, answer), CLOSED[q.task], prior=priors.closed(q), blind=float(is_right(q, unseeing))
+            )
+        )
     return [*scores, score("refusal", absent, _declines(answers[-1]), 0.5, blind=float(_declines(blind[-1])))]
 
 
@@ -223,16 +256,20 @@ def _worded(answerer: Answerer, view: View, rng: np.random.Generator, priors: Pr
         got = {"value": value(q, answer), "blind": value(q, unseeing)}
         if q.task == "box":
             box = boxes[q.structure]
-            got |= {"chance": float(np.mean([box_iou(other, box, answerer.size) for other in boxes.values()])),
-                    "prior": priors.usual(view, q.structure, lambda other: box_iou(other.box(q.structure), box,
-                                                                                   answerer.size))}
+            got |= {
+                "chance": float(np.mean([box_iou(other, box, answerer.size) for other in boxes.values()])),
+                "prior": priors.usual(
+                    view, q.structure, lambda other, q=q, box=box: box_iou(other.box(q.structure), box, answerer.size)
+                ),
+            }
             scores.append(score("REC", q, **got))
         elif q.task == "name_box":
             scores.append(score("REG", q, chance=1 / len(boxes), **got))
         else:
             commonest = priors.reports.most_common(1)[0][0]
-            scores.append(score("caption", q, chance=1 / len(priors.reports), prior=float(commonest == finding(view)),
-                                **got))
+            scores.append(
+                score("caption", q, chance=1 / len(priors.reports), prior=float(commonest == finding(view)), **got)
+            )
     return scores
 
 
@@ -244,18 +281,27 @@ def reports(view: View, text: str) -> bool:
     return modality in text and part in text and (sides == {side} and says_tumour if side else not says_tumour)
 
 
-def _segmented(answerer: Answerer, view: View, rng: np.random.Generator, priors: Priors,
-               score: Callable) -> list[Score]:
+def _segmented(
+    answerer: Answerer, view: View, rng: np.random.Generator, priors: Priors, score: Callable
+) -> list[Score]:
     """Masks of every visible structure. A guess is the right mask of any of them."""
     questions = [ask("segment", view, rng, structure=name) for name in view.visible]
     truths = [view.mask(name) for name in view.visible]
     scores = []
     for q, truth, mask in zip(questions, truths, answerer(view.image, questions, 14)[1]):
-        scores.append(score(
-            "segmentation", q, 0.0 if mask is None else dice(mask, truth),
-            float(np.mean([dice(truth, other) for other in truths])),
-            prior=priors.usual(view, q.structure, lambda other: dice(other.mask(q.structure), truth)),
-            structure=q.structure, share=float(truth.mean())))
+        scores.append(
+            score(
+                "segmentation",
+                q,
+                0.0 if mask is None else dice(mask, truth),
+                float(np.mean([dice(truth, other) for other in truths])),
+                prior=priors.usual(
+                    view, q.structure, lambda other, q=q, truth=truth: dice(other.mask(q.structure), truth)
+                ),
+                structure=q.structure,
+                share=float(truth.mean()),
+            )
+        )
     return scores
 
 
@@ -275,8 +321,9 @@ class Retriever:
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> np.ndarray:
         """[B, E]"""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
-                                max_length=self.clip.config.max_text_len)
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, return_tensors="pt", max_length=self.clip.config.max_text_len
+        )
         return self.clip.encode_text(tokens["input_ids"], tokens["attention_mask"])[:, 0].numpy()
 
 
@@ -287,8 +334,10 @@ def retrieval(images: np.ndarray, texts: np.ndarray, findings: list[tuple]) -> l
     same = np.array([[a == b for b in findings] for a in findings])
     scores = []
     for kind, ranked in (("text retrieval", similarity), ("scan retrieval", similarity.T)):
-        scores += [Score(kind, f"1 of {len(findings)}", "", row, float(same[row, best]), float(same[row].mean()))
-                   for row, best in enumerate(ranked.argmax(axis=1))]
+        scores += [
+            Score(kind, f"1 of {len(findings)}", "", row, float(same[row, best]), float(same[row].mean()))
+            for row, best in enumerate(ranked.argmax(axis=1))
+        ]
     return scores
 
 
@@ -303,15 +352,25 @@ def summary(scores: list[Score]) -> dict:
     large = [name for name in dices if shares[name] > LARGE]
     return {
         "tasks": {kind: figure(kinds[kind]) for kind in KINDS if kind in kinds},
-        "closed_questions": {**figure(closed), "unseen_wordings": figure(kinds["unseen wording"]),
-                             "by_task": {task: figure(found) for task, found in _grouped(
-                                 closed, lambda score: score.task).items()}},
+        "closed_questions": {
+            **figure(closed),
+            "unseen_wordings": figure(kinds["unseen wording"]),
+            "by_task": {task: figure(found) for task, found in _grouped(closed, lambda score: score.task).items()},
+        },
         "segmentation": {
-            "mean_dice_large": _mean([dices[name] for name in large]), "large_structures": len(large),
+            "mean_dice_large": _mean([dices[name] for name in large]),
+            "large_structures": len(large),
             "interval": _interval([s for name in large for s in structures[name]]),
-            "mean_dice_all": _mean(list(dices.values())), "structures": len(dices),
-            "by_structure": {name: {"n": len(structures[name]), "dice": round(dices[name], 3),
-                                    "share_of_volume": round(shares[name], 4)} for name in dices},
+            "mean_dice_all": _mean(list(dices.values())),
+            "structures": len(dices),
+            "by_structure": {
+                name: {
+                    "n": len(structures[name]),
+                    "dice": round(dices[name], 3),
+                    "share_of_volume": round(shares[name], 4),
+                }
+                for name in dices
+            },
         },
     }
 
@@ -319,10 +378,17 @@ def summary(scores: list[Score]) -> dict:
 def figure(scores: list[Score]) -> dict:
     """n, mean, its 95 % interval, and beside it chance, prior and the mean about an empty volume (see `Score`)."""
     known = {"prior": [s.prior for s in scores], "without_the_scan": [s.blind for s in scores]}
-    return {"n": len(scores), "mean": _mean([s.value for s in scores]), "interval": _interval(scores),
-            "chance": _mean([s.chance for s in scores]),
-            **{name: _mean([v for v in values if v is not None]) for name, values in known.items()
-               if any(v is not None for v in values)}}
+    return {
+        "n": len(scores),
+        "mean": _mean([s.value for s in scores]),
+        "interval": _interval(scores),
+        "chance": _mean([s.chance for s in scores]),
+        **{
+            name: _mean([v for v in values if v is not None])
+            for name, values in known.items()
+            if any(v is not None for v in values)
+        },
+    }
 
 
 def _interval(scores: list[Score]) -> list[float] | None:
@@ -384,8 +450,10 @@ def measure_share(settings: Settings, rank: int, processes: int) -> tuple[list[S
         return view_of(scan, ranges, answerer.size, np.random.default_rng(seed(scan, k)))
 
     trained = [scan for scan in scans if scan.name in settings.train]
-    priors = Priors([view(scan, k) for scan in trained for k in range(settings.views)],
-                    [view_of(scan, None, answerer.size, np.random.default_rng(0)) for scan in trained])
+    priors = Priors(
+        [view(scan, k) for scan in trained for k in range(settings.views)],
+        [view_of(scan, None, answerer.size, np.random.default_rng(0)) for scan in trained],
+    )
     jobs = [(scan, k) for k in range(settings.views) for scan in scans][rank::processes]
     scores, pairs = [], []
     for scan, k in track(jobs, description="measuring", disable=rank > 0):
@@ -415,12 +483,17 @@ def main() -> None:
         images, texts, findings = zip(*pairs)
         trained += retrieval(np.stack(images), Retriever(settings.clip).texts(list(texts)), list(findings))
     result = {
-        "date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "views_of_each_scan": settings.views, "held_out_augmentations": summary(trained),
-        "held_out_scans": {name: summary(by_scan[name]) for name in settings.held_out}}
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "views_of_each_scan": settings.views,
+        "held_out_augmentations": summary(trained),
+        "held_out_scans": {name: summary(by_scan[name]) for name in settings.held_out},
+    }
     write_json(settings.out, result)
-    print(f"on held-out augmentations ({settings.out} has everything):\n"
-          f"{table(result['held_out_augmentations']['tasks'])}")
+    print(
+        f"on held-out augmentations ({settings.out} has everything):\n"
+        f"{table(result['held_out_augmentations']['tasks'])}"
+    )
 
 
 if __name__ == "__main__":

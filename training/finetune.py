@@ -5,6 +5,7 @@
 
 `final` holds what was trained; `training/merge_lora.py` makes a whole checkpoint of it.
 """
+
 from __future__ import annotations
 
 import json
@@ -14,15 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import torch
+from safetensors.torch import load_file
 
-from engine.errors import CheckpointError, InvalidInput  # noqa: E402
-from training import trainer  # noqa: E402
-from training.config import StageSettings  # noqa: E402
-from training.data.selection import open_questions, shown  # noqa: E402
-from training.lamed import LossWeights, Lora, Start, TrainedLamed  # noqa: E402
-from training.packing import Packer, count_too_long  # noqa: E402
+from engine.errors import CheckpointError, InvalidInput
+from training import trainer
+from training.config import StageSettings
+from training.data.selection import open_questions, shown
+from training.lamed import Lora, LossWeights, Start, TrainedLamed
+from training.packing import Packer, count_too_long
 
 _SHOWN = 4
 MASK_GRIDS = ("volume", "decoder")
@@ -54,13 +55,23 @@ def build(settings: Settings) -> tuple[TrainedLamed, Packer]:
     config, names = model.lamed.config, ()
     if settings.teacher:
         names = learn_from(model, settings.teacher)
-    packer = Packer(model.tokenizer, model.num_visual_tokens, config.vision.image_size,
-                    model.config_json["seg_token_id"], settings.max_length, weighting=settings.answer_weights,
-                    grid=config.segmentation.grid if config.segmentation else None,
-                    at_decoder_grid=settings.mask_grid == "decoder", mask_limit=settings.mask_limit, taught=names)
+    packer = Packer(
+        model.tokenizer,
+        model.num_visual_tokens,
+        config.vision.image_size,
+        model.config_json["seg_token_id"],
+        settings.max_length,
+        weighting=settings.answer_weights,
+        grid=config.segmentation.grid if config.segmentation else None,
+        at_decoder_grid=settings.mask_grid == "decoder",
+        mask_limit=settings.mask_limit,
+        taught=names,
+    )
     if settings.max_length > model.config_json["max_position_embeddings"]:
-        raise InvalidInput(f"max_length {settings.max_length} is more than the language model's context of "
-                           f"{model.config_json['max_position_embeddings']} tokens")
+        raise InvalidInput(
+            f"max_length {settings.max_length} is more than the language model's context of "
+            f"{model.config_json['max_position_embeddings']} tokens"
+        )
     return model, packer
 
 

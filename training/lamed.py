@@ -4,6 +4,7 @@ What is written is a folder that holds everything that was trained on top of a b
 `engine.models.base`): config.json with `base_model`; model.safetensors with our parts under their published keys and
 the trained embeddings; LoRA as peft writes it; the tokenizer. `training/merge_lora.py` makes a whole checkpoint of it.
 """
+
 from __future__ import annotations
 
 import json
@@ -29,20 +30,52 @@ from engine.prompt import Prompt
 from training.data.sample import Sample
 from training.files import write_json
 from training.losses import language_loss, mask_loss
-from training.starting_points import (ADDED_TOKENS, BASE_DIGEST, EMBEDDINGS, HEAD, PUBLISHED, LanguageModel,
-                                      PackagedModel, begin_encoders, check_added_rows, check_shapes, digest,
-                                      load_projector, load_segvol, load_vision_tower, open_language_model, open_part,
-                                      prepare_tokenizer, read_adapter)
+from training.starting_points import (
+    ADDED_TOKENS,
+    BASE_DIGEST,
+    EMBEDDINGS,
+    HEAD,
+    PUBLISHED,
+    LanguageModel,
+    PackagedModel,
+    begin_encoders,
+    check_added_rows,
+    check_shapes,
+    digest,
+    load_projector,
+    load_segvol,
+    load_vision_tower,
+    open_language_model,
+    open_part,
+    prepare_tokenizer,
+    read_adapter,
+)
 from training.trainer import StageModel
 
 # What may be trained beside LoRA; `added_tokens` are the rows of the added tokens alone, the rest of the table frozen.
 TRAINABLE = ("vision_tower", "mm_projector", "embeddings", "lm_head", "added_tokens", "seg_module", "seg_projector")
 # Parts of SegVol that a text prompt never reaches: they load and are written, but have no gradient.
-UNREACHED = ("prompt_encoder.point_embeddings", "prompt_encoder.not_a_point_embed", "prompt_encoder.mask_downscaling",
-              "mask_decoder.iou_prediction_head", *(f"mask_decoder.output_hypernetworks_mlps.{k}" for k in (1, 2, 3)))
-_OWN_KEYS = {"image_size", "patch_size", "image_channel", "vision_config", "seg_config", "mm_hidden_size",
-             "proj_layer_type", "proj_layer_num", "proj_pooling_type", "proj_pooling_size", "segmentation_module",
-             "max_position_embeddings"}
+UNREACHED = (
+    "prompt_encoder.point_embeddings",
+    "prompt_encoder.not_a_point_embed",
+    "prompt_encoder.mask_downscaling",
+    "mask_decoder.iou_prediction_head",
+    *(f"mask_decoder.output_hypernetworks_mlps.{k}" for k in (1, 2, 3)),
+)
+_OWN_KEYS = {
+    "image_size",
+    "patch_size",
+    "image_channel",
+    "vision_config",
+    "seg_config",
+    "mm_hidden_size",
+    "proj_layer_type",
+    "proj_layer_num",
+    "proj_pooling_type",
+    "proj_pooling_size",
+    "segmentation_module",
+    "max_position_embeddings",
+}
 
 
 @dataclass(frozen=True)
@@ -121,8 +154,14 @@ class TrainedLamed(StageModel):
     lora: None trains no part of the language model's layers. train: of TRAINABLE.
     """
 
-    def __init__(self, start: Start, train: tuple[str, ...], lora: Lora | None = None,
-                 weights: LossWeights = LossWeights(), segmentation: bool = True):
+    def __init__(
+        self,
+        start: Start,
+        train: tuple[str, ...],
+        lora: Lora | None = None,
+        weights: LossWeights = LossWeights(),
+        segmentation: bool = True,
+    ):
         super().__init__()
         _check_train(train)
         if start.dtype not in ("float32", "bfloat16"):
@@ -188,8 +227,11 @@ class TrainedLamed(StageModel):
         if source.lamed:
             for published, own in PARTS.items():
                 module = getattr(lamed, own[:-1])
-                found = {key.removeprefix(published): value for key, value in source.parts.items()
-                         if key.startswith(published)}
+                found = {
+                    key.removeprefix(published): value
+                    for key, value in source.parts.items()
+                    if key.startswith(published)
+                }
                 # A checkpoint without segmentation learns it here.
                 if module is not None and (found or own != "seg_module." and own != "seg_projector."):
                     check_shapes(own[:-1], source.name, found, module.state_dict())
@@ -219,10 +261,17 @@ class TrainedLamed(StageModel):
         if lora.r < 1 or not 0 <= lora.dropout < 1:
             raise InvalidInput(f"lora.r must be 1 or more and lora.dropout in 0 to 1, not {lora.r} and {lora.dropout}")
         llm = self.lamed.llm
-        targets = sorted({name.rpartition(".")[2] for name, module in llm.model.named_modules()
-                          if isinstance(module, nn.Linear)})
-        config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
-                            target_modules=targets, exclude_modules=["lm_head"])
+        targets = sorted(
+            {name.rpartition(".")[2] for name, module in llm.model.named_modules() if isinstance(module, nn.Linear)}
+        )
+        config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            bias="none",
+            target_modules=targets,
+            exclude_modules=["lm_head"],
+        )
         inject_adapter_in_model(config, llm)
         for name, parameter in llm.named_parameters():
             if "lora_" in name:
@@ -232,8 +281,10 @@ class TrainedLamed(StageModel):
     def _go_on_with(self, folder: Path, source: LanguageModel) -> None:
         settings, lora = read_adapter(folder, source), self.lora
         if not lora or (lora.r, lora.alpha) != (settings.get("r"), settings.get("lora_alpha")):
-            raise InvalidInput(f"start.lora {folder} has r {settings.get('r')} and alpha {settings.get('lora_alpha')}; "
-                               f"it can be trained on with the same only, not with {lora}")
+            raise InvalidInput(
+                f"start.lora {folder} has r {settings.get('r')} and alpha {settings.get('lora_alpha')}; "
+                f"it can be trained on with the same only, not with {lora}"
+            )
         other = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if settings.get(key)]
         if other:
             raise InvalidInput(f"start.lora {folder} has {', '.join(other)}, which is not trained here")
@@ -243,18 +294,27 @@ class TrainedLamed(StageModel):
         # A part may come from elsewhere, and one that this model has not may stay behind, as may one that it adds.
         given = [f"{part}." for part in ("vision_tower", "mm_projector", "seg_module") if getattr(self.start, part)]
         expected = self._written()
-        both = {prefix for prefix in PARTS.values() if prefix not in given
-                and all(any(key.startswith(prefix) for key in keys) for keys in (found, expected))}
-        found, expected = ({key: value for key, value in keys.items() if key.startswith("llm.")
-                            or key.startswith(tuple(both))} for keys in (found, expected))
+        both = {
+            prefix
+            for prefix in PARTS.values()
+            if prefix not in given and all(any(key.startswith(prefix) for key in keys) for keys in (found, expected))
+        }
+        found, expected = (
+            {key: value for key, value in keys.items() if key.startswith(("llm.", *both))} for keys in (found, expected)
+        )
         check_shapes("model", str(folder), found, expected)
         self.lamed.load_state_dict(found, strict=False)
 
     def _choose_trained(self, train: tuple[str, ...]) -> None:
         lamed, llm = self.lamed, self.lamed.llm
-        modules = {"vision_tower": lamed.vision_tower, "mm_projector": lamed.mm_projector, "embeddings":
-                   llm.model.embed_tokens, "lm_head": llm.lm_head, "seg_module": lamed.seg_module,
-                   "seg_projector": lamed.seg_projector}
+        modules = {
+            "vision_tower": lamed.vision_tower,
+            "mm_projector": lamed.mm_projector,
+            "embeddings": llm.model.embed_tokens,
+            "lm_head": llm.lm_head,
+            "seg_module": lamed.seg_module,
+            "seg_projector": lamed.seg_projector,
+        }
         for name in train:
             if name == "added_tokens":
                 llm.model.embed_tokens.added.requires_grad_(True)
@@ -272,8 +332,9 @@ class TrainedLamed(StageModel):
     def forward(self, images: Tensor, totals: dict[str, Tensor], **batch: Tensor) -> dict:
         """images: [B, 1, D, H, W]; the rest as `packing.Packer` collates it."""
         lamed, llm = self.lamed, self.lamed.llm
-        hidden = self.hidden(lamed.encode_images(images), **{
-            key: batch.get(key) for key in ("bos", "ids", "positions", "mask")})
+        hidden = self.hidden(
+            lamed.encode_images(images), **{key: batch.get(key) for key in ("bos", "ids", "positions", "mask")}
+        )
         logits = llm.lm_head(hidden[batch["answer_rows"], batch["answer_columns"]])
         parts = {"language": language_loss(logits, batch["answers"], batch["answer_weights"], totals["language"])}
         loss = parts["language"]
@@ -284,8 +345,9 @@ class TrainedLamed(StageModel):
                 parts["prompt"], loss = prompt, loss + self.weights.prompt * prompt
         return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
 
-    def hidden(self, visual_BNH: Tensor, bos: Tensor, ids: Tensor, positions: Tensor | None,
-               mask: Tensor | None) -> Tensor:
+    def hidden(
+        self, visual_BNH: Tensor, bos: Tensor, ids: Tensor, positions: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         """Final hidden states [B, 1 + N + L, H] after the last norm: BOS, visual tokens, `ids` [B, L].
 
         mask: [B, 1 + N + L, 1 + N + L], True where a row may attend to a column; None: causal.
@@ -297,8 +359,12 @@ class TrainedLamed(StageModel):
         if mask is not None and window is not None:  # transformers takes a mask as it is
             mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
         with disable_input_dtype_casting(llm):
-            return llm.model(inputs_embeds=embeddings, attention_mask=None if mask is None else mask[:, None],
-                             position_ids=positions, use_cache=False).last_hidden_state
+            return llm.model(
+                inputs_embeds=embeddings,
+                attention_mask=None if mask is None else mask[:, None],
+                position_ids=positions,
+                use_cache=False,
+            ).last_hidden_state
 
     def _segment(self, images: Tensor, hidden: Tensor, batch: dict, totals: dict) -> tuple[Tensor, Tensor]:
         """Mask loss and prompt loss. Without any mask in the batch they are 0, but everything is run all the same: all
@@ -323,7 +389,7 @@ class TrainedLamed(StageModel):
         decode = lamed.seg_module.decode if whole else lamed.seg_module.decode_low_res
         # The decoder's attention has 6 queries: the plain kernel is faster there than the fused one.
         with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION] if images.is_cuda else SDPBackend.MATH):
-            logits = decode(features[which], prompts[:len(target)])[:, 0]
+            logits = decode(features[which], prompts[: len(target)])[:, 0]
         masks = mask_loss(logits, target) * len(target) / totals["mask"]
         prompt = prompts.new_zeros(())
         if self.teacher is not None and not none:
@@ -343,32 +409,59 @@ class TrainedLamed(StageModel):
         ids = torch.tensor([prompt.input_ids((" " if sample.space else "") + sample.question)], device=device)
         embeds = self.lamed.prompt_embeddings(ids, self.lamed.encode_images(image).float())
         with disable_input_dtype_casting(llm):
-            out = llm.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
-                               do_sample=False, pad_token_id=self.tokenizer.pad_token_id)
+            out = llm.generate(
+                inputs_embeds=embeds,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
         return self.tokenizer.decode(out[0], skip_special_tokens=False).split(self.tokenizer.eos_token)[0].strip()
 
     def sample_text(self) -> str:
-        return "\n\n".join(f"**{s.source}** {s.question}\n\n- is: {s.answer}\n- answers: {self.answer(s)}"
-                           for s in self.shown)
+        return "\n\n".join(
+            f"**{s.source}** {s.question}\n\n- is: {s.answer}\n- answers: {self.answer(s)}" for s in self.shown
+        )
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
         state = {key.removeprefix("lamed."): value for key, value in state.items() if key.startswith("lamed.")}
-        own = {published + key.removeprefix(prefix): value for key, value in state.items()
-               for published, prefix in PARTS.items() if key.startswith(prefix)}
+        own = {
+            published + key.removeprefix(prefix): value
+            for key, value in state.items()
+            for published, prefix in PARTS.items()
+            if key.startswith(prefix)
+        }
         for key, name in self._trained_embeddings().items():
             own[name] = state[key]
-        save_file({key: value.detach().contiguous() for key, value in own.items()}, folder / "model.safetensors",
-                  metadata={"format": "pt"})
+        save_file(
+            {key: value.detach().contiguous() for key, value in own.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         write_json(folder / "config.json", self.config_json)
         if self.lora:
-            adapter = {base.LORA_PREFIX + key.removeprefix("llm.").replace(".default.", "."): value.contiguous()
-                       for key, value in state.items() if ".lora_" in key}
+            adapter = {
+                base.LORA_PREFIX + key.removeprefix("llm.").replace(".default.", "."): value.contiguous()
+                for key, value in state.items()
+                if ".lora_" in key
+            }
             save_file(adapter, folder / base.ADAPTER_WEIGHTS, metadata={"format": "pt"})
             targets = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in adapter})
-            write_json(folder / base.ADAPTER_CONFIG, {
-                "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": _name(self.start),
-                "r": self.lora.r, "lora_alpha": self.lora.alpha, "lora_dropout": self.lora.dropout, "bias": "none",
-                "fan_in_fan_out": False, "use_rslora": False, "target_modules": targets})
+            write_json(
+                folder / base.ADAPTER_CONFIG,
+                {
+                    "peft_type": "LORA",
+                    "task_type": "CAUSAL_LM",
+                    "base_model_name_or_path": _name(self.start),
+                    "r": self.lora.r,
+                    "lora_alpha": self.lora.alpha,
+                    "lora_dropout": self.lora.dropout,
+                    "bias": "none",
+                    "fan_in_fan_out": False,
+                    "use_rslora": False,
+                    "target_modules": targets,
+                },
+            )
         self.tokenizer.save_pretrained(folder)
         file = folder / "tokenizer.json"
         if file.is_file():
@@ -382,8 +475,12 @@ class TrainedLamed(StageModel):
     def _trained_in(self, folder: Path) -> dict[str, Tensor]:
         """What `write` wrote, by the keys of Lamed's state; what it did not write by its own key."""
         own = open_part(str(folder / "model.safetensors"))
-        state = {prefix + key.removeprefix(published): own.pop(key) for key in list(own)
-                 for published, prefix in PARTS.items() if key.startswith(published)}
+        state = {
+            prefix + key.removeprefix(published): own.pop(key)
+            for key in list(own)
+            for published, prefix in PARTS.items()
+            if key.startswith(published)
+        }
         for key, name in self._trained_embeddings().items():
             if name in own:
                 state[key] = own.pop(name)
@@ -395,8 +492,11 @@ class TrainedLamed(StageModel):
 
     def _written(self) -> dict[str, Tensor]:
         """What `write` writes, by the keys of Lamed's state."""
-        return {key: value for key, value in self.lamed.state_dict().items()
-                if key.startswith(tuple(PARTS.values())) or ".lora_" in key or key in self._trained_embeddings()}
+        return {
+            key: value
+            for key, value in self.lamed.state_dict().items()
+            if key.startswith(tuple(PARTS.values())) or ".lora_" in key or key in self._trained_embeddings()
+        }
 
     def _trained_embeddings(self) -> dict[str, str]:
         """Key in Lamed's state -> name in model.safetensors, of those embeddings that the base model has not."""
@@ -435,10 +535,20 @@ def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: b
     else:
         model_type = PUBLISHED[source.config["model_type"]]
         config = {
-            **source.config, "architectures": [FAMILIES[model_type].architecture], "model_type": model_type,
-            "vision_tower": "vit3d", "mm_projector_type": "spp", "proj_layer_type": "mlp", "proj_layer_num": 2,
-            "proj_pooling_type": "spatial", "proj_pooling_size": 2, "image_channel": 1, "segmentation_module": "segvol",
-            "mm_hidden_size": (given.get("vision_config") or {}).get("hidden_size", 768), **given}
+            **source.config,
+            "architectures": [FAMILIES[model_type].architecture],
+            "model_type": model_type,
+            "vision_tower": "vit3d",
+            "mm_projector_type": "spp",
+            "proj_layer_type": "mlp",
+            "proj_layer_num": 2,
+            "proj_pooling_type": "spatial",
+            "proj_pooling_size": 2,
+            "image_channel": 1,
+            "segmentation_module": "segvol",
+            "mm_hidden_size": (given.get("vision_config") or {}).get("hidden_size", 768),
+            **given,
+        }
     if not segmentation:
         config["segmentation_module"] = None
     missing = [key for key in ("image_size", "patch_size") if key not in config]
@@ -450,11 +560,15 @@ def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: b
     ids, rows = tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS)), len(source.state[EMBEDDINGS])
     if rows_only:
         if not config.get("tie_word_embeddings"):
-            raise InvalidInput(f"train: added_tokens needs a language model with tied embeddings, {source.name} has "
-                               "not: train embeddings and lm_head")
+            raise InvalidInput(
+                f"train: added_tokens needs a language model with tied embeddings, {source.name} has "
+                "not: train embeddings and lm_head"
+            )
         if ids != list(range(rows, rows + len(ids))):
-            raise InvalidInput(f"train: added_tokens needs {source.name} to have no rows for the added tokens yet, but "
-                               f"they are {ids} of {rows}: train embeddings")
+            raise InvalidInput(
+                f"train: added_tokens needs {source.name} to have no rows for the added tokens yet, but "
+                f"they are {ids} of {rows}: train embeddings"
+            )
     # Base models may have spare rows.
     config["vocab_size"] = max(rows, max(ids) + 1)
     config["seg_token_id"] = ids[-1]

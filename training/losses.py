@@ -1,4 +1,5 @@
 """The losses: LM + Dice + BCE of instruction tuning, and the contrastive one of M3D-CLIP."""
+
 from __future__ import annotations
 
 import torch
@@ -27,7 +28,8 @@ def language_loss(logits: Tensor, answers: Tensor, weights: Tensor, total: Tenso
     logits: [T, V] of the positions before them. weights: [T].
     """
     return (weights * F.cross_entropy(logits.float(), answers, reduction="none")).sum() / (
-        weights.sum() if total is None else total)
+        weights.sum() if total is None else total
+    )
 
 
 def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor, kept_B: Tensor | None = None) -> Tensor:

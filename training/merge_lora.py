@@ -7,6 +7,7 @@ refused, and the folder appears whole or not at all, with a `run.json` that says
 the language model is left out: the folder holds what was trained, and the engine composes it with the package that
 carries the base model.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -17,19 +18,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from engine.errors import CheckpointError, InvalidInput, M3DError  # noqa: E402
-from engine.models import base  # noqa: E402
-from engine.models.checkpoint import TOKENIZER_FILES, lamed_shapes, read_config  # noqa: E402
-from engine.models.config import LamedConfig  # noqa: E402
-from engine.models.lamed import Lamed  # noqa: E402
-from training import record  # noqa: E402
-from training.config import as_json, build, read  # noqa: E402
-from training.files import place, write_json  # noqa: E402
-from training.starting_points import (BASE_DIGEST, EMBEDDINGS, HEAD, PackagedModel, check_shapes,  # noqa: E402
-                                      open_language_model, open_part, read_adapter)
+from engine.errors import CheckpointError, InvalidInput, M3DError
+from engine.models import base
+from engine.models.checkpoint import TOKENIZER_FILES, lamed_shapes, read_config
+from engine.models.config import LamedConfig
+from engine.models.lamed import Lamed
+from training import record
+from training.config import as_json, build, read
+from training.files import place, write_json
+from training.starting_points import (
+    BASE_DIGEST,
+    EMBEDDINGS,
+    HEAD,
+    PackagedModel,
+    check_shapes,
+    open_language_model,
+    open_part,
+    read_adapter,
+)
 
 STAGE = "merge_lora"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -56,9 +65,11 @@ def merge(settings: Settings) -> Path:
         raise InvalidInput(f"{settings.out} is already there: remove it to merge again, or give another `out`")
     trained = settings.trained
     if not (trained / "config.json").is_file() or not (trained / "model.safetensors").is_file():
-        raise CheckpointError(f"{trained} holds no trained model (config.json and model.safetensors). A checkpoint of "
-                              "ZeRO-3 has none unless stage3_gather_16bit_weights_on_model_save is set: join its "
-                              "shards with DeepSpeed's zero_to_fp32.py")
+        raise CheckpointError(
+            f"{trained} holds no trained model (config.json and model.safetensors). A checkpoint of "
+            "ZeRO-3 has none unless stage3_gather_16bit_weights_on_model_save is set: join its "
+            "shards with DeepSpeed's zero_to_fp32.py"
+        )
     config = read_config(trained)
     if "base_model" not in config:
         raise CheckpointError(f"{trained} names no base_model: it is a whole checkpoint already")
@@ -70,14 +81,19 @@ def merge(settings: Settings) -> Path:
     if not any((trained / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{trained} has no tokenizer: it is incomplete")
     source = settings.base or _base_of(config)
-    state = {**_language_model(source, trained, adapter, own), **{
-        key: value for key, value in own.items() if key != base.ADDED_TOKENS}}
+    state = {
+        **_language_model(source, trained, adapter, own),
+        **{key: value for key, value in own.items() if key != base.ADDED_TOKENS},
+    }
     if config.get("tie_word_embeddings"):
         state.pop(HEAD, None)
     with torch.device("meta"):
         model = Lamed(LamedConfig.from_dict(config))
-    expected = {key: torch.empty(shape, device="meta") for key, shape in lamed_shapes(model).items()
-                if not (config.get("tie_word_embeddings") and key == HEAD)}
+    expected = {
+        key: torch.empty(shape, device="meta")
+        for key, shape in lamed_shapes(model).items()
+        if not (config.get("tie_word_embeddings") and key == HEAD)
+    }
     check_shapes("checkpoint that its config.json describes", str(trained), state, expected)
     broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if broken:
@@ -93,8 +109,10 @@ def merge(settings: Settings) -> Path:
         if adapter:
             shutil.copy(trained / base.ADAPTER_CONFIG, staging)
     else:
-        config = {**{key: value for key, value in config.items() if key not in ("base_model", BASE_DIGEST)},
-                  "torch_dtype": settings.dtype}
+        config = {
+            **{key: value for key, value in config.items() if key not in ("base_model", BASE_DIGEST)},
+            "torch_dtype": settings.dtype,
+        }
         _save(state, staging, "model", dtype)
     write_json(staging / "config.json", config)
     for name in TOKENIZER_FILES:
@@ -110,8 +128,9 @@ def _base_of(config: dict) -> str | PackagedModel:
     return spec["path"] if "path" in spec else build(PackagedModel, spec, "base_model.")
 
 
-def _language_model(source: str | PackagedModel, trained: Path, adapter: dict[str, Tensor],
-                    own: dict[str, Tensor]) -> dict[str, Tensor]:
+def _language_model(
+    source: str | PackagedModel, trained: Path, adapter: dict[str, Tensor], own: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The base language model with LoRA merged in, and with the rows that were added to it."""
     model = open_language_model(source)
     state = dict(model.state)
@@ -119,8 +138,10 @@ def _language_model(source: str | PackagedModel, trained: Path, adapter: dict[st
         settings = read_adapter(trained, model)
         a_count = sum(".lora_A." in key for key in adapter)
         if 2 * a_count != len(adapter) or any(value.numel() == 0 for value in adapter.values()):
-            raise CheckpointError(f"the LoRA in {trained} is incomplete: {a_count} lora_A in {len(adapter)} tensors, "
-                                  f"{sum(value.numel() == 0 for value in adapter.values())} of them empty")
+            raise CheckpointError(
+                f"the LoRA in {trained} is incomplete: {a_count} lora_A in {len(adapter)} tensors, "
+                f"{sum(value.numel() == 0 for value in adapter.values())} of them empty"
+            )
         state = {key: value.float() if key.startswith("model.layers.") else value for key, value in state.items()}
         base.merge_lora(state, settings, adapter)
     if base.ADDED_TOKENS in own:
@@ -132,8 +153,12 @@ def _save(tensors: dict[str, Tensor], folder: Path, stem: str, dtype: torch.dtyp
     from huggingface_hub import save_torch_state_dict
 
     if tensors:
-        save_torch_state_dict({key: value.to(dtype).contiguous() for key, value in tensors.items()}, folder,
-                              filename_pattern=stem + "{suffix}.safetensors", max_shard_size=_SHARD)
+        save_torch_state_dict(
+            {key: value.to(dtype).contiguous() for key, value in tensors.items()},
+            folder,
+            filename_pattern=stem + "{suffix}.safetensors",
+            max_shard_size=_SHARD,
+        )
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 The prefix (BOS and visual tokens) is shared; every question sees the prefix and itself only, and its positions go on
 from the prefix. The result equals that of separate sequences, for a fraction of the work.
 """
+
 from __future__ import annotations
 
 import logging
@@ -70,8 +71,9 @@ def _behind_image(tokenizer, text: str) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def pack(groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token_id: int,
-         weighting: str = "tokens") -> Pack:
+def pack(
+    groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token_id: int, weighting: str = "tokens"
+) -> Pack:
     """Pack one group of sequences for each scan behind `prefix` positions.
 
     weighting: `tokens`, all answer tokens alike (the reference), or `root`, each 1 / sqrt(length of its answer), so
@@ -92,7 +94,7 @@ def pack(groups: list[list[Sequence]], prefix: int, seg_token_id: int, pad_token
         start = 0
         for s in group:
             n = len(s.ids)
-            ids[row, start:start + n] = torch.tensor(s.ids)
+            ids[row, start : start + n] = torch.tensor(s.ids)
             if mask is not None:
                 block = slice(prefix + start, prefix + start + n)
                 positions[row, block] = torch.arange(prefix, prefix + n)
@@ -125,9 +127,20 @@ class Packer:
     all. taught: the structures that a teacher has prompts for, in order.
     """
 
-    def __init__(self, tokenizer, num_visual_tokens: int, image_size: tuple[int, int, int], seg_token_id: int,
-                 max_length: int, *, weighting: str = "tokens", grid: tuple[int, int, int] | None = None,
-                 at_decoder_grid: bool = False, mask_limit: int | None = None, taught: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        tokenizer,
+        num_visual_tokens: int,
+        image_size: tuple[int, int, int],
+        seg_token_id: int,
+        max_length: int,
+        *,
+        weighting: str = "tokens",
+        grid: tuple[int, int, int] | None = None,
+        at_decoder_grid: bool = False,
+        mask_limit: int | None = None,
+        taught: tuple[str, ...] = (),
+    ):
         if weighting not in WEIGHTINGS:
             raise InvalidInput(f"answer_weights {weighting!r} is not known; known: {', '.join(WEIGHTINGS)}")
         self.tokenizer, self.prefix, self.image_size = tokenizer, 1 + num_visual_tokens, tuple(image_size)
@@ -135,8 +148,10 @@ class Packer:
         self.grid, self.at_decoder_grid, self.mask_limit = grid, at_decoder_grid, mask_limit
         self.taught = {name: k for k, name in enumerate(taught)}
         if self.room < 2:
-            raise InvalidInput(f"max_length {max_length} leaves no room for a question and its answer behind BOS and "
-                               f"{num_visual_tokens} visual tokens")
+            raise InvalidInput(
+                f"max_length {max_length} leaves no room for a question and its answer behind BOS and "
+                f"{num_visual_tokens} visual tokens"
+            )
 
     def __call__(self, groups: list[list[Sample]]) -> dict:
         kept = [[(s, q) for s in group for q in (self._sequence(s),) if q] for group in groups]
@@ -145,20 +160,34 @@ class Packer:
             # Everything is broken: a batch that teaches nothing, but that every process can go through.
             blank = Sample(np.zeros((1, *self.image_size), np.float32), "", "", None, False, "", "")
             kept = [[(blank, sequence(self.tokenizer, blank))]]
-        batch = pack([[q for _, q in group] for group in kept], self.prefix, self.seg_token_id,
-                     self.tokenizer.pad_token_id, self.weighting)
+        batch = pack(
+            [[q for _, q in group] for group in kept],
+            self.prefix,
+            self.seg_token_id,
+            self.tokenizer.pad_token_id,
+            self.weighting,
+        )
         nothing = kept[0][0][0].task == ""
         weights = batch.answer_weights * (0 if nothing else 1)
         collated = {
-            "images": images_of([group[0][0] for group in kept]), "ids": batch.ids,
-            "bos": torch.full((len(kept), 1), self.tokenizer.bos_token_id), "answer_rows": batch.answer_rows,
-            "answer_columns": batch.answer_columns, "answers": batch.answers, "answer_weights": weights,
-            "totals": {"language": weights.sum()}}
+            "images": images_of([group[0][0] for group in kept]),
+            "ids": batch.ids,
+            "bos": torch.full((len(kept), 1), self.tokenizer.bos_token_id),
+            "answer_rows": batch.answer_rows,
+            "answer_columns": batch.answer_columns,
+            "answers": batch.answers,
+            "answer_weights": weights,
+            "totals": {"language": weights.sum()},
+        }
         if batch.mask is not None:
             collated |= {"mask": batch.mask, "positions": batch.positions}
         if self.grid:
-            self._add_masks(collated, [s for group in kept for s, _ in group],
-                            [row for row, group in enumerate(kept) for _ in group], batch)
+            self._add_masks(
+                collated,
+                [s for group in kept for s, _ in group],
+                [row for row, group in enumerate(kept) for _ in group],
+                batch,
+            )
         return collated
 
     def room_for(self, sample: Sample) -> Sequence | None:
@@ -169,8 +198,9 @@ class Packer:
     def _sequence(self, sample: Sample) -> Sequence | None:
         found = self.room_for(sample)
         if not found:
-            _log.warning("%s: the question leaves no room for its answer and is left out: %.80s", sample.source,
-                         sample.question)
+            _log.warning(
+                "%s: the question leaves no room for its answer and is left out: %.80s", sample.source, sample.question
+            )
         return found
 
     def _add_masks(self, collated: dict, samples: list[Sample], rows: list[int], batch: Pack) -> None:
@@ -180,19 +210,27 @@ class Packer:
         number = {k: new for new, k in enumerate(segmenting)}
         chosen = torch.tensor([k in number for k in owners], dtype=torch.bool)
         # Which questions stand first is random already.
-        masked = segmenting[:self.mask_limit]
+        masked = segmenting[: self.mask_limit]
         shape = tuple(4 * n for n in self.grid) if self.at_decoder_grid else self.image_size
-        masks = [filled_share(samples[k].mask[0], self.grid) if self.at_decoder_grid else
-                 samples[k].mask[0].astype(np.float32) for k in masked]
+        masks = [
+            filled_share(samples[k].mask[0], self.grid)
+            if self.at_decoder_grid
+            else samples[k].mask[0].astype(np.float32)
+            for k in masked
+        ]
         taught = [self.taught.get(getattr(samples[k], "structure", None), -1) for k in segmenting]
         collated |= {
-            "state_rows": batch.state_rows[chosen], "state_columns": batch.state_columns[chosen],
+            "state_rows": batch.state_rows[chosen],
+            "state_columns": batch.state_columns[chosen],
             "state_owner": torch.tensor([number[k] for k in owners if k in number], dtype=torch.long),
             "mask_rows": torch.tensor([rows[k] for k in masked], dtype=torch.long),
             "masks": torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *shape),
-            "taught": torch.tensor(taught, dtype=torch.long)}
-        collated["totals"] |= {"mask": torch.tensor(float(len(masked))),
-                               "prompt": torch.tensor(float(sum(k >= 0 for k in taught)))}
+            "taught": torch.tensor(taught, dtype=torch.long),
+        }
+        collated["totals"] |= {
+            "mask": torch.tensor(float(len(masked))),
+            "prompt": torch.tensor(float(sum(k >= 0 for k in taught))),
+        }
 
 
 class Fitting(Dataset):

@@ -5,6 +5,7 @@
 
 `final` is a checkpoint in the published layout, which `engine.models.checkpoint.load_clip` reads.
 """
+
 from __future__ import annotations
 
 import sys
@@ -13,22 +14,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from engine.models.checkpoint import TEXT_ENCODER  # noqa: E402
-from engine.models.clip import M3DClip  # noqa: E402
-from engine.models.config import ClipConfig, ViTConfig  # noqa: E402
-from training import trainer  # noqa: E402
-from training.config import StageSettings, as_json  # noqa: E402
-from training.data.sample import Sample  # noqa: E402
-from training.data.selection import images_of, open_pairs, shown  # noqa: E402
-from training.files import write_json  # noqa: E402
-from training.losses import contrastive_loss  # noqa: E402
-from training.starting_points import (PackageFiles, begin_encoders, check_shapes,  # noqa: E402
-                                      load_vision_tower, open_text_encoder)
+from engine.models.checkpoint import TEXT_ENCODER
+from engine.models.clip import M3DClip
+from engine.models.config import ClipConfig, ViTConfig
+from training import trainer
+from training.config import StageSettings, as_json
+from training.data.sample import Sample
+from training.data.selection import images_of, open_pairs, shown
+from training.files import write_json
+from training.losses import contrastive_loss
+from training.starting_points import PackageFiles, begin_encoders, check_shapes, load_vision_tower, open_text_encoder
 
 _SHOWN = 4
 
@@ -56,15 +56,16 @@ class ContrastiveClip(trainer.StageModel):
         clip.language_encoder.pooler.requires_grad_(False)
         self.shown: list[Sample] = []
 
-    def train(self, mode: bool = True) -> "ContrastiveClip":
+    def train(self, mode: bool = True) -> ContrastiveClip:
         """A text encoder that is not trained has no dropout either."""
         super().train(mode)
         if not any(p.requires_grad for p in self.clip.language_encoder.parameters()):
             self.clip.language_encoder.eval()
         return self
 
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, kept: Tensor,
-                totals: dict[str, Tensor]) -> dict:
+    def forward(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, kept: Tensor, totals: dict[str, Tensor]
+    ) -> dict:
         image = self.clip.encode_image(images)[:, 0].float()
         text = self.clip.encode_text(input_ids, attention_mask)[:, 0].float()
         with torch.autocast(images.device.type, enabled=False):
@@ -79,10 +80,20 @@ class ContrastiveClip(trainer.StageModel):
         shape = next((s.image.shape for s in samples if s), (1, *self.clip.config.vision.image_size))
         gap = Sample(np.zeros(shape, np.float32), "", "", None, False, "caption", "")
         samples = [s or gap for s in samples]
-        texts = self.tokenizer([s.answer for s in samples], padding=True, truncation=True, return_tensors="pt",
-                               max_length=self.published_config["max_text_len"])
-        return {"images": images_of(samples), "input_ids": texts["input_ids"], "kept": kept,
-                "attention_mask": texts["attention_mask"], "totals": {"pairs": kept.sum().float()}}
+        texts = self.tokenizer(
+            [s.answer for s in samples],
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+            max_length=self.published_config["max_text_len"],
+        )
+        return {
+            "images": images_of(samples),
+            "input_ids": texts["input_ids"],
+            "kept": kept,
+            "attention_mask": texts["attention_mask"],
+            "totals": {"pairs": kept.sum().float()},
+        }
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
         clip = {key: value.contiguous() for key, value in self._own(state, "clip.").items()}
@@ -119,12 +130,23 @@ def build(settings: Settings) -> ContrastiveClip:
     tokenizer, bert = open_text_encoder(settings.text_encoder)
     vision = settings.vision
     config = {
-        "architectures": ["M3DCLIP"], "model_type": "m3d_clip", "img_size": list(vision.image_size),
-        "patch_size": list(vision.patch_size), "in_channels": vision.in_channels, "pos_embed": "perceptron",
-        "hidden_size": vision.hidden_size, "mlp_dim": vision.mlp_dim, "num_layers": vision.num_layers,
-        "num_heads": vision.num_heads, "max_text_len": settings.max_text_len, "vocab_size": bert.config.vocab_size,
-        "bert_config": {key: value for key, value in bert.config.to_diff_dict().items()
-                        if key not in ("architectures", "model_type", "transformers_version", "dtype", "torch_dtype")},
+        "architectures": ["M3DCLIP"],
+        "model_type": "m3d_clip",
+        "img_size": list(vision.image_size),
+        "patch_size": list(vision.patch_size),
+        "in_channels": vision.in_channels,
+        "pos_embed": "perceptron",
+        "hidden_size": vision.hidden_size,
+        "mlp_dim": vision.mlp_dim,
+        "num_layers": vision.num_layers,
+        "num_heads": vision.num_heads,
+        "max_text_len": settings.max_text_len,
+        "vocab_size": bert.config.vocab_size,
+        "bert_config": {
+            key: value
+            for key, value in bert.config.to_diff_dict().items()
+            if key not in ("architectures", "model_type", "transformers_version", "dtype", "torch_dtype")
+        },
     }
     clip = M3DClip(ClipConfig.from_dict(config))
     clip.language_encoder.load_state_dict(bert.state_dict())

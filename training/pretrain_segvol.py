@@ -6,6 +6,7 @@ The paper starts from the published SegVol instead. The prompts are teachers: in
 `[SEG]` states learn to take their place. `final` has SegVol's own keys (`model.*`) and the prompts. Masks are compared
 at the decoder's own resolution, where targets are the share of each cell that the structure fills.
 """
+
 from __future__ import annotations
 
 import json
@@ -15,26 +16,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.errors import CheckpointError  # noqa: E402
-from engine.models.config import ViTConfig  # noqa: E402
-from engine.models.segvol import SegVol  # noqa: E402
-from training import trainer  # noqa: E402
-from training.config import StageSettings  # noqa: E402
-from training.data.augment import View  # noqa: E402
-from training.data.jitter import swap_sides  # noqa: E402
-from training.data.selection import open_views  # noqa: E402
-from training.files import write_json  # noqa: E402
-from training.lamed import UNREACHED  # noqa: E402
-from training.losses import mask_loss  # noqa: E402
-from training.packing import filled_share  # noqa: E402
-from training.starting_points import begin_encoders, check_shapes  # noqa: E402
+from engine.errors import CheckpointError
+from engine.models.config import ViTConfig
+from engine.models.segvol import SegVol
+from training import trainer
+from training.config import StageSettings
+from training.data.augment import View
+from training.data.jitter import swap_sides
+from training.data.selection import open_views
+from training.files import write_json
+from training.lamed import UNREACHED
+from training.losses import mask_loss
+from training.packing import filled_share
+from training.starting_points import begin_encoders, check_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +85,20 @@ class TaughtSegVol(trainer.StageModel):
 
     def collate(self, items: list[tuple[View, np.random.Generator]], per_view: int) -> dict:
         """Up to `per_view` of the structures in each view."""
-        chosen = [(k, str(name)) for k, (view, rng) in enumerate(items)
-                  for name in rng.permutation(view.visible or view.structures[:1])[:per_view]]
+        chosen = [
+            (k, str(name))
+            for k, (view, rng) in enumerate(items)
+            for name in rng.permutation(view.visible or view.structures[:1])[:per_view]
+        ]
         grid = self.seg_module.config.grid
         masks = [filled_share(items[k][0].mask(name), grid) for k, name in chosen]
-        return {"images": torch.from_numpy(np.stack([view.image for view, _ in items]))[:, None],
-                "structures": torch.tensor([self.names.index(name) for _, name in chosen]),
-                "owners": torch.tensor([k for k, _ in chosen]), "masks": torch.from_numpy(np.stack(masks)),
-                "totals": {"mask": torch.tensor(float(len(masks)))}}
+        return {
+            "images": torch.from_numpy(np.stack([view.image for view, _ in items]))[:, None],
+            "structures": torch.tensor([self.names.index(name) for _, name in chosen]),
+            "owners": torch.tensor([k for k, _ in chosen]),
+            "masks": torch.from_numpy(np.stack(masks)),
+            "totals": {"mask": torch.tensor(float(len(masks)))},
+        }
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
         own = {key.replace("seg_module.", "model.", 1): value.contiguous() for key, value in state.items()}
@@ -105,8 +112,10 @@ class TaughtSegVol(trainer.StageModel):
         except OSError as error:
             raise CheckpointError(f"{folder} is no `final` of pretrain_segvol: {error}") from None
         if names != self.names:
-            raise CheckpointError(f"{folder} learned other structures than these scans have: "
-                                  f"{', '.join(sorted(set(names) ^ set(self.names)))}")
+            raise CheckpointError(
+                f"{folder} learned other structures than these scans have: "
+                f"{', '.join(sorted(set(names) ^ set(self.names)))}"
+            )
         state = {key.replace("model.", "seg_module.", 1): value for key, value in found.items()}
         check_shapes("SegVol of this configuration", str(folder), state, self.state_dict())
         self.load_state_dict(state)
@@ -117,8 +126,9 @@ class TaughtSegVol(trainer.StageModel):
 
 def train(settings: Settings) -> Path:
     views = open_views(settings, settings.vision.image_size)
-    model = TaughtSegVol(settings.vision, {name for scan in views.scans.values() for name in scan.structures},
-                         settings.prompt_noise)
+    model = TaughtSegVol(
+        settings.vision, {name for scan in views.scans.values() for name in scan.structures}, settings.prompt_noise
+    )
     if settings.start:
         model.restore(Path(settings.start))
     model.prompts.requires_grad_(settings.train_prompts)

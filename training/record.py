@@ -1,4 +1,5 @@
 """What a run's folder says about itself: settings, data, code, packages and machine (`run.json`)."""
+
 from __future__ import annotations
 
 import hashlib
@@ -9,7 +10,7 @@ import re
 import resource
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -17,30 +18,78 @@ from engine.errors import InvalidInput
 from training.files import write_json
 
 FILE = "run.json"
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "numpy", "monai", "scipy",
-            "deepspeed", "tensorboard")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "monai",
+    "scipy",
+    "deepspeed",
+    "tensorboard",
+)
 # Settings that change nothing in the result may differ when a run goes on.
-FREE = {"trainer." + name for name in (
-    "logging_steps", "logging_strategy", "logging_first_step", "save_steps", "save_strategy", "save_total_limit",
-    "disable_tqdm", "log_level", "report_to", "run_name", "dataloader_num_workers", "dataloader_prefetch_factor",
-    "dataloader_persistent_workers", "dataloader_pin_memory")} | {"sample_every", "out", "data.m3d.root"}
+FREE = {
+    "trainer." + name
+    for name in (
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+        "disable_tqdm",
+        "log_level",
+        "report_to",
+        "run_name",
+        "dataloader_num_workers",
+        "dataloader_prefetch_factor",
+        "dataloader_persistent_workers",
+        "dataloader_pin_memory",
+    )
+} | {"sample_every", "out", "data.m3d.root"}
 
 
 # Settings that name what a run starts from, and what is read of it where that is a folder.
-STARTS = ("start", "start.language_model", "start.vision_tower", "start.mm_projector", "start.seg_module", "start.lora",
-          "teacher", "text_encoder", "vision_tower", "trained", "base")
+STARTS = (
+    "start",
+    "start.language_model",
+    "start.vision_tower",
+    "start.mm_projector",
+    "start.seg_module",
+    "start.lora",
+    "teacher",
+    "text_encoder",
+    "vision_tower",
+    "trained",
+    "base",
+)
 _READ = {".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".txt"}
 
 
 def begin(folder: Path, stage: str, settings: dict, data: dict | None = None, world_size: int = 1) -> None:
     """Record that a run begins or goes on; InvalidInput unless folder, settings, data, number of processes and the
     files that it starts from are the same."""
-    decisive = {"stage": stage, "processes": world_size, "settings": settings, "started_from": started_from(settings),
-                "data": data or {}}
+    decisive = {
+        "stage": stage,
+        "processes": world_size,
+        "settings": settings,
+        "started_from": started_from(settings),
+        "data": data or {},
+    }
     record = _matching(folder, decisive) or {**decisive, "sessions": []}
-    record["sessions"].append({"started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                               "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "code": code_version(),
-                               "packages": package_versions(), "machine": machine()})
+    record["sessions"].append(
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "code": code_version(),
+            "packages": package_versions(),
+            "machine": machine(),
+        }
+    )
     write_json(folder / FILE, record)
 
 
@@ -55,7 +104,7 @@ def end(folder: Path) -> None:
     record = json.loads(file.read_text())
     session = record["sessions"][-1]
     began = datetime.fromisoformat(session["started"])
-    session["seconds"] = round((datetime.now(timezone.utc) - began).total_seconds())
+    session["seconds"] = round((datetime.now(UTC) - began).total_seconds())
     session["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     write_json(file, record)
 
@@ -72,8 +121,11 @@ def started_from(settings: dict) -> dict[str, str]:
             continue
         path = Path(source).expanduser()
         files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-        found |= {f"{name}/{file.name}": sha256(file) for file in files
-                  if file == path or file.is_file() and file.suffix in _READ and file.name != FILE}
+        found |= {
+            f"{name}/{file.name}": sha256(file)
+            for file in files
+            if file == path or file.is_file() and file.suffix in _READ and file.name != FILE
+        }
         if not path.exists() and (commit := _commit(source)):
             found[f"{name}/commit"] = commit
     return found
@@ -104,18 +156,24 @@ def _matching(folder: Path, decisive: dict) -> dict | None:
     # Whatever a run started from may be gone once it was read.
     sources = [{key.partition("/")[0] for key in flat if key.startswith("started_from.")} for flat in (before, now)]
     gone = sources[0] ^ sources[1]
-    changed = [f"{key.removeprefix('settings.').removeprefix('started_from.')}: {before.get(key)!r} -> {now.get(key)!r}"
-               for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key) and key.removeprefix("settings.") not in FREE
-               and key.partition("/")[0] not in gone]
+    changed = [
+        f"{key.removeprefix('settings.').removeprefix('started_from.')}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and key.removeprefix("settings.") not in FREE
+        and key.partition("/")[0] not in gone
+    ]
     if changed:
-        raise InvalidInput(f"the run in {folder} was begun with something else ({'; '.join(changed[:6])}): give "
-                           "another `out`, or remove that folder to begin again")
+        raise InvalidInput(
+            f"the run in {folder} was begun with something else ({'; '.join(changed[:6])}): give "
+            "another `out`, or remove that folder to begin again"
+        )
     return record
 
 
 def code_version() -> dict:
     """The commit this code was run from, and whether tracked files differed from it."""
+
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None

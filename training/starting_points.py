@@ -8,6 +8,7 @@ them and strictly (nothing in a file is executed).
 | `mm_projector.bin` | `*.mm_projector.*`, and with it perhaps `model.embed_tokens.weight` |
 | an M3D-LaMed or M3D-CLIP checkpoint, or what a stage wrote | any of these parts |
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -30,10 +31,25 @@ ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
 PUBLISHED = {family.model_type: published for published, family in FAMILIES.items()}
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BASE_DIGEST = "base_model_digest"  # in config.json of what was trained on top of a language model
-_TOLD = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "hidden_act", "vocab_size",
-         "max_position_embeddings", "tie_word_embeddings", "attention_bias", "bos_token_id", "eos_token_id",
-         "pad_token_id"}
+_TOLD = {
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_parameters",
+    "hidden_act",
+    "vocab_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "attention_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
 
 
 @dataclass(frozen=True)
@@ -84,16 +100,20 @@ def open_language_model(source: str | PackagedModel) -> LanguageModel:
     config = read_config(folder)
     model_type = config.get("model_type")
     if "base_model" in config:
-        raise CheckpointError(f"{source} holds only what was trained on top of a base model: start from that, or merge "
-                              "it first (training/merge_lora.py)")
+        raise CheckpointError(
+            f"{source} holds only what was trained on top of a base model: start from that, or merge "
+            "it first (training/merge_lora.py)"
+        )
     if model_type in FAMILIES:
         weights = Weights.open(folder)
         parts = {key: weights[key] for key in weights if key.startswith(tuple(PARTS))}
         state = {key: weights[key] for key in weights if key not in parts}
         return LanguageModel(str(source), config, state, load_tokenizer(folder), parts)
     if model_type not in PUBLISHED:
-        raise CheckpointError(f"{source} is a {model_type!r}; language models that can be trained are of the families "
-                              f"{', '.join(PUBLISHED)} (LLaMA-2, LLaMA-3, Phi-3), or M3D-LaMed checkpoints on them")
+        raise CheckpointError(
+            f"{source} is a {model_type!r}; language models that can be trained are of the families "
+            f"{', '.join(PUBLISHED)} (LLaMA-2, LLaMA-3, Phi-3), or M3D-LaMed checkpoints on them"
+        )
     from transformers import AutoConfig
 
     weights = Weights.open(folder)
@@ -112,8 +132,16 @@ def _packaged(source: PackagedModel) -> LanguageModel:
 
 def told(config) -> dict:
     """A transformers configuration as config.json should tell it: the sizes, and what is not as usual."""
-    usual = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "quantization_config",
-             "use_cache", "auto_map"}
+    usual = {
+        "architectures",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "_name_or_path",
+        "quantization_config",
+        "use_cache",
+        "auto_map",
+    }
     told = set(config.to_diff_dict()) - usual | _TOLD
     return {key: value for key, value in config.to_dict().items() if key in told and value is not None}
 
@@ -134,8 +162,10 @@ def prepare_tokenizer(model: LanguageModel):
         raise CheckpointError(f"the tokenizer of {model.name} does not know {', '.join(absent)}")
     homeless = [f"{token} ({k})" for token, k in ids.items() if k >= rows]
     if homeless and model.lamed:
-        raise CheckpointError(f"the tokenizer of {model.name} has no room for {', '.join(homeless)}: the embeddings "
-                              f"have {rows} rows. Is it the tokenizer that was saved with these weights?")
+        raise CheckpointError(
+            f"the tokenizer of {model.name} has no room for {', '.join(homeless)}: the embeddings "
+            f"have {rows} rows. Is it the tokenizer that was saved with these weights?"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     bos = tokenizer.bos_token_id
@@ -145,7 +175,8 @@ def prepare_tokenizer(model: LanguageModel):
         from tokenizers.processors import TemplateProcessing
 
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, bos)])
+            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, bos)]
+        )
     return tokenizer
 
 
@@ -188,8 +219,16 @@ def load_segvol(seg_module: nn.Module, source: str) -> None:
     """Fill a SegVol from SegVol's own `pytorch_model.bin` (its text encoder is left) or an M3D-LaMed checkpoint."""
     tensors = open_part(source)
     prefix = _first_prefix(tensors, ("model.seg_module.", "model."))
-    _fill(seg_module, {key: value for key, value in _below(tensors, prefix).items()
-                       if prefix and not key.startswith("text_encoder.")}, source, "segmentation module")
+    _fill(
+        seg_module,
+        {
+            key: value
+            for key, value in _below(tensors, prefix).items()
+            if prefix and not key.startswith("text_encoder.")
+        },
+        source,
+        "segmentation module",
+    )
 
 
 def load_projector(projector: nn.Module, source: str) -> Tensor | None:
@@ -218,16 +257,24 @@ def open_part(source: str) -> dict[str, Tensor]:
 def check_shapes(what: str, source: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise CheckpointError naming missing, unexpected, misshapen and empty tensors of `source`."""
     problems = []
-    for problem, names in (("missing", set(expected) - set(found)), ("unexpected", set(found) - set(expected)),
-                           ("of another shape", {key for key in set(found) & set(expected)
-                                                 if found[key].shape != expected[key].shape})):
+    for problem, names in (
+        ("missing", set(expected) - set(found)),
+        ("unexpected", set(found) - set(expected)),
+        ("of another shape", {key for key in set(found) & set(expected) if found[key].shape != expected[key].shape}),
+    ):
         if names:
-            listed = [f"{key} {list(found[key].shape)} instead of {list(expected[key].shape)}"
-                      if problem == "of another shape" else key for key in sorted(names)]
+            listed = [
+                f"{key} {list(found[key].shape)} instead of {list(expected[key].shape)}"
+                if problem == "of another shape"
+                else key
+                for key in sorted(names)
+            ]
             problems.append(f"{len(listed)} {problem} ({', '.join(listed[:4])}{', ...' if len(listed) > 4 else ''})")
     if any(value.numel() == 0 for value in found.values()):
-        problems.append("some hold nothing, as ZeRO-3's placeholders do: save with "
-                        "stage3_gather_16bit_weights_on_model_save, or join the shards with zero_to_fp32.py")
+        problems.append(
+            "some hold nothing, as ZeRO-3's placeholders do: save with "
+            "stage3_gather_16bit_weights_on_model_save, or join the shards with zero_to_fp32.py"
+        )
     if problems:
         raise CheckpointError(f"{source} does not fit the {what}: {'; '.join(problems)}")
 
@@ -242,7 +289,7 @@ def _first_prefix(tensors: dict, prefixes: tuple[str, ...]) -> str:
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def digest(model: LanguageModel) -> str:
@@ -256,8 +303,9 @@ def read_adapter(folder: Path, model: LanguageModel) -> dict:
     try:
         config = json.loads((folder / base.ADAPTER_CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / base.ADAPTER_CONFIG} cannot be read ({error}): wanted is the `final` of a "
-                              "finetune with LoRA") from None
+        raise CheckpointError(
+            f"{folder / base.ADAPTER_CONFIG} cannot be read ({error}): wanted is the `final` of a finetune with LoRA"
+        ) from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder / base.ADAPTER_CONFIG} describes no LoRA")
     named = config.get("base_model_name_or_path")
@@ -265,13 +313,16 @@ def read_adapter(folder: Path, model: LanguageModel) -> dict:
         raise CheckpointError(f"the LoRA in {folder} was trained on {named}, not on {model.name}")
     known = read_config(folder).get(BASE_DIGEST)
     if known and known != digest(model):
-        raise CheckpointError(f"the LoRA in {folder} was trained on another {named} than {model.name}: its embeddings "
-                              "have other values")
+        raise CheckpointError(
+            f"the LoRA in {folder} was trained on another {named} than {model.name}: its embeddings have other values"
+        )
     return config
 
 
 def check_added_rows(rows: Tensor, whole: tuple[int, int], count: int, source: str) -> None:
     """Raise InvalidInput unless `rows` are the `whole` embedding table or the rows of `count` added tokens."""
     if rows.shape[1] != whole[1] or len(rows) not in (whole[0], count):
-        raise InvalidInput(f"{source} has embeddings {list(rows.shape)}; wanted are all {list(whole)} or the rows of "
-                           f"the {count} added tokens")
+        raise InvalidInput(
+            f"{source} has embeddings {list(rows.shape)}; wanted are all {list(whole)} or the rows of "
+            f"the {count} added tokens"
+        )

@@ -3,6 +3,7 @@
 A stage hands over a model (`StageModel`), a data set and a collator. One process, several GPUs, DeepSpeed and FSDP are
 TrainingArguments in the configuration; several processes are started by `torchrun` or `accelerate launch`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -85,7 +86,7 @@ class EpochSampler(Sampler):
 class _Clock(TrainerCallback):
     """Tells the sampler its epoch, and seeds each step by itself: a resumed run draws what a whole one does."""
 
-    def __init__(self, trainer: "StageTrainer"):
+    def __init__(self, trainer: StageTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -101,7 +102,7 @@ class _Clock(TrainerCallback):
 class _Board(TrainerCallback):
     """TensorBoard: every scalar that is logged, and sample predictions. A resumed run continues the curves."""
 
-    def __init__(self, trainer: "StageTrainer", sample_every: int):
+    def __init__(self, trainer: StageTrainer, sample_every: int):
         self.trainer, self.sample_every, self.writer = trainer, sample_every, None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -109,8 +110,10 @@ class _Board(TrainerCallback):
             from torch.utils.tensorboard import SummaryWriter
 
             # What a killed run logged after its last checkpoint is logged again.
-            self.writer = SummaryWriter(str(Path(args.output_dir) / "tensorboard"),
-                                        purge_step=state.global_step + 1 if state.global_step else None)
+            self.writer = SummaryWriter(
+                str(Path(args.output_dir) / "tensorboard"),
+                purge_step=state.global_step + 1 if state.global_step else None,
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.writer:
@@ -252,8 +255,10 @@ def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Ca
     else:
         trainer.train(resume_from_checkpoint=whole[-1] if whole else None)
         if trainer.state.global_step < trainer.state.max_steps:
-            raise InvalidInput(f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: "
-                               f"{out / FINAL} is not written")
+            raise InvalidInput(
+                f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}: "
+                f"{out / FINAL} is not written"
+            )
     trainer.save_final(unwrapped=finished)
     if arguments.process_index == 0:
         record.end(out)
@@ -264,9 +269,11 @@ def _check_amount(samples: int, arguments) -> None:
     """Raise InvalidInput where the data make no step: incomplete batches are dropped."""
     batch = arguments.train_batch_size * arguments.world_size
     if arguments.dataloader_drop_last and samples < batch:
-        raise InvalidInput(f"the data have {samples:,} samples, fewer than a batch of all processes "
-                           f"({arguments.train_batch_size} x {arguments.world_size}): make "
-                           "trainer.per_device_train_batch_size smaller")
+        raise InvalidInput(
+            f"the data have {samples:,} samples, fewer than a batch of all processes "
+            f"({arguments.train_batch_size} x {arguments.world_size}): make "
+            "trainer.per_device_train_batch_size smaller"
+        )
 
 
 def main(description: str, cls: type[StageSettings], train: Callable[[StageSettings], None]) -> None:

@@ -1,11 +1,12 @@
 """The client: send a scan once, then ask about it, segment it, rank texts against it.
 
-    with M3DClient("localhost:8001") as client:
-        study = client.upload("scan.nii.gz")
-        for text in client.stream(study, "Describe the findings."):
-            print(text, end="", flush=True)
-        client.segment(study, "Please segment the liver.").save("liver.nii.gz")
+with M3DClient("localhost:8001") as client:
+    study = client.upload("scan.nii.gz")
+    for text in client.stream(study, "Describe the findings."):
+        print(text, end="", flush=True)
+    client.segment(study, "Please segment the liver.").save("liver.nii.gz")
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -138,7 +139,7 @@ class TextStream(Iterator[str]):
     def close(self) -> None:
         self._responses.close()
 
-    def __enter__(self) -> "TextStream":
+    def __enter__(self) -> TextStream:
         return self
 
     def __exit__(self, *_) -> None:
@@ -155,14 +156,16 @@ class M3DClient:
     def __init__(self, url: str = DEFAULT_URL, timeout: float | None = 600.0):
         self.timeout = _checked_timeout(timeout)
         if not url or "://" in url:
-            raise InvalidInput(f"the server's address is host:port of its gRPC port, such as {DEFAULT_URL}, not {url!r}")
+            raise InvalidInput(
+                f"the server's address is host:port of its gRPC port, such as {DEFAULT_URL}, not {url!r}"
+            )
         self._connection = Connection(url)
 
     @property
     def url(self) -> str:
         return self._connection.url
 
-    def __enter__(self) -> "M3DClient":
+    def __enter__(self) -> M3DClient:
         return self
 
     def __exit__(self, *_) -> None:
@@ -181,11 +184,19 @@ class M3DClient:
     def server_info(self) -> dict:
         """{"triton": version, "models": {name: ready}} of the public models. Raises Unavailable."""
         metadata = self._connection.call("ServerMetadata", service_pb2.ServerMetadataRequest(), self.timeout)
-        return {"triton": metadata.version,
-                "models": {name: self._model_ready(name) for name, model in contract.MODELS.items() if model.ensemble}}
+        return {
+            "triton": metadata.version,
+            "models": {name: self._model_ready(name) for name, model in contract.MODELS.items() if model.ensemble},
+        }
 
-    def upload(self, scan: str | PathLike | np.ndarray, affine: np.ndarray | None = None, preset: str = "auto", *,
-               timeout: float | None = None) -> Study:
+    def upload(
+        self,
+        scan: str | PathLike | np.ndarray,
+        affine: np.ndarray | None = None,
+        preset: str = "auto",
+        *,
+        timeout: float | None = None,
+    ) -> Study:
         """Send a scan: a NIfTI, npy or zip file, a DICOM folder, or an array.
 
         scan: an array has three axes, with its `affine` (4 x 4, voxel to world, RAS+ mm; files bring theirs), or is
@@ -195,8 +206,9 @@ class M3DClient:
 
         source = Source(scan, affine, preset)
         # What was read of a file has no name here: it is let go with the last part, while the server works for seconds.
-        outputs = self._connection.infer_in_turn(_STUDY, _upload(*scan_pieces(scan, affine), preset),
-                                                 self._timeout(timeout))
+        outputs = self._connection.infer_in_turn(
+            _STUDY, _upload(*scan_pieces(scan, affine), preset), self._timeout(timeout)
+        )
         return Study(text_of(outputs["STUDY"]), json.loads(text_of(outputs["STUDY_INFO"])), source)
 
     def stream(self, study, question: str, *, timeout: float | None = None, **sampling) -> TextStream:
@@ -207,8 +219,9 @@ class M3DClient:
         """Ask, and wait for the whole answer."""
         return self._whole(self._ask(study, question, sampling, False, self._timeout(timeout)))[0]
 
-    def segment(self, study, question: str, return_logits: bool = False, *, timeout: float | None = None,
-                **sampling) -> Segmentation:
+    def segment(
+        self, study, question: str, return_logits: bool = False, *, timeout: float | None = None, **sampling
+    ) -> Segmentation:
         """Ask for a structure, and get the answer with its mask."""
         left = _Countdown(self._timeout(timeout))
         asked = self._ask(study, question, sampling, False, left(), hint=True)
@@ -217,8 +230,11 @@ class M3DClient:
             return Segmentation(answer, None, np.zeros((4, 4)), None)
 
         def draw(to: Study):
-            inputs = {contract.STUDY_IN: to.handle, contract.SEG_STATES: outputs["SEG_STATES"],
-                      contract.RETURN_LOGITS: return_logits}
+            inputs = {
+                contract.STUDY_IN: to.handle,
+                contract.SEG_STATES: outputs["SEG_STATES"],
+                contract.RETURN_LOGITS: return_logits,
+            }
             return self._connection.infer(_SEGMENTATION, inputs, left())
 
         drawn = self._resent(draw, asked.study, left())
@@ -234,13 +250,16 @@ class M3DClient:
         study = self._as_study(study, timeout)
 
         def score(by: Study):
-            return self._connection.infer("m3d_retrieve", {contract.TEXTS: texts, contract.STUDY_IN: by.handle}, timeout)
+            return self._connection.infer(
+                "m3d_retrieve", {contract.TEXTS: texts, contract.STUDY_IN: by.handle}, timeout
+            )
 
         return Ranking(tuple(texts), self._resent(score, study, timeout)["SCORES"])
 
     # --- inside ------------------------------------------------------------------------------------------------------
-    def _ask(self, study, question: str, sampling: Mapping, streaming: bool, timeout: float | None,
-             hint: bool = False) -> "_Asked":
+    def _ask(
+        self, study, question: str, sampling: Mapping, streaming: bool, timeout: float | None, hint: bool = False
+    ) -> _Asked:
         """hint: that a mask will be wanted, so that the server encodes for it while it decodes."""
         checked_question(question)
         settings = Sampling.from_dict(sampling).to_json()
@@ -263,7 +282,7 @@ class M3DClient:
         except StudyNotFound as evicted:
             return request(self._send_again(study, timeout, evicted))
 
-    def _whole(self, responses: "_Asked") -> tuple[Answer, dict[str, np.ndarray]]:
+    def _whole(self, responses: _Asked) -> tuple[Answer, dict[str, np.ndarray]]:
         """The answer of a request that is answered by one response, and all its outputs."""
         collected = _Collected()
         try:
@@ -284,8 +303,10 @@ class M3DClient:
             raise evicted
         again = self.upload(study.source.scan, study.source.affine, study.source.preset, timeout=timeout)
         if again.handle != study.handle:
-            raise InvalidInput(f"the server does not hold {study} any more, and now the scan at its source, or the "
-                               "server's model, is another: upload it again to ask about what is there now")
+            raise InvalidInput(
+                f"the server does not hold {study} any more, and now the scan at its source, or the "
+                "server's model, is another: upload it again to ask about what is there now"
+            )
         return again
 
     def _model_ready(self, name: str) -> bool:
@@ -365,8 +386,9 @@ class _Collected:
         return Answer("".join(self._texts), tuple(self._token_ids), reason, self._last["BOXES"], timings)
 
 
-def _upload(pieces: Iterable[bytes | memoryview], affine: np.ndarray | None, preset: str
-            ) -> Iterator[dict[Tensor, object]]:
+def _upload(
+    pieces: Iterable[bytes | memoryview], affine: np.ndarray | None, preset: str
+) -> Iterator[dict[Tensor, object]]:
     """The inputs of the requests that bring a scan: of one with the whole file, or of one for each part."""
     parts = list(parts_of(pieces)) or [(b"",)]
     size, start, name = sum(map(size_of, parts)), 0, secrets.token_hex(16)

@@ -3,10 +3,11 @@
 Each call is a gRPC call of its own on one shared channel (tritonclient's own stream object allows one stream a client),
 so that streams are independent, cancelled one by one, and paused by HTTP/2's flow control when nobody reads them.
 """
+
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import grpc
@@ -18,8 +19,14 @@ from engine.errors import Cancelled, DeadlineExceeded, InvalidInput, M3DError, R
 
 PART_BYTES = 4 << 20  # of a scan in one request: so small that all that handle it use the same memory again
 MAX_REQUEST_BYTES = (1 << 31) - (1 << 16)  # protobuf's 2 GiB, less the envelope
-DTYPES = {"BOOL": np.dtype("?"), "UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "INT64": np.dtype("<i8"),
-          "FP32": np.dtype("<f4"), "FP64": np.dtype("<f8")}
+DTYPES = {
+    "BOOL": np.dtype("?"),
+    "UINT8": np.dtype("u1"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -116,8 +123,9 @@ def request_of(model: str, inputs: Mapping[Tensor, object]) -> InferRequest:
         shape, content = encode(tensor, value)
         size += size_of(content)
         if size > MAX_REQUEST_BYTES:
-            raise InvalidInput(f"the request would have {size:,} bytes, one message carries at most "
-                               f"{MAX_REQUEST_BYTES:,}")
+            raise InvalidInput(
+                f"the request would have {size:,} bytes, one message carries at most {MAX_REQUEST_BYTES:,}"
+            )
         request.inputs.add(name=tensor.name, datatype=tensor.dtype, shape=shape)
         contents.append(content)
     return InferRequest(request, tuple(contents))
@@ -139,8 +147,10 @@ def parts_of(pieces: Iterable[bytes | memoryview]) -> Iterator[tuple[memoryview,
 
 
 def outputs_of(response: service_pb2.ModelInferResponse) -> dict[str, np.ndarray]:
-    return {output.name: decode(output.datatype, tuple(output.shape), content)
-            for output, content in zip(response.outputs, response.raw_output_contents)}
+    return {
+        output.name: decode(output.datatype, tuple(output.shape), content)
+        for output, content in zip(response.outputs, response.raw_output_contents)
+    }
 
 
 def text_of(array: np.ndarray) -> str:
@@ -154,8 +164,10 @@ def server_error(message: str, status: grpc.StatusCode | None = None) -> M3DErro
     if type(error) is not M3DError:
         return error
     if re.search(r"unknown model|model .*is not (ready|found)", message):
-        return Unavailable(f"the server does not serve this: {message}. A repository serves what its checkpoint has: "
-                           "ranking needs --clip-checkpoint at export, segmentation a checkpoint with a [SEG] token")
+        return Unavailable(
+            f"the server does not serve this: {message}. A repository serves what its checkpoint has: "
+            "ranking needs --clip-checkpoint at export, segmentation a checkpoint with a [SEG] token"
+        )
     if "not healthy" in message:  # the process of a Python model died; the server is about to end
         return Unavailable(f"a part of the server died ({message}): it must be started again")
     return _BY_STATUS.get(status, M3DError)(message)
@@ -169,8 +181,9 @@ class Connection:
         self._channel = grpc.insecure_channel(url, options=_OPTIONS)
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         for name, kind, response in (
-                ("ModelInfer", self._channel.unary_unary, service_pb2.ModelInferResponse),
-                ("ModelStreamInfer", self._channel.stream_stream, service_pb2.ModelStreamInferResponse)):
+            ("ModelInfer", self._channel.unary_unary, service_pb2.ModelInferResponse),
+            ("ModelStreamInfer", self._channel.stream_stream, service_pb2.ModelStreamInferResponse),
+        ):
             setattr(self.stub, name, kind(f"/{_SERVICE}/{name}", InferRequest.serialized, response.FromString))
         self._closed = False
 
@@ -191,8 +204,9 @@ class Connection:
         """One request, one response."""
         return outputs_of(self.call("ModelInfer", request_of(model, inputs), timeout))
 
-    def infer_in_turn(self, model: str, parts: Iterable[Mapping[Tensor, object]], timeout: float | None
-                      ) -> dict[str, np.ndarray]:
+    def infer_in_turn(
+        self, model: str, parts: Iterable[Mapping[Tensor, object]], timeout: float | None
+    ) -> dict[str, np.ndarray]:
         """Requests in their order, none of which waits for the response to the one before; the last response.
 
         They are let go once the last is sent. The first that fails ends it all.
@@ -205,7 +219,7 @@ class Connection:
             raise Unavailable(f"the server closed the stream after {len(responses)} of {wanted} responses; see its log")
         return responses[-1]
 
-    def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> "ResponseStream":
+    def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> ResponseStream:
         """One request to a decoupled model, any number of responses. Sent at once."""
         self._check_open()
         return ResponseStream(self, self.stub.ModelStreamInfer(iter((request_of(model, inputs),)), timeout=timeout))
@@ -218,12 +232,15 @@ class Connection:
         went_away = status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         if went_away and type(server_error(details)) is M3DError:
             if any(words in details.lower() for words in ("failed to connect", "connection refused", "resolving")):
-                return Unavailable(f"no server answers at {self.url}: start one with `m3d serve`, or give the address "
-                                   "of one that runs")
+                return Unavailable(
+                    f"no server answers at {self.url}: start one with `m3d serve`, or give the address of one that runs"
+                )
             return Unavailable(f"the server at {self.url} went away during the request ({details}); see its log")
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(f"no complete answer from {self.url} within the client's deadline; give a longer "
-                                    "timeout (seconds), or fewer max_new_tokens")
+            return DeadlineExceeded(
+                f"no complete answer from {self.url} within the client's deadline; give a longer "
+                "timeout (seconds), or fewer max_new_tokens"
+            )
         return server_error(details or status.name, status)
 
     def _check_open(self) -> None:

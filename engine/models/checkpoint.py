@@ -3,6 +3,7 @@
 A checkpoint is a folder (or a Hugging Face id) with config.json, weights as .safetensors or .bin, sharded or not, and a
 tokenizer. A folder whose config.json names a `base_model` holds only what was trained on top of it: see `base`.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -26,8 +27,17 @@ PARTS = {f"model.{part}.": f"{part}." for part in ("vision_tower", "mm_projector
 TEXT_ENCODER = "language_encoder."
 # Buffers that older transformers versions saved and that are derived, never learned.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 class Weights:
@@ -41,7 +51,7 @@ class Weights:
         self._files: dict[Path, object] = {}
 
     @classmethod
-    def open(cls, folder: Path) -> "Weights":
+    def open(cls, folder: Path) -> Weights:
         """The weights in `folder`: model.safetensors, its sharded form, pytorch_model.bin or its sharded form."""
         for name in ("model.safetensors", "pytorch_model.bin"):
             index = folder / f"{name}.index.json"
@@ -58,15 +68,16 @@ class Weights:
             for file in files:
                 tensors.update(cls.open_file(file)._tensors)
             return cls(tensors)
-        raise CheckpointError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin "
-                              "nor a *.index.json of either")
+        raise CheckpointError(
+            f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin nor a *.index.json of either"
+        )
 
     @classmethod
-    def open_file(cls, file: Path) -> "Weights":
+    def open_file(cls, file: Path) -> Weights:
         """The weights in one file: .safetensors, or what torch.save wrote."""
         return cls(_safetensors_keys(file) if file.suffix == ".safetensors" else _torch_tensors(file))
 
-    def joined(self, tensors: dict[str, Tensor]) -> "Weights":
+    def joined(self, tensors: dict[str, Tensor]) -> Weights:
         """These and others."""
         return Weights({**self._tensors, **tensors})
 
@@ -100,10 +111,13 @@ def resolve(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]))
+        return Path(
+            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{source} is no folder here and could not be fetched from the Hugging Face hub: "
-                              f"{error}") from None
+        raise CheckpointError(
+            f"{source} is no folder here and could not be fetched from the Hugging Face hub: {error}"
+        ) from None
 
 
 def read_config(folder: Path) -> dict:
@@ -196,7 +210,9 @@ def build_lamed(config: LamedConfig, weights: Weights, dtype: torch.dtype, with_
     model, expected = checked_lamed(config, weights)
     if not with_llm:
         model.llm = None
-    names = {published: own for published, own in _own_names(expected).items() if with_llm or not own.startswith("llm.")}
+    names = {
+        published: own for published, own in _own_names(expected).items() if with_llm or not own.startswith("llm.")
+    }
     found = set(weights)
     return _fill(model, {own: weights[key] for key, own in names.items() if key in found}, dtype)
 
@@ -210,8 +226,9 @@ def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[M
         from engine.models.base import load_text_encoder, text_encoder_folder
 
         tokenizer_folder = text_encoder_folder(values["text_encoder"])
-        weights = weights.joined({f"{TEXT_ENCODER}{key}": value
-                                  for key, value in load_text_encoder(tokenizer_folder).items()})
+        weights = weights.joined(
+            {f"{TEXT_ENCODER}{key}": value for key, value in load_text_encoder(tokenizer_folder).items()}
+        )
     with torch.device("meta"):
         model = M3DClip(config)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -225,7 +242,7 @@ def lamed_shapes(model: Lamed) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for own, value in model.state_dict().items():
         part = next((prefix for prefix in back if own.startswith(prefix)), None)
-        key = back[part] + own[len(part):] if part else own.removeprefix("llm.")
+        key = back[part] + own[len(part) :] if part else own.removeprefix("llm.")
         shapes[key] = tuple(value.shape)
     return shapes
 
@@ -233,11 +250,20 @@ def lamed_shapes(model: Lamed) -> dict[str, tuple[int, ...]]:
 def check(weights: Weights, expected: dict[str, tuple[int, ...]], optional: set[str] = frozenset()) -> None:
     """Raise CheckpointError unless `weights` has exactly the expected keys and shapes, naming those that differ."""
     found = set(weights)
-    misshapen = [f"{key}: {list(weights.shape(key))}, expected {list(expected[key])}"
-                 for key in expected if key in found and weights.shape(key) != expected[key]]
-    problems = [f"{len(keys)} {what} ({listed(sorted(keys))})" for what, keys in (
-        ("missing", set(expected) - found - optional), ("unexpected", found - set(expected)), ("misshapen", misshapen),
-    ) if keys]
+    misshapen = [
+        f"{key}: {list(weights.shape(key))}, expected {list(expected[key])}"
+        for key in expected
+        if key in found and weights.shape(key) != expected[key]
+    ]
+    problems = [
+        f"{len(keys)} {what} ({listed(sorted(keys))})"
+        for what, keys in (
+            ("missing", set(expected) - found - optional),
+            ("unexpected", found - set(expected)),
+            ("misshapen", misshapen),
+        )
+        if keys
+    ]
     if problems:
         raise CheckpointError("the weights do not fit config.json: " + "; ".join(problems))
 
@@ -252,8 +278,11 @@ def write_lamed(model: Lamed, config: dict, tokenizer, folder: str | Path) -> Pa
     names = _own_names(lamed_shapes(model))
     if config.get("tie_word_embeddings"):
         names.pop("lm_head.weight", None)
-    save_file({key: own_state[own].contiguous() for key, own in names.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {key: own_state[own].contiguous() for key, own in names.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     return folder
@@ -261,8 +290,10 @@ def write_lamed(model: Lamed, config: dict, tokenizer, folder: str | Path) -> Pa
 
 def _own_names(published: dict) -> dict[str, str]:
     """Published key -> name in Lamed's state dict."""
-    return {key: next((own + key[len(prefix):] for prefix, own in PARTS.items() if key.startswith(prefix)), "llm." + key)
-            for key in published}
+    return {
+        key: next((own + key[len(prefix) :] for prefix, own in PARTS.items() if key.startswith(prefix)), "llm." + key)
+        for key in published
+    }
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
@@ -288,14 +319,16 @@ def _shards(index: Path) -> list[Path]:
     try:
         return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}): its weight_map must give the file "
-                              f"of each key; get the checkpoint again") from None
+        raise CheckpointError(
+            f"{index} is damaged ({type(error).__name__}: {error}): its weight_map must give the file "
+            f"of each key; get the checkpoint again"
+        ) from None
 
 
 def _safetensors_keys(file: Path) -> dict[str, tuple[Path, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: (file, key) for key in opened.keys()}
+            return {key: (file, key) for key in opened}
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a readable safetensors file (cut off?): {error}") from None
 
@@ -307,8 +340,11 @@ def _torch_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read as plain tensors (weights_only): {error}") from None
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{file} holds a {type(tensors).__name__}, expected are tensors by key")
-    others = [f"{key}: {type(value).__name__}" for key, value in tensors.items()
-              if not (isinstance(key, str) and isinstance(value, Tensor))]
+    others = [
+        f"{key}: {type(value).__name__}"
+        for key, value in tensors.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
     if others:
         raise CheckpointError(f"{file} holds more than tensors by key ({listed(others)})")
     return tensors

@@ -1,4 +1,5 @@
 """M3D-CLIP: one 3D ViT for scans and one BERT for texts, with projections into a common space."""
+
 from __future__ import annotations
 
 import torch

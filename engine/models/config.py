@@ -1,4 +1,5 @@
 """What a checkpoint's `config.json` says about the model, checked on reading."""
+
 from __future__ import annotations
 
 import math
@@ -66,7 +67,7 @@ class LamedConfig:
     def num_visual_tokens(self) -> int:
         """Visual tokens that one volume becomes, N."""
         if self.proj_pooling_type == "sequence":
-            return self.vision.num_patches // self.proj_pooling_size ** 3
+            return self.vision.num_patches // self.proj_pooling_size**3
         return math.prod(self.visual_grid)
 
     @property
@@ -84,50 +85,76 @@ class LamedConfig:
         return context_length(self.llm)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "LamedConfig":
+    def from_dict(cls, values: dict) -> LamedConfig:
         """From a checkpoint's config.json (keys as published; `vision_config` and `seg_config` for other sizes)."""
         model_type = values.get("model_type")
         if model_type not in FAMILIES:
             raise CheckpointError(
                 f"this is a checkpoint of architecture {model_type!r}; the engine reads M3D-LaMed on LLaMA or Phi-3 "
-                "(model_type 'lamed_llama' or 'lamed_phi3') and M3D-CLIP ('m3d_clip', with --clip-checkpoint)")
-        required = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                    "intermediate_size", "vocab_size")
+                "(model_type 'lamed_llama' or 'lamed_phi3') and M3D-CLIP ('m3d_clip', with --clip-checkpoint)"
+            )
+        required = (
+            "image_size",
+            "patch_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "vocab_size",
+        )
         missing = [key for key in required if key not in values]
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}")
         counts = {key: values[key] for key in required[2:]}
         _check_whole(counts | {key: values[key] for key in ("proj_layer_num", "proj_pooling_size") if key in values})
         # null leaves these to transformers.
-        _check_whole({key: values[key] for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")
-                      if values.get(key) is not None})
+        _check_whole(
+            {
+                key: values[key]
+                for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")
+                if values.get(key) is not None
+            }
+        )
         if values.get("vision_tower", "vit3d") != "vit3d":
             raise CheckpointError(f"vision_tower {values['vision_tower']!r} is not known; known is 'vit3d'")
         if values.get("vision_select_layer", -1) != -1 or values.get("vision_select_feature", "patch") != "patch":
-            raise CheckpointError("only vision_select_layer -1 with vision_select_feature 'patch' is supported "
-                                  "(others are broken in the reference)")
+            raise CheckpointError(
+                "only vision_select_layer -1 with vision_select_feature 'patch' is supported "
+                "(others are broken in the reference)"
+            )
         if values.get("mm_projector_type", "spp") != "spp":
             raise CheckpointError(f"mm_projector_type {values['mm_projector_type']!r} is not known; known is 'spp'")
         size = {key: _as_tuple(values[key]) for key in ("image_size", "patch_size")}
-        vision = ViTConfig(**size, in_channels=values.get("image_channel", 1),
-                           **_vit_sizes(values.get("vision_config"), values.get("mm_hidden_size", 768)))
+        vision = ViTConfig(
+            **size,
+            in_channels=values.get("image_channel", 1),
+            **_vit_sizes(values.get("vision_config"), values.get("mm_hidden_size", 768)),
+        )
         module = values.get("segmentation_module")
         if module is not None and "segvol" not in str(module).lower():
             raise CheckpointError(f"segmentation_module {module!r} is not known; known is 'segvol'")
         segmentation = module and ViTConfig(**size, **_vit_sizes(values.get("seg_config")))
-        config = cls(vision=vision, segmentation=segmentation or None, llm=FAMILIES[model_type].told(values),
-                     proj_layer_type=values.get("proj_layer_type", "mlp"),
-                     proj_layer_num=values.get("proj_layer_num", 2),
-                     proj_pooling_type=values.get("proj_pooling_type", "spatial"),
-                     proj_pooling_size=values.get("proj_pooling_size", 2),
-                     seg_token_id=values.get("seg_token_id"))
+        config = cls(
+            vision=vision,
+            segmentation=segmentation or None,
+            llm=FAMILIES[model_type].told(values),
+            proj_layer_type=values.get("proj_layer_type", "mlp"),
+            proj_layer_num=values.get("proj_layer_num", 2),
+            proj_pooling_type=values.get("proj_pooling_type", "spatial"),
+            proj_pooling_size=values.get("proj_pooling_size", 2),
+            seg_token_id=values.get("seg_token_id"),
+        )
         if config.proj_layer_type not in ("mlp", "linear"):
             raise CheckpointError(f"proj_layer_type {config.proj_layer_type!r} is not known; known: mlp, linear")
         if config.proj_pooling_type not in ("spatial", "sequence"):
-            raise CheckpointError(f"proj_pooling_type {config.proj_pooling_type!r} is not known; known: spatial, sequence")
+            raise CheckpointError(
+                f"proj_pooling_type {config.proj_pooling_type!r} is not known; known: spatial, sequence"
+            )
         if config.num_visual_tokens < 1:
-            raise CheckpointError(f"proj_pooling_size {config.proj_pooling_size} leaves no visual token of the "
-                                  f"{' x '.join(map(str, vision.grid))} patches")
+            raise CheckpointError(
+                f"proj_pooling_size {config.proj_pooling_size} leaves no visual token of the "
+                f"{' x '.join(map(str, vision.grid))} patches"
+            )
         seg, vocabulary = config.seg_token_id, values["vocab_size"]
         if segmentation and seg is not None and not (isinstance(seg, int) and 0 <= seg < vocabulary):
             raise CheckpointError(f"seg_token_id {seg!r} is no token of the vocabulary: vocab_size is {vocabulary}")
@@ -143,17 +170,20 @@ class ClipConfig:
     max_text_len: int = 128
 
     @classmethod
-    def from_dict(cls, values: dict) -> "ClipConfig":
+    def from_dict(cls, values: dict) -> ClipConfig:
         """From a checkpoint's config.json, keys as published."""
         if values.get("model_type") != "m3d_clip":
-            raise CheckpointError(f"this is a checkpoint of architecture {values.get('model_type')!r}, "
-                                  "M3D-CLIP ('m3d_clip') is needed")
+            raise CheckpointError(
+                f"this is a checkpoint of architecture {values.get('model_type')!r}, M3D-CLIP ('m3d_clip') is needed"
+            )
         if values.get("pos_embed", "perceptron") != "perceptron":
             raise CheckpointError(f"pos_embed {values['pos_embed']!r} is not known; known is 'perceptron'")
-        vision = ViTConfig(image_size=_as_tuple(values.get("img_size", (32, 256, 256))),
-                           patch_size=_as_tuple(values.get("patch_size", (4, 16, 16))),
-                           in_channels=values.get("in_channels", 1),
-                           **{key: values.get(key, default) for key, default in PUBLISHED_VIT.items()})
+        vision = ViTConfig(
+            image_size=_as_tuple(values.get("img_size", (32, 256, 256))),
+            patch_size=_as_tuple(values.get("patch_size", (4, 16, 16))),
+            in_channels=values.get("in_channels", 1),
+            **{key: values.get(key, default) for key, default in PUBLISHED_VIT.items()},
+        )
         # The published checkpoint names bert-base-uncased by path only; its sizes are BertConfig's defaults.
         bert = {"vocab_size": values.get("vocab_size", 30522), **values.get("bert_config", {})}
         return cls(vision=vision, bert=bert, max_text_len=values.get("max_text_len", 128))
@@ -175,5 +205,7 @@ def _vit_sizes(given: dict | None, hidden_size: int = 768) -> dict:
     given = {"hidden_size": hidden_size, **(given or {})}
     unknown = sorted(set(given) - set(PUBLISHED_VIT))
     if unknown:
-        raise CheckpointError(f"vision_config/seg_config: unknown {', '.join(unknown)}; known: {', '.join(PUBLISHED_VIT)}")
+        raise CheckpointError(
+            f"vision_config/seg_config: unknown {', '.join(unknown)}; known: {', '.join(PUBLISHED_VIT)}"
+        )
     return {**PUBLISHED_VIT, **given}

@@ -1,4 +1,5 @@
 """M3D-LaMed on its language model, assembled from its parts."""
+
 from __future__ import annotations
 
 import torch
@@ -38,8 +39,11 @@ class Lamed(nn.Module):
         if config.segmentation is not None:
             self.seg_module = SegVol(config.segmentation)
             self.seg_projector = nn.Sequential(
-                nn.Linear(config.llm_width, config.llm_width), nn.ReLU(),
-                nn.Linear(config.llm_width, config.segmentation.hidden_size), nn.Dropout(0.1))
+                nn.Linear(config.llm_width, config.llm_width),
+                nn.ReLU(),
+                nn.Linear(config.llm_width, config.segmentation.hidden_size),
+                nn.Dropout(0.1),
+            )
 
     def encode_images(self, image_BCDHW: Tensor) -> Tensor:
         """Visual tokens [B, N, H_llm] of volumes [B, 1, D, H, W] in 0..1."""
@@ -49,7 +53,7 @@ class Lamed(nn.Module):
         """Embeddings [B, L, H_llm]: those of `input_ids`, the N after BOS replaced by the visual tokens."""
         embedded = self.llm.get_input_embeddings()(input_ids)
         n = visual_tokens_BNH.shape[1]
-        return torch.cat([embedded[:, :1], visual_tokens_BNH, embedded[:, n + 1:]], dim=1)
+        return torch.cat([embedded[:, :1], visual_tokens_BNH, embedded[:, n + 1 :]], dim=1)
 
     def segment(self, features_BEdhw: Tensor, states_BH: Tensor) -> Tensor:
         """Mask logits [B, 1, D, H, W] from SegVol's features and the mean `[SEG]` states of the answers."""
@@ -63,9 +67,14 @@ class Lamed(nn.Module):
         `states[t]` is the state that token t was sampled from. An empty answer, or one without `[SEG]`, has no mask.
         """
         embeds = self.prompt_embeddings(input_ids, self.encode_images(image_BCDHW))
-        out = self.llm.generate(inputs_embeds=embeds, max_new_tokens=max_new_tokens, output_hidden_states=True,
-                                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-                                return_dict_in_generate=True, **{"do_sample": False, **sampling})
+        out = self.llm.generate(
+            inputs_embeds=embeds,
+            max_new_tokens=max_new_tokens,
+            output_hidden_states=True,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+            return_dict_in_generate=True,
+            **{"do_sample": False, **sampling},
+        )
         ids = out.sequences[0]
         states = torch.cat([step[-1][0, -1:] for step in out.hidden_states])
         chosen = states[ids == self.config.seg_token_id]

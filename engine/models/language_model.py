@@ -1,5 +1,6 @@
 """The language models under M3D-LaMed, LLaMA (2 and 3) and Phi-3: what config.json says of them, and transformers'
 implementation."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,10 +9,26 @@ from torch import nn
 
 from engine.errors import CheckpointError
 
-_SHARED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-           "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-           "rope_parameters", "hidden_act", "tie_word_embeddings", "attention_dropout", "bos_token_id", "eos_token_id",
-           "pad_token_id")
+_SHARED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "hidden_act",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +49,11 @@ class Family:
 # than sliding_window.
 FAMILIES = {
     "lamed_llama": Family("llama", "LamedLlamaForCausalLM", ("attention_bias", "mlp_bias")),
-    "lamed_phi3": Family("phi3", "LamedPhi3ForCausalLM", (
-        "sliding_window", "partial_rotary_factor", "original_max_position_embeddings", "resid_pdrop")),
+    "lamed_phi3": Family(
+        "phi3",
+        "LamedPhi3ForCausalLM",
+        ("sliding_window", "partial_rotary_factor", "original_max_position_embeddings", "resid_pdrop"),
+    ),
 }
 
 
@@ -60,8 +80,9 @@ def causal_lm_config(llm: dict, **changes):
         # Phi-3's own default for padding is a token that a smaller vocabulary has not.
         return AutoConfig.for_model(**{"pad_token_id": None, **llm, **changes})
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"config.json does not describe a language model of type {llm['model_type']!r}: {error}"
-                              ) from None
+        raise CheckpointError(
+            f"config.json does not describe a language model of type {llm['model_type']!r}: {error}"
+        ) from None
 
 
 def causal_lm(llm: dict) -> nn.Module:

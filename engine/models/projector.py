@@ -1,4 +1,5 @@
 """The spatial-pooling projector: visual tokens of the ViT to prefix embeddings of the language model."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -30,5 +31,5 @@ class SpatialPoolingProjector(nn.Module):
             # In fp32: CPUs have no kernel for less.
             pooled = F.avg_pool3d(x_BEN.unflatten(2, self.config.vision.grid).float(), size).to(x_BEN.dtype).flatten(2)
         else:
-            pooled = F.avg_pool1d(x_BEN, size ** 3)
+            pooled = F.avg_pool1d(x_BEN, size**3)
         return self.projector(pooled.transpose(1, 2))

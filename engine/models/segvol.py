@@ -3,6 +3,7 @@
 Only what a text prompt reaches is computed; the rest (mask down-scaling, point embeddings, masks 1-3, IoU head) is kept
 as parameters, since published checkpoints hold it and are read strictly.
 """
+
 from __future__ import annotations
 
 import math
@@ -141,8 +142,14 @@ class PromptEncoder(nn.Module):
         self.not_a_point_embed = nn.Embedding(1, width)
         # 2-D convolutions with LayerNorm2d between, never run with a text prompt.
         self.mask_downscaling = nn.Sequential(
-            nn.Conv2d(1, 4, 2, 2), nn.LayerNorm(4), nn.GELU(), nn.Conv2d(4, 16, 2, 2), nn.LayerNorm(16), nn.GELU(),
-            nn.Conv2d(16, width, 1))
+            nn.Conv2d(1, 4, 2, 2),
+            nn.LayerNorm(4),
+            nn.GELU(),
+            nn.Conv2d(4, 16, 2, 2),
+            nn.LayerNorm(16),
+            nn.GELU(),
+            nn.Conv2d(16, width, 1),
+        )
         self.no_mask_embed = nn.Embedding(1, width)
 
 
@@ -161,9 +168,11 @@ class MaskDecoder(nn.Module):
             nn.LayerNorm((width // 4, *(2 * n for n in grid))),
             nn.GELU(),
             nn.ConvTranspose3d(width // 4, width // 8, 2, 2),
-            nn.GELU())
+            nn.GELU(),
+        )
         self.output_hypernetworks_mlps = nn.ModuleList(
-            ReluMLP(width, width, width // 8) for _ in range(NUM_MASK_TOKENS))
+            ReluMLP(width, width, width // 8) for _ in range(NUM_MASK_TOKENS)
+        )
         self.iou_prediction_head = ReluMLP(width, 256, NUM_MASK_TOKENS)
         self.txt_align_upscaled_embedding = nn.Linear(width, width // 8)
 

@@ -3,6 +3,7 @@
 MONAI's ViT in layout and arithmetic, written out because the checkpoints lack what newer MONAI blocks hold beside it
 and because an explicit graph exports cleanly; a test compares the two.
 """
+
 from __future__ import annotations
 
 import torch
@@ -13,7 +14,7 @@ from engine.models.config import ViTConfig
 
 
 class PatchEmbedding(nn.Module):
-    """"Perceptron" patch embedding: each patch, flattened, through a Linear, plus a learned position.
+    """ "Perceptron" patch embedding: each patch, flattened, through a Linear, plus a learned position.
 
     Keys: patch_embeddings.1.{weight,bias}, position_embeddings.
     """
@@ -24,7 +25,8 @@ class PatchEmbedding(nn.Module):
         self.config = config
         # Index 1: the checkpoints' nn.Sequential has einops' parameterless Rearrange at index 0.
         self.patch_embeddings = nn.Sequential(
-            nn.Identity(), nn.Linear(config.in_channels * p_d * p_h * p_w, config.hidden_size))
+            nn.Identity(), nn.Linear(config.in_channels * p_d * p_h * p_w, config.hidden_size)
+        )
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches, config.hidden_size))
 
     def forward(self, x_BCDHW: Tensor) -> Tensor:

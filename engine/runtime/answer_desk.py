@@ -1,4 +1,5 @@
 """Questions from Triton to the decoder, answers back: one asyncio loop on a thread of its own."""
+
 from __future__ import annotations
 
 import asyncio
@@ -36,12 +37,16 @@ class Asked:
     return_logits: bool = False
 
     @classmethod
-    def of(cls, request) -> "Asked":
+    def of(cls, request) -> Asked:
         sampling = triton_io.text(request, "SAMPLING")
-        return cls(tuple(request.requested_output_names()), triton_io.text(request, "STUDY") or "",
-                   triton_io.text(request, "QUESTION") or "",
-                   Sampling.from_json(sampling) if sampling else Sampling(), triton_io.flag(request, "STREAM"),
-                   triton_io.flag(request, "RETURN_LOGITS"))
+        return cls(
+            tuple(request.requested_output_names()),
+            triton_io.text(request, "STUDY") or "",
+            triton_io.text(request, "QUESTION") or "",
+            Sampling.from_json(sampling) if sampling else Sampling(),
+            triton_io.flag(request, "STREAM"),
+            triton_io.flag(request, "RETURN_LOGITS"),
+        )
 
 
 class AnswerDesk:
@@ -119,16 +124,21 @@ class AnswerDesk:
                     deltas = []
         return self._response(asked, deltas, geometry.boxes_to_scan(parse_boxes(said)))
 
-    def _response(self, asked: Asked, deltas: list[Delta], boxes: np.ndarray = np.zeros((0, 6))):
+    def _response(self, asked: Asked, deltas: list[Delta], boxes: np.ndarray | None = None):
+        boxes = np.zeros((0, 6)) if boxes is None else boxes
         last = deltas[-1]
         no_states = np.zeros((0, self.decoder.manifest.llm_width), np.float32)
         return triton_io.response(
-            asked.wanted, TEXT="".join(delta.text for delta in deltas),
+            asked.wanted,
+            TEXT="".join(delta.text for delta in deltas),
             TOKEN_IDS=np.array([id_ for delta in deltas for id_ in delta.token_ids], np.int32),
-            FINISH_REASON=last.finish_reason or "", BOXES=np.asarray(boxes, np.float64),
+            FINISH_REASON=last.finish_reason or "",
+            BOXES=np.asarray(boxes, np.float64),
             ANSWER_INFO="" if last.info is None else json.dumps(asdict(last.info)),
-            SEG_STATES=no_states if last.states is None else last.states, STUDY=asked.study,
-            RETURN_LOGITS=np.array([asked.return_logits]))
+            SEG_STATES=no_states if last.states is None else last.states,
+            STUDY=asked.study,
+            RETURN_LOGITS=np.array([asked.return_logits]),
+        )
 
     def _send_last(self, sender, response) -> None:
         with self._last_or_asking:

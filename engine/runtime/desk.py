@@ -4,6 +4,7 @@ A blocking `execute` would occupy its whole Triton instance: as many cold scans 
 question that needs a millisecond waits for seconds. Responses go through the requests' senders instead, which Triton
 allows in models that are not decoupled too.
 """
+
 from __future__ import annotations
 
 import threading
@@ -45,8 +46,10 @@ class Desk:
 
     def _queue(self, later: Callable, request, sender) -> None:
         if not self.places.acquire(blocking=False):
-            raise ResourceExhausted(f"{self.capacity} requests like this are in work or waiting, which is this "
-                                    f"server's limit: try again shortly")
+            raise ResourceExhausted(
+                f"{self.capacity} requests like this are in work or waiting, which is this "
+                f"server's limit: try again shortly"
+            )
         self.pool.submit(self._work, later, request, sender)
 
     def _work(self, later: Callable, request, sender) -> None:

@@ -2,6 +2,7 @@
 
 On a GPU the same names are served by Triton's TensorRT and ONNX Runtime backends, without Python.
 """
+
 from __future__ import annotations
 
 import os
@@ -24,9 +25,12 @@ class TritonPythonModel:
         folder = Path(args["model_repository"])
         manifest = Manifest.read(folder.parent)
         self.model = MODELS[args["model_name"]]
-        self.graph = OnnxGraph(folder / args["model_version"] / "model.onnx", self.model,
-                               triton_io.parameter(args, "threads", 0),
-                               chosen_precision(triton_io.words(args, "precision", "fp32"), manifest.precision))
+        self.graph = OnnxGraph(
+            folder / args["model_version"] / "model.onnx",
+            self.model,
+            triton_io.parameter(args, "threads", 0),
+            chosen_precision(triton_io.words(args, "precision", "fp32"), manifest.precision),
+        )
 
     def execute(self, requests):
         return [triton_io.answer(self._run, request) for request in requests]

@@ -2,6 +2,7 @@
 
 In fp32 by ONNX Runtime, in bf16 by OpenVINO.
 """
+
 from __future__ import annotations
 
 import os
@@ -38,8 +39,10 @@ class OnnxGraph:
             library = "OpenVINO" if precision == "bf16" else "ONNX Runtime"
             raise RepositoryError(f"{model.name}: {library} cannot read {path} ({error}): {EXPORT_AGAIN}") from None
         self._shapes = {}
-        for kind, promised, found in (("input", model.inputs, self._session.get_inputs()),
-                                      ("output", model.outputs, self._session.get_outputs())):
+        for kind, promised, found in (
+            ("input", model.inputs, self._session.get_inputs()),
+            ("output", model.outputs, self._session.get_outputs()),
+        ):
             _check_names(model.name, kind, promised, found)
             for tensor in promised:
                 self._shapes[tensor.name] = _check_tensor(model.name, kind, tensor, found)
@@ -59,8 +62,10 @@ class OnnxGraph:
         fits = array.ndim == len(shape) and all(s is None or s == n for s, n in zip(shape, array.shape))
         if not fits or array.dtype != _DTYPES[tensor.dtype][1] or array.size == 0:
             wanted = " x ".join("any" if s is None else str(s) for s in shape)
-            raise InvalidInput(f"{self.model.name}: {tensor.name} must be {tensor.dtype} {wanted}, "
-                               f"not {array.dtype} {' x '.join(map(str, array.shape))}")
+            raise InvalidInput(
+                f"{self.model.name}: {tensor.name} must be {tensor.dtype} {wanted}, "
+                f"not {array.dtype} {' x '.join(map(str, array.shape))}"
+            )
 
 
 def chosen_precision(wanted: str, of_export: str) -> str:
@@ -107,8 +112,11 @@ def _check_tensor(graph: str, kind: str, tensor: Tensor, found) -> list[int | No
     node = next(f for f in found if f.name == tensor.name)
     shape = [size if isinstance(size, int) else None for size in node.shape]
     fits = len(shape) == 1 + len(tensor.dims) and all(
-        promised in (-1, size) for promised, size in zip(tensor.dims, shape[1:]))
+        promised in (-1, size) for promised, size in zip(tensor.dims, shape[1:])
+    )
     if node.type != _DTYPES[tensor.dtype][0] or not fits:
-        raise RepositoryError(f"{graph}: {kind} {tensor.name} is {node.type} {node.shape}, this engine expects "
-                              f"{tensor.dtype} [batch, {', '.join(map(str, tensor.dims))}]: {EXPORT_AGAIN}")
+        raise RepositoryError(
+            f"{graph}: {kind} {tensor.name} is {node.type} {node.shape}, this engine expects "
+            f"{tensor.dtype} [batch, {', '.join(map(str, tensor.dims))}]: {EXPORT_AGAIN}"
+        )
     return shape

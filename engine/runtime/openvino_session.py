@@ -3,6 +3,7 @@
 ONNX Runtime has no bf16 on x86. Left to choose, OpenVINO would keep everything in bf16, the sums of all blocks and the
 norms among it, and masks suffer; so only what goes into a product or comes out of it is rounded here.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -41,11 +42,15 @@ class OpenVinoSession:
     def __init__(self, path: str, threads: int):
         model = _core().read_model(path)
         self._inputs, self._outputs = ([_node(port) for port in ports] for ports in (model.inputs, model.outputs))
-        model.reshape({node.name: [1, *(-1 if size is None else size for size in node.shape[1:])]
-                       for node in self._inputs})
+        model.reshape(
+            {node.name: [1, *(-1 if size is None else size for size in node.shape[1:])] for node in self._inputs}
+        )
         _multiply_in_bf16(model)
-        self._model = _core().compile_model(model, "CPU", {
-            "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads})
+        self._model = _core().compile_model(
+            model,
+            "CPU",
+            {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads},
+        )
         self._request = self._model.create_infer_request()
 
     def get_inputs(self) -> list[Node]:
@@ -56,7 +61,7 @@ class OpenVinoSession:
 
     def run(self, names: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         batch = len(next(iter(inputs.values())))
-        rows = [self._run({name: array[i:i + 1] for name, array in inputs.items()}) for i in range(batch)]
+        rows = [self._run({name: array[i : i + 1] for name, array in inputs.items()}) for i in range(batch)]
         return [rows[0][name] if batch == 1 else np.concatenate([row[name] for row in rows]) for name in names]
 
     def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -82,8 +87,9 @@ def _multiply_in_bf16(model: openvino.Model) -> None:
     products = [node for node in nodes if _weights(node) is not None]
     pooled = any(node.get_type_name() == "AvgPool" for node in nodes)
     most = max(map(_rows, products), default=0)
-    chosen = {node.get_name() for node in products[_EMBEDDING if pooled else _EMBEDDING + _BLOCK:]
-              if 2 * _rows(node) > most}
+    chosen = {
+        node.get_name() for node in products[_EMBEDDING if pooled else _EMBEDDING + _BLOCK :] if 2 * _rows(node) > most
+    }
     for node in nodes:
         ports, kind = node.inputs(), node.get_type_name()
         if node.get_name() in chosen:

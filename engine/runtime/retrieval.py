@@ -1,4 +1,5 @@
 """How well texts fit a scan, by M3D-CLIP."""
+
 from __future__ import annotations
 
 import json
@@ -25,8 +26,10 @@ class Retriever:
         if manifest.clip_text_length is None:
             raise RepositoryError("this repository was exported without M3D-CLIP: export again with --clip-checkpoint")
         if manifest.clip_image_size != manifest.image_size:
-            raise RepositoryError(f"M3D-CLIP takes volumes of {manifest.clip_image_size}, M3D-LaMed of "
-                                  f"{manifest.image_size}: export checkpoints of the same size together")
+            raise RepositoryError(
+                f"M3D-CLIP takes volumes of {manifest.clip_image_size}, M3D-LaMed of "
+                f"{manifest.image_size}: export checkpoints of the same size together"
+            )
         self.store = store
         self.infer = infer
         self.tokenizer = _tokenizer(Path(tokenizer_folder), manifest.clip_text_length)
@@ -35,7 +38,7 @@ class Retriever:
         """Cosine similarities, float32 [T]. Raises StudyNotFound, InvalidInput."""
         _check(texts)
         image = self.store.computed(handle, "clip_image", self._image)
-        batches = [self._texts(texts[start:start + BATCH]) for start in range(0, len(texts), BATCH)]
+        batches = [self._texts(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
         return np.clip(np.concatenate(batches) @ image, -1, 1)
 
     def _image(self, image: np.ndarray) -> np.ndarray:
@@ -43,10 +46,11 @@ class Retriever:
 
     def _texts(self, texts: list[str]) -> np.ndarray:
         encodings = self.tokenizer.encode_batch(texts)
-        return self.infer("clip_text_encoder",
-                          INPUT_IDS=np.array([encoding.ids for encoding in encodings], np.int64),
-                          ATTENTION_MASK=np.array([encoding.attention_mask for encoding in encodings], np.int64),
-                          )["TEXT_EMBEDDING"]
+        return self.infer(
+            "clip_text_encoder",
+            INPUT_IDS=np.array([encoding.ids for encoding in encodings], np.int64),
+            ATTENTION_MASK=np.array([encoding.attention_mask for encoding in encodings], np.int64),
+        )["TEXT_EMBEDDING"]
 
 
 def _check(texts: list[str]) -> None:
@@ -65,8 +69,9 @@ def _tokenizer(folder: Path, length: int) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         pad = json.loads((folder / "tokenizer_config.json").read_bytes()).get("pad_token") or "[PAD]"
     except Exception as error:  # tokenizers raises plain Exception
-        raise RepositoryError(f"the tokenizer in {folder} cannot be read ({error}): "
-                              "export the repository again") from None
+        raise RepositoryError(
+            f"the tokenizer in {folder} cannot be read ({error}): export the repository again"
+        ) from None
     pad = pad if isinstance(pad, str) else pad["content"]
     if tokenizer.token_to_id(pad) is None:
         raise RepositoryError(f"the tokenizer in {folder} does not know its padding token {pad!r}")

@@ -1,4 +1,5 @@
 """From the `[SEG]` states of an answer to a mask in the scan's own space."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

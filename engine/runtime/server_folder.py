@@ -3,6 +3,7 @@
 Nothing needs to be configured: the processes find it by the pid and the start time of the server above them. Each holds
 a shared lock on it; the last to leave removes it, and what a killed server left behind is swept by the next one.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -25,7 +26,7 @@ class ServerFolder:
         self._users: int | None = _join(self.path)
 
     @classmethod
-    def of_server(cls) -> "ServerFolder":
+    def of_server(cls) -> ServerFolder:
         """The folder of the tritonserver that this process belongs to."""
         sweep()
         pid = _server_pid()

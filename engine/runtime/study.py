@@ -1,4 +1,5 @@
 """From a scan's bytes to a study: decoded, preprocessed and encoded once, however often it is asked about."""
+
 from __future__ import annotations
 
 import time
@@ -34,8 +35,10 @@ class ScanRequest:
     def __post_init__(self):
         if (self.data is None) == (self.handle is None):
             given = "neither" if self.data is None else "both"
-            raise InvalidInput(f"a request names its scan by VOLUME (a scan file's bytes) or by STUDY (the handle of a "
-                               f"scan that the server holds); this one has {given}")
+            raise InvalidInput(
+                f"a request names its scan by VOLUME (a scan file's bytes) or by STUDY (the handle of a "
+                f"scan that the server holds); this one has {given}"
+            )
         if self.handle is not None and not (self.affine is None and self.preset is None):
             raise InvalidInput("AFFINE and PRESET belong to VOLUME; a STUDY was prepared when it was uploaded")
 
@@ -88,9 +91,15 @@ class Studies:
             started = time.perf_counter()
             decoded = read_scan(scan.data, affine=scan.affine, limits=self.limits)
             prepared = prepare(decoded, self.manifest.image_size, preset)
-            info = {"preset": prepared.preset, "reason": prepared.reason, "shape": list(decoded.array.shape),
-                    "spacing_mm": list(decoded.spacing_mm), "orientation": decoded.orientation,
-                    "prepare_s": time.perf_counter() - started, "geometry": prepared.geometry.to_dict()}
+            info = {
+                "preset": prepared.preset,
+                "reason": prepared.reason,
+                "shape": list(decoded.array.shape),
+                "spacing_mm": list(decoded.spacing_mm),
+                "orientation": decoded.orientation,
+                "prepare_s": time.perf_counter() - started,
+                "geometry": prepared.geometry.to_dict(),
+            }
             self.store.add(handle, info, prepared.image)
         return handle, False
 
@@ -98,12 +107,15 @@ class Studies:
         tokens = self.infer("vision_encoder", IMAGE=image[None])["VISUAL_TOKENS"][0]
         # One bad row in the language model's cache would spoil the answers to other requests.
         if not np.isfinite(tokens).all():
-            raise Unavailable("the vision encoder returned values that are not finite for this scan; with reduced "
-                              "precision, export with --precision fp32")
+            raise Unavailable(
+                "the vision encoder returned values that are not finite for this scan; with reduced "
+                "precision, export with --precision fp32"
+            )
         return tokens
 
 
 def segmentation_features(store: StudyStore, infer: Infer, handle: str) -> np.ndarray:
     """SegVol's features of a study, E x D/p x H/p x W/p, from the store or encoded now."""
-    return store.computed(handle, "segmentation_features",
-                          lambda image: infer("segmentation_encoder", IMAGE=image[None])["FEATURES"][0])
+    return store.computed(
+        handle, "segmentation_features", lambda image: infer("segmentation_encoder", IMAGE=image[None])["FEATURES"][0]
+    )

@@ -9,6 +9,7 @@ Bounded in bytes: the least recently used studies go first, never one whose piec
 Locks are open-file-description locks on byte ranges of one file: they hold between threads and processes alike, and
 the kernel frees them when their process dies.
 """
+
 from __future__ import annotations
 
 import errno
@@ -75,7 +76,7 @@ class StudyStore:
                 _write_atomically(self.root / _LIMIT, str(limit_bytes).encode())
 
     @classmethod
-    def of_server(cls, limit_bytes: int | None = None) -> "StudyStore":
+    def of_server(cls, limit_bytes: int | None = None) -> StudyStore:
         """The store of the tritonserver that this process belongs to; the same in all of its processes."""
         return cls(ServerFolder.of_server(), limit_bytes)
 
@@ -83,7 +84,7 @@ class StudyStore:
         """Leave the store. The last process to leave removes it."""
         self._folder_of_all.leave()
 
-    def __enter__(self) -> "StudyStore":
+    def __enter__(self) -> StudyStore:
         return self
 
     def __exit__(self, *_):

@@ -2,6 +2,7 @@
 
 Importable inside a Triton Python stub only.
 """
+
 from __future__ import annotations
 
 import json
@@ -102,8 +103,9 @@ def infer(model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         # Triton's own words carry no kind: the model is not loaded, or its process died.
         raise error if error.to_wire() in message else Unavailable(f"{model} cannot be run: {message}")
     # A copy: the arrays lie in shared memory that Triton takes back with `result`.
-    return {name: pb_utils.get_output_tensor_by_name(result, name).as_numpy().copy()
-            for name in MODELS[model].output_names}
+    return {
+        name: pb_utils.get_output_tensor_by_name(result, name).as_numpy().copy() for name in MODELS[model].output_names
+    }
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

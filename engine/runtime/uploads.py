@@ -3,6 +3,7 @@
 A whole scan in one message is copied, as a whole, by each of the hands it passes through, into memory that none of them
 has touched yet. Parts use the same memory again, and while one is sent another is taken in.
 """
+
 from __future__ import annotations
 
 import time
@@ -67,11 +68,15 @@ class Uploads:
         if start == 0:
             upload = Upload(_memory(size))
         elif upload is None:
-            raise Unavailable("this server does not know the upload (any more): it waited too long for a part, or had "
-                              "to give way to others; upload the scan again")
+            raise Unavailable(
+                "this server does not know the upload (any more): it waited too long for a part, or had "
+                "to give way to others; upload the scan again"
+            )
         if (start, size) != (upload.received, upload.data.size):
-            raise InvalidInput(f"bytes {start:,} to {end:,} of {size:,} are not the next part of an upload that has "
-                               f"{upload.received:,} of {upload.data.size:,}: send its parts in their order")
+            raise InvalidInput(
+                f"bytes {start:,} to {end:,} of {size:,} are not the next part of an upload that has "
+                f"{upload.received:,} of {upload.data.size:,}: send its parts in their order"
+            )
         self._make_room(end)
         upload.data[start:end] = part
         upload.digest.update(part)

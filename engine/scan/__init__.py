@@ -1,4 +1,5 @@
 """A scan: an array of 3 axes with the affine that says where its voxels lie; and reading one from a file's bytes."""
+
 from __future__ import annotations
 
 import io
@@ -50,8 +51,9 @@ class Scan:
         return "".join(aff2axcodes(self.affine))
 
 
-def read_scan(data: bytes | memoryview | np.ndarray, *, affine: np.ndarray | None = None,
-              limits: Limits = Limits()) -> Scan:
+def read_scan(
+    data: bytes | memoryview | np.ndarray, *, affine: np.ndarray | None = None, limits: Limits = Limits()
+) -> Scan:
     """The scan in a file's bytes: NIfTI, gzipped NIfTI, zip of a DICOM series, or npy.
 
     affine: for npy only, [4, 4], RAS+ mm; without it the axes are taken as ARRAY_AFFINE says. An npy may have a
@@ -70,7 +72,7 @@ def read_scan(data: bytes | memoryview | np.ndarray, *, affine: np.ndarray | Non
         array, affine = _read_npy(data, limits), _checked_affine(ARRAY_AFFINE if affine is None else affine)
     elif head.startswith(b"\x1f\x8b"):
         kind, (array, affine) = "nifti", read_gzipped_nifti(data, limits)
-    elif head.startswith(b"PK\x03\x04") or head.startswith(b"PK\x05\x06"):
+    elif head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         kind, (array, affine, modality) = "dicom", read_dicom_zip(data, limits)
     elif len(data) >= 348 and header_class(head) is not None:
         kind, (array, affine) = "nifti", read_nifti(data, limits)
@@ -79,15 +81,17 @@ def read_scan(data: bytes | memoryview | np.ndarray, *, affine: np.ndarray | Non
     return Scan(_checked_values(array), affine, kind, modality)
 
 
-def pack_scan(source: str | os.PathLike | np.ndarray, affine: np.ndarray | None = None,
-              limits: Limits = Limits()) -> tuple[bytes, np.ndarray | None]:
+def pack_scan(
+    source: str | os.PathLike | np.ndarray, affine: np.ndarray | None = None, limits: Limits = Limits()
+) -> tuple[bytes, np.ndarray | None]:
     """A scan as a file: (bytes that `read_scan` reads, affine or None). See `scan_pieces`."""
     pieces, affine = scan_pieces(source, affine, limits)
     return b"".join(pieces), affine
 
 
-def scan_pieces(source: str | os.PathLike | np.ndarray, affine: np.ndarray | None = None,
-                limits: Limits = Limits()) -> tuple[tuple[bytes | memoryview, ...], np.ndarray | None]:
+def scan_pieces(
+    source: str | os.PathLike | np.ndarray, affine: np.ndarray | None = None, limits: Limits = Limits()
+) -> tuple[tuple[bytes | memoryview, ...], np.ndarray | None]:
     """What a client sends: (one behind the other, a file that `read_scan` reads; affine or None).
 
     source: a file (its bytes as they are), a folder with a DICOM series (an uncompressed zip), or an array of 3 axes
@@ -140,14 +144,16 @@ def _files(folder: Path, limits: Limits) -> list[Path]:
         files.append(path)
         size += path.stat().st_size
         if len(files) > limits.max_files or size > limits.max_bytes:
-            raise InvalidInput(f"the folder {folder} has more than a scan may have, {limits.max_files:,} files of "
-                               f"{limits.max_bytes:,} bytes in all (Limits.max_files, Limits.max_bytes): give the "
-                               f"folder of one DICOM series")
+            raise InvalidInput(
+                f"the folder {folder} has more than a scan may have, {limits.max_files:,} files of "
+                f"{limits.max_bytes:,} bytes in all (Limits.max_files, Limits.max_bytes): give the "
+                f"folder of one DICOM series"
+            )
     return files
 
 
 def _read_npy(data: memoryview, limits: Limits) -> np.ndarray:
-    stream = io.BytesIO(data[:1 << 16])
+    stream = io.BytesIO(data[: 1 << 16])
     try:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -155,15 +161,18 @@ def _read_npy(data: memoryview, limits: Limits) -> np.ndarray:
     except Exception as error:  # numpy parses the header as a Python literal, and raises whatever that stumbles over
         raise InvalidInput(f"the .npy header is damaged or of an unknown version ({type(error).__name__})") from None
     if dtype.kind not in "biuf":
-        raise InvalidInput(f"the .npy file holds {dtype} values; real numbers are wanted, and pickled objects are "
-                           f"never loaded")
+        raise InvalidInput(
+            f"the .npy file holds {dtype} values; real numbers are wanted, and pickled objects are never loaded"
+        )
     if len(shape) == 4 and shape[0] == 1:
         shape = shape[1:]
     limits.check_shape(shape)
     promised, offset = math.prod(shape) * dtype.itemsize, stream.tell()
     if len(data) - offset < promised:
-        raise InvalidInput(f"the .npy header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes), but "
-                           f"the file has only {len(data) - offset:,} bytes there: it is truncated, copy it again")
+        raise InvalidInput(
+            f"the .npy header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes), but "
+            f"the file has only {len(data) - offset:,} bytes there: it is truncated, copy it again"
+        )
     return np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape, order="F" if fortran else "C")
 
 
@@ -173,8 +182,10 @@ def _checked_affine(affine: np.ndarray) -> np.ndarray:
     except (TypeError, ValueError):
         affine = np.empty(0)
     if affine.shape != (4, 4) or not usable(affine):
-        raise InvalidInput("the affine must be a finite, invertible 4 x 4 matrix with last row 0 0 0 1, from voxel "
-                           "indices to mm in RAS+ (as nibabel's `image.affine`)")
+        raise InvalidInput(
+            "the affine must be a finite, invertible 4 x 4 matrix with last row 0 0 0 1, from voxel "
+            "indices to mm in RAS+ (as nibabel's `image.affine`)"
+        )
     return affine
 
 
@@ -187,8 +198,10 @@ def _checked_values(array: np.ndarray) -> np.ndarray:
     low, high = array.min(), array.max()
     if not -_LARGEST < low <= high < _LARGEST:
         bad = np.size(array) - sum(int((np.abs(part) < _LARGEST).sum()) for part in array)
-        raise InvalidInput(f"the scan has {bad:,} voxels that are NaN, infinite or beyond {_LARGEST:g}: replace them, "
-                           f"for example by the background value")
+        raise InvalidInput(
+            f"the scan has {bad:,} voxels that are NaN, infinite or beyond {_LARGEST:g}: replace them, "
+            f"for example by the background value"
+        )
     if low == high:
         raise InvalidInput(f"every voxel of the scan is {low:g}: there is nothing to see; check the file or the export")
     array.flags.writeable = False

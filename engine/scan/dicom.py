@@ -1,4 +1,5 @@
 """Reads one DICOM series from a zip in memory: slices in any order, or enhanced multi-frame files."""
+
 from __future__ import annotations
 
 import io
@@ -32,8 +33,8 @@ class _Slice:
     series: str
     modality: str
     pixels: np.ndarray
-    position: np.ndarray      # of the first pixel's centre
-    along_row: np.ndarray     # direction of growing column index
+    position: np.ndarray  # of the first pixel's centre
+    along_row: np.ndarray  # direction of growing column index
     along_column: np.ndarray  # direction of growing row index
     row_spacing: float
     column_spacing: float
@@ -51,15 +52,24 @@ def read_dicom_zip(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.nda
     """
     slices = list(_images(data, limits))
     if not slices:
-        raise InvalidInput("the folder or zip holds no DICOM images: send one DICOM series (NIfTI files and npz "
-                           "archives are not read from a folder or zip)")
+        raise InvalidInput(
+            "the folder or zip holds no DICOM images: send one DICOM series (NIfTI files and npz "
+            "archives are not read from a folder or zip)"
+        )
     _check_one("series", Counter(s.series for s in slices), "send one series at a time")
-    _check_one("slice sizes (rows x columns)", Counter("{} x {}".format(*s.pixels.shape) for s in slices),
-               "leave out localizers and secondary captures")
-    _check_one("orientations", _alike((*s.along_row, *s.along_column) for s in slices),
-               "leave out localizers, and send one plane at a time")
-    _check_one("pixel spacings (mm)", _alike((s.row_spacing, s.column_spacing) for s in slices),
-               "send one series at a time")
+    _check_one(
+        "slice sizes (rows x columns)",
+        Counter("{} x {}".format(*s.pixels.shape) for s in slices),
+        "leave out localizers and secondary captures",
+    )
+    _check_one(
+        "orientations",
+        _alike((*s.along_row, *s.along_column) for s in slices),
+        "leave out localizers, and send one plane at a time",
+    )
+    _check_one(
+        "pixel spacings (mm)", _alike((s.row_spacing, s.column_spacing) for s in slices), "send one series at a time"
+    )
     limits.check_shape((*slices[0].pixels.shape[::-1], len(slices)))
     slices.sort(key=lambda s: float(s.position @ s.normal))
     _check_positions(slices)
@@ -76,8 +86,10 @@ def _images(data: memoryview, limits: Limits) -> Iterator[_Slice]:
             frames = int(dataset.get("NumberOfFrames") or 1)
             voxels += frames * int(dataset.Rows) * int(dataset.Columns)
             if voxels > limits.max_voxels:
-                raise InvalidInput(f"the DICOM series has more than {limits.max_voxels:,} voxels, this server's limit "
-                                   f"(Limits.max_voxels): send fewer slices, or have the limit raised")
+                raise InvalidInput(
+                    f"the DICOM series has more than {limits.max_voxels:,} voxels, this server's limit "
+                    f"(Limits.max_voxels): send fewer slices, or have the limit raised"
+                )
             pixels = _pixels(name, dataset, frames)
             planes = [_slice(name, dataset, pixels[index], index, frames) for index in range(frames)]
         yield from planes
@@ -129,40 +141,60 @@ def _members(data: memoryview, limits: Limits) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = [info for info in archive.infolist() if not info.is_dir()]
             if len(members) > limits.max_files:
-                raise InvalidInput(f"the folder or zip has {len(members):,} files, over this server's "
-                                   f"limit of {limits.max_files:,} (Limits.max_files): send one series only")
+                raise InvalidInput(
+                    f"the folder or zip has {len(members):,} files, over this server's "
+                    f"limit of {limits.max_files:,} (Limits.max_files): send one series only"
+                )
             limits.check_bytes(sum(info.file_size for info in members), "the folder or unpacked zip")
             for info in members:
                 with archive.open(info) as member:
                     yield info.filename, member.read(info.file_size)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, IndexError, NotImplementedError, RuntimeError,
-            OSError, ValueError) as error:
-        raise InvalidInput(f"the zip is damaged, encrypted or of an unknown kind ({_words(error)}): zip the series "
-                           f"again") from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        IndexError,
+        NotImplementedError,
+        RuntimeError,
+        OSError,
+        ValueError,
+    ) as error:
+        raise InvalidInput(
+            f"the zip is damaged, encrypted or of an unknown kind ({_words(error)}): zip the series again"
+        ) from None
 
 
 def _pixels(name: str, dataset: pydicom.Dataset, frames: int) -> np.ndarray:
     """[frames, rows, columns] as stored."""
     colours = dataset.get("PhotometricInterpretation")
     if colours == "MONOCHROME1":
-        raise InvalidInput(f"{name} is a MONOCHROME1 image: low values are the bright ones; slices whose high values "
-                           f"are bright (MONOCHROME2) are wanted: invert the series, or export it as MONOCHROME2")
+        raise InvalidInput(
+            f"{name} is a MONOCHROME1 image: low values are the bright ones; slices whose high values "
+            f"are bright (MONOCHROME2) are wanted: invert the series, or export it as MONOCHROME2"
+        )
     if dataset.get("SamplesPerPixel", 1) != 1 or colours != "MONOCHROME2":
-        raise InvalidInput(f"{name} is a {colours} image; slices in grey values (MONOCHROME2) are wanted: leave out "
-                           f"screenshots and secondary captures")
+        raise InvalidInput(
+            f"{name} is a {colours} image; slices in grey values (MONOCHROME2) are wanted: leave out "
+            f"screenshots and secondary captures"
+        )
     try:
         return np.asarray(dataset.pixel_array).reshape(frames, dataset.Rows, dataset.Columns)
     except Exception as error:
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.is_transfer_syntax:
-            raise InvalidInput(f"{name} has the transfer syntax {syntax}, which is not known here: "
-                               f"{_CONVERT}") from None
+            raise InvalidInput(
+                f"{name} has the transfer syntax {syntax}, which is not known here: {_CONVERT}"
+            ) from None
         if syntax.is_compressed:
-            raise InvalidInput(f"the pixels of {name} are compressed as {syntax.name}, which could not be decoded "
-                               f"({_words(error)}): decompress the series first, for example with dcmdjpeg or gdcmconv "
-                               f"--raw, or install pylibjpeg on the server") from None
-        raise InvalidInput(f"the pixels of {name} cannot be read ({_words(error)}): the file is truncated or "
-                           f"damaged") from None
+            raise InvalidInput(
+                f"the pixels of {name} are compressed as {syntax.name}, which could not be decoded "
+                f"({_words(error)}): decompress the series first, for example with dcmdjpeg or gdcmconv "
+                f"--raw, or install pylibjpeg on the server"
+            ) from None
+        raise InvalidInput(
+            f"the pixels of {name} cannot be read ({_words(error)}): the file is truncated or damaged"
+        ) from None
 
 
 def _slice(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, frames: int) -> _Slice:
@@ -190,12 +222,22 @@ def _slice(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, 
         if min(row_spacing, column_spacing) <= 0 or np.linalg.norm(np.cross(along_row, along_column)) < 0.9:
             raise ValueError
     except (TypeError, ValueError):
-        raise InvalidInput(f"{name} lacks usable ImagePositionPatient, ImageOrientationPatient or PixelSpacing, so its "
-                           f"place in the volume is unknown: send an axial, coronal or sagittal series of CT or MR "
-                           f"slices") from None
-    return _Slice(f"{name} frame {index + 1}" if frames > 1 else name, str(dataset.get("SeriesInstanceUID", "unknown")),
-                  str(dataset.get("Modality", "")), rescale(pixels, slope, intercept), position, along_row,
-                  along_column, row_spacing, column_spacing)
+        raise InvalidInput(
+            f"{name} lacks usable ImagePositionPatient, ImageOrientationPatient or PixelSpacing, so its "
+            f"place in the volume is unknown: send an axial, coronal or sagittal series of CT or MR "
+            f"slices"
+        ) from None
+    return _Slice(
+        f"{name} frame {index + 1}" if frames > 1 else name,
+        str(dataset.get("SeriesInstanceUID", "unknown")),
+        str(dataset.get("Modality", "")),
+        rescale(pixels, slope, intercept),
+        position,
+        along_row,
+        along_column,
+        row_spacing,
+        column_spacing,
+    )
 
 
 def _check_one(what: str, counts: Counter, way_out: str) -> None:
@@ -211,13 +253,17 @@ def _check_positions(slices: list[_Slice]) -> None:
     usual = float(np.median(gaps))
     if (twins := np.flatnonzero(gaps < max(1e-3, 0.01 * usual))).size:
         first, second = slices[twins[0]], slices[twins[0] + 1]
-        raise InvalidInput(f"series {first.series}: {len(twins)} slices of {len(slices)} lie where another one does "
-                           f"(first: {first.name} and {second.name}): send one phase, echo or time point at a time")
+        raise InvalidInput(
+            f"series {first.series}: {len(twins)} slices of {len(slices)} lie where another one does "
+            f"(first: {first.name} and {second.name}): send one phase, echo or time point at a time"
+        )
     if (holes := np.flatnonzero(np.abs(gaps - usual) > 0.1 * usual)).size:
         hole = holes[0]
-        raise InvalidInput(f"series {slices[0].series}: slices are missing or unevenly spaced at {len(holes)} places "
-                           f"(usual distance {usual:.3f} mm; {gaps[hole]:.3f} mm between {slices[hole].name} and "
-                           f"{slices[hole + 1].name}): send the whole series")
+        raise InvalidInput(
+            f"series {slices[0].series}: slices are missing or unevenly spaced at {len(holes)} places "
+            f"(usual distance {usual:.3f} mm; {gaps[hole]:.3f} mm between {slices[hole].name} and "
+            f"{slices[hole + 1].name}): send the whole series"
+        )
 
 
 def _affine(slices: list[_Slice]) -> np.ndarray:

@@ -1,4 +1,5 @@
 """What a scan may weigh: checked against headers before anything is decompressed, and again while it is."""
+
 from __future__ import annotations
 
 import math
@@ -23,17 +24,23 @@ class Limits:
 
     def check_bytes(self, size: int, what: str) -> None:
         if size > self.max_bytes:
-            raise InvalidInput(f"{what} has {size:,} bytes, over this server's limit of {self.max_bytes:,} "
-                               f"(Limits.max_bytes): crop or resample the scan, or have the limit raised")
+            raise InvalidInput(
+                f"{what} has {size:,} bytes, over this server's limit of {self.max_bytes:,} "
+                f"(Limits.max_bytes): crop or resample the scan, or have the limit raised"
+            )
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Refuse what is not a volume of 3 axes, or is too large. `shape` may come from a header that lies."""
         if len(shape) != 3 or min(shape) < self.min_axis:
             count = "no" if 0 in shape else f"{sum(n > 1 for n in shape)}"
-            raise InvalidInput(f"the scan has shape {' x '.join(map(str, shape)) or 'of a scalar'}, with {count} axes "
-                               f"of content: one volume of 3 axes is wanted, each of {self.min_axis} voxels or more; "
-                               f"send one volume of a series, or stack single slices")
+            raise InvalidInput(
+                f"the scan has shape {' x '.join(map(str, shape)) or 'of a scalar'}, with {count} axes "
+                f"of content: one volume of 3 axes is wanted, each of {self.min_axis} voxels or more; "
+                f"send one volume of a series, or stack single slices"
+            )
         if (voxels := math.prod(shape)) > self.max_voxels:
-            raise InvalidInput(f"the scan has {' x '.join(map(str, shape))} = {voxels:,} voxels, over this server's "
-                               f"limit of {self.max_voxels:,} (Limits.max_voxels): crop or resample it, or have the "
-                               f"limit raised")
+            raise InvalidInput(
+                f"the scan has {' x '.join(map(str, shape))} = {voxels:,} voxels, over this server's "
+                f"limit of {self.max_voxels:,} (Limits.max_voxels): crop or resample it, or have the "
+                f"limit raised"
+            )

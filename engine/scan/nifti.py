@@ -1,4 +1,5 @@
 """Reads NIfTI-1 and NIfTI-2, plain or gzipped, from bytes that are not trusted."""
+
 from __future__ import annotations
 
 import math
@@ -29,14 +30,18 @@ def read_nifti(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.ndarray
     shape = _shape(header, limits)
     dtype = header.get_data_dtype()
     if dtype.fields or dtype.kind not in "iuf":
-        raise InvalidInput(f"the NIfTI file holds {header.get_value_label('datatype')} values; one real number a voxel "
-                           f"is wanted: convert colour or complex images to grey values first")
+        raise InvalidInput(
+            f"the NIfTI file holds {header.get_value_label('datatype')} values; one real number a voxel "
+            f"is wanted: convert colour or complex images to grey values first"
+        )
     offset = _offset(header)
     promised = math.prod(shape) * dtype.itemsize
     if len(data) - offset < promised:
-        raise InvalidInput(f"the NIfTI header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes from "
-                           f"byte {offset}), but the file has only {max(0, len(data) - offset):,} bytes there: it is "
-                           f"truncated or its header is damaged; copy the file again")
+        raise InvalidInput(
+            f"the NIfTI header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes from "
+            f"byte {offset}), but the file has only {max(0, len(data) - offset):,} bytes there: it is "
+            f"truncated or its header is damaged; copy the file again"
+        )
     array = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape, order="F")
     slope, intercept = header.get_slope_inter()
     return rescale(array, slope or 1.0, intercept or 0.0), _affine(header)
@@ -47,18 +52,19 @@ def read_gzipped_nifti(data: memoryview, limits: Limits) -> tuple[np.ndarray, np
     stream = _Gunzip(data)
     head = stream.read(540)
     if len(head) < 348 or header_class(head) is None:
-        raise InvalidInput("the gzipped data is not a NIfTI image: send .nii, .nii.gz, .npy, or a DICOM series as a "
-                           "folder or zip")
+        raise InvalidInput(
+            "the gzipped data is not a NIfTI image: send .nii, .nii.gz, .npy, or a DICOM series as a folder or zip"
+        )
     header = _header(head)
     shape = _shape(header, limits)
     wanted = _offset(header) + math.prod(shape) * header.get_data_dtype().itemsize
     limits.check_bytes(wanted, "the decompressed scan")
     head = head[:wanted]  # a tiny scan may be followed by something else
     buffer = np.empty(wanted, np.uint8)
-    buffer[:len(head)] = np.frombuffer(head, np.uint8)
+    buffer[: len(head)] = np.frombuffer(head, np.uint8)
     filled = len(head)
     while filled < wanted and (piece := stream.read(min(_CHUNK, wanted - filled))):
-        buffer[filled:filled + len(piece)] = np.frombuffer(piece, np.uint8)
+        buffer[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
         filled += len(piece)
     stream.read(1)  # reaches the checksum if the voxels were the last thing in the stream
     return read_nifti(memoryview(buffer)[:filled], limits)
@@ -72,7 +78,7 @@ def rescale(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         return array
     if slope == 1 and intercept == int(intercept) and array.dtype.kind in "iu" and array.dtype.itemsize <= 2:
         low, high = int(array.min()) + intercept, int(array.max()) + intercept
-        if -(1 << 15) <= low and high < 1 << 15:
+        if low >= -(1 << 15) and high < 1 << 15:
             # Wraps around in 16 bits on the way and comes out right, as the result fits.
             return np.add(array.astype(np.int16), np.array(int(intercept) & 0xFFFF, np.uint16).view(np.int16))
     scaled = array.astype(np.float32)
@@ -110,7 +116,7 @@ class _Gunzip:
         return b"".join(pieces)
 
     def _take(self, size: int) -> bytes:
-        piece = bytes(self._data[self._position:self._position + size])
+        piece = bytes(self._data[self._position : self._position + size])
         self._position += len(piece)
         return piece
 
@@ -118,14 +124,21 @@ class _Gunzip:
 def _header(head: bytes) -> nib.Nifti1Header:
     kind = header_class(head)
     try:
-        header = kind(head[:kind.template_dtype.itemsize], check=False)
+        header = kind(head[: kind.template_dtype.itemsize], check=False)
         if header["magic"].item().rstrip(b"\0")[:2] not in (b"n+", b"n\0"):
-            raise InvalidInput("the file is the header of an Analyze or two-file NIfTI image, without voxels: convert "
-                               "it to one .nii or .nii.gz file")
+            raise InvalidInput(
+                "the file is the header of an Analyze or two-file NIfTI image, without voxels: convert "
+                "it to one .nii or .nii.gz file"
+            )
         header.get_data_dtype(), header.get_data_offset(), header.get_slope_inter()
         return header
-    except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, KeyError, ValueError,
-            OverflowError) as error:
+    except (
+        nib.spatialimages.HeaderDataError,
+        nib.wrapstruct.WrapStructError,
+        KeyError,
+        ValueError,
+        OverflowError,
+    ) as error:
         raise InvalidInput(f"the NIfTI header is damaged ({error})") from None
 
 
@@ -145,15 +158,20 @@ def _shape(header: nib.Nifti1Header, limits: Limits) -> tuple[int, ...]:
 def _offset(header: nib.Nifti1Header) -> int:
     offset = int(header.get_data_offset())
     if not header.sizeof_hdr <= offset <= _MAX_HEADER:
-        raise InvalidInput(f"the NIfTI header is damaged: it puts the voxels at byte {offset}, expected "
-                           f"{header.sizeof_hdr} to {_MAX_HEADER:,}")
+        raise InvalidInput(
+            f"the NIfTI header is damaged: it puts the voxels at byte {offset}, expected "
+            f"{header.sizeof_hdr} to {_MAX_HEADER:,}"
+        )
     return offset
 
 
 def _affine(header: nib.Nifti1Header) -> np.ndarray:
     """The sform if it is set and usable, else the qform, else voxel sizes alone, as nibabel would."""
-    candidates = [lambda: header.get_sform(coded=True)[0], lambda: header.get_qform(coded=True)[0],
-                  header.get_base_affine]
+    candidates = [
+        lambda: header.get_sform(coded=True)[0],
+        lambda: header.get_qform(coded=True)[0],
+        header.get_base_affine,
+    ]
     for candidate in candidates:
         try:
             affine = candidate()
@@ -161,8 +179,10 @@ def _affine(header: nib.Nifti1Header) -> np.ndarray:
             continue
         if affine is not None and usable(affine):
             return np.asarray(affine, float)
-    raise InvalidInput("the NIfTI header has no usable orientation: sform, qform and voxel sizes are missing, singular "
-                       "or not finite; set its voxel sizes, for example with nibabel, before sending it")
+    raise InvalidInput(
+        "the NIfTI header has no usable orientation: sform, qform and voxel sizes are missing, singular "
+        "or not finite; set its voxel sizes, for example with nibabel, before sending it"
+    )
 
 
 def usable(affine: np.ndarray) -> bool:

@@ -2,6 +2,7 @@
 
 `with Server("model_repository") as server:` is ready inside the block; `server.url` is what M3DClient takes.
 """
+
 from __future__ import annotations
 
 import json
@@ -34,7 +35,7 @@ START_ATTEMPTS = 3
 STUB = "triton_python_b"  # the name of a Python model's process; Triton neither restarts it nor tells who waits for it
 LOWEST_FREE_PORT = 10_000
 SHM_NEEDED = 256 << 20  # requests, answers and studies travel through shared memory
-_LOADING = re.compile(r'loading: (\w+):')
+_LOADING = re.compile(r"loading: (\w+):")
 _LOADED = re.compile(r"successfully loaded '(\w+)'")
 _ENDED = re.compile(re.escape(keeper.VITAL_ENDED) + r"\d+: .*/(\w+)/\d+/model\.py")
 _FAILED = re.compile(r"failed to load '(\w+)' version \d+: (?:[A-Z][\w ]*?: )?(.*)")
@@ -49,10 +50,20 @@ class Server:
     start_timeout: seconds until all models must be ready. on_progress: is told what loads.
     """
 
-    def __init__(self, repository: Path | str, *, target: str = "cpu", host: str = "127.0.0.1", grpc_port: int = 8001,
-                 http_port: int = 8000, metrics_port: int = 8002, log: Path | str | None = None,
-                 trace: Path | str | None = None, start_timeout: float = 900.0,
-                 on_progress: Callable[[str], None] = lambda text: None):
+    def __init__(
+        self,
+        repository: Path | str,
+        *,
+        target: str = "cpu",
+        host: str = "127.0.0.1",
+        grpc_port: int = 8001,
+        http_port: int = 8000,
+        metrics_port: int = 8002,
+        log: Path | str | None = None,
+        trace: Path | str | None = None,
+        start_timeout: float = 900.0,
+        on_progress: Callable[[str], None] = lambda text: None,
+    ):
         self.repository = Path(repository).resolve()
         self.target = target
         self.host = host
@@ -84,7 +95,7 @@ class Server:
     def _reachable_host(self) -> str:
         return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Server:
         self.start()
         return self
 
@@ -120,15 +131,28 @@ class Server:
             # Triton, its stubs and vLLM each trip over some paths: spaces, brackets, letters beyond ASCII.
             repository = run_folder / "model_repository"
             repository.symlink_to(self.repository)
-            command = triton.command(repository, manifest, self.host, self.ports, backends, shm_prefix,
-                                     EXIT_TIMEOUT_S, self.trace)
-            spec = json.dumps({"command": command, "grace_s": GRACE_S, "orphans_grace_s": ORPHANS_GRACE_S,
-                               "remove": [str(run_folder)], "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"],
-                               "vital": STUB})
+            command = triton.command(
+                repository, manifest, self.host, self.ports, backends, shm_prefix, EXIT_TIMEOUT_S, self.trace
+            )
+            spec = json.dumps(
+                {
+                    "command": command,
+                    "grace_s": GRACE_S,
+                    "orphans_grace_s": ORPHANS_GRACE_S,
+                    "remove": [str(run_folder)],
+                    "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"],
+                    "vital": STUB,
+                }
+            )
             with open(self.log, "wb") as log:
                 self._keeper = subprocess.Popen(
-                    [sys.executable, "-I", "-S", keeper.__file__, spec], stdin=subprocess.PIPE, stdout=log, stderr=log,
-                    env=triton.environment(run_folder), start_new_session=True)
+                    [sys.executable, "-I", "-S", keeper.__file__, spec],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env=triton.environment(run_folder),
+                    start_new_session=True,
+                )
         except BaseException:
             shutil.rmtree(run_folder, ignore_errors=True)
             raise
@@ -162,8 +186,10 @@ class Server:
             raise InvalidInput(f"target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
         manifest = Manifest.read(self.repository, self.target)
         if manifest.target != self.target:
-            raise RepositoryError(f"{self.repository} was exported for target {manifest.target}, not {self.target}: "
-                                  f"serve with --target {manifest.target}, or export with --target {self.target}")
+            raise RepositoryError(
+                f"{self.repository} was exported for target {manifest.target}, not {self.target}: "
+                f"serve with --target {manifest.target}, or export with --target {self.target}"
+            )
         if self.target == "tensorrt" and (wrong := gpu.misfits(manifest, gpu.find_gpus(), gpu.tensorrt_version())):
             raise RepositoryError(f"{self.repository} does not fit this machine: {'; '.join(wrong)}")
         manifest.check(self.repository)
@@ -173,8 +199,10 @@ class Server:
             _check_port(self.host, name, port)
         free = shutil.disk_usage(keeper.SHM).free
         if free < SHM_NEEDED:
-            raise Unavailable(f"{keeper.SHM} has {free >> 20} MiB free, the server needs {SHM_NEEDED >> 20} or more: "
-                              "in Docker give the container --shm-size 2g")
+            raise Unavailable(
+                f"{keeper.SHM} has {free >> 20} MiB free, the server needs {SHM_NEEDED >> 20} or more: "
+                "in Docker give the container --shm-size 2g"
+            )
         return manifest
 
     def _wait_ready(self, models: tuple[str, ...]) -> None:
@@ -188,8 +216,10 @@ class Server:
             else:
                 raise Unavailable(f"Triton did not start ({_exit_words(code)}): {self._cause()}")
             if time.monotonic() > end:
-                raise Unavailable(f"the models were not ready after {self.start_timeout:g} s "
-                                  f"({self._loading(models)}); log: {self.log}\n{self._tail()}")
+                raise Unavailable(
+                    f"the models were not ready after {self.start_timeout:g} s "
+                    f"({self._loading(models)}); log: {self.log}\n{self._tail()}"
+                )
             if (now := self._loading(models)) != said:
                 said = now
                 self.on_progress(said)
@@ -222,9 +252,13 @@ class Server:
             return f"the machine is too busy for Triton's start-up checks; try again in a while\n(log: {self.log})"
         if keeper.VITAL_ENDED in text:  # one that ended in its first moments left no model's name
             ended = sorted(set(_ENDED.findall(text))) or ["a Python model"]
-            return f"the process of {', '.join(ended)} ended, killed or crashed, and was not asked to\n(log: {self.log})"
-        failed = {model: words.rstrip('"').replace("\\n", "\n").partition("\n\nAt:")[0].strip()
-                  for model, words in _FAILED.findall(text)}
+            return (
+                f"the process of {', '.join(ended)} ended, killed or crashed, and was not asked to\n(log: {self.log})"
+            )
+        failed = {
+            model: words.rstrip('"').replace("\\n", "\n").partition("\n\nAt:")[0].strip()
+            for model, words in _FAILED.findall(text)
+        }
         # An ensemble fails because a part of it did: the part is the cause.
         cause = [f"{model}: {words}" for model, words in failed.items() if "ensemble" not in words]
         return "; ".join(cause or [f"\n{self._tail()}"]) + f"\n(log: {self.log})"
@@ -232,8 +266,12 @@ class Server:
     def _tail(self, lines: int = 15) -> str:
         """The last lines of the log that report something wrong, or just the last ones."""
         every = self._log_text().splitlines()
-        wrong = [line for line in every if re.match(r"[EF]\d{4} |Bad option|\S.*(?:[Ee]rror|Traceback)", line)
-                 and not (self.target == "cpu" and "cuda" in line.lower())]
+        wrong = [
+            line
+            for line in every
+            if re.match(r"[EF]\d{4} |Bad option|\S.*(?:[Ee]rror|Traceback)", line)
+            and not (self.target == "cpu" and "cuda" in line.lower())
+        ]
         return "\n".join((wrong or every)[-lines:])
 
 
@@ -265,8 +303,10 @@ def _check_port(host: str, name: str, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise Unavailable(f"the {name} port {port} on {host} cannot be used ({error.strerror or error}): stop what "
-                          f"listens there, or give another --{name}-port") from None
+        raise Unavailable(
+            f"the {name} port {port} on {host} cannot be used ({error.strerror or error}): stop what "
+            f"listens there, or give another --{name}-port"
+        ) from None
 
 
 def _exit_words(code: int) -> str:

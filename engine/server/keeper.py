@@ -10,6 +10,7 @@ remove (folders to delete at the end), shm_prefixes (names in /dev/shm that belo
 command's process id), vital (name, as in /proc/PID/comm, of the command's children without which it is broken: when one
 ends, the whole tree does).
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -86,8 +87,15 @@ def everybody() -> list[int]:
 
 
 class Keeper:
-    def __init__(self, command: list[str], grace_s: float, orphans_grace_s: float, remove: list[str],
-                 shm_prefixes: list[str], vital: str = ""):
+    def __init__(
+        self,
+        command: list[str],
+        grace_s: float,
+        orphans_grace_s: float,
+        remove: list[str],
+        shm_prefixes: list[str],
+        vital: str = "",
+    ):
         self.vital = vital
         self.watched: dict[int, tuple[int, str]] = {}  # by descriptor: process id, command line
         self.grace_s = grace_s
@@ -109,8 +117,9 @@ class Keeper:
         self.childless = False
         # Should the keeper itself be killed, the command at least gets a SIGTERM. The object is kept: at its end it would
         # collect the exit status of a command that has ended already.
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
-                                        preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        )
         self.child = self.process.pid
         self.shm_prefixes = [prefix.format(pid=self.child) for prefix in shm_prefixes]
 
@@ -124,8 +133,9 @@ class Keeper:
             known = names
             if starting := time.monotonic() < settled:
                 self._watch()
-            ready, _, _ = select.select([sys.stdin, self.wake_read, *self.watched], [], [],
-                                        LOOK_S if starting else SETTLED_LOOK_S)
+            ready, _, _ = select.select(
+                [sys.stdin, self.wake_read, *self.watched], [], [], LOOK_S if starting else SETTLED_LOOK_S
+            )
             self._reap(ready)
             if dead := [self.watched[fd] for fd in ready if fd in self.watched]:
                 self._end_without(dead)
@@ -213,8 +223,11 @@ class Keeper:
     def _clean(self) -> None:
         ours = {os.path.basename(path) for prefix in self.shm_prefixes for path in glob.glob(f"{SHM}{prefix}*")}
         # Python's and vLLM's shared memory has random names: what the tree had mapped and nobody else uses.
-        unnamed = {name: inode for name, inode in shared_memory().items()
-                   if name not in self.shm_before and inode in self.shm_seen}
+        unnamed = {
+            name: inode
+            for name, inode in shared_memory().items()
+            if name not in self.shm_before and inode in self.shm_seen
+        }
         if unnamed:
             used = shared_memory_of(everybody())
             ours |= {name for name, inode in unnamed.items() if inode not in used}

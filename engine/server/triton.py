@@ -1,4 +1,5 @@
 """Find a Triton Inference Server for a target, and assemble what it needs to start: backends, environment, command."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -25,8 +26,11 @@ STUB_TIMEOUT_S = 60  # for a stub's Python to start; loading a model may take lo
 QUIET = {
     "PYTHONUTF8": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on shared cores make everything ten times slower
-    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
 }
 
 # A scan is put together in a buffer of its size, and glibc gives blocks of over 32 MB back to the system when they are
@@ -43,29 +47,37 @@ class Triton:
     version: str
 
     @classmethod
-    def find(cls, target: str) -> "Triton":
+    def find(cls, target: str) -> Triton:
         """Raises Unavailable with the way to get one if this machine has none for `target`."""
         if target not in TARGETS:
             raise InvalidInput(f"target {target!r} is unknown; known are {', '.join(TARGETS)}")
         if target == "tensorrt":
             binary = shutil.which("tritonserver")
             if binary is None:
-                raise Unavailable("no `tritonserver` on PATH: target tensorrt runs inside NVIDIA's Triton image (see "
-                                  "deploy/); on a machine without a GPU use --target cpu")
+                raise Unavailable(
+                    "no `tritonserver` on PATH: target tensorrt runs inside NVIDIA's Triton image (see "
+                    "deploy/); on a machine without a GPU use --target cpu"
+                )
             return cls(Path(binary), None, _version_beside(Path(binary)))
         spec = importlib.util.find_spec("pytriton")
         if spec is None or not spec.submodule_search_locations:
-            raise Unavailable(f"Triton for the CPU comes with the package {WHEEL}, which is not installed: run `make "
-                              "demo` once, or install the extra `m3d-engine[cpu]`")
+            raise Unavailable(
+                f"Triton for the CPU comes with the package {WHEEL}, which is not installed: run `make "
+                "demo` once, or install the extra `m3d-engine[cpu]`"
+            )
         wheel = Path(spec.submodule_search_locations[0]) / "tritonserver"
         triton = cls(wheel / "bin" / "tritonserver", wheel, importlib.metadata.version(WHEEL))
         for path in (triton.binary, triton.stub):
             if not path.is_file():
-                raise Unavailable(f"{WHEEL} {triton.version} has no {path.relative_to(wheel)}: it supports "
-                                  f"Python {', '.join(triton.python_versions)}, this is {_python_version()}")
+                raise Unavailable(
+                    f"{WHEEL} {triton.version} has no {path.relative_to(wheel)}: it supports "
+                    f"Python {', '.join(triton.python_versions)}, this is {_python_version()}"
+                )
         if importlib.metadata.version("numpy").split(".")[0] != "1":
-            raise Unavailable(f"Triton's Python backend of {WHEEL} needs NumPy 1, "
-                              f"{importlib.metadata.version('numpy')} is installed: install with overrides.txt")
+            raise Unavailable(
+                f"Triton's Python backend of {WHEEL} needs NumPy 1, "
+                f"{importlib.metadata.version('numpy')} is installed: install with overrides.txt"
+            )
         return triton
 
     @property
@@ -91,34 +103,70 @@ class Triton:
             raise Unavailable(f"{self.binary} may not be run: `chmod +x` it")
         return backends
 
-    def command(self, repository: Path, manifest: Manifest, host: str, ports: dict[str, int],
-                backends: Path | None, shm_prefix: str, exit_timeout_s: int, trace: Path | None = None) -> list[str]:
+    def command(
+        self,
+        repository: Path,
+        manifest: Manifest,
+        host: str,
+        ports: dict[str, int],
+        backends: Path | None,
+        shm_prefix: str,
+        exit_timeout_s: int,
+        trace: Path | None = None,
+    ) -> list[str]:
         """Triton's command line, which loads the manifest's models alone. ports: {"grpc", "http", "metrics"}."""
         secret = f"{ADMIN_PROTOCOLS}:m3d-admin={secrets.token_hex(16)}"
         command = [
-            str(self.binary), "--model-repository", str(repository), "--model-control-mode", "explicit",
+            str(self.binary),
+            "--model-repository",
+            str(repository),
+            "--model-control-mode",
+            "explicit",
             *(part for model in manifest.models for part in ("--load-model", model)),
-            *(part for name, port in ports.items()
-              for part in (f"--{name}-port", str(port), f"--{name}-address", host)),
-            "--http-restricted-api", secret, "--grpc-restricted-protocol", secret,
+            *(
+                part
+                for name, port in ports.items()
+                for part in (f"--{name}-port", str(port), f"--{name}-address", host)
+            ),
+            "--http-restricted-api",
+            secret,
+            "--grpc-restricted-protocol",
+            secret,
             # The configurations are complete: to complete them, Triton would start every Python model twice.
             "--disable-auto-complete-config",
             # More at a time only compete: starting a model is all work and no waiting.
-            "--model-load-thread-count", str(max(2, len(os.sched_getaffinity(0)))),
-            "--exit-timeout-secs", str(exit_timeout_s), "--allow-gpu-metrics", str(backends is None).lower(),
-            "--backend-config", f"python,shm-region-prefix-name={shm_prefix}",
-            "--backend-config", f"python,stub-timeout-seconds={STUB_TIMEOUT_S}",
+            "--model-load-thread-count",
+            str(max(2, len(os.sched_getaffinity(0)))),
+            "--exit-timeout-secs",
+            str(exit_timeout_s),
+            "--allow-gpu-metrics",
+            str(backends is None).lower(),
+            "--backend-config",
+            f"python,shm-region-prefix-name={shm_prefix}",
+            "--backend-config",
+            f"python,stub-timeout-seconds={STUB_TIMEOUT_S}",
         ]
         if trace is not None:
-            settings = ("mode=triton", "level=TIMESTAMPS", "rate=1", f"triton,file={trace}",
-                        f"triton,log-frequency={TRACES_A_FILE}")
+            settings = (
+                "mode=triton",
+                "level=TIMESTAMPS",
+                "rate=1",
+                f"triton,file={trace}",
+                f"triton,log-frequency={TRACES_A_FILE}",
+            )
             command += [part for setting in settings for part in ("--trace-config", setting)]
         if backends is not None:
             command += ["--backend-directory", str(backends), "--model-config-name", "cpu"]
         else:
             # `tensorrt` is the export's: config.pbtxt with a warm-up in this checkpoint's sizes.
-            command += ["--model-config-name", "tensorrt", "--cuda-memory-pool-byte-size", f"0:{CUDA_POOL_BYTES}",
-                        "--pinned-memory-pool-byte-size", str(PINNED_POOL_BYTES)]
+            command += [
+                "--model-config-name",
+                "tensorrt",
+                "--cuda-memory-pool-byte-size",
+                f"0:{CUDA_POOL_BYTES}",
+                "--pinned-memory-pool-byte-size",
+                str(PINNED_POOL_BYTES),
+            ]
         if any(plan["version_compatible"] for plan in manifest.graph_plans.values()):
             # Such a plan brings code of the release that built it, which TensorRT runs only where it is allowed.
             command += ["--backend-config", "tensorrt,version-compatible=true"]
@@ -127,8 +175,13 @@ class Triton:
     def environment(self, run_folder: Path) -> dict[str, str]:
         """This process's environment, as the Python backend needs it."""
         # What is left in the folder for temporary files goes with the run folder.
-        environment = {**KEPT_MEMORY, **os.environ, **QUIET,
-                       "VLLM_RPC_BASE_PATH": str(run_folder), "TMPDIR": str(run_folder)}
+        environment = {
+            **KEPT_MEMORY,
+            **os.environ,
+            **QUIET,
+            "VLLM_RPC_BASE_PATH": str(run_folder),
+            "TMPDIR": str(run_folder),
+        }
         # Numbers in CUDA_VISIBLE_DEVICES are nvidia-smi's then, as `engine.gpu` takes them; else the fastest GPU is 0.
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         environment["PYTHONPATH"] = _joined(Path(__file__).parents[2], os.environ.get("PYTHONPATH"))
@@ -136,8 +189,10 @@ class Triton:
             # The stub embeds Python: it finds the environment by the first python3 on PATH, libpython by its own path.
             environment["PATH"] = _joined(Path(sys.executable).parent, os.environ.get("PATH"))
             # The copied stub looks for the wheel's own libraries beside itself, where they are not.
-            libraries = [Path(sysconfig.get_config_var("LIBDIR") or Path(sys.base_prefix) / "lib"),
-                         self.wheel.parents[1] / "nvidia_pytriton.libs"]
+            libraries = [
+                Path(sysconfig.get_config_var("LIBDIR") or Path(sys.base_prefix) / "lib"),
+                self.wheel.parents[1] / "nvidia_pytriton.libs",
+            ]
             environment["LD_LIBRARY_PATH"] = _joined(*libraries, os.environ.get("LD_LIBRARY_PATH"))
         return environment
 

@@ -2,6 +2,7 @@
 
 The way back (masks and boxes into the scan's own space) is `engine.volume.geometry.Geometry`, which every preset returns.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -23,9 +24,9 @@ CT_BODY = -500.0
 MR_PERCENTILES = (0.5, 99.5)
 SEG_PERCENTILES = (0.05, 99.95)
 REFSEG_PERCENTILES = (0.5, 99.5)
-_COARSE = 128      # longest axis of the grid on which foreground is looked for
+_COARSE = 128  # longest axis of the grid on which foreground is looked for
 _SMALL_PART = 0.1  # pieces of foreground below this share of the largest one are left out of the crop
-_ROUNDING = 1e-5   # of the largest value: differences below it tell nothing
+_ROUNDING = 1e-5  # of the largest value: differences below it tell nothing
 
 Size = tuple[int, int, int]
 Axes = tuple[tuple[int, int, int], tuple[bool, bool, bool]]
@@ -77,7 +78,7 @@ def _auto(scan: Scan, image_size: Size) -> tuple[str, str]:
     below -500, some above 100), else mr.
     """
     low, high = float(scan.array.min()), float(scan.array.max())
-    is_volume = scan.array.shape == image_size and scan.array.dtype.kind == "f" and 0 <= low and high <= 1
+    is_volume = scan.array.shape == image_size and scan.array.dtype.kind == "f" and low >= 0 and high <= 1
     if scan.kind == "npy" and is_volume:
         return "raw", "auto chose raw: the array already has the model's size and range 0 to 1"
     if scan.modality:
@@ -141,11 +142,14 @@ def _m3d_seg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     voxels = scan.array.ravel(order="K")
     bright = voxels[voxels > voxels.mean(dtype=np.float64)]
     # Rounded to float32 the mean may reach the largest value: then only voxels of that value are above it.
-    low, high = (np.percentile(bright, SEG_PERCENTILES, overwrite_input=True) if bright.size
-                 else (float(scan.array.max()),) * 2)
+    low, high = (
+        np.percentile(bright, SEG_PERCENTILES, overwrite_input=True) if bright.size else (float(scan.array.max()),) * 2
+    )
     if high <= low:
-        raise InvalidInput(f"preset m3d-seg finds no contrast: the voxels above the mean all are {low:g}; choose "
-                           f"another preset, for example mr")
+        raise InvalidInput(
+            f"preset m3d-seg finds no contrast: the voxels above the mean all are {low:g}; choose "
+            f"another preset, for example mr"
+        )
     return _reference(scan, image_size, axes, float(low), float(high))
 
 
@@ -158,8 +162,10 @@ def _m3d_refseg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     axes = ((0, 1, 2) if scan.kind == "npy" else (2, 0, 1), (False,) * 3)
     low, high = np.percentile(scan.array, REFSEG_PERCENTILES)
     if high <= low:
-        raise InvalidInput(f"preset m3d-refseg finds no contrast: 99 % of the voxels are {low:g}; choose another "
-                           f"preset, for example mr")
+        raise InvalidInput(
+            f"preset m3d-refseg finds no contrast: 99 % of the voxels are {low:g}; choose another "
+            f"preset, for example mr"
+        )
     return _reference(scan, image_size, axes, float(low), float(high))
 
 
@@ -169,11 +175,15 @@ def _raw(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     """
     low, high = float(scan.array.min()), float(scan.array.max())
     if scan.array.shape != image_size:
-        raise InvalidInput(f"preset raw takes arrays of the model's size {image_size}; this scan has "
-                           f"{scan.array.shape}: choose another preset, which resizes it")
+        raise InvalidInput(
+            f"preset raw takes arrays of the model's size {image_size}; this scan has "
+            f"{scan.array.shape}: choose another preset, which resizes it"
+        )
     if low < 0 or high > 1:
-        raise InvalidInput(f"preset raw takes values from 0 to 1; this scan has {low:g} to {high:g}: scale it, or "
-                           f"choose another preset, which does")
+        raise InvalidInput(
+            f"preset raw takes values from 0 to 1; this scan has {low:g} to {high:g}: scale it, or "
+            f"choose another preset, which does"
+        )
     geometry = _geometry(scan, image_size, ((0, 1, 2), (False,) * 3), [(0, n) for n in image_size])
     return np.ascontiguousarray(scan.array, np.float32), geometry
 
@@ -183,14 +193,21 @@ def _contract(function: Callable) -> str:
 
 
 PRESETS: dict[str, Preset] = {"auto": Preset(_contract(_auto), None)} | {
-    name: Preset(_contract(run), run) for name, run in (
-        ("ct", _ct), ("mr", _mr), ("m3d-cap", _m3d_cap), ("m3d-seg", _m3d_seg),
-        ("m3d-refseg", _m3d_refseg), ("raw", _raw))
+    name: Preset(_contract(run), run)
+    for name, run in (
+        ("ct", _ct),
+        ("mr", _mr),
+        ("m3d-cap", _m3d_cap),
+        ("m3d-seg", _m3d_seg),
+        ("m3d-refseg", _m3d_refseg),
+        ("raw", _raw),
+    )
 }
 
 
 def _reference(scan: Scan, image_size: Size, axes: Axes, low: float, high: float) -> tuple[np.ndarray, Geometry]:
     """Scale low..high to 0..1, crop to what is above 0, resize: the steps that the reference's families share."""
+
     def tone(values: np.ndarray) -> np.ndarray:
         np.clip(values, low, high, out=values)
         values -= np.float32(low)
@@ -222,8 +239,7 @@ def _coarse(scan: Scan, axes: Axes) -> np.ndarray:
     return np.ascontiguousarray(view[tuple(slice(None, None, -(-n // _COARSE)) for n in view.shape)], np.float32)
 
 
-def _cropped_to_foreground(scan: Scan, image_size: Size,
-                           is_foreground: Callable[[np.ndarray], np.ndarray]) -> Geometry:
+def _cropped_to_foreground(scan: Scan, image_size: Size, is_foreground: Callable[[np.ndarray], np.ndarray]) -> Geometry:
     """The geometry of canonical axes, cropped to the large connected parts of the foreground, or whole without any.
 
     Between two samples of the coarse grid the box is widened to just before the next sample outside.
@@ -246,14 +262,14 @@ def _geometry(scan: Scan, image_size: Size, axes: Axes, crop: list[tuple[int, in
     """`crop` counts along the model's axes; the Geometry's along the array's, forwards."""
     order, flips = axes
     lengths = [scan.array.shape[axis] for axis in order]
-    crop = tuple((n - stop, n - start) if flip else (start, stop)
-                 for (start, stop), flip, n in zip(crop, flips, lengths))
+    crop = tuple(
+        (n - stop, n - start) if flip else (start, stop) for (start, stop), flip, n in zip(crop, flips, lengths)
+    )
     return Geometry(tuple(scan.array.shape), tuple(map(tuple, scan.affine.tolist())), order, flips, crop, image_size)
 
 
 def _resized(scan: Scan, geometry: Geometry, tone=np.asarray, box: str = "wider") -> np.ndarray:
-    matrices = [weights(stop - start, size, box)
-                for (start, stop), size in zip(geometry.crop, geometry.image_size)]
+    matrices = [weights(stop - start, size, box) for (start, stop), size in zip(geometry.crop, geometry.image_size)]
     return shrink(geometry.view(scan.array), matrices, tone)
 
 

@@ -4,6 +4,7 @@ Model axes are D, H, W. Each of them runs along one array axis of the scan, forw
 it; oblique scans are not rotated. So masks and boxes go back into the scan's own array exactly, and its affine stays
 true for them as it is.
 """
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
@@ -42,10 +43,15 @@ class Geometry:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Geometry":
-        return cls(scan_shape=tuple(values["scan_shape"]), affine=tuple(map(tuple, values["affine"])),
-                   axes=tuple(values["axes"]), flips=tuple(values["flips"]),
-                   crop=tuple(map(tuple, values["crop"])), image_size=tuple(values["image_size"]))
+    def from_dict(cls, values: dict) -> Geometry:
+        return cls(
+            scan_shape=tuple(values["scan_shape"]),
+            affine=tuple(map(tuple, values["affine"])),
+            axes=tuple(values["axes"]),
+            flips=tuple(values["flips"]),
+            crop=tuple(map(tuple, values["crop"])),
+            image_size=tuple(values["image_size"]),
+        )
 
     def view(self, array: np.ndarray) -> np.ndarray:
         """`array` (of the scan's shape) as a view with axes D, H, W, flipped and cropped; nothing is copied."""
@@ -75,8 +81,8 @@ class Geometry:
             high = np.flatnonzero((volume > 0.5).any(tuple({0, 1, 2} - {axis})))
             if not len(high):
                 return mask
-            rows = np.flatnonzero(matrix[:, high[0]:high[-1] + 1].any(1))
-            matrix = matrix[rows[0]:rows[-1] + 1]
+            rows = np.flatnonzero(matrix[:, high[0] : high[-1] + 1].any(1))
+            matrix = matrix[rows[0] : rows[-1] + 1]
             columns = np.flatnonzero(matrix.any(0))
             columns = slice(columns[0], columns[-1] + 1)
             volume = volume[(slice(None),) * axis + (columns,)]

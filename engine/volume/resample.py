@@ -5,6 +5,7 @@ voxel is linear interpolation (align_corners=False, edges replicated); a box as 
 averaging. The wider of the two is smooth when the grid gets finer and keeps small structures when it gets coarser.
 Few input voxels lie in a box: a dense product of the same matrices takes ten times as long.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -45,6 +46,7 @@ def apply(volume: np.ndarray, matrix: csr_array, axis: int) -> np.ndarray:
 
 def cheapest_order(matrices: Sequence[csr_array]) -> tuple[int, ...]:
     """The order of axes in which applying `matrices` takes the fewest multiplications."""
+
     def cost(order):
         sizes, total = [m.shape[1] for m in matrices], 0.0
         for axis in order:
@@ -52,6 +54,7 @@ def cheapest_order(matrices: Sequence[csr_array]) -> tuple[int, ...]:
             total += times * np.prod(sizes, dtype=float) / sizes[axis] * matrices[axis].nnz
             sizes[axis] = matrices[axis].shape[0]
         return total
+
     return min(itertools.permutations(range(3)), key=cost)
 
 
@@ -61,8 +64,9 @@ def slabs(shape: Sequence[int], axis: int, itemsize: int = 4) -> list[slice]:
     return [slice(i, min(i + step, shape[axis])) for i in range(0, shape[axis], step)]
 
 
-def shrink(volume: np.ndarray, matrices: Sequence[np.ndarray],
-           tone: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
+def shrink(
+    volume: np.ndarray, matrices: Sequence[np.ndarray], tone: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> np.ndarray:
     """float32 volume resampled by one matrix per axis; `tone` (float32 to float32) maps intensities before that.
 
     `volume` may be a view of any strides and real dtype; it is read once, slab by slab in the order of its memory.

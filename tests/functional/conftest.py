@@ -1,4 +1,5 @@
 """One real Triton for all functional tests, on a tiny random checkpoint, and what is needed to ask it."""
+
 from __future__ import annotations
 
 import shutil

@@ -1,4 +1,5 @@
 """What a running server occupies, and what of it is left later: processes, shared memory, its run folder."""
+
 from __future__ import annotations
 
 import os
@@ -19,8 +20,11 @@ def _started(pid: int) -> str | None:
 
 def stub_of(keeper_pid: int, model: str) -> int:
     """The process of a Python model."""
-    found, *_ = (pid for pid in keeper.descendants(keeper_pid)
-                 if f"/{model}/1/model.py".encode() in Path(f"/proc/{pid}/cmdline").read_bytes())
+    found, *_ = (
+        pid
+        for pid in keeper.descendants(keeper_pid)
+        if f"/{model}/1/model.py".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
     return found
 
 
@@ -33,10 +37,10 @@ class Footprint:
     def __init__(self, keeper_pid: int):
         tree = keeper.descendants(keeper_pid)
         self.processes = {pid: _started(pid) for pid in (keeper_pid, *tree)}
-        self.triton_pid, = (pid for pid in tree if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver")
+        (self.triton_pid,) = (pid for pid in tree if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver")
         environment = Path(f"/proc/{self.triton_pid}/environ").read_bytes().split(b"\0")
         name = b"VLLM_RPC_BASE_PATH="
-        self.run_folder, = (variable[len(name):] for variable in environment if variable.startswith(name))
+        (self.run_folder,) = (variable[len(name) :] for variable in environment if variable.startswith(name))
         self.mapped = keeper.shared_memory_of(tree)
 
     def _is_ours(self, name: str) -> bool:

@@ -1,4 +1,5 @@
 """Each kind of bad input gets an error with its cause; the server stays up, and the next request works."""
+
 from __future__ import annotations
 
 import gzip
@@ -192,7 +193,11 @@ PARTS = {
     "a preset before the last part": ({"UPLOAD_RANGE": (0, 6), "PRESET": "auto"}, InvalidInput, "PRESET.*last"),
     "a study before the last part": ({"UPLOAD_RANGE": (0, 6), "STUDY_IN": "0" * 64}, InvalidInput, "STUDY.*last"),
     "a hint before the last part": ({"UPLOAD_RANGE": (0, 6), "SEGMENT_HINT": True}, InvalidInput, "SEGMENT_HINT.*last"),
-    "a part that is too large": ({"UPLOAD_RANGE": (0, 1 << 25), "VOLUME": bytes((16 << 20) + 1)}, InvalidInput, "more parts"),
+    "a part that is too large": (
+        {"UPLOAD_RANGE": (0, 1 << 25), "VOLUME": bytes((16 << 20) + 1)},
+        InvalidInput,
+        "more parts",
+    ),
     "a name that is too long": ({"UPLOAD": "x" * 65, "UPLOAD_RANGE": (0, 5)}, InvalidInput, "64 characters"),
 }
 
@@ -201,7 +206,9 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_a_bad_part_of_a_scan_is_refused_with_its_cause(connection, name):
     inputs, kind, cause = PARTS[name]
-    inputs = {getattr(contract, tensor): value for tensor, value in {"UPLOAD": "x", "VOLUME": b"12345", **inputs}.items()}
+    inputs = {
+        getattr(contract, tensor): value for tensor, value in {"UPLOAD": "x", "VOLUME": b"12345", **inputs}.items()
+    }
     with pytest.raises(M3DError, match=cause) as refused:
         connection.infer("study", inputs, PATIENCE_S)
     assert type(refused.value) is kind
@@ -227,7 +234,7 @@ def test_a_good_request_after_a_bad_one_on_the_same_connection_is_answered(conne
     with pytest.raises(InvalidInput):
         connection.infer("study", {contract.VOLUME: b"nothing"}, PATIENCE_S)
     inputs = {contract.STUDY_IN: study.handle, contract.QUESTION: QUESTION, contract.SAMPLING: '{"max_new_tokens": 8}'}
-    answer, = connection.stream("m3d_chat", inputs, PATIENCE_S)
+    (answer,) = connection.stream("m3d_chat", inputs, PATIENCE_S)
     assert text_of(answer["TEXT"]) == expected.text
 
 

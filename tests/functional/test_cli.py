@@ -1,4 +1,5 @@
 """The command line against a real server: answers, masks in the scan's own space, rankings."""
+
 from __future__ import annotations
 
 import subprocess
@@ -27,8 +28,13 @@ def scan(tmp_path_factory):
 
 
 def m3d(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "engine.cli", *map(str, arguments)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "engine.cli", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_ask_streams_what_the_client_gets(server, client, scan):
@@ -41,8 +47,9 @@ def test_ask_streams_what_the_client_gets(server, client, scan):
 def test_segment_writes_a_mask_in_the_scans_own_space_and_a_picture(server, client, scan, tmp_path):
     expected = client.segment(scan, QUESTION, max_new_tokens=24)
     assert expected.mask is not None
-    done = m3d("segment", scan, QUESTION, "-o", tmp_path / "mask.nii.gz", "--server", server.url,
-               "--max-new-tokens", 24)
+    done = m3d(
+        "segment", scan, QUESTION, "-o", tmp_path / "mask.nii.gz", "--server", server.url, "--max-new-tokens", 24
+    )
     assert done.returncode == 0, done.stderr
     mask, original = nibabel.load(tmp_path / "mask.nii.gz"), nibabel.load(scan)
     assert mask.shape == original.shape

@@ -1,4 +1,5 @@
 """The client on a real Triton: requests that end early free their place, slow readers hold up nobody."""
+
 from __future__ import annotations
 
 import math
@@ -71,6 +72,7 @@ def past_its_deadline(stream):
 def test_a_request_that_ends_early_frees_its_place_in_the_batch(client, study, long_answer, end):
     """The decoder's batch is full, the last to come ends early, and one that waited begins before any other is done."""
     with ExitStack() as stack:
+
         def ask(timeout=None):
             return stack.enter_context(client.stream(study, QUESTION, max_new_tokens=LONG, timeout=timeout))
 
@@ -115,8 +117,12 @@ def test_a_reader_that_is_slow_holds_up_nobody_and_misses_nothing(client, study,
 def test_the_ensemble_answers_like_the_client(server, study, long_answer):
     """m3d_chat, for clients of other kinds."""
     connection = Connection(server.url)
-    inputs = {contract.STUDY_IN: study.handle, contract.QUESTION: QUESTION, contract.STREAM: True,
-              contract.SAMPLING: f'{{"max_new_tokens": {LONG}}}'}
+    inputs = {
+        contract.STUDY_IN: study.handle,
+        contract.QUESTION: QUESTION,
+        contract.STREAM: True,
+        contract.SAMPLING: f'{{"max_new_tokens": {LONG}}}',
+    }
     responses = list(connection.stream("m3d_chat", inputs, PATIENCE_S))
     assert "".join(text_of(response["TEXT"]) for response in responses) == long_answer.text
     assert text_of(responses[-1]["FINISH_REASON"]) == "length"
@@ -125,10 +131,15 @@ def test_the_ensemble_answers_like_the_client(server, study, long_answer):
 
 def test_many_streams_of_the_ensemble_leave_the_server_alive(server, client, study):
     """It does not use all outputs of the decoder. Dropping them killed the decoder within a few thousand responses."""
+
     def ask(stream: int) -> int:
         connection = Connection(server.url)
-        inputs = {contract.STUDY_IN: study.handle, contract.QUESTION: f"{QUESTION} {stream}", contract.STREAM: True,
-                  contract.SAMPLING: f'{{"max_new_tokens": {LONG}}}'}
+        inputs = {
+            contract.STUDY_IN: study.handle,
+            contract.QUESTION: f"{QUESTION} {stream}",
+            contract.STREAM: True,
+            contract.SAMPLING: f'{{"max_new_tokens": {LONG}}}',
+        }
         responses = sum(1 for _ in connection.stream("m3d_chat", inputs, PATIENCE_S))
         connection.close()
         return responses

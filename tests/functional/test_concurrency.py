@@ -1,4 +1,5 @@
 """Many questions about two patients at once: every answer is the one that it would be alone."""
+
 from __future__ import annotations
 
 import os
@@ -20,8 +21,10 @@ TOKENS = 40
 def asked(client, scans):
     """(study, question) of 64 requests: two scans, the same 32 questions, interleaved."""
     studies = [client.upload(scan) for scan in scans]
-    questions = [" ".join(f"w{random.Random(i).randrange(5, 250)}" for _ in range(1 + i % 7)) + f" w{5 + i}"
-                 for i in range(QUESTIONS)]
+    questions = [
+        " ".join(f"w{random.Random(i).randrange(5, 250)}" for _ in range(1 + i % 7)) + f" w{5 + i}"
+        for i in range(QUESTIONS)
+    ]
     return [(study, question) for question in questions for study in studies]
 
 

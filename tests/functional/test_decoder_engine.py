@@ -1,4 +1,5 @@
-"""A real vLLM on a tiny random LLaMA, and on a Phi-3, answers exactly as transformers does, whatever else it does at the same time."""
+"""A real vLLM on a tiny random LLaMA, and on a Phi-3, answers exactly as transformers does, however many ask at once."""
+
 from __future__ import annotations
 
 import asyncio
@@ -27,8 +28,16 @@ AT_ONCE = 12
 FURTHEST = Pass.DECODE_KERNEL if decode_kernel.library() else Pass.DIRECT  # compiled where there is a C compiler
 # The cache of 1250 rows holds twelve prompts, but not their answers: some are preempted. A step has 512 rows: of two
 # long prompts one is cut into chunks.
-SETTINGS = DecoderSettings(kv_cache_gib=0.0012, max_num_seqs=AT_ONCE, max_waiting=AT_ONCE, max_num_batched_tokens=1,
-                           block_size=32, enforce_eager=True, threads=1, restarts=1)
+SETTINGS = DecoderSettings(
+    kv_cache_gib=0.0012,
+    max_num_seqs=AT_ONCE,
+    max_waiting=AT_ONCE,
+    max_num_batched_tokens=1,
+    block_size=32,
+    enforce_eager=True,
+    threads=1,
+    restarts=1,
+)
 LENGTH = 64
 
 
@@ -57,8 +66,13 @@ class Running:
         deltas = [delta async for delta in self.decoder.answer(visual, asked, Sampling(**sampling), salt)]
         last = deltas[-1]
         assert all(delta.finish_reason is None for delta in deltas[:-1])
-        return Answer("".join(delta.text for delta in deltas), [id_ for delta in deltas for id_ in delta.token_ids],
-                      last.finish_reason, last.states, last.info)
+        return Answer(
+            "".join(delta.text for delta in deltas),
+            [id_ for delta in deltas for id_ in delta.token_ids],
+            last.finish_reason,
+            last.states,
+            last.info,
+        )
 
     def ask(self, visual, asked, **sampling) -> Answer:
         return self.run(self.answer(visual, asked, **sampling))
@@ -129,7 +143,8 @@ def assert_equals(answer: Answer, expected) -> None:
 def assert_nothing_is_kept(running: Running) -> None:
     counts = running.kept()
     assert {name: counts[name] for name in ("running", "requests", "rows", "pending")} == dict.fromkeys(
-        ("running", "requests", "rows", "pending"), 0)
+        ("running", "requests", "rows", "pending"), 0
+    )
 
 
 def test_the_cases_hold_what_the_tests_need(expected):
@@ -239,12 +254,15 @@ def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(running, expected):
 
     seg = running.decoder.manifest.seg_token_id
     i, end, stop = next(
-        (i, end, stop) for i, (ids, _) in enumerate(expected) for end in range(2, len(ids) - 2)
-        if seg in ids[:end] and (stop := words(ids[end:end + 2])) not in words(ids[:end + 1]))
+        (i, end, stop)
+        for i, (ids, _) in enumerate(expected)
+        for end in range(2, len(ids) - 2)
+        if seg in ids[:end] and (stop := words(ids[end : end + 2])) not in words(ids[: end + 1])
+    )
     ids, _ = expected[i]
     answer = running.ask(*case(i), max_new_tokens=LENGTH, stop=(stop, "never said"))
     assert answer.text.strip() == words(ids[:end])
-    assert answer.finish_reason == "stop" and answer.ids == ids[:end + 2]
+    assert answer.finish_reason == "stop" and answer.ids == ids[: end + 2]
     assert len(answer.states) == answer.ids.count(seg)
     assert_nothing_is_kept(running)
 
@@ -280,19 +298,28 @@ def with_value(value):
     return visual
 
 
-@pytest.mark.parametrize("visual, asked, sampling, words", [
-    (visual_tokens(0)[:, :-1], "w5", {}, f"must be floats of shape .{VISUAL_TOKENS}, {WIDTH}., not float32 .64, 127."),
-    (visual_tokens(0)[:, :1], "w5", {}, "must be floats of shape"),
-    (visual_tokens(0)[:-1], "w5", {}, "must be floats of shape"),
-    (np.ones((VISUAL_TOKENS, WIDTH), np.int64), "w5", {}, "not int64"),
-    (with_value(np.nan), "w5", {}, "not finite"),
-    (with_value(np.inf), "w5", {}, "not finite"),
-    (visual_tokens(0), "  ", {}, "question is empty"),
-    (visual_tokens(0), "w5 " * CONTEXT, {}, "may have at most"),
-    (visual_tokens(0), "w5", {"max_new_tokens": CONTEXT}, f"room for {CONTEXT - VISUAL_TOKENS - 2}"),
-])
-def test_what_would_break_the_engine_is_refused_and_the_next_answer_is_right(running, expected, visual, asked, sampling,
-                                                                            words):
+@pytest.mark.parametrize(
+    "visual, asked, sampling, words",
+    [
+        (
+            visual_tokens(0)[:, :-1],
+            "w5",
+            {},
+            f"must be floats of shape .{VISUAL_TOKENS}, {WIDTH}., not float32 .64, 127.",
+        ),
+        (visual_tokens(0)[:, :1], "w5", {}, "must be floats of shape"),
+        (visual_tokens(0)[:-1], "w5", {}, "must be floats of shape"),
+        (np.ones((VISUAL_TOKENS, WIDTH), np.int64), "w5", {}, "not int64"),
+        (with_value(np.nan), "w5", {}, "not finite"),
+        (with_value(np.inf), "w5", {}, "not finite"),
+        (visual_tokens(0), "  ", {}, "question is empty"),
+        (visual_tokens(0), "w5 " * CONTEXT, {}, "may have at most"),
+        (visual_tokens(0), "w5", {"max_new_tokens": CONTEXT}, f"room for {CONTEXT - VISUAL_TOKENS - 2}"),
+    ],
+)
+def test_what_would_break_the_engine_is_refused_and_the_next_answer_is_right(
+    running, expected, visual, asked, sampling, words
+):
     with pytest.raises(InvalidInput, match=words):
         running.ask(visual, asked, **sampling)
     assert_equals(running.ask(*case(1), max_new_tokens=LENGTH), expected[1])
@@ -311,7 +338,8 @@ def test_questions_beyond_the_limit_are_refused_at_once(running, expected):
             with pytest.raises(ResourceExhausted, match=f"{2 * AT_ONCE} questions"):
                 await running.answer(*case(0))
         finally:
-            return await asyncio.gather(*tasks)
+            answers = await asyncio.gather(*tasks)
+        return answers
 
     for answer, right in zip(running.run(fill_then_ask()), expected):
         assert_equals(answer, right)
@@ -335,6 +363,7 @@ def test_a_slow_reader_gets_fewer_and_larger_deltas(running, expected):
 
 def test_an_engine_that_dies_fails_its_answers_and_comes_back_once(running, expected):
     """Last: it uses up the restarts."""
+
     async def kill_while_answering():
         tasks = [asyncio.create_task(running.answer(*case(i), max_new_tokens=400)) for i in range(AT_ONCE)]
         await asyncio.wait(tasks, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)

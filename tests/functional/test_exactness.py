@@ -2,6 +2,7 @@
 
 M3D_TEST_TARGET=tensorrt runs the same on a GPU (`make gpu-check`), where sums in another order may cost 1e-3.
 """
+
 from __future__ import annotations
 
 import json
@@ -11,9 +12,9 @@ import sys
 
 import numpy as np
 import pytest
-
 import weights
 import write_checkpoint
+
 from engine.client import M3DClient
 from engine.contract import MODELS
 from engine.processor import has_bf16
@@ -36,8 +37,20 @@ def exported(tmp_path_factory):
     """(checkpoint, repository, peak memory of the export in bytes), exported by the command of the README."""
     folder = tmp_path_factory.mktemp("dev_small")
     checkpoint, repository = write_checkpoint.write(CASE / "case.json", folder / "checkpoint"), copy_repository(folder)
-    command = subprocess.Popen([sys.executable, ROOT / "export" / "build_engines.py", "--checkpoint", checkpoint,
-                                "--target", TARGET, "--precision", "fp32", "--repository", repository])
+    command = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "export" / "build_engines.py",
+            "--checkpoint",
+            checkpoint,
+            "--target",
+            TARGET,
+            "--precision",
+            "fp32",
+            "--repository",
+            repository,
+        ]
+    )
     _, status, usage = os.wait4(command.pid, 0)
     assert status == 0
     return checkpoint, repository, usage.ru_maxrss * 1024
@@ -65,9 +78,16 @@ def test_an_export_stays_within_its_memory(exported):
 def test_encoders_in_bf16_lose_what_masks_do_not_feel(exported, case, encoder, most):
     _, repository, _ = exported
     volume = weights.volume(tuple(case["volume_shape"]), case["volume_seed"])
-    exact, rounded = (next(iter(OnnxGraph(repository / encoder / "1" / "model.onnx", MODELS[encoder],
-                                          precision=precision)({"IMAGE": volume}).values()))
-                      for precision in ("fp32", "bf16"))
+    exact, rounded = (
+        next(
+            iter(
+                OnnxGraph(repository / encoder / "1" / "model.onnx", MODELS[encoder], precision=precision)(
+                    {"IMAGE": volume}
+                ).values()
+            )
+        )
+        for precision in ("fp32", "bf16")
+    )
     error = np.sqrt(np.square(rounded - exact).mean() / np.square(exact).mean())
     assert 1e-4 < error < most
 

@@ -1,4 +1,5 @@
 """The whole benchmark, tiny: against a server that runs, and from a checkpoint alone."""
+
 from __future__ import annotations
 
 import json
@@ -27,16 +28,49 @@ def scan(tmp_path):
 
 
 def test_it_measures_a_running_server_against_both_baselines_and_the_floor(
-        server, repository, fixture_checkpoint, clip_checkpoint, scan, tmp_path, capsys):
+    server, repository, fixture_checkpoint, clip_checkpoint, scan, tmp_path, capsys
+):
     out = tmp_path / "latency.json"
-    assert latency.main([*QUICK, "--server", server.url, "--repository", str(repository), "--checkpoint",
-                         str(fixture_checkpoint), "--clip-checkpoint", str(clip_checkpoint), "--scan", str(scan),
-                         "--segment-question", QUESTION,
-                         "--segment-tokens", "24", "--tokens", "6", "--baseline", "fp32,bf16", "--concurrency", "1,8",
-                         "--rates", "5", "--seconds", "1", "--json", str(out), "--plots", str(tmp_path)]) == 0
+    assert (
+        latency.main(
+            [
+                *QUICK,
+                "--server",
+                server.url,
+                "--repository",
+                str(repository),
+                "--checkpoint",
+                str(fixture_checkpoint),
+                "--clip-checkpoint",
+                str(clip_checkpoint),
+                "--scan",
+                str(scan),
+                "--segment-question",
+                QUESTION,
+                "--segment-tokens",
+                "24",
+                "--tokens",
+                "6",
+                "--baseline",
+                "fp32,bf16",
+                "--concurrency",
+                "1,8",
+                "--rates",
+                "5",
+                "--seconds",
+                "1",
+                "--json",
+                str(out),
+                "--plots",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     said, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert {"cold_e2e", "followup_ttft", "throughput_c8", "segment_warm", "rank_warm",
-            "overhead_cold"} <= set(found["ratios"])
+    assert {"cold_e2e", "followup_ttft", "throughput_c8", "segment_warm", "rank_warm", "overhead_cold"} <= set(
+        found["ratios"]
+    )
     assert all(np.isfinite(value) for value in found["ratios"].values())
     served = found["samples"]["served"]
     assert {"cold", "follow_up", "segment", "segment_again", "rank", "rank_again", "during_upload"} <= set(served)
@@ -49,8 +83,15 @@ def test_it_measures_a_running_server_against_both_baselines_and_the_floor(
     assert found["warm_up"].keys() == found["samples"].keys() == {"served", "baseline fp32", "baseline bf16"}
     assert [row["concurrency"] for row in found["closed_loop"]] == [1, 8]
     assert [run["scenario"] for run in found["open_loop"]] == ["SingleStream", "Offline", "Server"]
-    assert {"transport", "prepare", "vision_encoder", "prefill", "decode", "segmentation_encoder",
-            "segmentation_head"} == {stage["stage"] for stage in found["stages"]}
+    assert {
+        "transport",
+        "prepare",
+        "vision_encoder",
+        "prefill",
+        "decode",
+        "segmentation_encoder",
+        "segmentation_head",
+    } == {stage["stage"] for stage in found["stages"]}
     assert found["manifest"]["num_visual_tokens"] == 8 and found["conditions"]["versions"]["torch"]
     assert "| follow-up, time to first token, ÷ baseline fp32 | ≤ 0.05 |" in said
     assert (tmp_path / "waterfall.png").is_file() and (tmp_path / "load.png").is_file()
@@ -59,8 +100,28 @@ def test_it_measures_a_running_server_against_both_baselines_and_the_floor(
 def test_it_exports_and_serves_a_checkpoint_by_itself(tmp_path, capsys):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     out = tmp_path / "latency.json"
-    assert latency.main([*QUICK, "--checkpoint", str(checkpoint), "--baseline", "", "--tokens", "4", "--concurrency",
-                         "1", "--seconds", "0", "--warm-up", "0", "--json", str(out)]) == 0
+    assert (
+        latency.main(
+            [
+                *QUICK,
+                "--checkpoint",
+                str(checkpoint),
+                "--baseline",
+                "",
+                "--tokens",
+                "4",
+                "--concurrency",
+                "1",
+                "--seconds",
+                "0",
+                "--warm-up",
+                "0",
+                "--json",
+                str(out),
+            ]
+        )
+        == 0
+    )
     found = json.loads(out.read_text())
     assert all(found[name] > 0 for name in ("export_s", "start_s"))
     assert all(found[name] > 1e8 for name in ("export_peak_bytes", "server_memory_bytes"))

@@ -1,4 +1,5 @@
 """The language model with quantised weights: made by the real llm-compressor, measured, and held to a bound."""
+
 from __future__ import annotations
 
 import json
@@ -44,7 +45,8 @@ def questions(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
 def test_a_quantised_language_model_is_smaller_and_nearly_as_sure_of_its_answers(
-        scheme, exported, questions, monkeypatch, tmp_path):
+    scheme, exported, questions, monkeypatch, tmp_path
+):
     repository, manifest = exported
     folder = tmp_path / "llm"
     before = {file.name: file.read_bytes() for file in (repository / LLM_FOLDER).iterdir()}
@@ -53,7 +55,9 @@ def test_a_quantised_language_model_is_smaller_and_nearly_as_sure_of_its_answers
         (folder / name).write_bytes(data)
     monkeypatch.setitem(quantize.BOUNDS, scheme, LOOSE)
     prompt = Prompt(load_tokenizer(folder), NUM_VISUAL_TOKENS, manifest.context_length)
-    visual = [torch.randn(NUM_VISUAL_TOKENS, manifest.llm_width, generator=torch.Generator().manual_seed(k)) for k in (0, 1)]
+    visual = [
+        torch.randn(NUM_VISUAL_TOKENS, manifest.llm_width, generator=torch.Generator().manual_seed(k)) for k in (0, 1)
+    ]
     found = quantize.quantize(folder, scheme, torch.bfloat16, prompt, visual, lambda text: None)
     assert found["scheme"] == scheme and found["tokens"] > 4
     # Random weights: by chance one token in 320 would stay.
@@ -71,15 +75,17 @@ def test_a_quantised_language_model_is_smaller_and_nearly_as_sure_of_its_answers
 def test_the_model_itself_agrees_with_its_own_answers(exported, questions):
     repository, manifest = exported
     prompt = Prompt(load_tokenizer(repository / LLM_FOLDER), NUM_VISUAL_TOKENS, manifest.context_length)
-    answered = quantize.answer(repository / LLM_FOLDER, torch.float32, prompt,
-                               [torch.randn(NUM_VISUAL_TOKENS, manifest.llm_width)], print)
+    answered = quantize.answer(
+        repository / LLM_FOLDER, torch.float32, prompt, [torch.randn(NUM_VISUAL_TOKENS, manifest.llm_width)], print
+    )
     assert len(answered) == 4
     perplexity, agreement = quantize.compare(repository / LLM_FOLDER, torch.float32, answered)
     assert agreement == 1 and 1 < perplexity < manifest.vocab_size
 
 
 def test_an_export_says_how_its_language_model_was_quantised_and_repeats_nothing(
-        checkpoint, questions, monkeypatch, tmp_path, capsys):
+    checkpoint, questions, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setitem(quantize.BOUNDS, "gptq", LOOSE)
     repository, scan = copy_repository(tmp_path), checkpoint.parent / "scan.npy"
     manifest = export(str(checkpoint), repository, precision="bf16", quantization="gptq", calibration=[scan])
@@ -97,8 +103,13 @@ def test_a_loss_beyond_the_bound_fails_the_export(checkpoint, questions, monkeyp
     monkeypatch.setitem(quantize.BOUNDS, "gptq", quantize.Bound(perplexity_ratio=0.5, agreement=0.0))
     repository = copy_repository(tmp_path)
     with pytest.raises(ExportError, match=r"loses too much in gptq.*0.5 allowed"):
-        export(str(checkpoint), repository, precision="bf16", quantization="gptq",
-               calibration=[checkpoint.parent / "scan.npy"])
+        export(
+            str(checkpoint),
+            repository,
+            precision="bf16",
+            quantization="gptq",
+            calibration=[checkpoint.parent / "scan.npy"],
+        )
     assert not (repository / FILE_NAME).exists()
 
 
@@ -108,10 +119,17 @@ def test_llm_compressors_own_words_are_shown_when_it_fails(exported, tmp_path):
         quantize.compress(tmp_path / "nothing", "gptq", answered, tmp_path / "target")
 
 
-@pytest.mark.parametrize(("scheme", "calibration", "words"), [
-    ("int3", ["x.npy"], "known: fp8, awq, gptq"), ("fp8", [], "--calibration SCAN"), ("awq", ["x.npy"], "make quantizing")])
+@pytest.mark.parametrize(
+    ("scheme", "calibration", "words"),
+    [
+        ("int3", ["x.npy"], "known: fp8, awq, gptq"),
+        ("fp8", [], "--calibration SCAN"),
+        ("awq", ["x.npy"], "make quantizing"),
+    ],
+)
 def test_what_cannot_be_quantised_is_refused_before_anything_is_exported(
-        checkpoint, scheme, calibration, words, monkeypatch, tmp_path):
+    checkpoint, scheme, calibration, words, monkeypatch, tmp_path
+):
     monkeypatch.setattr(quantize, "PYTHON", tmp_path / "bin" / "python")
     repository = copy_repository(tmp_path)
     with pytest.raises(InvalidInput, match=words):

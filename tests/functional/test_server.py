@@ -1,4 +1,5 @@
 """The server starts, says why it cannot, and leaves nothing behind, however it ends."""
+
 from __future__ import annotations
 
 import os
@@ -54,9 +55,22 @@ class Serving:
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "engine.cli", "serve", "--repository", str(repository), "--log", str(log),
-                 *(word for pair in ports.items() for word in pair)],
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                [
+                    sys.executable,
+                    "-m",
+                    "engine.cli",
+                    "serve",
+                    "--repository",
+                    str(repository),
+                    "--log",
+                    str(log),
+                    *(word for pair in ports.items() for word in pair),
+                ],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         finally:
             signal.signal(signal.SIGINT, before)
         self.said = ""
@@ -64,8 +78,11 @@ class Serving:
             line = self.process.stderr.readline()
             assert line, self.said
             self.said += line
-        self.keeper_pid, = (pid for pid in keeper.descendants(self.process.pid)
-                            if b"keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        (self.keeper_pid,) = (
+            pid
+            for pid in keeper.descendants(self.process.pid)
+            if b"keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
         self.footprint = Footprint(self.keeper_pid)
 
 
@@ -178,9 +195,14 @@ def test_a_model_that_does_not_load_is_named_with_its_own_words_and_nothing_is_l
     assert not server.is_running()
     # Other servers on this machine have theirs: what one of them has mapped, or a folder named by a living process.
     held = keeper.shared_memory_of(keeper.everybody())
-    assert not [name for name, inode in keeper.shared_memory().items()
-                if name not in before and inode not in held and name.startswith("m3d-")
-                and not os.path.exists(f"/proc/{name.split('-')[2]}")]
+    assert not [
+        name
+        for name, inode in keeper.shared_memory().items()
+        if name not in before
+        and inode not in held
+        and name.startswith("m3d-")
+        and not os.path.exists(f"/proc/{name.split('-')[2]}")
+    ]
 
 
 # --- while it runs ---------------------------------------------------------------------------------------------------
@@ -190,8 +212,13 @@ def test_it_reports_ready_and_metrics(server):
 
 
 def test_it_listens_on_this_machine_only(server):
-    listening = {line.split()[1] for name in ("tcp", "tcp6") if Path(f"/proc/net/{name}").exists()
-                 for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:] if line.split()[3] == "0A"}
+    listening = {
+        line.split()[1]
+        for name in ("tcp", "tcp6")
+        if Path(f"/proc/net/{name}").exists()
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A"
+    }
     for port in server.ports.values():
         addresses = [address.split(":")[0] for address in listening if int(address.split(":")[1], 16) == port]
         assert addresses and all(address.endswith("0100007F") for address in addresses)  # 127.0.0.1, plain or in IPv6

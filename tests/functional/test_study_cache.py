@@ -1,4 +1,5 @@
 """What is known about a scan is computed once: Triton's own per-model statistics say what ran."""
+
 from __future__ import annotations
 
 import io
@@ -32,8 +33,9 @@ WORKED_ON = 4  # scans at a time, as in the study model's config.pbtxt
 def statistics(server):
     """statistics(): how many inferences each model has run."""
     triton = InferenceServerClient(server.url)
-    yield lambda: {name: triton.get_inference_statistics(name).model_stats[0].inference_count
-                   for name in contract.MODELS}
+    yield lambda: {
+        name: triton.get_inference_statistics(name).model_stats[0].inference_count for name in contract.MODELS
+    }
     triton.close()
 
 
@@ -83,7 +85,7 @@ def chat(triton: Connection, study: Study) -> dict[str, np.ndarray]:
 
 
 def folder_of(study: Study) -> Path:
-    folder, = Path("/dev/shm").glob(f"m3d-studies-*/{study.handle}")
+    (folder,) = Path("/dev/shm").glob(f"m3d-studies-*/{study.handle}")
     return folder
 
 
@@ -126,8 +128,11 @@ def test_a_scan_sent_in_parts_is_the_study_that_it_is_at_once(client, triton, st
 def test_a_large_scan_takes_no_new_memory_of_those_who_have_had_one(server, client):
     # Over glibc's 32 MB, beyond which it gives a freed block back unless it is told to keep it.
     scan = np.random.default_rng(20).integers(0, 1000, (512, 512, 80), np.int16)
-    processes = {"client": os.getpid(), "Triton": Footprint(server.keeper_pid).triton_pid,
-                 "study": stub_of(server.keeper_pid, "study")}
+    processes = {
+        "client": os.getpid(),
+        "Triton": Footprint(server.keeper_pid).triton_pid,
+        "study": stub_of(server.keeper_pid, "study"),
+    }
     pages_of_scan = scan.nbytes / mmap.PAGESIZE
     # The client has its message new each time. NumPy's pages, of `study`, are 2 MB large where the system has such.
     bounds = {"client": pages_of_scan / 2, "Triton": pages_of_scan / 50, "study": pages_of_scan / 50}
@@ -239,11 +244,15 @@ def test_chatting_never_encodes_for_segmentation_and_a_hint_does_it_once(client,
     triton.infer("study", {contract.STUDY_IN: study.handle, contract.SEGMENT_HINT: True}, 60)
     # Whatever comes first, the early encoding or the mask, the other one finds its result.
     states = np.ones((1, int(_llm_width(folder_of(study)))), np.float32)
-    masks = [triton.infer("segmentation", {contract.STUDY: study.handle, contract.SEG_STATES: states}, 60)["MASK"]
-             for _ in range(2)]
+    masks = [
+        triton.infer("segmentation", {contract.STUDY: study.handle, contract.SEG_STATES: states}, 60)["MASK"]
+        for _ in range(2)
+    ]
     np.testing.assert_array_equal(*masks)
-    assert ran(hinted, statistics(), (*ENCODERS, "segmentation_head")) == {"segmentation_encoder": 1,
-                                                                          "segmentation_head": 2}
+    assert ran(hinted, statistics(), (*ENCODERS, "segmentation_head")) == {
+        "segmentation_encoder": 1,
+        "segmentation_head": 2,
+    }
 
 
 def _llm_width(folder: Path) -> int:
@@ -277,19 +286,25 @@ def test_ranking_embeds_a_scan_once(client, statistics):
     scores = np.asarray(client.rank(study, texts).scores)
     assert len(scores) == len(texts) and (np.abs(scores) <= 1).all() and scores[0] == pytest.approx(scores[2], abs=1e-6)
     np.testing.assert_allclose(client.rank(study, texts[:3]).scores, scores[:3], atol=1e-6)
-    assert ran(before, statistics(), (*ENCODERS, "clip_text_encoder")) == {"clip_image_encoder": 1,
-                                                                          "clip_text_encoder": len(texts) + 3}
+    assert ran(before, statistics(), (*ENCODERS, "clip_text_encoder")) == {
+        "clip_image_encoder": 1,
+        "clip_text_encoder": len(texts) + 3,
+    }
 
 
-@pytest.mark.parametrize("inputs, cause", [
-    ({}, "neither"),
-    ({contract.VOLUME: npy(new_scan(12)), contract.STUDY_IN: "0" * 64}, "both"),
-    ({contract.VOLUME: b"not an image at all"}, "not an image"),
-    ({contract.VOLUME: b""}, "empty|neither"),
-    ({contract.VOLUME: npy(np.full(IMAGE_SIZE, np.nan, np.float32))}, "NaN"),
-    ({contract.VOLUME: npy(new_scan(12)), contract.PRESET: "no-such-preset"}, "auto, ct"),
-    ({contract.VOLUME: npy(new_scan(12)), contract.AFFINE_IN: np.zeros((4, 4))}, "affine"),
-], ids=["no scan", "two scans", "text", "nothing", "nan", "preset", "affine"])
+@pytest.mark.parametrize(
+    "inputs, cause",
+    [
+        ({}, "neither"),
+        ({contract.VOLUME: npy(new_scan(12)), contract.STUDY_IN: "0" * 64}, "both"),
+        ({contract.VOLUME: b"not an image at all"}, "not an image"),
+        ({contract.VOLUME: b""}, "empty|neither"),
+        ({contract.VOLUME: npy(np.full(IMAGE_SIZE, np.nan, np.float32))}, "NaN"),
+        ({contract.VOLUME: npy(new_scan(12)), contract.PRESET: "no-such-preset"}, "auto, ct"),
+        ({contract.VOLUME: npy(new_scan(12)), contract.AFFINE_IN: np.zeros((4, 4))}, "affine"),
+    ],
+    ids=["no scan", "two scans", "text", "nothing", "nan", "preset", "affine"],
+)
 def test_a_bad_scan_is_refused_with_its_cause_and_the_next_request_works(client, triton, inputs, cause):
     with pytest.raises(InvalidInput, match=cause):
         triton.infer("study", inputs, 60)

@@ -1,4 +1,5 @@
 """The GPU target without a GPU: engines of the published sizes are built ahead of time, and configurations fit them."""
+
 from __future__ import annotations
 
 import gc
@@ -81,9 +82,15 @@ def planned(fixture_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("planned")
     np.save(folder / "scan.npy", volume("scan"))
     repository = copy_repository(folder)
-    return repository, export(str(fixture_checkpoint), repository, clip_checkpoint=str(write_tiny_clip(folder / "clip")),
-                              target="tensorrt", precision="fp8", settings=BuildSettings("rtx", "8.9"),
-                              calibration=[folder / "scan.npy"])
+    return repository, export(
+        str(fixture_checkpoint),
+        repository,
+        clip_checkpoint=str(write_tiny_clip(folder / "clip")),
+        target="tensorrt",
+        precision="fp8",
+        settings=BuildSettings("rtx", "8.9"),
+        calibration=[folder / "scan.npy"],
+    )
 
 
 def bindings(repository: Path, manifest: Manifest, name: str) -> dict[str, tuple[str, list[int]]]:
@@ -91,16 +98,22 @@ def bindings(repository: Path, manifest: Manifest, name: str) -> dict[str, tuple
     if plan := manifest.graphs[name].get("plan"):
         return {tensor: (dtype, shape) for tensor, (dtype, *shape) in plan["bindings"].items()}
     graph = onnx.load(repository / name / "1" / "model.onnx", load_external_data=False).graph
-    return {value.name: (ONNX_DTYPES[value.type.tensor_type.elem_type],
-                         [dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim])
-            for value in (*graph.input, *graph.output)}
+    return {
+        value.name: (
+            ONNX_DTYPES[value.type.tensor_type.elem_type],
+            [dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim],
+        )
+        for value in (*graph.input, *graph.output)
+    }
 
 
 def refusals(config: ModelConfig, found: dict[str, tuple[str, list[int]]]) -> list[str]:
     """Why Triton's backend would not load a model, as the sources of both backends have it (CompareDimsSupported)."""
     wrong = []
-    configured = {t.name: (DataType.Name(t.data_type).removeprefix("TYPE_"), [-1, *t.dims])
-                  for t in (*config.input, *config.output)}
+    configured = {
+        t.name: (DataType.Name(t.data_type).removeprefix("TYPE_"), [-1, *t.dims])
+        for t in (*config.input, *config.output)
+    }
     if set(configured) != set(found):
         wrong.append(f"{sorted(configured)} instead of {sorted(found)}")
     for name in set(configured) & set(found):
@@ -109,8 +122,11 @@ def refusals(config: ModelConfig, found: dict[str, tuple[str, list[int]]]) -> li
             wrong.append(f"{name} is {dtype} instead of {actual}")
         # TensorRT's backend lets a configuration leave open what the plan fixes, ONNX Runtime's does not.
         open_is_fine = config.backend == "tensorrt"
-        if len(dims) != len(shape) or shape[0] != -1 or any(
-                size not in (-1, dim) and not (dim == -1 and open_is_fine) for dim, size in zip(dims, shape)):
+        if (
+            len(dims) != len(shape)
+            or shape[0] != -1
+            or any(size not in (-1, dim) and not (dim == -1 and open_is_fine) for dim, size in zip(dims, shape))
+        ):
             wrong.append(f"{name} is {dims} instead of {shape}")
     return wrong
 
@@ -127,8 +143,11 @@ def test_the_backend_accepts_the_configuration_of_what_was_built_and_no_mutation
     assert refusals(config, found) == []
     for kind in ("input", "output"):
         for position, tensor in enumerate(getattr(config, kind)):
-            for change in (lambda t: setattr(t, "name", f"{t.name}_"), lambda t: t.dims.append(1),
-                           lambda t: setattr(t, "data_type", t.data_type % 13 + 1)):
+            for change in (
+                lambda t: setattr(t, "name", f"{t.name}_"),
+                lambda t: t.dims.append(1),
+                lambda t: setattr(t, "data_type", t.data_type % 13 + 1),
+            ):
                 mutated = ModelConfig()
                 mutated.CopyFrom(config)
                 change(getattr(mutated, kind)[position])
@@ -145,12 +164,17 @@ def test_the_warm_up_has_the_checkpoints_own_sizes(planned, name):
     repository, manifest = planned
     config, plain = read(repository / name / TENSORRT_CONFIG), read(repository / name / "config.pbtxt")
     assert [warmup.batch_size for warmup in config.model_warmup] == [1, config.max_batch_size]
-    shapes = {"IMAGE": [1, *manifest.image_size], "SEG_STATE": [manifest.llm_width],
-              "INPUT_IDS": [manifest.clip_text_length], "ATTENTION_MASK": [manifest.clip_text_length],
-              "FEATURES": [64, *(n // p for n, p in zip(manifest.image_size, manifest.patch_size))]}
+    shapes = {
+        "IMAGE": [1, *manifest.image_size],
+        "SEG_STATE": [manifest.llm_width],
+        "INPUT_IDS": [manifest.clip_text_length],
+        "ATTENTION_MASK": [manifest.clip_text_length],
+        "FEATURES": [64, *(n // p for n, p in zip(manifest.image_size, manifest.patch_size))],
+    }
     for warmup in config.model_warmup:
         assert {name: list(given.dims) for name, given in warmup.inputs.items()} == {
-            t.name: shapes[t.name] for t in config.input}
+            t.name: shapes[t.name] for t in config.input
+        }
     del config.model_warmup[:]
     assert config == plain
 
@@ -165,7 +189,9 @@ def test_triton_uses_every_profile_of_a_plan_in_cuda_graphs_and_refuses_beyond_i
     batching = config.dynamic_batching
     assert set(batching.preferred_batch_size) == {4, 8} and batching.max_queue_delay_microseconds > 0
     policy = batching.default_queue_policy
-    assert policy.max_queue_size > 0 and policy.default_timeout_microseconds > 0 and policy.timeout_action == policy.REJECT
+    assert (
+        policy.max_queue_size > 0 and policy.default_timeout_microseconds > 0 and policy.timeout_action == policy.REJECT
+    )
 
 
 def test_a_file_that_is_no_onnx_is_named(tmp_path):
@@ -182,7 +208,11 @@ def test_the_manifest_says_how_plans_were_built_and_how_exact_they_are(planned):
     for name in contract.IMAGE_ENCODERS:
         plan = manifest.graphs[name]["plan"]
         assert 0 < plan["max_error"] <= plan["bound"] and plan["compared"] == "typed graph on the CPU"
-        assert sorted(p.name for p in (repository / name / "1").iterdir()) == ["layers.txt", "model.py", "model.rtx.plan"]
+        assert sorted(p.name for p in (repository / name / "1").iterdir()) == [
+            "layers.txt",
+            "model.py",
+            "model.rtx.plan",
+        ]
     assert Manifest.read(repository) == manifest
 
 
@@ -198,10 +228,29 @@ def test_the_real_triton_reads_a_gpu_configuration_and_misses_its_backend_alone(
     (tmp_path / "repository" / name).symlink_to(planned[0] / name)
     ports = free_ports()
     done = subprocess.run(
-        [triton.binary, "--model-repository", tmp_path / "repository", "--model-config-name", "tensorrt",
-         "--backend-directory", triton.assemble_backends(tmp_path), "--disable-auto-complete-config",
-         "--http-port", str(ports["http_port"]), "--grpc-port", str(ports["grpc_port"]), "--allow-metrics", "false",
-         "--exit-timeout-secs", "5"], env=triton.environment(tmp_path), capture_output=True, text=True, timeout=120)
+        [
+            triton.binary,
+            "--model-repository",
+            tmp_path / "repository",
+            "--model-config-name",
+            "tensorrt",
+            "--backend-directory",
+            triton.assemble_backends(tmp_path),
+            "--disable-auto-complete-config",
+            "--http-port",
+            str(ports["http_port"]),
+            "--grpc-port",
+            str(ports["grpc_port"]),
+            "--allow-metrics",
+            "false",
+            "--exit-timeout-secs",
+            "5",
+        ],
+        env=triton.environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     backend = read(planned[0] / name / "config.pbtxt").backend
     assert f"unable to find backend library for backend '{backend}'" in done.stdout + done.stderr
 
@@ -210,31 +259,49 @@ def test_the_real_triton_reads_a_gpu_configuration_and_misses_its_backend_alone(
 def test_a_node_that_tensorrt_does_not_know_is_named_with_its_module(tmp_path):
     node = onnx.helper.make_node("StringNormalizer", ["IMAGE"], ["OUT"], name="node_odd")
     node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'model.vision_tower.odd', 'odd']")
-    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in ("IMAGE", "OUT")]
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in ("IMAGE", "OUT")
+    ]
     graph = tmp_path / "odd_encoder" / "1" / "model.onnx"
     graph.parent.mkdir(parents=True)
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "odd", values[:1], values[1:]),
-                                     opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), graph)
+    onnx.save(
+        onnx.helper.make_model(
+            onnx.helper.make_graph([node], "odd", values[:1], values[1:]),
+            opset_imports=[onnx.helper.make_opsetid("", 20)],
+            ir_version=10,
+        ),
+        graph,
+    )
     with pytest.raises(tensorrt.BuildError, match=r"odd_encoder.*node_odd \(StringNormalizer\) of vision_tower\.odd"):
         tensorrt.build(graph, tmp_path / "model.rtx.plan", BuildSettings("rtx", "8.9"))
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"builder": "trt"}, "trt"), ({"builder": "rtx"}, "--compute-capability"),
-    ({"builder": "rtx", "compute_capability": "9.9"}, "9.9"), ({"compute_capability": "8.9"}, "of this machine"),
-    ({"builder": "rtx", "compute_capability": "8.9", "strip_weights": True}, "--strip-weights"),
-    ({"best_batches": (9,)}, "between 1 and 8"), ({"workspace_gib": 0}, "above 0"),
-])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"builder": "trt"}, "trt"),
+        ({"builder": "rtx"}, "--compute-capability"),
+        ({"builder": "rtx", "compute_capability": "9.9"}, "9.9"),
+        ({"compute_capability": "8.9"}, "of this machine"),
+        ({"builder": "rtx", "compute_capability": "8.9", "strip_weights": True}, "--strip-weights"),
+        ({"best_batches": (9,)}, "between 1 and 8"),
+        ({"workspace_gib": 0}, "above 0"),
+    ],
+)
 def test_settings_that_do_not_go_together_are_refused(settings, words):
     with pytest.raises(InvalidInput, match=words):
         BuildSettings(**settings)
 
 
-@pytest.mark.parametrize("arguments", [
-    {"target": "cpu", "precision": "fp8"}, {"target": "cpu", "settings": BuildSettings()},
-    {"target": "tensorrt", "precision": "fp8", "settings": BuildSettings("rtx", "8.9")},  # no calibration
-    {"target": "tensorrt", "precision": "fp8", "settings": BuildSettings("rtx", "8.6"), "calibration": ["x.npy"]},
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"target": "cpu", "precision": "fp8"},
+        {"target": "cpu", "settings": BuildSettings()},
+        {"target": "tensorrt", "precision": "fp8", "settings": BuildSettings("rtx", "8.9")},  # no calibration
+        {"target": "tensorrt", "precision": "fp8", "settings": BuildSettings("rtx", "8.6"), "calibration": ["x.npy"]},
+    ],
+)
 def test_an_export_refuses_what_cannot_be_built_before_it_starts(fixture_checkpoint, tmp_path, arguments):
     repository = copy_repository(tmp_path)
     with pytest.raises(InvalidInput):

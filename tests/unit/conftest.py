@@ -1,4 +1,5 @@
 """The cases recorded from the reference implementation as checkpoints, and a server that plays Triton."""
+
 from __future__ import annotations
 
 import json
@@ -8,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 import weights
 import write_checkpoint
+
 from tests.conftest import ROOT
 from tests.unit.fake_triton import FakeTriton
 

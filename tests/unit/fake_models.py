@@ -1,4 +1,5 @@
 """Stand-ins for the compute models: what they answer is simple, and they count."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -12,11 +13,31 @@ WIDTH = 6
 
 
 def manifest(**changes) -> Manifest:
-    return Manifest(**{**dict(
-        checkpoint="tiny", checkpoint_sha256="0", target="cpu", precision="fp32", image_size=SIZE, patch_size=(2, 4, 4),
-        num_visual_tokens=8, llm_width=WIDTH, vocab_size=10, context_length=64, image_token_id=3, seg_token_id=4,
-        eos_token_ids=(2,), models=("study", "m3d_segment", "m3d_retrieve"), graphs={}, versions={},
-        clip_text_length=5, clip_image_size=SIZE), **changes})
+    return Manifest(
+        **{
+            **dict(
+                checkpoint="tiny",
+                checkpoint_sha256="0",
+                target="cpu",
+                precision="fp32",
+                image_size=SIZE,
+                patch_size=(2, 4, 4),
+                num_visual_tokens=8,
+                llm_width=WIDTH,
+                vocab_size=10,
+                context_length=64,
+                image_token_id=3,
+                seg_token_id=4,
+                eos_token_ids=(2,),
+                models=("study", "m3d_segment", "m3d_retrieve"),
+                graphs={},
+                versions={},
+                clip_text_length=5,
+                clip_image_size=SIZE,
+            ),
+            **changes,
+        }
+    )
 
 
 class FakeModels:
@@ -43,7 +64,7 @@ class FakeModels:
         return {"MASK_LOGITS": 1000 * (FEATURES - SEG_STATE[:, 0, None, None, None, None])}
 
     def clip_image_encoder(self, IMAGE):
-        return {"IMAGE_EMBEDDING": np.eye(WIDTH, dtype=np.float32)[:len(IMAGE)]}
+        return {"IMAGE_EMBEDDING": np.eye(WIDTH, dtype=np.float32)[: len(IMAGE)]}
 
     def clip_text_encoder(self, INPUT_IDS, ATTENTION_MASK):
         """The first unit vector for texts of one token besides the two special ones, else the second."""

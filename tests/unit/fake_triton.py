@@ -1,4 +1,5 @@
 """A gRPC server that speaks Triton's protocol and answers as a test tells it, for tests of the client."""
+
 from __future__ import annotations
 
 import itertools
@@ -30,13 +31,19 @@ def response(**tensors) -> service_pb2.ModelInferResponse:
 
 
 def inputs_of(request) -> dict[str, np.ndarray]:
-    return {i.name: decode(i.datatype, tuple(i.shape), raw)
-            for i, raw in zip(request.inputs, request.raw_input_contents)}
+    return {
+        i.name: decode(i.datatype, tuple(i.shape), raw) for i, raw in zip(request.inputs, request.raw_input_contents)
+    }
 
 
 def piece(text: str, ids: list[int], finish: str = "", boxes=np.zeros((0, 6)), info: str = "") -> dict:
-    return {"TEXT": text, "TOKEN_IDS": np.array(ids, np.int32), "FINISH_REASON": finish, "BOXES": boxes,
-            "ANSWER_INFO": info}
+    return {
+        "TEXT": text,
+        "TOKEN_IDS": np.array(ids, np.int32),
+        "FINISH_REASON": finish,
+        "BOXES": boxes,
+        "ANSWER_INFO": info,
+    }
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -94,8 +101,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         if self.evicted:
             context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
         if request.model_name == "segmentation":
-            return response(MASK=np.packbits(self.mask), MASK_SHAPE=np.array(self.mask.shape),
-                            MASK_AFFINE=np.diag([1.0, 2, 3, 1]), LOGITS=np.zeros((0, 0, 0), np.float32))
+            return response(
+                MASK=np.packbits(self.mask),
+                MASK_SHAPE=np.array(self.mask.shape),
+                MASK_AFFINE=np.diag([1.0, 2, 3, 1]),
+                LOGITS=np.zeros((0, 0, 0), np.float32),
+            )
         return response(SCORES=np.linspace(0, 1, inputs["TEXTS"].size))
 
     def ModelStreamInfer(self, request_iterator, context):
@@ -136,7 +147,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.uploads.append(parts[-1] | {"VOLUME": np.concatenate([part["VOLUME"] for part in parts])})
         self.evicted = False
         yield service_pb2.ModelStreamInferResponse(
-            infer_response=response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info)))
+            infer_response=response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info))
+        )
 
     def _outputs(self, inputs: dict):
         if self.endless:

@@ -1,4 +1,5 @@
 """Questions from Triton become answers on their senders: in order, once, and given up when nobody wants them."""
+
 from __future__ import annotations
 
 import asyncio
@@ -41,7 +42,12 @@ class Response:
 
 class TritonError(Exception):
     INVALID_ARG, NOT_FOUND, UNAVAILABLE, CANCELLED, INTERNAL = (
-        "INVALID_ARG", "NOT_FOUND", "UNAVAILABLE", "CANCELLED", "INTERNAL")
+        "INVALID_ARG",
+        "NOT_FOUND",
+        "UNAVAILABLE",
+        "CANCELLED",
+        "INTERNAL",
+    )
 
     def __init__(self, message, code=INTERNAL):
         super().__init__(message)
@@ -74,8 +80,10 @@ class Sender:
 class Request:
     def __init__(self, sender, wanted, **inputs):
         self.sender, self.wanted = sender, wanted
-        self.inputs = {name: value if isinstance(value, np.ndarray) else np.array([value.encode()], object)
-                       for name, value in inputs.items()}
+        self.inputs = {
+            name: value if isinstance(value, np.ndarray) else np.array([value.encode()], object)
+            for name, value in inputs.items()
+        }
 
     def get_response_sender(self):
         return self.sender
@@ -118,7 +126,8 @@ def desk(tmp_path, monkeypatch):
     fake.Tensor, fake.InferenceResponse, fake.TritonError = Tensor, Response, TritonError
     fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
     fake.get_input_tensor_by_name = lambda request, name: (
-        Tensor(name, request.inputs[name]) if name in request.inputs else None)
+        Tensor(name, request.inputs[name]) if name in request.inputs else None
+    )
     fake.Logger = types.SimpleNamespace(log_error=lambda text: None)
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     for name in ("engine.runtime.triton_io", "engine.runtime.answer_desk"):
@@ -177,11 +186,14 @@ def test_responses_hold_what_was_asked_for_only(desk):
     assert [set(response.outputs) for response in responses] == [{"TEXT", "FINISH_REASON"}] * 3
 
 
-@pytest.mark.parametrize("inputs, code, words", [
-    ({"STUDY": "cd" * 32}, "NOT_FOUND", "NOT_FOUND: unknown study"),
-    ({"SAMPLING": '{"temperature": 9}'}, "INVALID_ARG", "INVALID_ARGUMENT: temperature must be"),
-    ({"SAMPLING": "{"}, "INVALID_ARG", "INVALID_ARGUMENT: SAMPLING is not JSON"),
-])
+@pytest.mark.parametrize(
+    "inputs, code, words",
+    [
+        ({"STUDY": "cd" * 32}, "NOT_FOUND", "NOT_FOUND: unknown study"),
+        ({"SAMPLING": '{"temperature": 9}'}, "INVALID_ARG", "INVALID_ARGUMENT: temperature must be"),
+        ({"SAMPLING": "{"}, "INVALID_ARG", "INVALID_ARGUMENT: SAMPLING is not JSON"),
+    ],
+)
 def test_a_bad_request_gets_its_error_and_the_next_one_its_answer(desk, inputs, code, words):
     desk.decoder.script = ANSWER
     (response,) = ask(desk, **inputs).responses()
@@ -189,8 +201,10 @@ def test_a_bad_request_gets_its_error_and_the_next_one_its_answer(desk, inputs, 
     assert len(ask(desk).responses()[0].outputs["TOKEN_IDS"]) == 4
 
 
-@pytest.mark.parametrize("error, words", [(ResourceExhausted("full"), "RESOURCE_EXHAUSTED: full"),
-                                          (KeyError("secret"), "INTERNAL: unexpected KeyError")])
+@pytest.mark.parametrize(
+    "error, words",
+    [(ResourceExhausted("full"), "RESOURCE_EXHAUSTED: full"), (KeyError("secret"), "INTERNAL: unexpected KeyError")],
+)
 def test_an_error_midway_ends_the_stream_with_its_kind(desk, error, words):
     desk.decoder.script = [ANSWER[0], error]
     first, last = ask(desk, STREAM=STREAM).responses()

@@ -1,4 +1,5 @@
 """What the benchmark computes: samples, floors, load, ratios, tables; and its checkpoints, scans and baseline."""
+
 from __future__ import annotations
 
 import copy
@@ -15,8 +16,21 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from benchmarks import (command, compare, decode, encoders, floor, latency, load, machine, preprocessing, report,
-                        roofline, scans, triton_trace)
+from benchmarks import (
+    command,
+    compare,
+    decode,
+    encoders,
+    floor,
+    latency,
+    load,
+    machine,
+    preprocessing,
+    report,
+    roofline,
+    scans,
+    triton_trace,
+)
 from benchmarks.baseline import Baseline
 from benchmarks.latency import TEXTS
 from benchmarks.make_checkpoint import PUBLISHED_CLIP, config_of, write_clip
@@ -81,8 +95,7 @@ def test_the_language_models_flops_and_bytes_are_those_of_its_formula(llm):
     rows, context = 1 + 256 + 12, 1 + 256 + 12 + 32
     prefill = layers * (2 * rows * layer + 4 * rows * rows * h) + 2 * h * vocabulary
     assert found["prefill"].flops == pytest.approx(prefill, rel=1e-3)
-    assert found["decode"].flops == pytest.approx(
-        layers * (2 * layer + 4 * context * h) + 2 * h * vocabulary, rel=1e-3)
+    assert found["decode"].flops == pytest.approx(layers * (2 * layer + 4 * context * h) + 2 * h * vocabulary, rel=1e-3)
     norms = (2 * layers + 1) * h
     weights = layers * layer + norms + h * vocabulary
     assert found["prefill"].bytes == 2 * weights
@@ -91,8 +104,10 @@ def test_the_language_models_flops_and_bytes_are_those_of_its_formula(llm):
 
 def test_answers_decoded_together_read_the_weights_once():
     config = LamedConfig.from_dict(config_of("135m"))
-    one, eight = (floor.stages(config, llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64,
-                               at_once=n)["decode"] for n in (1, 8))
+    one, eight = (
+        floor.stages(config, llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64, at_once=n)["decode"]
+        for n in (1, 8)
+    )
     assert eight.flops == 8 * one.flops and one.bytes < eight.bytes < 2 * one.bytes
 
 
@@ -188,8 +203,13 @@ sys.exit(command.run(lambda: load.run(sys.argv[1], answer, 4, rate=50.0, seconds
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("scenario", load.SCENARIOS)
 def test_a_load_that_is_interrupted_ends_in_order(scenario, number):
-    with subprocess.Popen([sys.executable, "-c", INTERRUPTED_LOAD, scenario], cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED_LOAD, scenario],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         try:
             assert process.stdout.readline() == "asked\n"
             process.send_signal(number)
@@ -205,44 +225,84 @@ def sample(total, first=None, tokens=5, **parts):
 
 
 def chats(concurrency, rate, **baselines):
-    return {"concurrency": concurrency, "tokens_per_s": rate, "samples": [sample(1.0, 0.5), sample(1.2, 0.6)],
-            "baselines": {f"baseline {name}": value for name, value in baselines.items()}}
+    return {
+        "concurrency": concurrency,
+        "tokens_per_s": rate,
+        "samples": [sample(1.0, 0.5), sample(1.2, 0.6)],
+        "baselines": {f"baseline {name}": value for name, value in baselines.items()},
+    }
 
 
 def result() -> dict:
-    cold = [sample(2.0, 1.0, prepare=0.3, vision_encoder=1.0, prefill=0.1, decode=0.5),
-            sample(4.0, 2.0, prepare=0.6, vision_encoder=2.0, prefill=0.2, decode=1.0)]
+    cold = [
+        sample(2.0, 1.0, prepare=0.3, vision_encoder=1.0, prefill=0.1, decode=0.5),
+        sample(4.0, 2.0, prepare=0.6, vision_encoder=2.0, prefill=0.2, decode=1.0),
+    ]
     return {
-        "conditions": {"date": "2026-11-22", "cpu": "a processor", "gpu": None, "cores": 2, "load_average_before": 0.0,
-                       "scan": {"shape": [4, 4, 4], "dtype": "int16", "bytes": 1000}, "tokens": 5, "repeats": 2},
+        "conditions": {
+            "date": "2026-11-22",
+            "cpu": "a processor",
+            "gpu": None,
+            "cores": 2,
+            "load_average_before": 0.0,
+            "scan": {"shape": [4, 4, 4], "dtype": "int16", "bytes": 1000},
+            "tokens": 5,
+            "repeats": 2,
+        },
         "rates": {"matmul": {"fp32": 1e9, "bf16": 2e9}, "memory": 1e6, "wire": 1e5},
         "rates_measured": [{"matmul": {"fp32": 1e9, "bf16": 1e9}}, {"matmul": {"fp32": 0.9e9, "bf16": 2e9}}],
         "manifest": {"precision": "bf16", "files": {"a": 2_000_000_000}},
         "samples": {
-            "served": {"cold": cold, "follow_up": [sample(1.0, 0.1, prefill=0.1, decode=0.88)] * 2,
-                       "segment": [sample(2.0, segmentation_encoder=1.0)] * 2, "upload_again": [sample(0.02, tokens=0)],
-                       "during_upload": [sample(1.0, 0.4)], "during_products": [sample(1.0, 0.2)]},
+            "served": {
+                "cold": cold,
+                "follow_up": [sample(1.0, 0.1, prefill=0.1, decode=0.88)] * 2,
+                "segment": [sample(2.0, segmentation_encoder=1.0)] * 2,
+                "upload_again": [sample(0.02, tokens=0)],
+                "during_upload": [sample(1.0, 0.4)],
+                "during_products": [sample(1.0, 0.2)],
+            },
             "baseline fp32": {"cold": [sample(8.0, 4.0), sample(8.0, 4.0)], "segment": [sample(10.0), sample(10.0)]},
-            "baseline bf16": {"cold": [sample(4.0, 2.0), sample(4.0, 2.0)], "segment": [sample(5.0), sample(5.0)]}},
+            "baseline bf16": {"cold": [sample(4.0, 2.0), sample(4.0, 2.0)], "segment": [sample(5.0), sample(5.0)]},
+        },
         "closed_loop": [chats(1, 10.0), chats(8, 40.0, fp32=5.0, bf16=8.0), chats(8, 60.0, fp32=6.0, bf16=10.0)],
-        "open_loop": [{"scenario": "Server", "rate": 2.0, "verdict": "VALID", "samples": [sample(1.0, 0.5)]},
-                      {"scenario": "Offline", "rate": None, "verdict": "VALID", "samples": [sample(1.0, 0.5)]}],
-        "wire": {"scan": 900, "mask": 100, "logits": 3200, "upload": 910, "answer": 20, "follow_up": 20,
-                 "segment": 110},
-        "seconds": {"one at a time": 100.0, "the report": 1.0}, "stolen_s": {"one at a time": 20.0, "the report": 0.0},
-        "limits": {"ttft_s": 0.5, "tpot_s": 0.03}, "start_s": 50.0,
-        "server_memory_bytes": 4.5e9, "preprocessing": {"seconds": [2.0, 4.0, 3.5], "extra_bytes": 5, "scan_bytes": 2}}
+        "open_loop": [
+            {"scenario": "Server", "rate": 2.0, "verdict": "VALID", "samples": [sample(1.0, 0.5)]},
+            {"scenario": "Offline", "rate": None, "verdict": "VALID", "samples": [sample(1.0, 0.5)]},
+        ],
+        "wire": {
+            "scan": 900,
+            "mask": 100,
+            "logits": 3200,
+            "upload": 910,
+            "answer": 20,
+            "follow_up": 20,
+            "segment": 110,
+        },
+        "seconds": {"one at a time": 100.0, "the report": 1.0},
+        "stolen_s": {"one at a time": 20.0, "the report": 0.0},
+        "limits": {"ttft_s": 0.5, "tpot_s": 0.03},
+        "start_s": 50.0,
+        "server_memory_bytes": 4.5e9,
+        "preprocessing": {"seconds": [2.0, 4.0, 3.5], "extra_bytes": 5, "scan_bytes": 2},
+    }
 
 
 RATES = floor.Rates({"fp32": 1e9, "bf16": 2e9}, 1e6, 1e5)
-FLOORS = {name: floor.Stage(name, flops, size, precision) for name, flops, size, precision in (
-    ("vision_encoder", 1e9, 0, "fp32"), ("prefill", 2e8, 0, "bf16"), ("decode", 0, 1e5, "bf16"),
-    ("segmentation_encoder", 5e8, 0, "fp32"), ("segmentation_head", 5e8, 0, "fp32"))}
+FLOORS = {
+    name: floor.Stage(name, flops, size, precision)
+    for name, flops, size, precision in (
+        ("vision_encoder", 1e9, 0, "fp32"),
+        ("prefill", 2e8, 0, "bf16"),
+        ("decode", 0, 1e5, "bf16"),
+        ("segmentation_encoder", 5e8, 0, "fp32"),
+        ("segmentation_head", 5e8, 0, "fp32"),
+    )
+}
 
 
-def reported(of: dict, floors: dict = {}) -> dict:
+def reported(of: dict, floors: dict | None = None) -> dict:
     """`of` with what the benchmark's report adds to it."""
-    of["stages"] = report.stages(of, floors, RATES)
+    of["stages"] = report.stages(of, floors or {}, RATES)
     of["ratios"] = report.ratios_of(of)
     of["least"] = report.least(of, floors, RATES)
     of["targets"] = report.targets(of)
@@ -250,12 +310,27 @@ def reported(of: dict, floors: dict = {}) -> dict:
 
 
 def test_the_ratios_are_medians_over_pairs_against_both_precisions():
-    assert report.ratios_of(result()) == pytest.approx({
-        "cold_e2e": 0.375, "cold_e2e_equal_precision": 0.75, "followup_ttft": 0.025,
-        "followup_ttft_equal_precision": 0.05, "segment_warm": 0.2, "segment_warm_equal_precision": 0.4,
-        "throughput_c8": 9.0, "throughput_c8_equal_precision": 5.5, "overhead_cold": 0.05, "overhead_followup_s": 0.02,
-        "interference": 2.0, "wire_per_mask": 1 / 32, "wire_per_study": 1.06, "prepare_large_s": 3.5,
-        "prepare_large_memory": 2.5, "start_s": 50.0, "memory": 0.5})
+    assert report.ratios_of(result()) == pytest.approx(
+        {
+            "cold_e2e": 0.375,
+            "cold_e2e_equal_precision": 0.75,
+            "followup_ttft": 0.025,
+            "followup_ttft_equal_precision": 0.05,
+            "segment_warm": 0.2,
+            "segment_warm_equal_precision": 0.4,
+            "throughput_c8": 9.0,
+            "throughput_c8_equal_precision": 5.5,
+            "overhead_cold": 0.05,
+            "overhead_followup_s": 0.02,
+            "interference": 2.0,
+            "wire_per_mask": 1 / 32,
+            "wire_per_study": 1.06,
+            "prepare_large_s": 3.5,
+            "prepare_large_memory": 2.5,
+            "start_s": 50.0,
+            "memory": 0.5,
+        }
+    )
 
 
 def test_a_server_that_is_slow_on_follow_ups_misses_that_target():
@@ -273,8 +348,15 @@ def test_without_baselines_and_manifest_what_was_measured_is_reported():
     bare["samples"] = {"served": bare["samples"]["served"]}
     bare |= {"manifest": None, "start_s": None, "closed_loop": [chats(1, 10.0)], "open_loop": []}
     reported(bare)
-    assert set(bare["ratios"]) == {"overhead_cold", "overhead_followup_s", "interference", "wire_per_mask",
-                                   "wire_per_study", "prepare_large_s", "prepare_large_memory"}
+    assert set(bare["ratios"]) == {
+        "overhead_cold",
+        "overhead_followup_s",
+        "interference",
+        "wire_per_mask",
+        "wire_per_study",
+        "prepare_large_s",
+        "prepare_large_memory",
+    }
     assert "| served | cold |" in report.text(bare)
 
 
@@ -312,11 +394,18 @@ def test_a_target_that_the_floor_rules_out_is_no_miss():
 
 def test_the_least_values_are_those_of_the_floors_alone():
     # Scan 1000 bytes by wire and memory; encoder 1e9 FLOP, prefill 2e8, decode 1e5 bytes: bf16 is the faster.
-    assert report.least(result(), FLOORS, RATES) == pytest.approx({
-        "cold_e2e": (0.01 + 0.001 + 0.5 + 0.1 + 4 * 0.1) / 8, "cold_e2e_equal_precision": 1.011 / 4,
-        "followup_ttft": 0.1 / 4, "followup_ttft_equal_precision": 0.1 / 2,
-        "throughput_c8": 8 / 0.1 / 5.5, "throughput_c8_equal_precision": 8 / 0.1 / 9,
-        "segment_warm": (0.25 + 0.25 + 5 * 0.1) / 10, "segment_warm_equal_precision": (0.25 + 0.25 + 5 * 0.1) / 5})
+    assert report.least(result(), FLOORS, RATES) == pytest.approx(
+        {
+            "cold_e2e": (0.01 + 0.001 + 0.5 + 0.1 + 4 * 0.1) / 8,
+            "cold_e2e_equal_precision": 1.011 / 4,
+            "followup_ttft": 0.1 / 4,
+            "followup_ttft_equal_precision": 0.1 / 2,
+            "throughput_c8": 8 / 0.1 / 5.5,
+            "throughput_c8_equal_precision": 8 / 0.1 / 9,
+            "segment_warm": (0.25 + 0.25 + 5 * 0.1) / 10,
+            "segment_warm_equal_precision": (0.25 + 0.25 + 5 * 0.1) / 5,
+        }
+    )
     ended_early = result()
     ended_early["samples"]["served"]["cold"] = [{**s, "tokens": 3} for s in ended_early["samples"]["served"]["cold"]]
     assert report.least(ended_early, FLOORS, RATES)["cold_e2e"] == pytest.approx((0.011 + 0.6 + 2 * 0.1) / 8)
@@ -336,17 +425,27 @@ def test_a_trace_is_read_from_all_its_files(tmp_path):
     def stamps(id_, **ns):
         return {"id": id_, "timestamps": [{"name": name, "ns": value} for name, value in ns.items()]}
 
-    (tmp_path / "trace.json.0").write_text(json.dumps([
-        {"id": 1, "model_name": "study", "model_version": 1},
-        stamps(1, GRPC_WAITREAD_START=0, GRPC_WAITREAD_END=5_000_000_000, REQUEST_START=5_500_000_000),
-        stamps(1, QUEUE_START=6_000_000_000), stamps(1, COMPUTE_START=6_000_000_001, COMPUTE_END=9_000_000_000),
-        {"id": 2, "parent_id": 1, "model_name": "vision_encoder", "model_version": 1}]))
-    (tmp_path / "trace.json.1").write_text(json.dumps([stamps(2, COMPUTE_START=7_000_000_000,
-                                                             COMPUTE_END=8_000_000_000)]))
+    (tmp_path / "trace.json.0").write_text(
+        json.dumps(
+            [
+                {"id": 1, "model_name": "study", "model_version": 1},
+                stamps(1, GRPC_WAITREAD_START=0, GRPC_WAITREAD_END=5_000_000_000, REQUEST_START=5_500_000_000),
+                stamps(1, QUEUE_START=6_000_000_000),
+                stamps(1, COMPUTE_START=6_000_000_001, COMPUTE_END=9_000_000_000),
+                {"id": 2, "parent_id": 1, "model_name": "vision_encoder", "model_version": 1},
+            ]
+        )
+    )
+    (tmp_path / "trace.json.1").write_text(
+        json.dumps([stamps(2, COMPUTE_START=7_000_000_000, COMPUTE_END=8_000_000_000)])
+    )
     spans = triton_trace.read(tmp_path / "trace.json")
     assert [(s.model, s.step, s.called) for s in spans] == [
-        ("study", "read", False), ("study", "queue", False), ("study", "compute", False),
-        ("vision_encoder", "compute", True)]
+        ("study", "read", False),
+        ("study", "queue", False),
+        ("study", "compute", False),
+        ("vision_encoder", "compute", True),
+    ]
     (inner,) = triton_trace.within(spans, 6.5, 2.0)
     assert inner == {"model": "vision_encoder", "step": "compute", "start_s": 0.5, "end_s": 1.5, "called": True}
     assert triton_trace.read(tmp_path / "none.json") == []
@@ -355,27 +454,40 @@ def test_a_trace_is_read_from_all_its_files(tmp_path):
 @pytest.mark.parametrize("sent, ends", [(4, 4), (3, 3), (None, 2)])
 def test_a_decoupled_model_works_until_it_answers(tmp_path, sent, ends):
     stamps = {"COMPUTE_START": 1, "COMPUTE_END": 2, **({"GRPC_SEND_START": sent} if sent else {})}
-    (tmp_path / "trace.json.0").write_text(json.dumps([{"id": 1, "timestamps": [
-        {"name": name, "ns": s * 10**9} for name, s in stamps.items()]}]))
+    (tmp_path / "trace.json.0").write_text(
+        json.dumps([{"id": 1, "timestamps": [{"name": name, "ns": s * 10**9} for name, s in stamps.items()]}])
+    )
     (span,) = triton_trace.read(tmp_path / "trace.json")
     assert (span.step, span.start_s, span.end_s) == ("compute", 1, ends)
 
 
 def test_stages_stand_beside_their_floors():
-    floors = {"vision_encoder": floor.Stage("vision_encoder", 1e9, 0, "fp32"),
-              "decode": floor.Stage("decode", 0, 1e5, "bf16"),
-              "segmentation_encoder": floor.Stage("segmentation_encoder", 5e8, 0, "fp32"),
-              "segmentation_head": floor.Stage("segmentation_head", 5e8, 0, "fp32")}
-    found = {s["stage"]: (s["measured_s"], s["floor_s"]) for s in
-             report.stages(result(), floors, floor.Rates({"fp32": 1e9, "bf16": 2e9}, 1e6, 1e5))}
-    assert found == {"transport": (0.02, 0.01), "prepare": (pytest.approx(0.45), 0.001), "vision_encoder": (1.5, 1.0),
-                     "decode": (0.75 / 4, 0.1), "segmentation_encoder": (1.0, 0.5)}
+    floors = {
+        "vision_encoder": floor.Stage("vision_encoder", 1e9, 0, "fp32"),
+        "decode": floor.Stage("decode", 0, 1e5, "bf16"),
+        "segmentation_encoder": floor.Stage("segmentation_encoder", 5e8, 0, "fp32"),
+        "segmentation_head": floor.Stage("segmentation_head", 5e8, 0, "fp32"),
+    }
+    found = {
+        s["stage"]: (s["measured_s"], s["floor_s"])
+        for s in report.stages(result(), floors, floor.Rates({"fp32": 1e9, "bf16": 2e9}, 1e6, 1e5))
+    }
+    assert found == {
+        "transport": (0.02, 0.01),
+        "prepare": (pytest.approx(0.45), 0.001),
+        "vision_encoder": (1.5, 1.0),
+        "decode": (0.75 / 4, 0.1),
+        "segmentation_encoder": (1.0, 0.5),
+    }
 
 
 def test_a_step_of_decoding_is_each_answers_own():
     whole = result()
-    whole["samples"]["served"]["cold"] = [sample(1.0, 0.5, tokens=2, decode=0.1), sample(2.0, 0.5, tokens=11, decode=1.0),
-                                          sample(1.0, 1.0, tokens=1, decode=0.0)]
+    whole["samples"]["served"]["cold"] = [
+        sample(1.0, 0.5, tokens=2, decode=0.1),
+        sample(2.0, 0.5, tokens=11, decode=1.0),
+        sample(1.0, 1.0, tokens=1, decode=0.0),
+    ]
     found = {s["stage"]: s["measured_s"] for s in report.stages(whole, FLOORS, RATES)}
     assert found["decode"] == pytest.approx(0.1)
     whole["samples"]["served"]["cold"] = [sample(1.0, 1.0, tokens=1, decode=0.0)]
@@ -397,16 +509,28 @@ def test_answers_of_other_lengths_are_said():
 
 def test_the_report_has_every_table_and_picture(tmp_path):
     whole = result()
-    spans = [{"model": "study", "step": step, "start_s": 0.1, "end_s": 0.5, "called": False}
-             for _, _, step in triton_trace.STEPS]
+    spans = [
+        {"model": "study", "step": step, "start_s": 0.1, "end_s": 0.5, "called": False}
+        for _, _, step in triton_trace.STEPS
+    ]
     whole["trace"] = {kind: {**sample(1.0), "spans": spans} for kind in ("cold", "segment")}
     reported(whole)
     said = report.text(whole)
-    for words in ("a processor, 2 cores", "the other had 0.50 of a matrix rate",
-                  "| baseline fp32 | cold | none | 2 | 8.00 s |", "| transport |",
-                  "Server ready after 50 s, 4.5 GB after the load; other virtual machines took up to 10 % of the cores",
-                  "| served | cold | miss | 2 |", "| served | follow up | hit | 2 |", "| served | segment | miss | 2 |",
-                  "| 8 | 50 | 40 to 60 |", "| Server | 2/s |", "| VALID | no |", "| MISSED |", "| met |"):
+    for words in (
+        "a processor, 2 cores",
+        "the other had 0.50 of a matrix rate",
+        "| baseline fp32 | cold | none | 2 | 8.00 s |",
+        "| transport |",
+        "Server ready after 50 s, 4.5 GB after the load; other virtual machines took up to 10 % of the cores",
+        "| served | cold | miss | 2 |",
+        "| served | follow up | hit | 2 |",
+        "| served | segment | miss | 2 |",
+        "| 8 | 50 | 40 to 60 |",
+        "| Server | 2/s |",
+        "| VALID | no |",
+        "| MISSED |",
+        "| met |",
+    ):
         assert words in said
     assert all(path.stat().st_size > 10_000 for path in report.plots(whole, tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"load.png", "waterfall.png", "trace.png"}
@@ -420,8 +544,12 @@ CONDITIONS = {"scan": {"shape": [4, 4, 4]}, "tokens": 5, "cpu": "a processor", "
 def measured(cold, baseline=(), **others) -> dict:
     """A result whose new scans took `cold` seconds, and as long to the first token."""
     sides = {"served": cold} | ({"baseline fp32": baseline} if len(baseline) else {})
-    return {"conditions": CONDITIONS, "manifest": {"precision": "bf16"},
-            "samples": {side: {"cold": [sample(t, t / 2) for t in times]} for side, times in sides.items()}, **others}
+    return {
+        "conditions": CONDITIONS,
+        "manifest": {"precision": "bf16"},
+        "samples": {side: {"cold": [sample(t, t / 2) for t in times]} for side, times in sides.items()},
+        **others,
+    }
 
 
 def rows_of(old: dict, new: dict) -> dict:
@@ -468,19 +596,32 @@ def test_throughput_arrivals_parts_sizes_and_times_of_start_are_compared_too():
     def of(factor):
         whole = measured([1.0] * 3)
         whole["samples"]["served"]["cold"] = [sample(factor * 2.0, factor * 1.0, prepare=factor * 0.5)] * 3
-        return {**whole, "closed_loop": [{"concurrency": 8, "tokens_per_s": 100 / factor}] * 3,
-                "open_loop": [{"scenario": "Server", "rate": 2.0, "samples": [sample(factor, factor / 2)] * 3}],
-                "preprocessing": {"seconds": [factor] * 3, "shape": [8, 8, 4], "extra_bytes": 100 * factor},
-                "start_s": 10 * factor, "wire": {"mask": 100 * factor}, "server_memory_bytes": 1e9 * factor}
+        return {
+            **whole,
+            "closed_loop": [{"concurrency": 8, "tokens_per_s": 100 / factor}] * 3,
+            "open_loop": [{"scenario": "Server", "rate": 2.0, "samples": [sample(factor, factor / 2)] * 3}],
+            "preprocessing": {"seconds": [factor] * 3, "shape": [8, 8, 4], "extra_bytes": 100 * factor},
+            "start_s": 10 * factor,
+            "wire": {"mask": 100 * factor},
+            "server_memory_bytes": 1e9 * factor,
+        }
 
     rows = rows_of(of(1), of(2))
     assert {row.ratio for row in rows.values()} == {2.0}
     assert {what for what, row in rows.items() if not row.mark()} == {"start"}  # measured once
-    assert not any(row.mark() for row in rows_of(of(1), of(1.0005)).values() if row.what.startswith(("bytes", "memory")))
+    assert not any(
+        row.mark() for row in rows_of(of(1), of(1.0005)).values() if row.what.startswith(("bytes", "memory"))
+    )
     assert not rows_of(of(1), of(1.09))["memory of the server"].mark()
-    assert set(rows) >= {"8 clients, per token", "Server 2/s, total", "served, cold, prepare", "served, cold, overhead",
-                         "preprocessing of a CT of 8 x 8 x 4", "memory of preprocessing a CT of 8 x 8 x 4",
-                         "bytes of mask"}
+    assert set(rows) >= {
+        "8 clients, per token",
+        "Server 2/s, total",
+        "served, cold, prepare",
+        "served, cold, overhead",
+        "preprocessing of a CT of 8 x 8 x 4",
+        "memory of preprocessing a CT of 8 x 8 x 4",
+        "bytes of mask",
+    }
 
 
 def test_what_is_missing_in_the_newer_result_fails(tmp_path, monkeypatch, capsys):
@@ -519,12 +660,21 @@ def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
     assert "cpu was a processor and is another processor" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, cause", [(None, "cannot be read"), ("{", "not JSON"), ("[]", "no samples"),
-                                         ('{"samples": {}}', "no samples"), ("tokens", "other work: tokens"),
-                                         ('{"samples": [1], "conditions": {}}', "no whole result"),
-                                         ("rate", "no whole result"), ("[NaN]", "has no NaN"),
-                                         ("nothing", "nothing was measured in both"),
-                                         ("precision", "other work: the precision")])
+@pytest.mark.parametrize(
+    "text, cause",
+    [
+        (None, "cannot be read"),
+        ("{", "not JSON"),
+        ("[]", "no samples"),
+        ('{"samples": {}}', "no samples"),
+        ("tokens", "other work: tokens"),
+        ('{"samples": [1], "conditions": {}}', "no whole result"),
+        ("rate", "no whole result"),
+        ("[NaN]", "has no NaN"),
+        ("nothing", "nothing was measured in both"),
+        ("precision", "other work: the precision"),
+    ],
+)
 def test_what_cannot_be_compared_is_an_error_of_its_own(tmp_path, monkeypatch, capsys, text, cause):
     other = measured(NOISY)
     if text == "tokens":
@@ -576,8 +726,9 @@ def test_copies_of_a_scan_differ_and_keep_its_range(dtype):
 def test_copies_of_a_scan_differ_in_what_the_model_sees_too():
     """Else the second one's prompt is in vLLM's prefix cache, and a scan that counts as new is not."""
     copies = itertools.islice(scans.different(scans.phantom((64, 64, 16))), 2)
-    first, second = (prepare(read_scan(pack_scan(c.array)[0], affine=c.affine), (8, 32, 32), "auto").image
-                     for c in copies)
+    first, second = (
+        prepare(read_scan(pack_scan(c.array)[0], affine=c.affine), (8, 32, 32), "auto").image for c in copies
+    )
     assert np.abs(first - second).max() > 0.05
 
 
@@ -598,8 +749,13 @@ def test_the_baseline_answers_as_the_reference_does(checkpoint, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_baseline_ranks_texts_by_m3d_clip(checkpoint, tmp_path, precision):
-    values = {**PUBLISHED_CLIP, "img_size": list(IMAGE_SIZE), "patch_size": list(PATCH_SIZE), **VIT, "bert_config": dict(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)}
+    values = {
+        **PUBLISHED_CLIP,
+        "img_size": list(IMAGE_SIZE),
+        "patch_size": list(PATCH_SIZE),
+        **VIT,
+        "bert_config": dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64),
+    }
     folder, scan = write_clip(tmp_path / "clip", values), scans.phantom((40, 40, 20))
     sample, scores = Baseline(str(checkpoint), precision, str(folder)).rank(scan, TEXTS)
     clip, _ = load_clip(folder)
@@ -619,16 +775,24 @@ def test_the_benchmarks_clip_has_the_published_geometry():
 
 def test_preprocessing_is_measured_in_a_process_of_its_own():
     found = preprocessing.measure((256, 256, 64), repeats=2)
-    assert found["scan_bytes"] == 2 * 256 * 256 * 64 and 0 < found["file_bytes"] and len(found["seconds"]) == 2
+    assert found["scan_bytes"] == 2 * 256 * 256 * 64 and found["file_bytes"] > 0 and len(found["seconds"]) == 2
     # Not the peak of this process, which is larger.
     assert found["scan_bytes"] / 2 < found["extra_bytes"] < 20 * found["scan_bytes"]
 
 
-@pytest.mark.parametrize("words, cause", [
-    (("--repeats", "0"), "0 is not between 1 and"), (("--tokens", "1"), "1 is not between 2 and"),
-    (("--seconds", "nan"), "nan is not between"), (("--rates", "1,1e9"), "1e9 is not between 0.001 and 1,000"),
-    (("--concurrency", "1,0"), "0 is not between 1 and"), (("--concurrency", "1,x"), "invalid list with commas value"),
-    (("--baseline", "fp16"), "'fp16' is none of fp32, bf16"), (("--large-ct", "8,8"), "not the voxels of three axes")])
+@pytest.mark.parametrize(
+    "words, cause",
+    [
+        (("--repeats", "0"), "0 is not between 1 and"),
+        (("--tokens", "1"), "1 is not between 2 and"),
+        (("--seconds", "nan"), "nan is not between"),
+        (("--rates", "1,1e9"), "1e9 is not between 0.001 and 1,000"),
+        (("--concurrency", "1,0"), "0 is not between 1 and"),
+        (("--concurrency", "1,x"), "invalid list with commas value"),
+        (("--baseline", "fp16"), "'fp16' is none of fp32, bf16"),
+        (("--large-ct", "8,8"), "not the voxels of three axes"),
+    ],
+)
 def test_a_bad_argument_is_refused_before_anything_runs(capsys, words, cause):
     with pytest.raises(SystemExit):
         latency.main(["--server", "localhost:1", *words])
@@ -638,9 +802,11 @@ def test_a_bad_argument_is_refused_before_anything_runs(capsys, words, cause):
 def test_a_scan_or_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
     assert latency.main(["--server", "localhost:1", "--scan", str(tmp_path / "none.nii")]) == 1
     assert "none.nii cannot be read" in capsys.readouterr().err
-    for option, path, words in (("--checkpoint", tmp_path, "no config.json"),
-                                ("--repository", tmp_path, "manifest.json"),
-                                ("--clip-checkpoint", tmp_path / "none", "neither a folder nor a Hugging Face id")):
+    for option, path, words in (
+        ("--checkpoint", tmp_path, "no config.json"),
+        ("--repository", tmp_path, "manifest.json"),
+        ("--clip-checkpoint", tmp_path / "none", "neither a folder nor a Hugging Face id"),
+    ):
         assert latency.main(["--server", "localhost:1", option, str(path)]) == 1
         assert words in (said := capsys.readouterr()).err and "rates" not in said.out
     monkeypatch.setattr("sys.argv", ["roofline.py", "--checkpoint", str(tmp_path)])
@@ -678,13 +844,31 @@ def test_encoders_are_compared_with_fp32_and_the_fastest_within_bounds_is_named(
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     out = tmp_path / "encoders.json"
     np.save(tmp_path / "scan.npy", np.random.default_rng(0).random(IMAGE_SIZE, np.float32))
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "encoders.py", "--checkpoint", checkpoint, "--scan",
-                           tmp_path / "scan.npy", "--runs", "1", "--tokens", "4", "--no-fixture", "--floor-seconds",
-                           "0.01", "--json", out], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "benchmarks" / "encoders.py",
+            "--checkpoint",
+            checkpoint,
+            "--scan",
+            tmp_path / "scan.npy",
+            "--runs",
+            "1",
+            "--tokens",
+            "4",
+            "--no-fixture",
+            "--floor-seconds",
+            "0.01",
+            "--json",
+            out,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert set(found["runs"]) == {"vision_encoder", "segmentation_encoder"}
-    exact, = (e for e in found["exactness"] if (e["vision"], e["segmentation"]) == ("fp32", "fp32"))
+    (exact,) = (e for e in found["exactness"] if (e["vision"], e["segmentation"]) == ("fp32", "fp32"))
     assert exact["dice"] == 1 and exact["same_tokens"] is None and exact["within_bounds"]
     assert len(found["exactness"]) == len(found["precisions"]) ** 2
     errors = {p: row["error"] for p, row in found["runs"]["vision_encoder"].items()}
@@ -696,7 +880,9 @@ def test_encoders_are_compared_with_fp32_and_the_fastest_within_bounds_is_named(
 def test_the_fixture_s_answer_and_mask_survive_a_vision_encoder_in_bf16(tmp_path):
     """Which is why the CPU's configuration takes it."""
     checkpoint, image, question, tokens = encoders._fixture(tmp_path)
-    compared = encoders.Encoders(*encoders._open(str(checkpoint)), ["fp32", "bf16"], tmp_path / "graphs", "cpu", [image])
+    compared = encoders.Encoders(
+        *encoders._open(str(checkpoint)), ["fp32", "bf16"], tmp_path / "graphs", "cpu", [image]
+    )
     found = {(e.vision, e.segmentation): e for e in compared.exactness("fixture", image, [question], tokens)}
     assert found["bf16", "fp32"].within_bounds and found["bf16", "fp32"].dice < 1
 
@@ -704,9 +890,23 @@ def test_the_fixture_s_answer_and_mask_survive_a_vision_encoder_in_bf16(tmp_path
 def test_the_precisions_of_a_gpu_are_compared_without_one(tmp_path):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     np.save(tmp_path / "scan.npy", np.random.default_rng(0).random(IMAGE_SIZE, np.float32))
-    arguments = encoders._parser().parse_args([
-        "--target", "tensorrt", "--checkpoint", str(checkpoint), "--scan", str(tmp_path / "scan.npy"), "--runs", "1",
-        "--tokens", "4", "--no-fixture", "--floor-seconds", "0.01"])
+    arguments = encoders._parser().parse_args(
+        [
+            "--target",
+            "tensorrt",
+            "--checkpoint",
+            str(checkpoint),
+            "--scan",
+            str(tmp_path / "scan.npy"),
+            "--runs",
+            "1",
+            "--tokens",
+            "4",
+            "--no-fixture",
+            "--floor-seconds",
+            "0.01",
+        ]
+    )
     found = encoders.measure(arguments)
     assert found["precisions"] == ["fp32", "fp16", "bf16", "fp8"] and len(found["exactness"]) == 16
     for by_precision in found["runs"].values():
@@ -725,30 +925,43 @@ def test_a_faster_pair_out_of_bounds_on_one_case_is_not_chosen():
     def exactness(case, vision, within):
         return {"case": case, "vision": vision, "segmentation": "fp32", "within_bounds": within}
 
-    runs = {name: {"fp32": {"seconds": [2.0]}, "bf16": {"seconds": [1.0]}, "int8": {"seconds": [0.5]}}
-            for name in ("vision_encoder", "segmentation_encoder")}
+    runs = {
+        name: {"fp32": {"seconds": [2.0]}, "bf16": {"seconds": [1.0]}, "int8": {"seconds": [0.5]}}
+        for name in ("vision_encoder", "segmentation_encoder")
+    }
     found = [exactness("checkpoint", p, True) for p in ("fp32", "bf16", "int8")]
     assert encoders.fastest({"runs": runs, "exactness": found}) == ("int8", "fp32")
     assert encoders.fastest({"runs": runs, "exactness": [*found, exactness("fixture", "int8", False)]}) == (
-        "bf16", "fp32")
+        "bf16",
+        "fp32",
+    )
 
 
 # --- ways to decode --------------------------------------------------------------------------------------------------
 def test_every_way_to_decode_differs_from_the_shipped_configuration():
     shipped = decode.configured(ROOT / "model_repository")
     assert shipped.enforce_eager and shipped.block_size == 32
-    ways = [(replace(shipped, **way.settings), tuple(way.environment.items()), way.furthest)
-            for way in decode.WAYS.values()]
+    ways = [
+        (replace(shipped, **way.settings), tuple(way.environment.items()), way.furthest) for way in decode.WAYS.values()
+    ]
     assert len(set(ways)) == len(ways) and ways[0] == (shipped, (), llm_engine.FURTHEST_PASS)
 
 
 def test_ways_to_decode_stand_beside_the_floor_and_failures_are_named():
     way = {"start_s": 20.0, "new": [[0.2, 0.83]], "known": [[0.05, 0.68]], "together": [100.0, 200.0, 150.0]}
-    said = decode.text({"ways": {"as configured": way}, "failures": {"compiled": "not done after 300 s"}, "tokens": 64,
-                        "precision": "bf16", "rates": {"memory": 4e10},
-                        "floor": {"per_token_s": 0.005, "tokens_per_s": 600.0}})
-    assert ("| as configured | 20 s | 200 ms | 50 ms | 10.0 ms | 10.0 to 10.0 ms | 2.0 | 150 | 100 to 200 | 4.0 |"
-            in said)
+    said = decode.text(
+        {
+            "ways": {"as configured": way},
+            "failures": {"compiled": "not done after 300 s"},
+            "tokens": 64,
+            "precision": "bf16",
+            "rates": {"memory": 4e10},
+            "floor": {"per_token_s": 0.005, "tokens_per_s": 600.0},
+        }
+    )
+    assert (
+        "| as configured | 20 s | 200 ms | 50 ms | 10.0 ms | 10.0 to 10.0 ms | 2.0 | 150 | 100 to 200 | 4.0 |" in said
+    )
     assert "compiled: not done after 300 s" in said and "memory 40.0 GB/s" in said
 
 

@@ -1,4 +1,5 @@
 """Checkpoints are read strictly, in every published form, and errors name what does not fit."""
+
 from __future__ import annotations
 
 import json
@@ -75,8 +76,17 @@ def test_a_bin_file_that_would_run_code_is_refused(folder):
         open_lamed(folder)
 
 
-@pytest.mark.parametrize("text", ["not JSON", "{}", "[]", '{"weight_map": ["a.safetensors"]}',
-                                  '{"weight_map": {"a": 1, "b": "c"}}', '{"weight_map": {"a": []}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not JSON",
+        "{}",
+        "[]",
+        '{"weight_map": ["a.safetensors"]}',
+        '{"weight_map": {"a": 1, "b": "c"}}',
+        '{"weight_map": {"a": []}}',
+    ],
+)
 def test_an_index_that_names_no_files_is_refused(folder, text):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
@@ -84,11 +94,17 @@ def test_an_index_that_names_no_files_is_refused(folder, text):
         open_lamed(folder)
 
 
-@pytest.mark.parametrize("change, words", [
-    (list, r"pytorch_model\.bin holds a list"),
-    (lambda tensors: {**tensors, "model.norm.weight": [1, 2]}, r"pytorch_model\.bin .*\(model\.norm\.weight: list\)"),
-    (lambda tensors: {**tensors, 5: torch.zeros(1)}, r"pytorch_model\.bin .*\(5: Tensor\)"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (list, r"pytorch_model\.bin holds a list"),
+        (
+            lambda tensors: {**tensors, "model.norm.weight": [1, 2]},
+            r"pytorch_model\.bin .*\(model\.norm\.weight: list\)",
+        ),
+        (lambda tensors: {**tensors, 5: torch.zeros(1)}, r"pytorch_model\.bin .*\(5: Tensor\)"),
+    ],
+)
 def test_a_bin_file_that_holds_other_things_than_tensors_is_refused(folder, change, words):
     torch.save(change(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -105,8 +121,11 @@ def test_missing_unexpected_and_misshapen_keys_are_named(folder):
     rewrite(folder, change)
     with pytest.raises(CheckpointError) as error:
         load_lamed(folder)
-    for part in ("1 missing (model.norm.weight)", "1 unexpected (model.surprise)",
-                 "model.seg_projector.0.bias: [3], expected [128]"):
+    for part in (
+        "1 missing (model.norm.weight)",
+        "1 unexpected (model.surprise)",
+        "model.seg_projector.0.bias: [3], expected [128]",
+    ):
         assert part in str(error.value)
 
 
@@ -122,46 +141,54 @@ def test_derived_buffers_of_older_checkpoints_are_ignored(folder):
     load_lamed(folder)
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"model_type": "lamed_qwen2"}, "architecture 'lamed_qwen2'"),
-    ({"model_type": "lamed_phi3"}, r"missing .*mlp.gate_up_proj.*unexpected .*mlp.gate_proj"),
-    ({"rms_norm_eps": "small"}, "does not describe a language model of type 'llama'.*rms_norm_eps"),
-    ({"image_size": [16, 64, 60]}, "multiple of patch_size"),
-    ({"vision_tower": "resnet"}, "vision_tower 'resnet'"),
-    ({"segmentation_module": "unet"}, "segmentation_module 'unet'"),
-    ({"vision_select_layer": -2}, "vision_select_layer"),
-    ({"vision_config": {"depth": 3}}, "unknown depth"),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"model_type": "lamed_qwen2"}, "architecture 'lamed_qwen2'"),
+        ({"model_type": "lamed_phi3"}, r"missing .*mlp.gate_up_proj.*unexpected .*mlp.gate_proj"),
+        ({"rms_norm_eps": "small"}, "does not describe a language model of type 'llama'.*rms_norm_eps"),
+        ({"image_size": [16, 64, 60]}, "multiple of patch_size"),
+        ({"vision_tower": "resnet"}, "vision_tower 'resnet'"),
+        ({"segmentation_module": "unet"}, "segmentation_module 'unet'"),
+        ({"vision_select_layer": -2}, "vision_select_layer"),
+        ({"vision_config": {"depth": 3}}, "unknown depth"),
+    ],
+)
 def test_another_architecture_is_refused_by_name(folder, values, words):
     edit_config(folder, **values)
     with pytest.raises(CheckpointError, match=words):
         load_lamed(folder)
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"image_size": 16}, "image_size must be three .*not 16"),
-    ({"patch_size": None}, "patch_size must be three .*not None"),
-    ({"proj_pooling_size": 0}, "proj_pooling_size must be .*not 0"),
-    ({"proj_pooling_size": 5}, "proj_pooling_size 5 leaves no visual token of the 4 x 4 x 4 patches"),
-    ({"proj_layer_num": "two"}, "proj_layer_num must be .*not 'two'"),
-    ({"num_attention_heads": 0}, "num_attention_heads must be .*not 0"),
-    ({"num_key_value_heads": 0}, "num_key_value_heads must be .*not 0"),
-    ({"vocab_size": None}, "vocab_size must be .*not None"),
-    ({"vision_config": {"num_heads": 0}}, "num_heads must be .*not 0"),
-    ({"vision_config": 5}, "vision_config.* not 5"),
-    ({"segmentation_module": 5}, "segmentation_module 5"),
-    ({"seg_token_id": 320}, "seg_token_id 320 .*vocab_size is 320"),
-    ({"seg_token_id": -1}, "seg_token_id -1 "),
-    ({"seg_token_id": "[SEG]"}, "seg_token_id '.SEG.' "),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"image_size": 16}, "image_size must be three .*not 16"),
+        ({"patch_size": None}, "patch_size must be three .*not None"),
+        ({"proj_pooling_size": 0}, "proj_pooling_size must be .*not 0"),
+        ({"proj_pooling_size": 5}, "proj_pooling_size 5 leaves no visual token of the 4 x 4 x 4 patches"),
+        ({"proj_layer_num": "two"}, "proj_layer_num must be .*not 'two'"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be .*not 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be .*not 0"),
+        ({"vocab_size": None}, "vocab_size must be .*not None"),
+        ({"vision_config": {"num_heads": 0}}, "num_heads must be .*not 0"),
+        ({"vision_config": 5}, "vision_config.* not 5"),
+        ({"segmentation_module": 5}, "segmentation_module 5"),
+        ({"seg_token_id": 320}, "seg_token_id 320 .*vocab_size is 320"),
+        ({"seg_token_id": -1}, "seg_token_id -1 "),
+        ({"seg_token_id": "[SEG]"}, "seg_token_id '.SEG.' "),
+    ],
+)
 def test_an_impossible_value_of_config_is_refused_by_key_and_value(folder, values, words):
     edit_config(folder, **values)
     with pytest.raises(CheckpointError, match=words):
         open_lamed(folder)
 
 
-@pytest.mark.parametrize("values, words", [({"img_size": 16}, "image_size must be three .*not 16"),
-                                           ({"num_heads": 0}, "num_heads must be .*not 0")])
+@pytest.mark.parametrize(
+    "values, words",
+    [({"img_size": 16}, "image_size must be three .*not 16"), ({"num_heads": 0}, "num_heads must be .*not 0")],
+)
 def test_an_impossible_value_of_clips_config_is_refused(tmp_path, values, words):
     clip = tiny.write_tiny_clip(tmp_path / "clip")
     edit_config(clip, **values)
@@ -207,8 +234,9 @@ def test_merged_lora_equals_the_adapted_model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                        num_attention_heads=2, vocab_size=50)).eval()
+    base = LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    ).eval()
     tensors = {key: value.clone() for key, value in base.state_dict().items()}
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(base, config).eval()
@@ -225,8 +253,10 @@ def test_merged_lora_equals_the_adapted_model():
         merge_lora({}, {"r": 4, "lora_alpha": 8}, adapter)
 
 
-@pytest.mark.parametrize(("damage", "words"), [(lambda path: path.unlink(), "is missing"),
-                                               (lambda path: path.write_bytes(path.read_bytes()[:40]), "is damaged")])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(lambda path: path.unlink(), "is missing"), (lambda path: path.write_bytes(path.read_bytes()[:40]), "is damaged")],
+)
 def test_a_missing_or_damaged_file_of_a_small_checkpoint_is_named(tmp_path, monkeypatch, damage, words):
     monkeypatch.setattr(base, "load_base", lambda spec: {})
     path = tmp_path / "model.safetensors"

@@ -1,4 +1,5 @@
 """The command line: answers on stdout, notes on stderr, one line instead of a traceback."""
+
 from __future__ import annotations
 
 import os
@@ -26,6 +27,7 @@ def scan(tmp_path):
 @pytest.fixture
 def m3d(monkeypatch, capsys):
     """m3d(*arguments) -> (exit code, stdout, stderr)."""
+
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["m3d", *map(str, arguments)])
         code = 0
@@ -35,6 +37,7 @@ def m3d(monkeypatch, capsys):
             code = end.code or 0
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
     return run
 
 
@@ -63,8 +66,17 @@ def test_segment_without_a_mask_fails_after_the_answer(m3d, scan, triton, tmp_pa
 
 
 def test_segment_writes_pictures_as_png_only(m3d, scan, triton, tmp_path):
-    code, out, err = m3d("segment", scan, "What?", "-o", tmp_path / "mask.nii", "--picture", tmp_path / "mask.jpg",
-                         "--server", triton.url)
+    code, out, err = m3d(
+        "segment",
+        scan,
+        "What?",
+        "-o",
+        tmp_path / "mask.nii",
+        "--picture",
+        tmp_path / "mask.jpg",
+        "--server",
+        triton.url,
+    )
     assert code == 2 and ".png" in err and not triton.uploads
 
 
@@ -102,22 +114,25 @@ def test_rank_prints_scores_best_first(m3d, scan, triton, tmp_path):
     assert out.splitlines() == ["+1.0000\tfirst", "+0.5000\tsecond", "+0.0000\tthird"]
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    (["ask", "SCAN", "What?", "--server", "127.0.0.1:1"], 1, ["127.0.0.1:1", "m3d serve"]),
-    (["ask", "nowhere.nii", "What?", "--server", "URL"], 2, ["nowhere.nii", "cannot be read"]),
-    # Nothing is sent for these: the server that they name is not there.
-    (["ask", "SCAN", "", "--server", "127.0.0.1:1"], 2, ["empty"]),
-    (["segment", "SCAN", " ", "--server", "127.0.0.1:1"], 2, ["empty"]),
-    (["ask", "SCAN", "What?", "--temperature", "9", "--server", "127.0.0.1:1"], 2, ["temperature", "9"]),
-    (["rank", "SCAN", "--server", "URL"], 2, ["nothing to rank"]),
-    (["rank", "SCAN", "--file", "nowhere.txt", "--server", "URL"], 2, ["nowhere.txt"]),
-    (["sample", "foot-mr"], 2, ["foot-mr", "brain-mr"]),
-    (["serve", "--repository", "FOLDER"], 1, ["never exported", "build_engines.py"]),
-    (["serve", "--repository", "FOLDER", "--target", "gpu"], 2, ["gpu", "cpu, tensorrt"]),
-    (["ask", "SCAN", "What?", "--beams", "3"], 2, ["--beams"]),
-    (["ask", "SCAN", "What?", "--server", "http://127.0.0.1:1"], 2, ["http://127.0.0.1:1", "host:port"]),
-    (["ask", "SCAN", "What?", "--server", ""], 2, ["host:port"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["ask", "SCAN", "What?", "--server", "127.0.0.1:1"], 1, ["127.0.0.1:1", "m3d serve"]),
+        (["ask", "nowhere.nii", "What?", "--server", "URL"], 2, ["nowhere.nii", "cannot be read"]),
+        # Nothing is sent for these: the server that they name is not there.
+        (["ask", "SCAN", "", "--server", "127.0.0.1:1"], 2, ["empty"]),
+        (["segment", "SCAN", " ", "--server", "127.0.0.1:1"], 2, ["empty"]),
+        (["ask", "SCAN", "What?", "--temperature", "9", "--server", "127.0.0.1:1"], 2, ["temperature", "9"]),
+        (["rank", "SCAN", "--server", "URL"], 2, ["nothing to rank"]),
+        (["rank", "SCAN", "--file", "nowhere.txt", "--server", "URL"], 2, ["nowhere.txt"]),
+        (["sample", "foot-mr"], 2, ["foot-mr", "brain-mr"]),
+        (["serve", "--repository", "FOLDER"], 1, ["never exported", "build_engines.py"]),
+        (["serve", "--repository", "FOLDER", "--target", "gpu"], 2, ["gpu", "cpu, tensorrt"]),
+        (["ask", "SCAN", "What?", "--beams", "3"], 2, ["--beams"]),
+        (["ask", "SCAN", "What?", "--server", "http://127.0.0.1:1"], 2, ["http://127.0.0.1:1", "host:port"]),
+        (["ask", "SCAN", "What?", "--server", ""], 2, ["host:port"]),
+    ],
+)
 def test_a_mistake_gives_its_cause_and_no_traceback(m3d, scan, triton, tmp_path, arguments, code, words):
     replaced = {"SCAN": scan, "URL": triton.url, "FOLDER": tmp_path}
     found, out, err = m3d(*(replaced.get(argument, argument) for argument in arguments))
@@ -135,9 +150,11 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(m3d, tmp_path):
 
 
 def test_help_comes_without_loading_what_only_commands_need():
-    code = ("import sys; sys.argv = ['m3d', '--help']\nfrom engine.cli import main\n"
-            "try: main()\nexcept SystemExit: pass\n"
-            "print('LOADED', [m for m in ('grpc', 'numpy', 'nibabel', 'matplotlib', 'torch') if m in sys.modules])")
+    code = (
+        "import sys; sys.argv = ['m3d', '--help']\nfrom engine.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print('LOADED', [m for m in ('grpc', 'numpy', 'nibabel', 'matplotlib', 'torch') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "LOADED []" in done.stdout
     for command in ("serve", "ask", "segment", "rank", "sample", "doctor"):
@@ -148,8 +165,13 @@ def test_help_comes_without_loading_what_only_commands_need():
 def test_a_reader_that_has_enough_ends_the_request_quietly(scan, triton):
     triton.endless = True
     read, write = os.pipe()
-    process = subprocess.Popen([sys.executable, "-m", "engine.cli", "ask", str(scan), "What?", "--server", triton.url],
-                               cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.cli", "ask", str(scan), "What?", "--server", triton.url],
+        cwd=ROOT,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(write)
     os.read(read, 10)
     os.close(read)

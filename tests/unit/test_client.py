@@ -1,4 +1,5 @@
 """The client against a server that says what a test wants: streams, cancellation, deadlines, errors, evictions."""
+
 from __future__ import annotations
 
 import gc
@@ -14,8 +15,8 @@ from tritonclient.grpc import service_pb2
 
 from engine import contract, errors
 from engine.client import M3DClient, Study, wire
-from engine.scan import pack_scan
 from engine.sampling import Sampling
+from engine.scan import pack_scan
 from tests.unit.fake_triton import ANSWER, HANDLE
 
 VOLUME = np.linspace(0, 1, 60, dtype=np.float32).reshape(1, 3, 4, 5)
@@ -78,15 +79,16 @@ def test_a_large_scan_is_sent_in_parts_that_make_the_file(client, triton, monkey
     affine = np.diag([1.0, 2, 3, 1])
     file, _ = pack_scan(VOLUME[0], affine)
     assert client.upload(VOLUME[0], affine, "mr").handle == HANDLE
-    whole, = triton.uploads
+    (whole,) = triton.uploads
     assert whole["VOLUME"].tobytes() == file and whole["PRESET"] == [b"mr"]
     np.testing.assert_array_equal(whole["AFFINE"], affine)
     assert [part["VOLUME"].size for part in triton.parts[:-1]] == [size] * (-(-len(file) // size) - 1)
     if size >= len(file):
         assert "UPLOAD" not in whole and "UPLOAD_RANGE" not in whole
     else:
-        assert [part["UPLOAD_RANGE"].tolist() for part in triton.parts] == [[start, len(file)]
-                                                                           for start in range(0, len(file), size)]
+        assert [part["UPLOAD_RANGE"].tolist() for part in triton.parts] == [
+            [start, len(file)] for start in range(0, len(file), size)
+        ]
         assert len({part["UPLOAD"].item() for part in triton.parts}) == 1
 
 
@@ -147,8 +149,9 @@ def test_an_unusable_timeout_is_refused(client, study, timeout):
 def test_a_request_is_sent_as_protobuf_would_write_it(sizes):
     contents = [bytes([n + 1]) * size for n, size in enumerate(sizes)]
     in_pieces = [content if n % 2 else (content[:2], memoryview(content)[2:]) for n, content in enumerate(contents)]
-    request = wire.request_of("study", {contract.Tensor(f"T{n}", "UINT8", (-1,), ""): content
-                                        for n, content in enumerate(in_pieces)})
+    request = wire.request_of(
+        "study", {contract.Tensor(f"T{n}", "UINT8", (-1,), ""): content for n, content in enumerate(in_pieces)}
+    )
     whole = service_pb2.ModelInferRequest.FromString(request.serialized())
     assert whole.model_name == "study" and [i.name for i in whole.inputs] == [f"T{n}" for n in range(len(sizes))]
     assert list(whole.raw_input_contents) == contents and request.ByteSize() == whole.ByteSize()
@@ -172,7 +175,10 @@ def test_asking_gives_what_streaming_gives(client, study):
     list(stream)
     asked = client.ask(study, "What?")
     assert (asked.text, asked.token_ids, asked.finish_reason) == (
-        stream.answer.text, stream.answer.token_ids, stream.answer.finish_reason)
+        stream.answer.text,
+        stream.answer.token_ids,
+        stream.answer.finish_reason,
+    )
 
 
 def test_a_mask_comes_back_in_the_scans_shape_and_space(client, triton, study, tmp_path):
@@ -291,12 +297,15 @@ def test_an_upload_that_ends_without_its_last_response_is_an_error(client, trito
         client.upload(VOLUME)
 
 
-@pytest.mark.parametrize(("message", "kind"), [
-    ("INVALID_ARGUMENT: the question has 900 tokens", errors.InvalidInput),
-    ("in ensemble 'm3d_chat', RESOURCE_EXHAUSTED: the store is full", errors.ResourceExhausted),
-    ("Request for unknown model: 'm3d_chat' is not found", errors.Unavailable),
-    ("inference failed", errors.M3DError),
-])
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("INVALID_ARGUMENT: the question has 900 tokens", errors.InvalidInput),
+        ("in ensemble 'm3d_chat', RESOURCE_EXHAUSTED: the store is full", errors.ResourceExhausted),
+        ("Request for unknown model: 'm3d_chat' is not found", errors.Unavailable),
+        ("inference failed", errors.M3DError),
+    ],
+)
 def test_an_error_in_a_stream_is_raised_as_its_class(client, triton, study, message, kind):
     triton.stream_error = message
     with pytest.raises(errors.M3DError) as raised:
@@ -305,12 +314,15 @@ def test_an_error_in_a_stream_is_raised_as_its_class(client, triton, study, mess
     assert message.rpartition(": ")[2] in str(raised.value)
 
 
-@pytest.mark.parametrize(("status", "message", "kind"), [
-    (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT: not an image", errors.InvalidInput),
-    (grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape for input 'AFFINE'", errors.InvalidInput),
-    (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE: the decoder restarts", errors.Unavailable),
-    (grpc.StatusCode.INTERNAL, "oops", errors.M3DError),
-])
+@pytest.mark.parametrize(
+    ("status", "message", "kind"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT: not an image", errors.InvalidInput),
+        (grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape for input 'AFFINE'", errors.InvalidInput),
+        (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE: the decoder restarts", errors.Unavailable),
+        (grpc.StatusCode.INTERNAL, "oops", errors.M3DError),
+    ],
+)
 def test_an_error_of_a_plain_request_is_raised_as_its_class(client, triton, study, status, message, kind):
     triton.plain_error = (status, message)
     with pytest.raises(errors.M3DError) as raised:
@@ -354,12 +366,16 @@ def test_a_closed_client_says_so(triton):
 
 
 # --- evicted studies -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("request_of", [
-    lambda client, study: client.ask(study, "What?").text,
-    lambda client, study: "".join(client.stream(study, "What?")),
-    lambda client, study: client.segment(study, "What?").answer.text,
-    lambda client, study: client.rank(study, ["a", "b"]).texts,
-], ids=["ask", "stream", "segment", "rank"])
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        lambda client, study: client.ask(study, "What?").text,
+        lambda client, study: "".join(client.stream(study, "What?")),
+        lambda client, study: client.segment(study, "What?").answer.text,
+        lambda client, study: client.rank(study, ["a", "b"]).texts,
+    ],
+    ids=["ask", "stream", "segment", "rank"],
+)
 def test_an_evicted_study_is_sent_again_without_the_caller_noticing(client, triton, study, request_of):
     expected = request_of(client, study)
     triton.evicted = True

@@ -1,4 +1,5 @@
 """Every configuration of the repository says what engine.contract says, and the ensembles' wiring fits together."""
+
 from __future__ import annotations
 
 import math
@@ -110,6 +111,7 @@ def test_a_change_of_any_name_type_dimension_or_flag_in_a_configuration_is_notic
 
     for kind in ("input", "output"):
         for position, tensor in enumerate(getattr(config, kind)):
+
             def of(changed):
                 return getattr(changed, kind)[position]
 
@@ -168,12 +170,20 @@ def test_a_graph_runs_in_a_compiled_backend_on_a_gpu_and_in_python_on_a_cpu(name
 
 def test_the_bytes_that_export_readme_counts_are_those_of_the_contract():
     image, tokens, width, patches = (32, 256, 256), 256, 4096, 8 * 16 * 16
-    shapes = {"IMAGE": image, "VISUAL_TOKENS": (tokens, width), "FEATURES": (768, patches), "SEG_STATE": (width,),
-              "MASK_LOGITS": image, "IMAGE_EMBEDDING": (768,)}
+    shapes = {
+        "IMAGE": image,
+        "VISUAL_TOKENS": (tokens, width),
+        "FEATURES": (768, patches),
+        "SEG_STATE": (width,),
+        "MASK_LOGITS": image,
+        "IMAGE_EMBEDDING": (768,),
+    }
     types = {t.name: t.dtype for name in GRAPHS for t in (*MODELS[name].inputs, *MODELS[name].outputs)}
     size = {name: math.prod(shape) * {"FP32": 4}[types[name]] for name, shape in shapes.items()}
-    counted = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
-               (ROOT / "export" / "README.md").read_text().partition("| when |")[2].splitlines()[2:7]]
+    counted = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (ROOT / "export" / "README.md").read_text().partition("| when |")[2].splitlines()[2:7]
+    ]
     found = {row[0]: (int(row[2].replace(",", "")), row[4]) for row in counted}
     assert found == {
         "once per scan": (size["IMAGE"], f"{size['VISUAL_TOKENS']:,}"),

@@ -1,4 +1,5 @@
 """When the layers call vLLM's kernels directly; functional/test_decoder_engine.py sees that they answer right then."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -14,6 +15,7 @@ from engine.runtime.decoder.cpu_forward import Norms, Pass
 
 def norms(to) -> Norms:
     """vLLM's, in PyTorch. to(values, dtype): how results become `dtype`."""
+
     def plain(out, x, weight, epsilon):
         out.copy_(to(functional.rms_norm(x.float(), weight.shape, weight.float(), epsilon), x.dtype))
 
@@ -42,21 +44,29 @@ def test_kernels_that_cut_are_recognised(name):
     assert not replace(ROUNDING, **{name: getattr(CUTTING, name)}).round(torch.bfloat16)
 
 
-@pytest.mark.parametrize("device, eager, fits, found, kernel, furthest, used", [
-    ("cpu", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.DECODE_KERNEL),
-    ("cpu", True, True, ROUNDING, False, Pass.DECODE_KERNEL, Pass.DIRECT),
-    ("cpu", True, True, ROUNDING, True, Pass.DIRECT, Pass.DIRECT),
-    ("cpu", True, True, ROUNDING, True, Pass.VLLM, Pass.VLLM),
-    ("cuda", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM),
-    ("cpu", False, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM),
-    ("cpu", True, False, None, True, Pass.DECODE_KERNEL, Pass.VLLM),
-    ("cpu", True, True, CUTTING, True, Pass.DECODE_KERNEL, Pass.VLLM)])
+@pytest.mark.parametrize(
+    "device, eager, fits, found, kernel, furthest, used",
+    [
+        ("cpu", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.DECODE_KERNEL),
+        ("cpu", True, True, ROUNDING, False, Pass.DECODE_KERNEL, Pass.DIRECT),
+        ("cpu", True, True, ROUNDING, True, Pass.DIRECT, Pass.DIRECT),
+        ("cpu", True, True, ROUNDING, True, Pass.VLLM, Pass.VLLM),
+        ("cuda", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM),
+        ("cpu", False, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM),
+        ("cpu", True, False, None, True, Pass.DECODE_KERNEL, Pass.VLLM),
+        ("cpu", True, True, CUTTING, True, Pass.DECODE_KERNEL, Pass.VLLM),
+    ],
+)
 def test_a_shorter_pass_is_used_on_a_cpu_uncompiled_where_it_fits_and_kernels_round(
-        monkeypatch, device, eager, fits, found, kernel, furthest, used):
+    monkeypatch, device, eager, fits, found, kernel, furthest, used
+):
     model = SimpleNamespace(forward="vLLM's own")
     head = SimpleNamespace(cpu_linear="vLLM's own", weight=torch.zeros(16, 8))
-    runner = SimpleNamespace(device=torch.device(device), model=SimpleNamespace(model=model, lm_head=head),
-                             model_config=SimpleNamespace(enforce_eager=eager, dtype=torch.bfloat16))
+    runner = SimpleNamespace(
+        device=torch.device(device),
+        model=SimpleNamespace(model=model, lm_head=head),
+        model_config=SimpleNamespace(enforce_eager=eager, dtype=torch.bfloat16),
+    )
     monkeypatch.setattr(cpu_forward, "_fits", lambda _: fits)
     monkeypatch.setattr(cpu_forward, "_kernel_of", lambda *_: SimpleNamespace() if kernel else None)
     monkeypatch.setattr(cpu_forward, "_forward_of", lambda *_: "a shorter one")

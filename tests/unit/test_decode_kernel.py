@@ -1,4 +1,5 @@
 """The compiled kernel against the same in PyTorch, written out."""
+
 from __future__ import annotations
 
 import math
@@ -34,10 +35,17 @@ class Model:
     def __init__(self, dtype: torch.dtype, seed: int = 0):
         self.geometry = g = replace(GEOMETRY, dtype=dtype)
         generator = torch.Generator().manual_seed(seed)
-        self.layers = [Weights(1 + random(generator, g.hidden), random(generator, g.projected, g.hidden),
-                               random(generator, g.hidden, g.queries), 1 + random(generator, g.hidden),
-                               3 * random(generator, 2 * g.intermediate, g.hidden),
-                               random(generator, g.hidden, g.intermediate)) for _ in range(LAYERS)]
+        self.layers = [
+            Weights(
+                1 + random(generator, g.hidden),
+                random(generator, g.projected, g.hidden),
+                random(generator, g.hidden, g.queries),
+                1 + random(generator, g.hidden),
+                3 * random(generator, 2 * g.intermediate, g.hidden),
+                random(generator, g.hidden, g.intermediate),
+            )
+            for _ in range(LAYERS)
+        ]
         self.layers = [Weights(*(part.to(dtype) for part in vars(layer).values())) for layer in self.layers]
         self.last_norm = (1 + random(generator, g.hidden)).to(dtype)
         angles = torch.outer(torch.arange(POSITIONS), 0.7 ** torch.arange(g.head_size // 2))
@@ -132,8 +140,15 @@ def test_values_are_rounded_to_the_nearest_bf16():
     """Ties to the even one; infinity and NaN stay."""
     kernel, weight = Model(torch.bfloat16).kernel, torch.zeros(8, 32, dtype=torch.bfloat16)
     weight[:, :2] = 1  # sums of two
-    for pair in ((1, 2**-8), (1, 2**-8 + 2**-12), (1 + 2**-7, 2**-8), (-1, -2**-8 - 2**-12), (1, -2**-9),
-                 (math.inf, 1), (math.nan, 1)):
+    for pair in (
+        (1, 2**-8),
+        (1, 2**-8 + 2**-12),
+        (1 + 2**-7, 2**-8),
+        (-1, -(2**-8) - 2**-12),
+        (1, -(2**-9)),
+        (math.inf, 1),
+        (math.nan, 1),
+    ):
         x = torch.zeros(1, 32, dtype=torch.bfloat16)
         x[0, :2] = torch.tensor(pair)
         wanted = x.float().sum().bfloat16().expand(1, 8)
@@ -150,8 +165,16 @@ def test_a_product_is_that_of_pytorch(dtype):
         assert difference(Model(dtype).kernel.product(x, weight), x.float() @ weight.float().T) < EXACT[dtype]
 
 
-@pytest.mark.parametrize("change", [{"dtype": torch.float16}, {"hidden": 100}, {"intermediate": 168},
-                                    {"head_size": 40}, {"heads": 5, "head_size": 48}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.float16},
+        {"hidden": 100},
+        {"intermediate": 168},
+        {"head_size": 40},
+        {"heads": 5, "head_size": 48},
+    ],
+)
 def test_other_geometries_are_refused(change):
     geometry = replace(GEOMETRY, **change)
     assert GEOMETRY.fits() and not geometry.fits()

@@ -1,4 +1,5 @@
 """The decoder's parameters are checked before anything loads, and vLLM's surroundings are set."""
+
 from __future__ import annotations
 
 import os
@@ -18,15 +19,18 @@ def test_texts_become_settings_of_their_own_kinds():
     assert settings == DecoderSettings(kv_cache_gib=0.5, max_num_seqs=3, enforce_eager=True)
 
 
-@pytest.mark.parametrize("parameters, words", [
-    ({"max_num_sequences": "3"}, "unknown parameter max_num_sequences; known are kv_cache_gib"),
-    ({"max_num_seqs": "many"}, "max_num_seqs must be a whole number, not 'many'"),
-    ({"enforce_eager": "1"}, "enforce_eager must be true or false"),
-    ({"max_num_seqs": "0"}, "max_num_seqs must be 1 or more, not 0"),
-    ({"kv_cache_gib": "nan"}, "kv_cache_gib must be 0 or more"),
-    ({"gpu_memory_utilization": "90"}, "above 0 and at most 1"),
-    ({"block_size": "24"}, "multiple of 16"),
-])
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        ({"max_num_sequences": "3"}, "unknown parameter max_num_sequences; known are kv_cache_gib"),
+        ({"max_num_seqs": "many"}, "max_num_seqs must be a whole number, not 'many'"),
+        ({"enforce_eager": "1"}, "enforce_eager must be true or false"),
+        ({"max_num_seqs": "0"}, "max_num_seqs must be 1 or more, not 0"),
+        ({"kv_cache_gib": "nan"}, "kv_cache_gib must be 0 or more"),
+        ({"gpu_memory_utilization": "90"}, "above 0 and at most 1"),
+        ({"block_size": "24"}, "multiple of 16"),
+    ],
+)
 def test_a_bad_parameter_is_named_with_what_is_allowed(parameters, words):
     with pytest.raises(RepositoryError, match=re.escape(words)):
         DecoderSettings.from_parameters(parameters)

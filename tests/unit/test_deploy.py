@@ -1,4 +1,5 @@
 """The GPU server's image and its compose file, as far as they can be tried without Docker and without a GPU."""
+
 from __future__ import annotations
 
 import ast
@@ -35,8 +36,12 @@ DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 README = (DEPLOY / "README.md").read_text()
 SERVICE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["m3d"]
-REQUIREMENTS = [Requirement(line) for line in map(str.strip, (DEPLOY / "requirements.txt").read_text().splitlines())
-                if line and not line.startswith("#") for line in [line.partition("#")[0]]]
+REQUIREMENTS = [
+    Requirement(line)
+    for line in map(str.strip, (DEPLOY / "requirements.txt").read_text().splitlines())
+    if line and not line.startswith("#")
+    for line in [line.partition("#")[0]]
+]
 
 
 def instructions(name: str) -> list[str]:
@@ -106,7 +111,9 @@ def brought_by(requirements: list[Requirement]) -> set[str]:
 
 
 def test_the_dockerfile_is_clean_by_hadolint():
-    done = subprocess.run([Path(sys.executable).with_name("hadolint"), DEPLOY / "Dockerfile"], capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("hadolint"), DEPLOY / "Dockerfile"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -165,8 +172,9 @@ def test_the_images_environment_has_a_pip_of_its_own_though_python_has_no_ensure
         settings = {**os.environ, "PATH": os.pathsep.join(path), "VIRTUAL_ENV": str(environment), **more}
         return subprocess.run(["bash", "-o", "pipefail", "-c", command], env=settings, capture_output=True, text=True)
 
-    done = shell(step.replace("/opt/m3d", str(environment)), PYTHONPATH=str(pips), PIP_NO_INDEX="1",
-                 PIP_FIND_LINKS=str(wheels))
+    done = shell(
+        step.replace("/opt/m3d", str(environment)), PYTHONPATH=str(pips), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"from {environment}/" in shell("python3 -m pip --version").stdout
 
@@ -174,12 +182,31 @@ def test_the_images_environment_has_a_pip_of_its_own_though_python_has_no_ensure
 def test_the_package_installs_by_the_images_step(tmp_path):
     assert "python3 -m pip install --no-deps ." in instructions("RUN")
     source = tmp_path / "src"
-    for path in subprocess.run(["git", "ls-files", "engine", "pyproject.toml", "README.md"], cwd=ROOT, text=True,
-                               capture_output=True, check=True).stdout.splitlines():
+    for path in subprocess.run(
+        ["git", "ls-files", "engine", "pyproject.toml", "README.md"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.splitlines():
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_bytes((ROOT / path).read_bytes())
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target",
-                    tmp_path / "site", "."], cwd=source, check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--target",
+            tmp_path / "site",
+            ".",
+        ],
+        cwd=source,
+        check=True,
+    )
     assert (tmp_path / "site" / "engine" / "gpu.py").is_file()
 
 
@@ -233,11 +260,22 @@ def test_what_vllm_compiles_in_its_temporary_folders_can_be_loaded():
 
 def test_the_image_has_what_the_gpu_check_imports():
     files, foreign = run_by_the_gpu_check()
-    assert {ROOT / path for path in ("engine/gpu.py", "export/build_engines.py", "benchmarks/load.py",
-                                     "tests/conftest.py", "tests/fixtures/weights.py")} <= files
+    assert {
+        ROOT / path
+        for path in (
+            "engine/gpu.py",
+            "export/build_engines.py",
+            "benchmarks/load.py",
+            "tests/conftest.py",
+            "tests/fixtures/weights.py",
+        )
+    } <= files
     owners, brought = importlib.metadata.packages_distributions(), brought_by(REQUIREMENTS)
-    missing = {module for module in foreign - NOT_OF_THE_REQUIREMENTS
-               if not brought & {canonicalize_name(name) for name in owners.get(module, ())}}
+    missing = {
+        module
+        for module in foreign - NOT_OF_THE_REQUIREMENTS
+        if not brought & {canonicalize_name(name) for name in owners.get(module, ())}
+    }
     assert missing == set()
 
 
@@ -248,7 +286,7 @@ def test_the_image_has_the_plugin_that_ends_a_test_that_hangs():
 
 def test_the_documented_gpu_check_sees_the_checkout_and_writes_to_its_out_folder_alone():
     words = command_with("deploy/gpu_check.py")
-    options, arguments = words[:words.index("m3d-engine")], words[words.index("m3d-engine") + 1:]
+    options, arguments = words[: words.index("m3d-engine")], words[words.index("m3d-engine") + 1 :]
     given = dict(zip(options, options[1:]))
     mounts = [value for option, value in zip(options, options[1:]) if option == "-v"]
     assert mounts == ["$PWD:/src:ro", "$PWD/out:/src/out"]
@@ -286,7 +324,11 @@ def test_the_gpu_check_says_what_is_missing_and_fails(tmp_path, capsys):
     said = capsys.readouterr().err
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["steps"] == [] and len(report["machine"]) >= 1
-    assert "missing" in said and "deploy/README.md" in said and (tmp_path / "report.md").read_text().startswith("# GPU check")
+    assert (
+        "missing" in said
+        and "deploy/README.md" in said
+        and (tmp_path / "report.md").read_text().startswith("# GPU check")
+    )
 
 
 def test_the_gpu_check_goes_on_after_a_failure_and_reports_it(tmp_path):
@@ -294,7 +336,13 @@ def test_the_gpu_check_goes_on_after_a_failure_and_reports_it(tmp_path):
         raise gpu_check.Failed("too far off")
 
     report = gpu_check.Report(tmp_path)
-    plan = {"compared": "plan on the GPU", "max_error": 1e-3, "mean_error": 1e-4, "fused_attentions": 24, "bytes": 10**8}
+    plan = {
+        "compared": "plan on the GPU",
+        "max_error": 1e-3,
+        "mean_error": 1e-4,
+        "fused_attentions": 24,
+        "bytes": 10**8,
+    }
     report.run("first", broken)
     report.run("second", lambda: {"plans": {"vision_encoder": plan}})
     assert not report.ok and [step["ok"] for step in report.steps] == [False, True]

@@ -1,4 +1,5 @@
 """How the Python models answer Triton, with a stand-in for the module that exists inside its stubs only."""
+
 from __future__ import annotations
 
 import importlib
@@ -50,7 +51,7 @@ class Request:
 
     def answer(self):
         assert self.answered.wait(30)
-        response, = self.answers
+        (response,) = self.answers
         return response
 
 
@@ -65,16 +66,24 @@ def triton(monkeypatch):
             return called.pop()
 
     backend = SimpleNamespace(
-        Tensor=Tensor, PreferredMemory=lambda kind: kind, TRITONSERVER_MEMORY_CPU="cpu",
-        TRITONSERVER_RESPONSE_COMPLETE_FINAL="final", Logger=SimpleNamespace(log_error=log.append),
+        Tensor=Tensor,
+        PreferredMemory=lambda kind: kind,
+        TRITONSERVER_MEMORY_CPU="cpu",
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL="final",
+        Logger=SimpleNamespace(log_error=log.append),
         InferenceRequest=Call,
         InferenceResponse=lambda outputs=(), error=None: SimpleNamespace(
-            outputs={tensor.name: tensor.array for tensor in outputs}, error=error,
-            has_error=lambda: error is not None),
+            outputs={tensor.name: tensor.array for tensor in outputs}, error=error, has_error=lambda: error is not None
+        ),
         get_input_tensor_by_name=lambda request, name: request.inputs.get(name),
-        get_output_tensor_by_name=lambda response, name: Tensor(name, response.outputs[name]))
-    backend.TritonError = type("TritonError", (SimpleNamespace,), {code: code for code in codes} | {
-        "__init__": lambda self, message, code: SimpleNamespace.__init__(self, text=message, code=code)})
+        get_output_tensor_by_name=lambda response, name: Tensor(name, response.outputs[name]),
+    )
+    backend.TritonError = type(
+        "TritonError",
+        (SimpleNamespace,),
+        {code: code for code in codes}
+        | {"__init__": lambda self, message, code: SimpleNamespace.__init__(self, text=message, code=code)},
+    )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -128,13 +137,19 @@ def test_a_request_cancelled_while_it_waited_is_not_worked_on(triton):
     desk.close()
 
 
-@pytest.mark.parametrize("error, code, text", [
-    (InvalidInput("too large"), "INVALID_ARG", "INVALID_ARGUMENT: too large"),
-    (StudyNotFound("unknown"), "NOT_FOUND", "NOT_FOUND: unknown"),
-    (Unavailable("not loaded"), "UNAVAILABLE", "UNAVAILABLE: not loaded"),
-    (ZeroDivisionError("secret detail"), "INTERNAL",
-     "INTERNAL: unexpected ZeroDivisionError; the server's log has the details"),
-])
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        (InvalidInput("too large"), "INVALID_ARG", "INVALID_ARGUMENT: too large"),
+        (StudyNotFound("unknown"), "NOT_FOUND", "NOT_FOUND: unknown"),
+        (Unavailable("not loaded"), "UNAVAILABLE", "UNAVAILABLE: not loaded"),
+        (
+            ZeroDivisionError("secret detail"),
+            "INTERNAL",
+            "INTERNAL: unexpected ZeroDivisionError; the server's log has the details",
+        ),
+    ],
+)
 @pytest.mark.parametrize("slow", [False, True], ids=["at once", "later"])
 def test_an_error_reaches_the_client_with_its_code_and_the_desk_goes_on(triton, error, code, text, slow):
     def fail(request):
@@ -154,9 +169,12 @@ def test_an_error_reaches_the_client_with_its_code_and_the_desk_goes_on(triton, 
 
 
 def test_inputs_are_optional_and_texts_must_be_utf8(triton):
-    request = Request(TEXTS=Tensor("TEXTS", np.array(["ä".encode(), b"b"], object)),
-                      NO=Tensor("NO", np.array([False])),
-                      EMPTY=Tensor("EMPTY", np.array([b""], object)), BAD=Tensor("BAD", np.array([b"\xff"], object)))
+    request = Request(
+        TEXTS=Tensor("TEXTS", np.array(["ä".encode(), b"b"], object)),
+        NO=Tensor("NO", np.array([False])),
+        EMPTY=Tensor("EMPTY", np.array([b""], object)),
+        BAD=Tensor("BAD", np.array([b"\xff"], object)),
+    )
     io = triton.io
     assert io.texts(request, "TEXTS") == ["ä", "b"] and io.texts(request, "absent") == []
     assert io.text(request, "TEXTS") == "ä" and io.text(request, "EMPTY") is None and io.text(request, "absent") is None
@@ -173,10 +191,17 @@ def test_another_models_answer_is_copied_out_of_tritons_memory(triton):
     assert answered["VISUAL_TOKENS"].all()
 
 
-@pytest.mark.parametrize("message, kind, text", [
-    ("INVALID_ARGUMENT: IMAGE must be FP32", InvalidInput, "IMAGE must be FP32"),
-    ("Stub process 'vision_encoder_0_0' is not healthy.", Unavailable, "vision_encoder cannot be run: Stub process"),
-])
+@pytest.mark.parametrize(
+    "message, kind, text",
+    [
+        ("INVALID_ARGUMENT: IMAGE must be FP32", InvalidInput, "IMAGE must be FP32"),
+        (
+            "Stub process 'vision_encoder_0_0' is not healthy.",
+            Unavailable,
+            "vision_encoder cannot be run: Stub process",
+        ),
+    ],
+)
 def test_another_models_error_is_raised_as_its_kind(triton, message, kind, text):
     error = SimpleNamespace(message=lambda: message)
     triton.called.append(SimpleNamespace(has_error=lambda: True, error=lambda: error))
@@ -205,7 +230,7 @@ def test_a_scan_is_decoded_where_it_was_put_together(triton, part_bytes):
     model.studies = SimpleNamespace(open=lambda scan: opened.append(scan) or ("handle", {}))
     file = np.arange(1000).astype(np.uint8)
     for start in range(0, file.size, part_bytes):
-        inputs = {"VOLUME": file[start:start + part_bytes]}
+        inputs = {"VOLUME": file[start : start + part_bytes]}
         if part_bytes < file.size:
             inputs |= {"UPLOAD": np.array([b"name"], object), "UPLOAD_RANGE": np.array([start, file.size])}
         answer = model._answer(Request(**{name: Tensor(name, array) for name, array in inputs.items()}))

@@ -1,4 +1,5 @@
 """Streamed text adds up to what decoding all tokens at once gives."""
+
 from __future__ import annotations
 
 import random
@@ -76,6 +77,6 @@ def test_a_stop_text_and_what_follows_it_never_show(tokenizer, size):
     whole = tokenizer.decode(ids, skip_special_tokens=True)
     end = next(i for i in range(len(ids)) if "naïve" in tokenizer.decode(ids[:i])) + 1
     text = Detokenizer(tokenizer, stop=["naïve", "never said"])
-    parts = [ids[i:min(i + size, end)] for i in range(0, end, size)]
+    parts = [ids[i : min(i + size, end)] for i in range(0, end, size)]
     shown = [text.add(part) for part in parts[:-1]] + [text.finish(parts[-1], "naïve")]
-    assert "".join(shown) == text.text == whole[:whole.index("naïve")]
+    assert "".join(shown) == text.text == whole[: whole.index("naïve")]

@@ -1,4 +1,5 @@
 """Embeddings come from the exported folder however its weights are stored."""
+
 from __future__ import annotations
 
 import json

@@ -1,12 +1,19 @@
 """Errors keep their kind and their words across Triton, whatever Triton puts around them."""
+
 from __future__ import annotations
 
 import pytest
 
 from engine import errors
 
-KINDS = (errors.InvalidInput, errors.StudyNotFound, errors.ResourceExhausted, errors.Unavailable, errors.Cancelled,
-         errors.DeadlineExceeded)
+KINDS = (
+    errors.InvalidInput,
+    errors.StudyNotFound,
+    errors.ResourceExhausted,
+    errors.Unavailable,
+    errors.Cancelled,
+    errors.DeadlineExceeded,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)

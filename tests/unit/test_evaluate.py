@@ -1,4 +1,5 @@
 """What the demonstration's evaluation promises: the truth scores 1, nonsense 0, and a guess what chance says."""
+
 from __future__ import annotations
 
 import json
@@ -14,8 +15,21 @@ from tests.tiny import write_tiny_lamed
 from training.data.augment import view_of
 from training.data.questions import Question
 from training.data.scans import LabelledScan
-from training.evaluate import (KINDS, Answerer, Priors, Score, box_iou, dice, figure, finding, measure, reports,
-                               retrieval, summary, table)
+from training.evaluate import (
+    KINDS,
+    Answerer,
+    Priors,
+    Score,
+    box_iou,
+    dice,
+    figure,
+    finding,
+    measure,
+    reports,
+    retrieval,
+    summary,
+    table,
+)
 
 SIZE = (8, 32, 32)
 DEMO = Path(training.__file__).parent / "demo"
@@ -25,11 +39,23 @@ DEMO = Path(training.__file__).parent / "demo"
 def view():
     masks = np.zeros((2, *SIZE), bool)
     masks[0, :, 4:28, 18:30], masks[1, 2:6, 8:20, 2:14] = True, True
-    facts = {"modality": "CT", "part": "chest", "view": "both lungs", "finding": "No tumour is seen.", "tumour": "",
-             "tumour_side": ""}
+    facts = {
+        "modality": "CT",
+        "part": "chest",
+        "view": "both lungs",
+        "finding": "No tumour is seen.",
+        "tumour": "",
+        "tumour_side": "",
+    }
     bits = masks[0].astype(np.int64) + 2 * masks[1].astype(np.int64)
-    scan = LabelledScan("phantom", masks[0].astype(np.float32), bits, ("left lung", "right lung"),
-                        tuple(float(m.mean()) for m in masks), facts)
+    scan = LabelledScan(
+        "phantom",
+        masks[0].astype(np.float32),
+        bits,
+        ("left lung", "right lung"),
+        tuple(float(m.mean()) for m in masks),
+        facts,
+    )
     return view_of(scan, None, SIZE, np.random.default_rng(0))
 
 
@@ -60,8 +86,7 @@ def test_the_truth_scores_one_in_every_task_and_nonsense_zero(view):
 
 def test_chance_is_what_any_structure_in_view_would_score(view):
     scores = measured(view)
-    chances = {kind: {round(s.chance, 3) for s in scores if s.kind == kind}
-               for kind in ("REG", "segmentation", "REC")}
+    chances = {kind: {round(s.chance, 3) for s in scores if s.kind == kind} for kind in ("REG", "segmentation", "REC")}
     # Two structures that do not touch: one of two is right.
     assert chances == {"REG": {0.5}, "segmentation": {0.5}, "REC": {0.5}}
 
@@ -72,7 +97,7 @@ def test_the_best_guess_knows_the_commonest_answer_and_the_usual_place(view):
     assert all(s.prior == pytest.approx(1) for s in scores if s.prior is not None)
     other = replace(view, scan="other", facts={**view.facts, "modality": "MR"})
     priors = Priors([view, other, other], [view])
-    asked = [q for q in (Question("modality", "", "", key=key) for key in ("CT", "MR"))]
+    asked = [Question("modality", "", "", key=key) for key in ("CT", "MR")]
     assert [priors.closed(q) for q in asked] == [0, 1]
     assert priors.reports.most_common(1)[0] == (finding(other), 2)
     assert priors.usual(replace(view, facts={**view.facts, "part": "brain"}), "left lung", lambda v: 1.0) is None
@@ -111,7 +136,7 @@ def test_intervals_take_answers_about_one_view_together():
     def scores(views):
         return [Score("REG", "", "", view, value, 0.5) for view, values in enumerate(views) for value in values]
 
-    alone, together = ([scores(views) for views in ([[v] for v in [1.0, 0.0] * 40], [[1.0] * 10, [0.0] * 10] * 4)])
+    alone, together = [scores(views) for views in ([[v] for v in [1.0, 0.0] * 40], [[1.0] * 10, [0.0] * 10] * 4)]
     (low, high), (lower, higher) = figure(alone)["interval"], figure(together)["interval"]
     assert lower < low < 0.5 < high < higher
     # All right in 20 views: Wilson's, by its formula n / (n + z²).
@@ -124,7 +149,8 @@ def test_the_summary_is_json_and_the_card_s_table_names_every_task(view):
     found = json.loads(json.dumps(summary(scores), allow_nan=False))
     assert found["segmentation"]["mean_dice_large"] == 1 and found["segmentation"]["large_structures"] == 2
     assert found["closed_questions"]["mean"] == 1 and found["closed_questions"]["n"] == sum(
-        s.kind in ("closed VQA", "open VQA", "yes or no") for s in scores)
+        s.kind in ("closed VQA", "open VQA", "yes or no") for s in scores
+    )
     lines = table(found["tasks"]).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(found["tasks"])
 
@@ -140,4 +166,6 @@ def test_many_questions_at_once_are_answered_as_one_by_one(tmp_path):
         ids, _, logits = answerer.lamed.generate(torch.from_numpy(image)[None, None], ids, 12)
         alone = answerer.tokenizer.decode(ids, skip_special_tokens=False).split(answerer.tokenizer.eos_token)[0].strip()
         assert answer == alone
-        assert (mask is None) == (logits is None) and (mask is None or (mask == (logits[0, 0] > 0).numpy()).mean() > 0.99)
+        assert (mask is None) == (logits is None) and (
+            mask is None or (mask == (logits[0, 0] > 0).numpy()).mean() > 0.99
+        )

@@ -1,11 +1,12 @@
 """Our PyTorch modules compute what the reference computed, to the tolerances of tests/fixtures/README.md."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-
 import write_checkpoint
+
 from engine.models.checkpoint import load_clip, load_lamed
 from engine.prompt import Prompt
 
@@ -20,17 +21,26 @@ def lamed(dev_small):
 @pytest.fixture(scope="module")
 def answer(dev_small, lamed):
     model, _ = lamed
-    return model.generate(dev_small.volume, torch.tensor([dev_small.spec["input_ids"]]),
-                          max_new_tokens=dev_small.spec["generate"]["max_new_tokens"])
+    return model.generate(
+        dev_small.volume,
+        torch.tensor([dev_small.spec["input_ids"]]),
+        max_new_tokens=dev_small.spec["generate"]["max_new_tokens"],
+    )
 
 
 def assert_same_tokens(found_BNE: torch.Tensor, expected: dict, name: str) -> None:
     x = found_BNE[0].numpy()
     n, c = x.shape
     np.testing.assert_allclose(x[:4, :16], expected[f"{name}_first"], atol=FEATURES, rtol=0)
-    np.testing.assert_allclose(x[::max(1, n // 16), ::max(1, c // 16)], expected[f"{name}_grid"], atol=FEATURES, rtol=0)
-    np.testing.assert_allclose([x.astype(np.float64).mean(), x.astype(np.float64).std(ddof=1)],
-                               expected[f"{name}_mean_std"], atol=FEATURES, rtol=0)
+    np.testing.assert_allclose(
+        x[:: max(1, n // 16), :: max(1, c // 16)], expected[f"{name}_grid"], atol=FEATURES, rtol=0
+    )
+    np.testing.assert_allclose(
+        [x.astype(np.float64).mean(), x.astype(np.float64).std(ddof=1)],
+        expected[f"{name}_mean_std"],
+        atol=FEATURES,
+        rtol=0,
+    )
 
 
 @torch.inference_mode()
@@ -47,7 +57,9 @@ def test_greedy_tokens_step_logits_and_states_match_the_reference(dev_small, lam
     assert ids.tolist() == dev_small.expected["output_ids"].tolist()
     np.testing.assert_allclose(states, dev_small.expected["step_hidden"], atol=FEATURES, rtol=0)
     with torch.inference_mode():
-        np.testing.assert_allclose(model.llm.lm_head(states), dev_small.expected["step_logits"], atol=STEP_LOGITS, rtol=0)
+        np.testing.assert_allclose(
+            model.llm.lm_head(states), dev_small.expected["step_logits"], atol=STEP_LOGITS, rtol=0
+        )
 
 
 @torch.inference_mode()
@@ -76,11 +88,15 @@ def test_clip_features_and_logits_match_the_reference(dev_clip):
     ids, mask = torch.tensor(dev_clip.spec["input_ids"]), torch.tensor(dev_clip.spec["attention_mask"])
     image, text = model.encode_image(dev_clip.volume), model.encode_text(ids, mask)
     found = {
-        "image_cls": image[:, 0, :32], "text_cls": text[:, 0, :32], "text_all": text[:, :, ::text.shape[2] // 32],
-        "logits_per_image": model.logits_per_image(dev_clip.volume, ids, mask), "logit_scale": model.logit_scale,
+        "image_cls": image[:, 0, :32],
+        "text_cls": text[:, 0, :32],
+        "text_all": text[:, :, :: text.shape[2] // 32],
+        "logits_per_image": model.logits_per_image(dev_clip.volume, ids, mask),
+        "logit_scale": model.logit_scale,
     }
     for name, value in found.items():
         np.testing.assert_allclose(value, dev_clip.expected[name], atol=CLIP, rtol=0, err_msg=name)
     n, width = image.shape[1:]
-    np.testing.assert_allclose(image[:, ::max(1, n // 16), ::max(1, width // 16)], dev_clip.expected["image_grid"],
-                               atol=CLIP, rtol=0)
+    np.testing.assert_allclose(
+        image[:, :: max(1, n // 16), :: max(1, width // 16)], dev_clip.expected["image_grid"], atol=CLIP, rtol=0
+    )

@@ -1,4 +1,5 @@
 """An export is complete, proven and repeatable, or it fails and leaves nothing that could be served."""
+
 from __future__ import annotations
 
 import shutil
@@ -41,9 +42,16 @@ def test_a_whole_checkpoint_exports_every_graph_within_its_bound(exported):
     assert all((repository / path).stat().st_size == size for path, size in manifest.files.items())
 
 
-@pytest.mark.parametrize(("name", "blocks"), [
-    ("vision_encoder", tiny.VIT["num_layers"]), ("segmentation_encoder", tiny.VIT["num_layers"]),
-    ("clip_image_encoder", tiny.VIT["num_layers"]), ("clip_text_encoder", 0), ("segmentation_head", 0)])
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("vision_encoder", tiny.VIT["num_layers"]),
+        ("segmentation_encoder", tiny.VIT["num_layers"]),
+        ("clip_image_encoder", tiny.VIT["num_layers"]),
+        ("clip_text_encoder", 0),
+        ("segmentation_head", 0),
+    ],
+)
 def test_every_attention_of_the_image_encoders_is_one_operator(exported, name, blocks):
     repository, _ = exported
     nodes = onnx.load(repository / name / "1" / "model.onnx", load_external_data=False).graph.node
@@ -101,8 +109,12 @@ def test_a_changed_checkpoint_precision_or_lost_file_exports_again(exported, che
     (changed / "added_tokens.json").write_text("{}")
     lost = shutil.copytree(repository, tmp_path / "lost")
     (lost / "vision_encoder" / "1" / "model.onnx").unlink()
-    for arguments in (dict(checkpoint=changed), dict(checkpoint=lamed, precision="bf16"),
-                      dict(checkpoint=lamed, repository=lost), dict(checkpoint=lamed, force=True)):
+    for arguments in (
+        dict(checkpoint=changed),
+        dict(checkpoint=lamed, precision="bf16"),
+        dict(checkpoint=lamed, repository=lost),
+        dict(checkpoint=lamed, force=True),
+    ):
         target = arguments.pop("repository", None) or shutil.copytree(repository, tmp_path / "repo", dirs_exist_ok=True)
         with pytest.raises(Again):
             export(repository=target, clip_checkpoint=clip, **arguments)
@@ -110,8 +122,9 @@ def test_a_changed_checkpoint_precision_or_lost_file_exports_again(exported, che
             Manifest.read(target)
 
 
-def test_a_calibration_file_that_is_no_scan_is_named_and_leaves_what_was_exported(exported, checkpoints, tmp_path, capsys,
-                                                                                  monkeypatch):
+def test_a_calibration_file_that_is_no_scan_is_named_and_leaves_what_was_exported(
+    exported, checkpoints, tmp_path, capsys, monkeypatch
+):
     repository = shutil.copytree(exported[0], tmp_path / "repository")
     (tmp_path / "notes.md").write_text("# no scan")
     before = {path: path.stat().st_size for path in repository.rglob("*")}
@@ -123,9 +136,13 @@ def test_a_calibration_file_that_is_no_scan_is_named_and_leaves_what_was_exporte
     assert {path: path.stat().st_size for path in repository.rglob("*")} == before
 
 
-@pytest.mark.parametrize(("error", "status", "words"), [
-    (KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left on device"), 1, "No space left on device")])
-def test_an_export_that_breaks_off_says_what_it_leaves(checkpoints, tmp_path, monkeypatch, capsys, error, status, words):
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left on device"), 1, "No space left on device")],
+)
+def test_an_export_that_breaks_off_says_what_it_leaves(
+    checkpoints, tmp_path, monkeypatch, capsys, error, status, words
+):
     exporting = graphs._export
 
     def broken_off(graph, target, fused):
@@ -159,7 +176,9 @@ def test_a_checkpoint_without_segmentation_exports_chat_alone(checkpoints, tmp_p
 
     model, tokenizer = load_lamed(checkpoints[0])
     model.seg_module = model.seg_projector = None
-    chat = write_lamed(model, {**read_config(checkpoints[0]), "segmentation_module": None}, tokenizer, tmp_path / "chat")
+    chat = write_lamed(
+        model, {**read_config(checkpoints[0]), "segmentation_module": None}, tokenizer, tmp_path / "chat"
+    )
     manifest = export(chat, copy_repository(tmp_path))
     assert set(manifest.models) == set(contract.CHAT_MODELS) and manifest.seg_token_id is None
 

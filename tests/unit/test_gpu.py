@@ -1,4 +1,5 @@
 """What a machine's GPU is, and why an exported repository does not fit it, before Triton fails with it."""
+
 from __future__ import annotations
 
 import json
@@ -21,15 +22,34 @@ from tests.conftest import ROOT
 L4 = Gpu("NVIDIA L4", "580.95.05", "8.9", 24 << 30, 22 << 30)
 RTX_5090 = Gpu("NVIDIA RTX 5090", "580.95.05", "12.0", 32 << 30, 31 << 30, 1)
 T4 = Gpu("NVIDIA T4", "580.95.05", "7.5", 24 << 30, 22 << 30, 2)
-PLAN = {"builder": "tensorrt", "tensorrt": "11.4.0.106", "compute_capability": "8.9", "version_compatible": False,
-        "hardware_compatible": False}
+PLAN = {
+    "builder": "tensorrt",
+    "tensorrt": "11.4.0.106",
+    "compute_capability": "8.9",
+    "version_compatible": False,
+    "hardware_compatible": False,
+}
 GRAPHS = ("vision_encoder", "segmentation_encoder")
 MANIFEST = Manifest(
-    checkpoint="lamed", checkpoint_sha256="0", target="tensorrt", precision="fp16", image_size=(32, 256, 256),
-    patch_size=(4, 16, 16), num_visual_tokens=256, llm_width=4096, vocab_size=32000, context_length=2048,
-    image_token_id=1, seg_token_id=2, eos_token_ids=(2,), models=("study",),
-    graphs={name: {"plan": PLAN} for name in GRAPHS}, versions={}, plans={"builder": "tensorrt"},
-    files={"decoder/1/llm/model.safetensors": 13_500_000_000})
+    checkpoint="lamed",
+    checkpoint_sha256="0",
+    target="tensorrt",
+    precision="fp16",
+    image_size=(32, 256, 256),
+    patch_size=(4, 16, 16),
+    num_visual_tokens=256,
+    llm_width=4096,
+    vocab_size=32000,
+    context_length=2048,
+    image_token_id=1,
+    seg_token_id=2,
+    eos_token_ids=(2,),
+    models=("study",),
+    graphs={name: {"plan": PLAN} for name in GRAPHS},
+    versions={},
+    plans={"builder": "tensorrt"},
+    files={"decoder/1/llm/model.safetensors": 13_500_000_000},
+)
 FILES = {"clip_text_encoder/1/model.onnx": 20, "vision_encoder/1/model.plan": 10}
 TRITON = Triton(Path("/opt/tritonserver/bin/tritonserver"), None, "2.72.0")
 
@@ -42,11 +62,13 @@ def planned(**changes) -> Manifest:
 def nvidia_smi(tmp_path, monkeypatch):
     """Puts a program of that name on PATH, which says what the real one says about two GPUs."""
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\n"
-                       "case \"$1\" in --query-gpu=*)\n"
-                       "echo '0, GPU-11aa, NVIDIA L4, 580.95.05, 8.9, 23034, 22000'\n"
-                       "echo '1, GPU-22bb, NVIDIA RTX 5090, 580.95.05, 12.0, 32607, 32000'\n"
-                       ";; *) echo '| NVIDIA-SMI 580.95.05   Driver Version: 580.95.05   CUDA Version: 13.0  |' ;; esac\n")
+    program.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in --query-gpu=*)\n'
+        "echo '0, GPU-11aa, NVIDIA L4, 580.95.05, 8.9, 23034, 22000'\n"
+        "echo '1, GPU-22bb, NVIDIA RTX 5090, 580.95.05, 12.0, 32607, 32000'\n"
+        ";; *) echo '| NVIDIA-SMI 580.95.05   Driver Version: 580.95.05   CUDA Version: 13.0  |' ;; esac\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -56,9 +78,11 @@ def nvidia_smi(tmp_path, monkeypatch):
 @pytest.fixture
 def here(monkeypatch):
     """here(*gpus): what this machine has, with TensorRT 11.4.0."""
+
     def has(*gpus):
         monkeypatch.setattr(gpu, "find_gpus", lambda: list(gpus))
         monkeypatch.setattr(gpu, "tensorrt_version", lambda: "11.4.0")
+
     return has
 
 
@@ -82,8 +106,9 @@ def examined(repository) -> dict[str, list[doctor.Finding]]:
     return found
 
 
-@pytest.mark.parametrize(("precision", "native", "noted"), [
-    ("bf16", False, True), ("bf16", True, False), ("fp32", False, False)])
+@pytest.mark.parametrize(
+    ("precision", "native", "noted"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+)
 def test_a_language_model_in_bf16_on_a_processor_without_it_is_noted(exported, monkeypatch, precision, native, noted):
     replace(MANIFEST, files=FILES, target="cpu", precision=precision).write(exported)
     monkeypatch.setattr(doctor, "has_bf16", lambda: native)
@@ -98,9 +123,20 @@ def test_gpus_are_what_the_driver_says(nvidia_smi):
     assert gpu.cuda_version() == "13.0"
 
 
-@pytest.mark.parametrize(("chosen", "numbers"), [
-    ("0", [0]), ("1,0", [1, 0]), ("GPU-22bb", [1]), ("GPU-2, 0", [1, 0]), ("", []), ("-1", []), ("0,7,1", [0]),
-    ("GPU-", []), ("MIG-33cc", [0, 1])])
+@pytest.mark.parametrize(
+    ("chosen", "numbers"),
+    [
+        ("0", [0]),
+        ("1,0", [1, 0]),
+        ("GPU-22bb", [1]),
+        ("GPU-2, 0", [1, 0]),
+        ("", []),
+        ("-1", []),
+        ("0,7,1", [0]),
+        ("GPU-", []),
+        ("MIG-33cc", [0, 1]),
+    ],
+)
 def test_gpus_are_those_that_cuda_would_see(nvidia_smi, monkeypatch, chosen, numbers):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert [found.number for found in gpu.find_gpus()] == numbers
@@ -129,45 +165,86 @@ def test_a_repository_built_on_this_gpu_fits_it():
     assert gpu.misfits(MANIFEST, [L4], "11.4.0") == []
 
 
-@pytest.mark.parametrize(("manifest", "gpus", "tensorrt", "words"), [
-    (MANIFEST, [], "11.4.0", "no NVIDIA GPU"),
-    (replace(MANIFEST, plans={"builder": "rtx"}), [L4], "11.4.0", "TensorRT for RTX"),
-    (planned(compute_capability="12.0"), [L4], "11.4.0",
-     "compute capability 12.0, NVIDIA L4 (GPU 0) has 8.9: export again on this machine: "),
-    (planned(compute_capability="12.0", hardware_compatible=True), [T4], "11.4.0",
-     "compute capability 8.0 or later, NVIDIA T4 (GPU 2) has 7.5: export again on this machine, without --hardware"),
-    (planned(tensorrt="11.3.0.1"), [L4], "11.4.0", "built by TensorRT 11.3.0.1, here is 11.4.0"),
-    (planned(tensorrt="11.5.0.1", version_compatible=True), [L4], "11.4.0", "built by TensorRT 11.5.0.1"),
-    (planned(tensorrt="11.3.0rc1"), [L4], "11.4.0", "built by TensorRT 11.3.0rc1, here is 11.4.0"),
-    (planned(tensorrt="unknown"), [L4], "11.4.0", "built by TensorRT unknown, here is 11.4.0"),
-    (MANIFEST, [replace(L4, memory=16 << 30)], "11.4.0", "18.6 GiB of GPU memory, NVIDIA L4 (GPU 0) has 16.0: take a"),
-    # Triton loads every plan on every GPU.
-    (MANIFEST, [L4, RTX_5090], "11.4.0", "NVIDIA RTX 5090 (GPU 1) has 12.0: leave out what does not fit, by "
-                                         "CUDA_VISIBLE_DEVICES=0"),
-    (planned(compute_capability="12.0"), [L4, RTX_5090, T4], "11.4.0",
-     "NVIDIA L4 (GPU 0) has 8.9, NVIDIA T4 (GPU 2) has 7.5: leave out what does not fit, by CUDA_VISIBLE_DEVICES=1"),
-    (planned(hardware_compatible=True), [L4, RTX_5090, T4], "11.4.0", "CUDA_VISIBLE_DEVICES=0,1"),
-    (MANIFEST, [replace(L4, memory=16 << 30), replace(L4, number=1)], "11.4.0",
-     "NVIDIA L4 (GPU 0) has 16.0: leave out what does not fit, by CUDA_VISIBLE_DEVICES=1"),
-    (replace(MANIFEST, files={"a/1/model.plan": 5 << 30}), [L4, replace(L4, memory=4 << 30, number=1)], "11.4.0",
-     "5.0 GiB of GPU memory, NVIDIA L4 (GPU 1) has 4.0: leave out what does not fit, by CUDA_VISIBLE_DEVICES=0"),
-])
+@pytest.mark.parametrize(
+    ("manifest", "gpus", "tensorrt", "words"),
+    [
+        (MANIFEST, [], "11.4.0", "no NVIDIA GPU"),
+        (replace(MANIFEST, plans={"builder": "rtx"}), [L4], "11.4.0", "TensorRT for RTX"),
+        (
+            planned(compute_capability="12.0"),
+            [L4],
+            "11.4.0",
+            "compute capability 12.0, NVIDIA L4 (GPU 0) has 8.9: export again on this machine: ",
+        ),
+        (
+            planned(compute_capability="12.0", hardware_compatible=True),
+            [T4],
+            "11.4.0",
+            "compute capability 8.0 or later, NVIDIA T4 (GPU 2) has 7.5: export again on this machine, without --hardware",
+        ),
+        (planned(tensorrt="11.3.0.1"), [L4], "11.4.0", "built by TensorRT 11.3.0.1, here is 11.4.0"),
+        (planned(tensorrt="11.5.0.1", version_compatible=True), [L4], "11.4.0", "built by TensorRT 11.5.0.1"),
+        (planned(tensorrt="11.3.0rc1"), [L4], "11.4.0", "built by TensorRT 11.3.0rc1, here is 11.4.0"),
+        (planned(tensorrt="unknown"), [L4], "11.4.0", "built by TensorRT unknown, here is 11.4.0"),
+        (
+            MANIFEST,
+            [replace(L4, memory=16 << 30)],
+            "11.4.0",
+            "18.6 GiB of GPU memory, NVIDIA L4 (GPU 0) has 16.0: take a",
+        ),
+        # Triton loads every plan on every GPU.
+        (
+            MANIFEST,
+            [L4, RTX_5090],
+            "11.4.0",
+            "NVIDIA RTX 5090 (GPU 1) has 12.0: leave out what does not fit, by CUDA_VISIBLE_DEVICES=0",
+        ),
+        (
+            planned(compute_capability="12.0"),
+            [L4, RTX_5090, T4],
+            "11.4.0",
+            "NVIDIA L4 (GPU 0) has 8.9, NVIDIA T4 (GPU 2) has 7.5: leave out what does not fit, by CUDA_VISIBLE_DEVICES=1",
+        ),
+        (planned(hardware_compatible=True), [L4, RTX_5090, T4], "11.4.0", "CUDA_VISIBLE_DEVICES=0,1"),
+        (
+            MANIFEST,
+            [replace(L4, memory=16 << 30), replace(L4, number=1)],
+            "11.4.0",
+            "NVIDIA L4 (GPU 0) has 16.0: leave out what does not fit, by CUDA_VISIBLE_DEVICES=1",
+        ),
+        (
+            replace(MANIFEST, files={"a/1/model.plan": 5 << 30}),
+            [L4, replace(L4, memory=4 << 30, number=1)],
+            "11.4.0",
+            "5.0 GiB of GPU memory, NVIDIA L4 (GPU 1) has 4.0: leave out what does not fit, by CUDA_VISIBLE_DEVICES=0",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_named_with_the_way_out(manifest, gpus, tensorrt, words):
     (found,) = gpu.misfits(manifest, gpus, tensorrt)  # one for all plans
     assert words in found
 
 
-@pytest.mark.parametrize("manifest", [planned(compute_capability="8.0", hardware_compatible=True),
-                                      planned(tensorrt="11.3.0.1", version_compatible=True),
-                                      planned(tensorrt="11.4.0rc1")])
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        planned(compute_capability="8.0", hardware_compatible=True),
+        planned(tensorrt="11.3.0.1", version_compatible=True),
+        planned(tensorrt="11.4.0rc1"),
+    ],
+)
 def test_compatible_plans_fit_other_machines(manifest):
     assert gpu.misfits(manifest, [L4], "11.4.0") == []
 
 
 def test_plans_that_differ_are_told_apart():
     capabilities = {"a": "9.0", "b": "12.0", "c": "9.0"}
-    manifest = replace(MANIFEST, graphs={name: {"plan": {**PLAN, "compute_capability": capability}}
-                                         for name, capability in capabilities.items()})
+    manifest = replace(
+        MANIFEST,
+        graphs={
+            name: {"plan": {**PLAN, "compute_capability": capability}} for name, capability in capabilities.items()
+        },
+    )
     first, second = gpu.misfits(manifest, [L4], "11.4.0")
     assert first.startswith("a, c: built for compute capability 9.0") and second.startswith("b: built for")
 
@@ -237,15 +314,18 @@ def test_the_doctor_names_a_damaged_manifest(exported, here, values):
 
 @pytest.mark.parametrize("compatible", [False, True])
 def test_triton_runs_version_compatible_plans_as_they_want_it(compatible):
-    command = TRITON.command(Path("/models"), planned(version_compatible=compatible), "127.0.0.1", {"grpc": 8001}, None,
-                             "m3d-", 10)
+    command = TRITON.command(
+        Path("/models"), planned(version_compatible=compatible), "127.0.0.1", {"grpc": 8001}, None, "m3d-", 10
+    )
     options = [value for option, value in zip(command, command[1:]) if option == "--backend-config"]
     assert ("tensorrt,version-compatible=true" in options) == compatible
     assert command[command.index("--load-model") + 1] == "study"
 
 
-@pytest.mark.parametrize(("version", "state"), [("0.29.1", "missing"), ("0.29rc1", "missing"), ("0.30.0", "ok"),
-                                                   ("1.0", "ok"), ("1rc1", "ok")])
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [("0.29.1", "missing"), ("0.29rc1", "missing"), ("0.30.0", "ok"), ("1.0", "ok"), ("1rc1", "ok")],
+)
 def test_a_vllm_with_published_flaws_is_refused(monkeypatch, version, state):
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     (vllm,) = [finding for finding in doctor._packages("tensorrt") if finding.what == "vllm"]
@@ -258,8 +338,10 @@ def test_a_server_does_not_start_what_does_not_fit(tmp_path, monkeypatch):
         Server(tmp_path, target="tensorrt", **free_ports())._check()
 
 
-@pytest.mark.parametrize(("program", "header", "words"), [
-    ("gcc", True, None), (None, True, "no gcc or clang"), ("gcc", False, r"no \S*Python\.h")])
+@pytest.mark.parametrize(
+    ("program", "header", "words"),
+    [("gcc", True, None), (None, True, "no gcc or clang"), ("gcc", False, r"no \S*Python\.h")],
+)
 def test_the_doctor_wants_what_vllm_compiles_its_kernels_with(tmp_path, monkeypatch, program, header, words):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}" if name == program else None)

@@ -1,4 +1,5 @@
 """The keeper leaves no process and no shared memory behind, however the tree or its owner ends."""
+
 from __future__ import annotations
 
 import json
@@ -41,8 +42,13 @@ signal.pause()
 
 
 def keeper_command(command: list[str], shm_prefixes: list[str], remove: list[Path]) -> list[str]:
-    spec = {"command": command, "grace_s": 20.0, "orphans_grace_s": 0.3, "remove": [str(path) for path in remove],
-            "shm_prefixes": shm_prefixes}
+    spec = {
+        "command": command,
+        "grace_s": 20.0,
+        "orphans_grace_s": 0.3,
+        "remove": [str(path) for path in remove],
+        "shm_prefixes": shm_prefixes,
+    }
     return [sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)]
 
 
@@ -56,7 +62,11 @@ class Tree:
         shm_prefixes = [f"{self.prefix}-region", f"{self.prefix}-{{pid}}-"]
         self.process = subprocess.Popen(
             keeper_command([sys.executable, "-c", command, self.prefix, self.name, DEAF], shm_prefixes, [self.folder]),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, text=True)
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+        )
         self.pids = [int(word) for word in self.process.stdout.readline().split()] if read_pids else []
 
     def leftovers(self) -> list:
@@ -101,7 +111,9 @@ def test_the_commands_exit_status_is_passed_on(tmp_path):
 @pytest.mark.parametrize(("command", "status"), [("true", 0), ("false", 1)])
 def test_a_command_that_ends_at_once_is_noticed(tmp_path, command, status):
     for _ in range(10):
-        with subprocess.Popen(keeper_command([command], [], []), stdin=subprocess.PIPE, start_new_session=True) as process:
+        with subprocess.Popen(
+            keeper_command([command], [], []), stdin=subprocess.PIPE, start_new_session=True
+        ) as process:
             assert process.wait(PATIENCE_S) == status
 
 
@@ -134,10 +146,21 @@ os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 open(f"/dev/shm/{sys.argv[2]}", "w").close()
 signal.pause()
 """
-    spec = {"command": [sys.executable, "-c", command, str(worker), name], "grace_s": 20.0, "orphans_grace_s": 0.3,
-            "remove": [], "shm_prefixes": [name], "vital": "vital-worker"}
-    with subprocess.Popen([sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)], stdin=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    spec = {
+        "command": [sys.executable, "-c", command, str(worker), name],
+        "grace_s": 20.0,
+        "orphans_grace_s": 0.3,
+        "remove": [],
+        "shm_prefixes": [name],
+        "vital": "vital-worker",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
         try:
             assert process.wait(PATIENCE_S) == 128 + signal.SIGKILL
         finally:
@@ -149,14 +172,14 @@ def test_only_the_commands_own_children_are_vital(tmp_path):
     """What Triton's Python models fork has their name, too, until it becomes another program."""
     worker = tmp_path / "vital-worker"
     worker.symlink_to(sys.executable)
-    between = '''
+    between = """
 import subprocess, sys
 helper = subprocess.Popen([sys.argv[1], "-c", "import signal; signal.pause()"])
 print(helper.pid, flush=True)
 helper.wait()
 print("gone", flush=True)
-'''
-    command = '''
+"""
+    command = """
 import signal, subprocess, sys
 between = subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]], stdout=subprocess.PIPE, text=True)
 helper = between.stdout.readline()
@@ -164,11 +187,23 @@ worker = subprocess.Popen([sys.argv[1], "-c", "import signal; signal.pause()"])
 print(helper, end="", flush=True)
 print(between.stdout.readline(), end="", flush=True)
 signal.pause()
-'''
-    spec = {"command": [sys.executable, "-c", command, str(worker), between], "grace_s": 20.0, "orphans_grace_s": 0.3,
-            "remove": [], "shm_prefixes": [], "vital": "vital-worker"}
-    with subprocess.Popen([sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+"""
+    spec = {
+        "command": [sys.executable, "-c", command, str(worker), between],
+        "grace_s": 20.0,
+        "orphans_grace_s": 0.3,
+        "remove": [],
+        "shm_prefixes": [],
+        "vital": "vital-worker",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
         helper = int(process.stdout.readline())
         while not any("pidfd" in file for file in open_files(process.pid)):
             os.sched_yield()  # the keeper has not seen the worker yet; the helper was there before it
@@ -183,10 +218,22 @@ def test_the_tree_ends_when_a_vital_process_does(tmp_path, command):
     """A command that notices ends as it likes; one that would wait for ever is killed, and the log says why."""
     worker, name = tmp_path / "vital-worker", f"test-{uuid.uuid4().hex[:8]}"
     worker.symlink_to(sys.executable)
-    spec = {"command": [sys.executable, "-c", VITAL, str(worker), name, command], "grace_s": 20.0, "orphans_grace_s": 3.0,
-            "remove": [], "shm_prefixes": [name], "vital": "vital-worker"}
-    with subprocess.Popen([sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    spec = {
+        "command": [sys.executable, "-c", VITAL, str(worker), name, command],
+        "grace_s": 20.0,
+        "orphans_grace_s": 3.0,
+        "remove": [],
+        "shm_prefixes": [name],
+        "vital": "vital-worker",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", keeper.__file__, json.dumps(spec)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
         pid = int(process.stdout.readline())
         while not any("pidfd" in file for file in open_files(process.pid)):
             os.sched_yield()  # the keeper has not seen it yet
@@ -211,13 +258,17 @@ def test_shared_memory_of_others_is_left_alone(tree):
 def test_semaphores_are_told_apart_by_who_has_them(tmp_path):
     """The tree's own one is removed, and that of a bystander stays: both have names of the same random kind."""
     semaphores = lambda: {name for name in os.listdir("/dev/shm") if name.startswith("sem.mp-")}  # noqa: E731
-    tree = Tree(tmp_path, """
+    tree = Tree(
+        tmp_path,
+        """
 import multiprocessing, os, signal
 held = multiprocessing.get_context("spawn").Lock()
 print(held._semlock.name, flush=True)
 os.kill(multiprocessing.resource_tracker._resource_tracker._pid, signal.SIGKILL)
 signal.pause()
-""", read_pids=False)
+""",
+        read_pids=False,
+    )
     name = f"sem.{tree.process.stdout.readline().strip().lstrip('/')}"
     assert name in semaphores()
     bystander = multiprocessing.get_context("spawn").Lock()

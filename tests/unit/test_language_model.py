@@ -1,4 +1,5 @@
 """M3D-LaMed on Phi-3: read strictly, it answers as transformers' own Phi-3, and as the LLaMA whose weights it holds."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -14,8 +15,13 @@ from export.llm import write_llm
 from tests import tiny
 
 # As the published checkpoints have them beside the sizes.
-PHI3 = {"sliding_window": 11, "rope_scaling": None, "original_max_position_embeddings": 512, "attention_bias": False,
-        "auto_map": {"AutoModelForCausalLM": "modeling.LamedPhi3ForCausalLM"}}
+PHI3 = {
+    "sliding_window": 11,
+    "rope_scaling": None,
+    "original_max_position_embeddings": 512,
+    "attention_bias": False,
+    "auto_map": {"AutoModelForCausalLM": "modeling.LamedPhi3ForCausalLM"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,11 @@ def answer(model, tokenizer, length=40):
 def test_phi3_computes_what_the_reference_recorded_for_the_llama_with_its_weights(dev_small, tmp_path):
     model, _ = load_lamed(tiny.as_phi3(dev_small.folder, tmp_path / "lamed"))
     assert isinstance(model.llm, Phi3ForCausalLM)
-    ids, states, _ = model.generate(dev_small.volume, torch.tensor([dev_small.spec["input_ids"]]),
-                                    max_new_tokens=dev_small.spec["generate"]["max_new_tokens"])
+    ids, states, _ = model.generate(
+        dev_small.volume,
+        torch.tensor([dev_small.spec["input_ids"]]),
+        max_new_tokens=dev_small.spec["generate"]["max_new_tokens"],
+    )
     assert ids.tolist() == dev_small.expected["output_ids"].tolist()
     np.testing.assert_allclose(states, dev_small.expected["step_hidden"], atol=2e-5, rtol=0)
 
@@ -44,8 +53,9 @@ def test_phi3_answers_token_by_token_like_transformers_own(phi3):
     lamed, tokenizer = load_lamed(phi3)
     ids, image, (said, states, logits) = answer(lamed, tokenizer)
     told = {key: value for key, value in tiny.LAMED.items() if key in Phi3Config.__dataclass_fields__}
-    tensors = {key: value for key, value in load_file(phi3 / "model.safetensors").items()
-               if not key.startswith(tuple(PARTS))}
+    tensors = {
+        key: value for key, value in load_file(phi3 / "model.safetensors").items() if not key.startswith(tuple(PARTS))
+    }
     wanted = {}
     for window in (PHI3["sliding_window"], None):
         alone = Phi3ForCausalLM(Phi3Config(**{**told, "sliding_window": window})).eval()
@@ -85,19 +95,35 @@ def test_phi3_is_read_strictly(phi3, tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as error:
         load_lamed(folder)
-    for words in ("1 missing (model.layers.1.mlp.gate_up_proj.weight)",
-                  "1 unexpected (model.layers.0.self_attn.q_proj.weight)",
-                  "model.layers.1.self_attn.qkv_proj.weight: [128, 128], expected [256, 128]"):
+    for words in (
+        "1 missing (model.layers.1.mlp.gate_up_proj.weight)",
+        "1 unexpected (model.layers.0.self_attn.q_proj.weight)",
+        "model.layers.1.self_attn.qkv_proj.weight: [128, 128], expected [256, 128]",
+    ):
         assert words in str(error.value)
 
 
-@pytest.mark.parametrize("values, length", [
-    ({"max_position_embeddings": 4096, "rope_scaling": None}, 4096),
-    ({"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rope_scaling": {
-        "type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}}, 4096),
-    ({"max_position_embeddings": 131072, "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072),
-])
+@pytest.mark.parametrize(
+    "values, length",
+    [
+        ({"max_position_embeddings": 4096, "rope_scaling": None}, 4096),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+            },
+            4096,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+            },
+            131072,
+        ),
+    ],
+)
 def test_the_context_ends_where_long_rope_begins(values, length):
     config = LamedConfig.from_dict({**tiny.LAMED, "model_type": "lamed_phi3", **values})
     assert config.context_length == length

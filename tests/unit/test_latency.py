@@ -1,4 +1,5 @@
 """The benchmark's command, from its arguments to its table, against a server that is none."""
+
 from __future__ import annotations
 
 import json
@@ -133,7 +134,7 @@ def test_questions_are_asked_until_the_work_is_done(served, triton):
 def test_bytes_on_the_wire_are_those_of_the_messages(served):
     scan = scans.phantom((8, 8, 8))
     found = served.on_the_wire(scan, iter("abc"), "segment", 5)
-    assert found["scan"] == 8 ** 3 * 2 + 128 and 0 < found["upload"] - found["scan"] < 600
+    assert found["scan"] == 8**3 * 2 + 128 and 0 < found["upload"] - found["scan"] < 600
     assert found["logits"] == 4 * 30 and 4 < found["mask"] < 400 and found["segment"] > found["mask"]
     assert "mask" not in served.on_the_wire(scan, iter("abc"), None, 5)
 
@@ -144,8 +145,28 @@ def test_a_section_that_fails_leaves_the_others_standing(triton, scan, tmp_path,
 
     monkeypatch.setattr(latency.Run, "closed_loop", fail)
     out = tmp_path / "new" / "latency.json"
-    assert latency.main([*QUICK, "--server", triton.url, "--scan", str(scan), "--tokens", "4", "--concurrency", "1",
-                         "--seconds", "0", "--json", str(out), "--plots", str(tmp_path / "plots")]) == 1
+    assert (
+        latency.main(
+            [
+                *QUICK,
+                "--server",
+                triton.url,
+                "--scan",
+                str(scan),
+                "--tokens",
+                "4",
+                "--concurrency",
+                "1",
+                "--seconds",
+                "0",
+                "--json",
+                str(out),
+                "--plots",
+                str(tmp_path / "plots"),
+            ]
+        )
+        == 1
+    )
     found, said = json.loads(out.read_text()), capsys.readouterr()
     assert found["failures"] == {"clients at the same time": "RuntimeError: no more of that"}
     assert {"overhead_cold", "interference", "wire_per_mask"} <= set(found["ratios"])
@@ -156,9 +177,34 @@ def test_the_command_measures_a_server_and_its_baseline(triton, scan, tmp_path, 
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     monkeypatch.setattr(load, "MAX_IN_FLIGHT", 8)
     out = tmp_path / "latency.json"
-    assert latency.main([*QUICK, "--server", triton.url, "--checkpoint", str(checkpoint), "--scan", str(scan),
-                         "--baseline", "fp32", "--tokens", "4", "--concurrency", "1,8", "--rates", "20", "--seconds",
-                         "0.3", "--json", str(out), "--plots", str(tmp_path)]) == 0
+    assert (
+        latency.main(
+            [
+                *QUICK,
+                "--server",
+                triton.url,
+                "--checkpoint",
+                str(checkpoint),
+                "--scan",
+                str(scan),
+                "--baseline",
+                "fp32",
+                "--tokens",
+                "4",
+                "--concurrency",
+                "1,8",
+                "--rates",
+                "20",
+                "--seconds",
+                "0.3",
+                "--json",
+                str(out),
+                "--plots",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     found, said = json.loads(out.read_text()), capsys.readouterr().out
     assert {"cold_e2e", "followup_ttft", "throughput_c8", "segment_warm", "overhead_cold"} <= set(found["ratios"])
     assert {name: len(kinds["cold"]) for name, kinds in found["samples"].items()} == {"served": 2, "baseline fp32": 2}
@@ -182,13 +228,25 @@ def test_a_server_that_is_not_there_is_a_clear_failure_at_once(scan, capsys):
     assert "127.0.0.1:1" in (said := capsys.readouterr()).err and "rates" not in said.out
 
 
-def test_a_run_that_fails_leaves_earlier_results_and_says_where_its_own_are(triton, scan, tmp_path, capsys, monkeypatch):
+def test_a_run_that_fails_leaves_earlier_results_and_says_where_its_own_are(
+    triton, scan, tmp_path, capsys, monkeypatch
+):
     def fail(*_):
         raise InvalidInput("not like this")
 
     monkeypatch.setattr(latency.Run, "closed_loop", fail)
     (tmp_path / "out.json").write_text("earlier")
-    command = [*QUICK, "--server", triton.url, "--scan", str(scan), "--tokens", "4", "--json", str(tmp_path / "out.json")]
+    command = [
+        *QUICK,
+        "--server",
+        triton.url,
+        "--scan",
+        str(scan),
+        "--tokens",
+        "4",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
     assert latency.main(command) == 1
     assert (tmp_path / "out.json").read_text() == "earlier" and "out.json.part" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json.part").read_text())["samples"]["served"]["cold"]

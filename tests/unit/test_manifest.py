@@ -1,4 +1,5 @@
 """A manifest says what is wrong with it, and with the repository around it."""
+
 from __future__ import annotations
 
 import json
@@ -42,15 +43,30 @@ def test_a_repository_without_a_manifest_is_refused_with_a_command_that_a_shell_
     assert command[-4:] == ["--target", target, "--repository", str(folder)]
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"graphs": []}, "graphs"), ({"graphs": {"study": 1}}, "graphs"), ({"files": ["a"]}, "files"),
-    ({"files": {"a": "1"}}, "files"), ({"models": "study"}, "models"), ({"image_size": 3}, "image_size"),
-    ({"image_size": [1, 2]}, "image_size"), ({"eos_token_ids": [None]}, "eos_token_ids"),
-    ({"seg_token_id": True}, "seg_token_id"), ({"plans": None, "checkpoint": 1}, "checkpoint, plans"),
-    ({"graphs": {"study": {"plan": []}}}, "compute_capability of the plan of study"),
-    ({"graphs": {"study": {"plan": {**PLAN, "compute_capability": None}}}}, "compute_capability of the plan of study"),
-    ({"graphs": {"study": {"plan": {**PLAN, "version_compatible": "no"}}}}, "version_compatible of the plan of study"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"graphs": []}, "graphs"),
+        ({"graphs": {"study": 1}}, "graphs"),
+        ({"files": ["a"]}, "files"),
+        ({"files": {"a": "1"}}, "files"),
+        ({"models": "study"}, "models"),
+        ({"image_size": 3}, "image_size"),
+        ({"image_size": [1, 2]}, "image_size"),
+        ({"eos_token_ids": [None]}, "eos_token_ids"),
+        ({"seg_token_id": True}, "seg_token_id"),
+        ({"plans": None, "checkpoint": 1}, "checkpoint, plans"),
+        ({"graphs": {"study": {"plan": []}}}, "compute_capability of the plan of study"),
+        (
+            {"graphs": {"study": {"plan": {**PLAN, "compute_capability": None}}}},
+            "compute_capability of the plan of study",
+        ),
+        (
+            {"graphs": {"study": {"plan": {**PLAN, "version_compatible": "no"}}}},
+            "version_compatible of the plan of study",
+        ),
+    ],
+)
 def test_a_damaged_manifest_is_named_with_what_is_wrong(repository, change, words):
     path = repository / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

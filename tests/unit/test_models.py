@@ -1,4 +1,5 @@
 """The modules against slow, obvious or independent computations of the same thing."""
+
 from __future__ import annotations
 
 import math
@@ -25,8 +26,17 @@ def test_the_vit_equals_monais():
     ours = ViT3D(SMALL, cls_token=False).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    theirs = ViT(in_channels=1, img_size=SMALL.image_size, patch_size=SMALL.patch_size, hidden_size=48, mlp_dim=96,
-                 num_layers=2, num_heads=4, proj_type="perceptron", classification=False).eval()
+    theirs = ViT(
+        in_channels=1,
+        img_size=SMALL.image_size,
+        patch_size=SMALL.patch_size,
+        hidden_size=48,
+        mlp_dim=96,
+        num_layers=2,
+        num_heads=4,
+        proj_type="perceptron",
+        classification=False,
+    ).eval()
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not unexpected and all("norm_cross_attn" in key for key in missing)
     image = torch.rand(2, 1, *SMALL.image_size)

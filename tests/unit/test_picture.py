@@ -1,4 +1,5 @@
 """The montage: right planes, radiological sides, true proportions, a readable file for any mask."""
+
 from __future__ import annotations
 
 import matplotlib.image
@@ -14,7 +15,7 @@ RAS = np.diag([1.0, 1.0, 1.0, 1.0])
 def drawn(path) -> np.ndarray:
     """Pixels in the colour of the outline, without the legend at the bottom."""
     pixels = matplotlib.image.imread(path)[..., :3]
-    colour = np.array([int(MASK[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+    colour = np.array([int(MASK[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     found = np.abs(pixels - colour).max(-1) < 0.15
     found[-40:] = False
     return found
@@ -24,9 +25,11 @@ def head(shape=(40, 50, 60)) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 200, shape).astype(np.int16)
 
 
-@pytest.mark.parametrize("affine", [RAS, np.diag([-1.0, -1.0, 1.0, 1.0]),
-                                    np.array([[0, 0, -1.0, 0], [1.0, 0, 0, 0], [0, -1.0, 0, 0], [0, 0, 0, 1]])],
-                         ids=["RAS", "LPS", "permuted"])
+@pytest.mark.parametrize(
+    "affine",
+    [RAS, np.diag([-1.0, -1.0, 1.0, 1.0]), np.array([[0, 0, -1.0, 0], [1.0, 0, 0, 0], [0, -1.0, 0, 0], [0, 0, 0, 1]])],
+    ids=["RAS", "LPS", "permuted"],
+)
 def test_the_patients_left_is_on_the_right_whatever_the_arrays_axes(tmp_path, affine):
     """A mask at the patient's left front bottom, given in arrays of several orientations."""
     import nibabel
@@ -37,7 +40,7 @@ def test_the_patients_left_is_on_the_right_whatever_the_arrays_axes(tmp_path, af
     scan, mask = (nibabel.apply_orientation(array, to) for array in (head(), mask))
     found = drawn(montage(tmp_path / "x.png", scan, affine, mask, "question", "answer"))
     third = found.shape[1] // 3
-    axial, coronal, sagittal = found[:, :third], found[:, third:2 * third], found[:, 2 * third:]
+    axial, coronal, sagittal = found[:, :third], found[:, third : 2 * third], found[:, 2 * third :]
     middle = found.shape[0] * 0.57  # of the panels: the title takes the top
     for panel, right, low in ((axial, True, False), (coronal, True, True), (sagittal, False, True)):
         rows, columns = np.nonzero(panel)
@@ -52,13 +55,14 @@ def test_millimetres_are_true_in_both_directions(tmp_path):
     mask[18:42, 18:42, 4:8] = True
     found = drawn(montage(tmp_path / "x.png", head((60, 60, 12)), np.diag([1.0, 1.0, 6.0, 1.0]), mask, "q", "a"))
     third = found.shape[1] // 3
-    for panel in (found[:, :third], found[:, third:2 * third], found[:, 2 * third:]):
+    for panel in (found[:, :third], found[:, third : 2 * third], found[:, 2 * third :]):
         rows, columns = np.nonzero(panel)
         assert np.ptp(rows) == pytest.approx(np.ptp(columns), rel=0.06)
 
 
-@pytest.mark.parametrize("mask", [None, np.zeros((40, 50, 60), bool), np.ones((40, 50, 60), bool)],
-                         ids=["none", "empty", "everything"])
+@pytest.mark.parametrize(
+    "mask", [None, np.zeros((40, 50, 60), bool), np.ones((40, 50, 60), bool)], ids=["none", "empty", "everything"]
+)
 def test_any_mask_makes_a_picture(tmp_path, mask):
     path = montage(tmp_path / "x.png", head(), RAS, mask, "a question with $ and ümlaut " * 12, "")
     assert drawn(path).any() == (mask is not None and mask.any())

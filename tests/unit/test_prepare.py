@@ -1,6 +1,7 @@
 """What the preparation promises: raw folders become the published layout, whole or not at all, and nothing is skipped
 in silence. And what the check of a data root says.
 """
+
 from __future__ import annotations
 
 import csv
@@ -89,7 +90,8 @@ def test_prepared_structures_are_what_the_presets_make_of_scan_and_label(seg_raw
     prepared = prepare(read_scan((seg_raw / "0010/a/image.nii.gz").read_bytes()), SIZE, "m3d-seg")
     structures = Structures(tmp_path / "root", "train", SIZE, code="0010", kind="segmentation")
     assert [structures.name(k) for k in range(0, len(structures), 2)] == [
-        name for name in class_names()["0010"] if name != "spleen"] * 2
+        name for name in class_names()["0010"] if name != "spleen"
+    ] * 2
     for k, value in ((0, 1), (2, 2)):
         np.testing.assert_array_equal(structures[k].image, prepared.image)
         # By hand: each voxel of the model is filled by as much as the finer voxels that it covers.
@@ -157,8 +159,9 @@ def test_cases_are_held_out_by_their_name_or_as_the_raw_json_says(seg_raw, tmp_p
 
     assert cases(tmp_path / "one", "test") - {"03"} == cases(tmp_path / "two", "test")
     assert cases(tmp_path / "one", "test") and cases(tmp_path / "one", "train")
-    (seg_raw / "0010/0010.json").write_text(json.dumps({
-        "train": [{"image": "0010/a/image.npy"}], "test": [{"image": "0010/b/image.npy"}]}))
+    (seg_raw / "0010/0010.json").write_text(
+        json.dumps({"train": [{"image": "0010/a/image.npy"}], "test": [{"image": "0010/b/image.npy"}]})
+    )
     run("seg", seg_raw, tmp_path / "two", *SIZED, "--test-share", 0)
     assert cases(tmp_path / "two", "test") == {"b"}
 
@@ -182,9 +185,15 @@ def test_what_is_skipped_is_reported_with_its_cause(seg_raw, tmp_path):
     said = report(tmp_path / "root/M3D_Seg_npy")
     assert said["made"] == 2
     causes = {Path(entry["path"]).name: entry["cause"] for entry in said["skipped"]}
-    for case, cause in (("shape", "has shape 39 x 36 x 20, its image 40 x 36 x 20"), ("place", "affines differ"),
-                        ("class", "from 0 to 13"), ("unlabelled", "no labels"), ("empty", "no class"),
-                        ("cut", "truncated"), ("nothing", "no image")):
+    for case, cause in (
+        ("shape", "has shape 39 x 36 x 20, its image 40 x 36 x 20"),
+        ("place", "affines differ"),
+        ("class", "from 0 to 13"),
+        ("unlabelled", "no labels"),
+        ("empty", "no class"),
+        ("cut", "truncated"),
+        ("nothing", "no image"),
+    ):
         assert cause in causes.pop(case)
     assert not causes
     assert not [path for path in (tmp_path / "root").rglob("*") if "partial" in path.name]
@@ -213,8 +222,9 @@ def test_one_s_own_classes_may_be_more_than_nine_and_are_named_by_number(tmp_pat
     array = np.where(labels() == 2, 10, labels() == 1)
     nifti(tmp_path / "raw/9000/x/image.nii.gz", scan_array())
     nifti(tmp_path / "raw/9000/x/label.nii.gz", array.astype(np.uint8))
-    (tmp_path / "raw/9000/9000.json").write_text(json.dumps(
-        {"labels": {"0": "background"} | {str(k): f"part {chr(64 + k)}" for k in range(1, 11)}}))
+    (tmp_path / "raw/9000/9000.json").write_text(
+        json.dumps({"labels": {"0": "background"} | {str(k): f"part {chr(64 + k)}" for k in range(1, 11)}})
+    )
     run("seg", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
     structures = Structures(tmp_path / "root", "train", SIZE, code="9000", kind="segmentation")
     assert [structures.name(k) for k in range(0, len(structures), 2)] == [f"part {letter}" for letter in "ABCDEFGHIJ"]
@@ -296,8 +306,18 @@ def test_cases_that_this_command_did_not_make_stay_in_the_index(seg_raw, tmp_pat
     folder = tmp_path / "root/M3D_Seg_npy/0010"
     for case in ("a", "z"):
         save(folder / case / "image.npy", image(0))
-    (folder / "0010.json").write_text(json.dumps({"numTest": 0, "test": [], "train": [
-        {"image": f"{folder}/{case}/image.npy", "label": f"{folder}/{case}/masks/mask_0.npy"} for case in "az"]}))
+    (folder / "0010.json").write_text(
+        json.dumps(
+            {
+                "numTest": 0,
+                "test": [],
+                "train": [
+                    {"image": f"{folder}/{case}/image.npy", "label": f"{folder}/{case}/masks/mask_0.npy"}
+                    for case in "az"
+                ],
+            }
+        )
+    )
     run("seg", seg_raw, tmp_path / "root", *SIZED)
     found = cases_of(tmp_path / "root")
     assert (found["a"], found["z"]) == (1, 1) and found["b"] > 1
@@ -320,6 +340,7 @@ def test_other_classes_under_the_same_numbers_are_refused_before_anything_is_mad
 
 def _die(item: int) -> int:
     import os
+
     os._exit(1)
 
 
@@ -341,10 +362,12 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path):
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):
-    script = ("import os, sys; sys.path.insert(0, sys.argv[1]); from training.data.jobs import parallel\n"
-              "if __name__ == '__main__':\n"
-              "    for _, pid in parallel(eval, ['__import__(\"os\").getpid()', '__import__(\"time\").sleep(600)'], 2):\n"
-              "        print(pid, flush=True)\n")
+    script = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from training.data.jobs import parallel\n"
+        "if __name__ == '__main__':\n"
+        "    for _, pid in parallel(eval, ['__import__(\"os\").getpid()', '__import__(\"time\").sleep(600)'], 2):\n"
+        "        print(pid, flush=True)\n"
+    )
     (tmp_path / "script.py").write_text(script)
     root = str(Path(jobs.__file__).parents[2])
     parent = subprocess.Popen([sys.executable, tmp_path / "script.py", root], stdout=subprocess.PIPE, text=True)
@@ -390,10 +413,17 @@ def test_series_whose_names_differ_in_diacritics_alone_are_both_kept(tmp_path):
         np.testing.assert_array_equal(captions[k].image, expected)
 
 
-@pytest.mark.parametrize("text, said", [
-    ("a\nstudy_findings: Clear lungs.\ndiscussion: b", "Clear lungs. discussion: b"),
-    ("study_findings: \n", "study_findings:"), ("x discussion: All is well.", "All is well."),
-    ("study_findings: -\ndiscussion: none", "- discussion: none"), ("Plain\ntext", "Plain text"), (" \n", "")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("a\nstudy_findings: Clear lungs.\ndiscussion: b", "Clear lungs. discussion: b"),
+        ("study_findings: \n", "study_findings:"),
+        ("x discussion: All is well.", "All is well."),
+        ("study_findings: -\ndiscussion: none", "- discussion: none"),
+        ("Plain\ntext", "Plain text"),
+        (" \n", ""),
+    ],
+)
 def test_the_findings_of_a_text_are_taken(text, said):
     assert raw.findings(text) == said
 
@@ -413,10 +443,16 @@ def test_slices_that_do_not_fit_are_left_out_and_named(tmp_path):
     (tmp_path / "ct_case" / "3" / "text.txt").write_text("Findings.")
     run("cap", tmp_path / "ct_case", tmp_path / "root", *SIZED)
     said = report(tmp_path / "root/M3D_Cap_npy")
-    causes = {Path(entry["path"]).relative_to(tmp_path / "ct_case").as_posix(): entry["cause"]
-              for entry in said["left_out"]}
-    for path, cause in (("1/good/12.png", "5 x 5 pixels"), ("1/good/13.png", "cannot be read"),
-                        ("1/bad", "only 1 of 1 slices"), ("1/half", "only 2 of 4 slices"), ("2/series", "no .txt")):
+    causes = {
+        Path(entry["path"]).relative_to(tmp_path / "ct_case").as_posix(): entry["cause"] for entry in said["left_out"]
+    }
+    for path, cause in (
+        ("1/good/12.png", "5 x 5 pixels"),
+        ("1/good/13.png", "cannot be read"),
+        ("1/bad", "only 1 of 1 slices"),
+        ("1/half", "only 2 of 4 slices"),
+        ("2/series", "no .txt"),
+    ):
         assert cause in causes.pop(path)
     assert not causes and said["made"] == 1
     assert "no series can be used: series: only 1 of 1" in said["skipped"][0]["cause"]
@@ -427,8 +463,11 @@ def test_pairs_are_split_as_the_raw_json_says_and_other_folders_pairs_stay(tmp_p
         for number in "12":
             slices(tmp_path / "raw" / name / number / "s", seed=int(number))
             (tmp_path / "raw" / name / number / "text.txt").write_text("Findings.")
-    (tmp_path / "raw/ct_case" / "M3D_Cap.json").write_text(json.dumps({
-        "train": [{"image": "M3D_Cap_npy/ct_case/1/s.npy"}], "test500": [{"image": "M3D_Cap_npy/ct_case/2/s.npy"}]}))
+    (tmp_path / "raw/ct_case" / "M3D_Cap.json").write_text(
+        json.dumps(
+            {"train": [{"image": "M3D_Cap_npy/ct_case/1/s.npy"}], "test500": [{"image": "M3D_Cap_npy/ct_case/2/s.npy"}]}
+        )
+    )
     for _ in range(2):
         for name in ("ct_case", "ct_quizze"):
             run("cap", tmp_path / "raw" / name, tmp_path / "root", *SIZED, "--test-share", 0)
@@ -436,11 +475,14 @@ def test_pairs_are_split_as_the_raw_json_says_and_other_folders_pairs_stay(tmp_p
     run("cap", tmp_path / "raw", tmp_path / "root", *SIZED, "--test-share", 0)
     both = json.loads((tmp_path / "root/M3D_Cap_npy/M3D_Cap.json").read_text())
     assert sorted(pair["image"][12:] for pair in both["train"]) == [
-        f"{name}/{number}/s.npy" for name in ("ct_case", "ct_quizze") for number in "12"]
+        f"{name}/{number}/s.npy" for name in ("ct_case", "ct_quizze") for number in "12"
+    ]
     run("cap", tmp_path / "raw/ct_case", tmp_path / "root", *SIZED, "--test-share", 0)
     index = json.loads((tmp_path / "root/M3D_Cap_npy/M3D_Cap.json").read_text())
     assert {split: sorted(pair["image"][12:] for pair in pairs) for split, pairs in index.items() if pairs} == {
-        "train": ["ct_case/1/s.npy", "ct_quizze/1/s.npy", "ct_quizze/2/s.npy"], "test500": ["ct_case/2/s.npy"]}
+        "train": ["ct_case/1/s.npy", "ct_quizze/1/s.npy", "ct_quizze/2/s.npy"],
+        "test500": ["ct_case/2/s.npy"],
+    }
 
 
 def test_pairs_whose_case_can_no_longer_be_made_stay(tmp_path):
@@ -460,9 +502,10 @@ def test_referring_questions_keep_their_masks(tmp_path):
     nifti(tmp_path / "raw/s0000/ct.nii.gz", scan_array())
     nifti(tmp_path / "raw/s0000/mask.nii.gz", labels())
     nifti(tmp_path / "raw/s0001/ct.nii.gz", scan_array())
-    rows = [(f"M3D_RefSeg/{case}/ct.nii.gz", f"M3D_RefSeg/{case}/mask.nii.gz", number, 0, f"Segment {number}.", "[SEG].")
-            for case, number in (("s0000", 1), ("s0000", "2.0"), ("s0000", 3), ("s0000", 0), ("s0001", 1),
-                                 ("s0002", 1))]
+    rows = [
+        (f"M3D_RefSeg/{case}/ct.nii.gz", f"M3D_RefSeg/{case}/mask.nii.gz", number, 0, f"Segment {number}.", "[SEG].")
+        for case, number in (("s0000", 1), ("s0000", "2.0"), ("s0000", 3), ("s0000", 0), ("s0001", 1), ("s0002", 1))
+    ]
     write_csv(tmp_path / "raw/M3D_RefSeg.csv", REFSEG_COLUMNS, rows)
     run("refseg", tmp_path / "raw", tmp_path / "root", *SIZED)
     referring = Referring(tmp_path / "root", "train", SIZE)
@@ -471,21 +514,32 @@ def test_referring_questions_keep_their_masks(tmp_path):
     np.testing.assert_array_equal(referring[1].mask[0], prepared.geometry.mask_to_model(labels() == 2) >= 0.5)
     said = report(tmp_path / "root/M3D_RefSeg_npy")
     assert [entry["cause"] for entry in said["skipped"]] == [
-        "ct.nii.gz and mask.nii.gz are looked for, and at least one is missing"]
+        "ct.nii.gz and mask.nii.gz are looked for, and at least one is missing"
+    ]
     causes = [entry["cause"] for entry in said["left_out"]]
-    assert causes == ["mask 3 fills no voxel of the model by half", "s0000 has no mask 3", "s0000 has no mask 0",
-                      "its case 's0001' is not prepared", "its case 's0002' is not prepared"]
+    assert causes == [
+        "mask 3 fills no voxel of the model by half",
+        "s0000 has no mask 3",
+        "s0000 has no mask 0",
+        "its case 's0001' is not prepared",
+        "its case 's0002' is not prepared",
+    ]
 
 
 def test_referring_questions_of_another_raw_folder_stay(tmp_path):
     root = tmp_path / "root"
-    for folder, case, tables in (("one", "s0000", ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv")),
-                                 ("two", "s0001", ("M3D_RefSeg.csv",))):
+    for folder, case, tables in (
+        ("one", "s0000", ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv")),
+        ("two", "s0001", ("M3D_RefSeg.csv",)),
+    ):
         nifti(tmp_path / folder / case / "ct.nii.gz", scan_array())
         nifti(tmp_path / folder / case / "mask.nii.gz", labels())
         for name in tables:
-            write_csv(tmp_path / folder / name, REFSEG_COLUMNS,
-                      [(f"x/{case}/ct.nii.gz", f"x/{case}/mask.nii.gz", 1, 0, f"Segment {case}.", "[SEG].")])
+            write_csv(
+                tmp_path / folder / name,
+                REFSEG_COLUMNS,
+                [(f"x/{case}/ct.nii.gz", f"x/{case}/mask.nii.gz", 1, 0, f"Segment {case}.", "[SEG].")],
+            )
     for folder in ("one", "two", "one", "two"):
         run("refseg", tmp_path / folder, root, *SIZED)
 
@@ -529,9 +583,17 @@ def checked(root: Path, *arguments) -> tuple[int, str, dict]:
 def test_a_sound_root_passes_with_its_counts(tmp_path):
     code, output, said = checked(write_root(tmp_path / "root"))
     assert code == 0 and not said["problems"]
-    assert {(part["task"], part["split"]): part["samples"] for part in said["sets"] if part["task"] != "segmentation"
-            } == {**{(task, split): 4 if split == "train" else 1 for split in ("train", "validation", "test")
-                     for task in ("caption", "vqa_closed", "vqa_yes_no")}, ("refseg", "train"): 2, ("refseg", "test"): 2}
+    assert {
+        (part["task"], part["split"]): part["samples"] for part in said["sets"] if part["task"] != "segmentation"
+    } == {
+        **{
+            (task, split): 4 if split == "train" else 1
+            for split in ("train", "validation", "test")
+            for task in ("caption", "vqa_closed", "vqa_yes_no")
+        },
+        ("refseg", "train"): 2,
+        ("refseg", "test"): 2,
+    }
     assert all(0 <= part["low"] < part["high"] <= 1 and not part["broken"] for part in said["sets"])
     assert "M3D_VQA_train.csv" in output
 
@@ -548,12 +610,19 @@ def test_the_check_finds_what_training_would_stumble_over(tmp_path):
     assert code == 1
     assert [problem["cause"].split("; ")[0].split("/")[-1] for problem in said["problems"]] == [
         "M3D_VQA_yn_val.csv lacks the column Answer",
-        "M3D_VQA_yn_test.csv was looked for"]
-    broken = {(part["task"], part["split"]): {tuple(e["paths"]) for e in part["broken"]}
-              for part in said["sets"] if part["broken"]}
-    assert broken == {("caption", "train"): {(str(bad_image),)}, ("vqa_closed", "train"): {(str(bad_image),)},
-                      ("vqa_yes_no", "train"): {(str(bad_image),)},
-                      ("segmentation", "test"): {(str(bad_mask), str(root / "M3D_Seg_npy/0010/b/image.npy"))}}
+        "M3D_VQA_yn_test.csv was looked for",
+    ]
+    broken = {
+        (part["task"], part["split"]): {tuple(e["paths"]) for e in part["broken"]}
+        for part in said["sets"]
+        if part["broken"]
+    }
+    assert broken == {
+        ("caption", "train"): {(str(bad_image),)},
+        ("vqa_closed", "train"): {(str(bad_image),)},
+        ("vqa_yes_no", "train"): {(str(bad_image),)},
+        ("segmentation", "test"): {(str(bad_mask), str(root / "M3D_Seg_npy/0010/b/image.npy"))},
+    }
     assert "mask has shape 1 x 8 x 16 x 32" in output and str(bad_mask) in output
     assert checked(root, "--task", "refseg")[0] == 0
     with pytest.raises(InvalidInput, match="holds no set"):

@@ -1,12 +1,13 @@
 """Questions are tokenised as the reference does, within bounds; boxes are read from answers."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import write_checkpoint
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-import write_checkpoint
 from engine.errors import CheckpointError, InvalidInput
 from engine.prompt import Prompt, format_box, parse_boxes
 from tests import tiny
@@ -19,8 +20,12 @@ def tokenizer():
     import json
 
     case = {"image_token_id": tiny.IMAGE_TOKEN_ID, "seg_token_id": 7, "config": tiny.LAMED}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(write_checkpoint.tokenizer(case))),
-                                   bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(write_checkpoint.tokenizer(case))),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +63,9 @@ def test_a_tokenizer_without_image_tokens_is_refused():
 
     spec = write_checkpoint.tokenizer(case)
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<im_patch>"]
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>",
-                                    eos_token="</s>", unk_token="<unk>")
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     with pytest.raises(CheckpointError, match="image tokens"):
         Prompt(other, N, CONTEXT)
 
@@ -70,6 +76,8 @@ def test_boxes_are_read_back_as_written():
     np.testing.assert_allclose(parse_boxes(text), boxes)
 
 
-@pytest.mark.parametrize("text", ["", "none", "[1, 2, 3]", "[0.5, 0, 0, 0.1, 1, 1]", "[0, 0, 0, 1.5, 1, 1]", "[a, b, c, d, e, f]"])
+@pytest.mark.parametrize(
+    "text", ["", "none", "[1, 2, 3]", "[0.5, 0, 0, 0.1, 1, 1]", "[0, 0, 0, 1.5, 1, 1]", "[a, b, c, d, e, f]"]
+)
 def test_what_is_no_box_is_left_out(text):
     assert parse_boxes(text).shape == (0, 6)

@@ -2,7 +2,8 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models as tokenizer_models, pre_tokenizers, processors
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import models as tokenizer_models
 
 from engine.errors import InvalidInput, RepositoryError, StudyNotFound
 from engine.runtime import retrieval
@@ -68,8 +69,12 @@ def test_many_texts_go_in_batches_that_the_encoder_takes(retriever, models):
 
 def test_bad_texts_and_handles_are_refused_before_anything_runs(retriever, models, monkeypatch):
     monkeypatch.setattr(retrieval, "MAX_TEXTS", 3)
-    for texts, cause in (([], "0 texts"), (["lung"] * 4, "4 texts.*3"), (["lung", " \n"], "text 1 is empty"),
-                         (["x" * 20_001], "20001 characters.*20000")):
+    for texts, cause in (
+        ([], "0 texts"),
+        (["lung"] * 4, "4 texts.*3"),
+        (["lung", " \n"], "text 1 is empty"),
+        (["x" * 20_001], "20001 characters.*20000"),
+    ):
         with pytest.raises(InvalidInput, match=cause):
             retriever.scores(HANDLE, texts)
     with pytest.raises(StudyNotFound):
@@ -78,9 +83,11 @@ def test_bad_texts_and_handles_are_refused_before_anything_runs(retriever, model
 
 
 def test_an_export_that_cannot_rank_says_so(retriever, tokenizer, models, tmp_path):
-    for settings, folder, cause in ((manifest(clip_text_length=None), tokenizer, "--clip-checkpoint"),
-                                    (manifest(clip_image_size=(8, 8, 8)), tokenizer, "same size"),
-                                    (manifest(), tmp_path, "export the repository again")):
+    for settings, folder, cause in (
+        (manifest(clip_text_length=None), tokenizer, "--clip-checkpoint"),
+        (manifest(clip_image_size=(8, 8, 8)), tokenizer, "same size"),
+        (manifest(), tmp_path, "export the repository again"),
+    ):
         with pytest.raises(RepositoryError, match=cause):
             Retriever(retriever.store, settings, folder, models)
     (tokenizer / "tokenizer_config.json").write_text('{"pad_token": "[NONE]"}')

@@ -1,4 +1,5 @@
 """`m3d sample` writes packaged scans as NIfTI that this engine, and everybody else, reads."""
+
 import gzip
 
 import nibabel as nib
@@ -15,8 +16,13 @@ DIRECTIONS = np.array([[0.57, 0, 0], [0, 0.57, 0], [0, 0, 5.0]])
 
 
 def write_nrrd(path, array, encoding="gzip", space="left-posterior-superior"):
-    header = {"space": space, "space directions": DIRECTIONS, "space origin": [-146, -325, -777.5],
-              "encoding": encoding, "kinds": ["domain"] * 3}
+    header = {
+        "space": space,
+        "space directions": DIRECTIONS,
+        "space origin": [-146, -325, -777.5],
+        "encoding": encoding,
+        "kinds": ["domain"] * 3,
+    }
     nrrd.write(str(path), array, header)
     return path
 

@@ -1,19 +1,28 @@
 """Sampling settings are checked where they enter, and arrive as they were sent."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.errors import InvalidInput
 from engine.sampling import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, Sampling
 
 
-@given(st.builds(
-    Sampling, max_new_tokens=st.integers(1, 1 << 20), temperature=st.floats(0, 2),
-    top_p=st.floats(0, 1, exclude_min=True), top_k=st.integers(0, 1 << 30),
-    stop=st.lists(st.text(min_size=1, max_size=MAX_STOP_CHARACTERS), max_size=MAX_STOP_STRINGS),
-    seed=st.none() | st.integers(0, (1 << 63) - 1), repetition_penalty=st.floats(0, 2, exclude_min=True)))
+@given(
+    st.builds(
+        Sampling,
+        max_new_tokens=st.integers(1, 1 << 20),
+        temperature=st.floats(0, 2),
+        top_p=st.floats(0, 1, exclude_min=True),
+        top_k=st.integers(0, 1 << 30),
+        stop=st.lists(st.text(min_size=1, max_size=MAX_STOP_CHARACTERS), max_size=MAX_STOP_STRINGS),
+        seed=st.none() | st.integers(0, (1 << 63) - 1),
+        repetition_penalty=st.floats(0, 2, exclude_min=True),
+    )
+)
 def test_settings_survive_the_wire(sampling):
     assert Sampling.from_json(sampling.to_json()) == sampling
 
@@ -22,19 +31,36 @@ def test_default_is_greedy():
     assert Sampling().temperature == 0.0
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("max_new_tokens", 0), ("max_new_tokens", 2.5), ("max_new_tokens", True), ("max_new_tokens", (1 << 20) + 1),
-    ("temperature", -0.1), ("temperature", 2.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", 10 ** 30),
-    ("top_p", 0.0), ("top_p", 1.01), ("top_k", -1), ("seed", -1), ("seed", 1 << 63),
-    ("repetition_penalty", 0.0), ("repetition_penalty", float("inf")),
-])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", True),
+        ("max_new_tokens", (1 << 20) + 1),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", float("nan")),
+        ("temperature", "hot"),
+        ("temperature", 10**30),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_k", -1),
+        ("seed", -1),
+        ("seed", 1 << 63),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+    ],
+)
 def test_a_value_out_of_range_is_refused_by_name_with_its_value(name, value):
     with pytest.raises(InvalidInput, match=name) as refusal:
         Sampling(**{name: value})
     assert repr(value) in str(refusal.value)
 
 
-@pytest.mark.parametrize("stop", [["x"] * (MAX_STOP_STRINGS + 1), [""], ["x" * (MAX_STOP_CHARACTERS + 1)], [3], 3, ["\ud800"]])
+@pytest.mark.parametrize(
+    "stop", [["x"] * (MAX_STOP_STRINGS + 1), [""], ["x" * (MAX_STOP_CHARACTERS + 1)], [3], 3, ["\ud800"]]
+)
 def test_unusable_stop_texts_are_refused(stop):
     with pytest.raises(InvalidInput, match="stop"):
         Sampling(stop=stop)
@@ -47,7 +73,7 @@ def test_numpy_scalars_are_numbers():
 
 def test_a_number_too_long_for_a_float_is_refused():
     with pytest.raises(InvalidInput, match="temperature"):
-        Sampling(temperature=10 ** 400)
+        Sampling(temperature=10**400)
 
 
 def test_one_stop_text_may_be_given_without_a_list():

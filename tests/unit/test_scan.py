@@ -1,4 +1,5 @@
 """Every scan format is read as the file means it, and nothing about a file is trusted."""
+
 import errno
 import gzip
 import io
@@ -52,6 +53,7 @@ def refused(data, *words, **options):
 
 # --- NIfTI -----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32])
@@ -59,8 +61,9 @@ def test_nifti_keeps_values_dtype_and_affine(compress, kind, dtype):
     array = values(dtype=dtype)
     scan = read_scan(compress(nifti(array, kind=kind)))
     np.testing.assert_array_equal(scan.array, array)
-    np.testing.assert_array_equal(scan.affine, nib.Nifti1Image.from_bytes(nifti(array)).affine
-                                  if kind is nib.Nifti1Image else OBLIQUE)
+    np.testing.assert_array_equal(
+        scan.affine, nib.Nifti1Image.from_bytes(nifti(array)).affine if kind is nib.Nifti1Image else OBLIQUE
+    )
     assert scan.array.dtype == dtype and scan.kind == "nifti" and scan.modality is None
     assert scan.orientation == "LAS" and scan.spacing_mm == pytest.approx(np.linalg.norm(OBLIQUE[:3, :3], axis=0))
 
@@ -76,9 +79,16 @@ def test_wide_dtypes_become_float32():
     assert read_scan(nifti(values(dtype=np.int32))).array.dtype == np.float32
 
 
-@pytest.mark.parametrize("dtype, slope, intercept, expected", [
-    (np.int16, 0.5, 10, np.float32), (np.uint16, 1, -1024, np.int16), (np.uint8, 1, 1000, np.int16),
-    (np.int16, 1, 32700, np.float32), (np.int16, 1, 0.5, np.float32)])
+@pytest.mark.parametrize(
+    "dtype, slope, intercept, expected",
+    [
+        (np.int16, 0.5, 10, np.float32),
+        (np.uint16, 1, -1024, np.int16),
+        (np.uint8, 1, 1000, np.int16),
+        (np.int16, 1, 32700, np.float32),
+        (np.int16, 1, 0.5, np.float32),
+    ],
+)
 def test_slope_and_intercept_are_applied_without_wide_dtypes(dtype, slope, intercept, expected):
     array = values(dtype=dtype)
     data = with_header(nifti(array), scl_slope=slope, scl_inter=intercept)
@@ -164,9 +174,16 @@ def test_a_header_that_puts_voxels_nowhere_is_refused():
     refused(with_header(nifti(), vox_offset=1000), "promises", "from byte 1000")
 
 
-@pytest.mark.parametrize("shape, words", [
-    ((512, 512), "2 axes"), ((64, 64, 1), "2 axes"), ((8, 8, 8, 5), "8 x 8 x 8 x 5"),
-    ((8, 8, 8, 1, 3), "8 x 8 x 8 x 1 x 3"), ((5, 0, 5), "no axes")])
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ((512, 512), "2 axes"),
+        ((64, 64, 1), "2 axes"),
+        ((8, 8, 8, 5), "8 x 8 x 8 x 5"),
+        ((8, 8, 8, 1, 3), "8 x 8 x 8 x 1 x 3"),
+        ((5, 0, 5), "no axes"),
+    ],
+)
 def test_what_is_not_one_volume_is_refused(shape, words):
     if 0 not in shape:
         refused(nifti(values(shape)), words, "3 axes")
@@ -198,12 +215,17 @@ def test_a_constant_volume_is_refused(value):
 def test_limits_are_named_with_the_setting_that_raises_them():
     refused(nifti(), "960", "500", "max_voxels", limits=Limits(max_voxels=500))
     refused(nifti(), "1,000", "max_bytes", limits=Limits(max_bytes=1000))
-    refused(gzip.compress(nifti(np.zeros((12, 10, 8), np.int16))), "decompressed", "max_bytes",
-            limits=Limits(max_bytes=1500))
+    refused(
+        gzip.compress(nifti(np.zeros((12, 10, 8), np.int16))),
+        "decompressed",
+        "max_bytes",
+        limits=Limits(max_bytes=1500),
+    )
 
 
-@pytest.mark.parametrize("field, value", [
-    ("datatype", 999), ("magic", b"ni1"), ("dim", [-3] * 8), ("scl_inter", np.inf)])
+@pytest.mark.parametrize(
+    "field, value", [("datatype", 999), ("magic", b"ni1"), ("dim", [-3] * 8), ("scl_inter", np.inf)]
+)
 def test_damaged_nifti_headers_are_refused(field, value):
     for compress in (bytes, gzip.compress):
         refused(compress(with_header(nifti(), **{field: value})))
@@ -213,11 +235,18 @@ def test_a_two_file_header_is_told_apart():
     refused(with_header(nifti(), magic=b"ni1"), "Analyze or two-file", ".nii")
 
 
-@pytest.mark.parametrize("data, words", [
-    (b"", "empty"), (b"hello, I am a text file" * 50, "not an image"),
-    (b"\x89PNG\r\n\x1a\n" + bytes(1000), "not an image"),
-    (gzip.compress(b"text" * 1000), "not a NIfTI"), (gzip.compress(b""), "not a NIfTI"),
-    (bytes(128) + b"DICM" + bytes(500), "single DICOM file"), (b"\x5c\x01\x00\x00", "not an image")])
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", "empty"),
+        (b"hello, I am a text file" * 50, "not an image"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(1000), "not an image"),
+        (gzip.compress(b"text" * 1000), "not a NIfTI"),
+        (gzip.compress(b""), "not a NIfTI"),
+        (bytes(128) + b"DICM" + bytes(500), "single DICOM file"),
+        (b"\x5c\x01\x00\x00", "not an image"),
+    ],
+)
 def test_what_is_no_image_is_refused_with_the_formats_that_are_read(data, words):
     refused(data, words)
 
@@ -239,6 +268,7 @@ def test_random_damage_never_escapes_as_another_error(seed):
 
 # --- npy and arrays --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("order", "CF")
 @pytest.mark.parametrize("leading", [(), (1,)])
 def test_arrays_round_trip_through_the_client(order, leading):
@@ -253,8 +283,17 @@ def test_arrays_round_trip_through_the_client(order, leading):
     assert scan.kind == "array"
 
 
-@pytest.mark.parametrize("turned", [np.ascontiguousarray, np.asfortranarray, lambda a: a[::2, 1:], lambda a: a[:0],
-                                    lambda a: a.astype(">i2"), lambda a: a.T])
+@pytest.mark.parametrize(
+    "turned",
+    [
+        np.ascontiguousarray,
+        np.asfortranarray,
+        lambda a: a[::2, 1:],
+        lambda a: a[:0],
+        lambda a: a.astype(">i2"),
+        lambda a: a.T,
+    ],
+)
 def test_an_array_goes_out_as_numpy_would_save_it(turned):
     array, saved = turned(values()), io.BytesIO()
     np.save(saved, array)
@@ -323,6 +362,7 @@ def test_int16_is_read_without_a_copy():
 
 
 # --- DICOM -----------------------------------------------------------------------------------------------------------
+
 
 def series(count=6, spacing=2.5, orientation=(1, 0, 0, 0, 1, 0), shape=(10, 12), modality="CT", **fields):
     """Slices of one CT series, shuffled; the value of a voxel tells slice, row and column."""
@@ -450,8 +490,13 @@ def enhanced(frames=5):
     shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [item()], [item()]
     shared.PlaneOrientationSequence[0].ImageOrientationPatient = dataset.ImageOrientationPatient
     shared.PixelMeasuresSequence[0].PixelSpacing = dataset.PixelSpacing
-    for keyword in ("ImageOrientationPatient", "PixelSpacing", "ImagePositionPatient",
-                    "RescaleSlope", "RescaleIntercept"):
+    for keyword in (
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "ImagePositionPatient",
+        "RescaleSlope",
+        "RescaleIntercept",
+    ):
         delattr(dataset, keyword)
     dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], []
     for frame in range(frames):
@@ -481,8 +526,14 @@ def test_a_series_is_read_within_three_times_its_size():
 
 def test_mixed_series_are_refused_with_their_uids_and_counts():
     one, other = series(6), series(4)
-    refused(zipped(one + other), "2 different series", one[0].SeriesInstanceUID, "6 slices",
-            other[0].SeriesInstanceUID, "4 slices")
+    refused(
+        zipped(one + other),
+        "2 different series",
+        one[0].SeriesInstanceUID,
+        "6 slices",
+        other[0].SeriesInstanceUID,
+        "4 slices",
+    )
 
 
 def test_mixed_sizes_orientations_and_spacings_are_refused():
@@ -591,7 +642,7 @@ def test_a_zip_bomb_stops_before_it_expands():
     refused(bomb, "unpacked zip", "max_bytes", limits=Limits(max_bytes=50 << 20))
     position = bomb.rindex(b"PK\x01\x02")  # the central directory understates the size
     lie = bytearray(bomb)
-    lie[position + 24:position + 28] = (1000).to_bytes(4, "little")
+    lie[position + 24 : position + 28] = (1000).to_bytes(4, "little")
     refused(bytes(lie), limits=Limits(max_bytes=50 << 20))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -602,7 +653,7 @@ def test_zip_limits_and_damage():
     data = zipped(series())
     refused(data, "6 files", "max_files", limits=Limits(max_files=5))
     refused(data, "more than 500 voxels", limits=Limits(max_voxels=500))
-    refused(data[:len(data) // 2], "damaged")
+    refused(data[: len(data) // 2], "damaged")
     refused(zipped([], extra=[("a.txt", b"hello")]), "no DICOM images")
     refused(zipped([]), "no DICOM images")
     broken = bytearray(zipped(series(), zipfile.ZIP_STORED))
@@ -613,20 +664,24 @@ def test_zip_limits_and_damage():
 def patched(archive, record, offset, content):
     """The archive with `content` at `offset` behind the last `record`."""
     start = archive.rindex(record) + offset
-    return archive[:start] + content + archive[start + len(content):]
+    return archive[:start] + content + archive[start + len(content) :]
 
 
 def without_a_name(archive):
     """The zip with an empty name in its directory, and the room for the name in the comment behind it."""
     position = archive.rindex(b"PK\x01\x02")
-    size = archive[position + 28:position + 30]
-    return archive[:position + 28] + bytes(4) + size + archive[position + 34:]
+    size = archive[position + 28 : position + 30]
+    return archive[: position + 28] + bytes(4) + size + archive[position + 34 :]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda: without_a_name(zipped([], extra=[("a.dcm", bytes(200))])),
-    lambda: patched(zipped([], extra=[("a.dcm", bytes(200))]), b"PK\x05\x06", 16, b"\xff\xff\xff\x7f"),
-    lambda: patched(zipped([], zipfile.ZIP_LZMA, [("a.dcm", bytes(200))]), b"PK\x03\x04", 39, b"\xff" * 5),
-], ids=["a name that is none", "members before the start", "LZMA"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda: without_a_name(zipped([], extra=[("a.dcm", bytes(200))])),
+        lambda: patched(zipped([], extra=[("a.dcm", bytes(200))]), b"PK\x05\x06", 16, b"\xff\xff\xff\x7f"),
+        lambda: patched(zipped([], zipfile.ZIP_LZMA, [("a.dcm", bytes(200))]), b"PK\x03\x04", 39, b"\xff" * 5),
+    ],
+    ids=["a name that is none", "members before the start", "LZMA"],
+)
 def test_damaged_zips_never_escape_as_another_error(damage):
     refused(damage(), "the zip is damaged")

@@ -1,4 +1,5 @@
 """The check at the start lets right states through and names wrong ones."""
+
 from __future__ import annotations
 
 import asyncio
@@ -24,8 +25,9 @@ class Engine:
         self.states = {}
 
     async def generate(self, rows, length, key, watched):
-        said = self.model.generate(inputs_embeds=rows[None], max_new_tokens=length, min_new_tokens=length,
-                                   do_sample=False)[0]
+        said = self.model.generate(
+            inputs_embeds=rows[None], max_new_tokens=length, min_new_tokens=length, do_sample=False
+        )[0]
         rows = torch.cat([rows, self.model.get_input_embeddings()(said[:-1])])
         self.states[key] = self.model.model(inputs_embeds=rows[None]).last_hidden_state[0, -length:].detach().numpy()
         return [token + self.shift for token in said.tolist()]
@@ -59,11 +61,14 @@ def test_right_states_pass(tiny):
     assert check_again(tiny, checked).difference < 1e-5
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda states: np.roll(states, 1, axis=0), "predict"),  # the row of another token
-    (lambda states: states * 1.01, "differ from transformers'"),  # close, but not the same
-    (lambda states: states * np.nan, "predict"),
-])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda states: np.roll(states, 1, axis=0), "predict"),  # the row of another token
+        (lambda states: states * 1.01, "differ from transformers'"),  # close, but not the same
+        (lambda states: states * np.nan, "predict"),
+    ],
+)
 def test_wrong_states_fail_the_start(tiny, spoil, words):
     with pytest.raises(RepositoryError, match=words):
         check(tiny, spoil)
@@ -77,8 +82,9 @@ def test_a_large_model_is_checked_by_its_own_head(tiny, monkeypatch):
         check(tiny, lambda states: np.roll(states, 1, axis=0))
 
 
-@pytest.mark.parametrize("spoil", [lambda states: np.roll(states, 1, axis=0), lambda states: states * 1.01,
-                                   lambda states: states * np.nan])
+@pytest.mark.parametrize(
+    "spoil", [lambda states: np.roll(states, 1, axis=0), lambda states: states * 1.01, lambda states: states * np.nan]
+)
 def test_another_way_to_compute_must_give_the_same_states(tiny, spoil):
     checked = check(tiny)
     with pytest.raises(RepositoryError, match="differ from those of vLLM's own pass"):

@@ -1,4 +1,5 @@
 """The bookkeeping of kept states: the right rows by key and position, and nothing that stays behind."""
+
 from __future__ import annotations
 
 import torch

@@ -36,13 +36,17 @@ def test_a_folder_that_others_can_enter_is_refused(tmp_path):
 
 def test_processes_of_one_server_share_a_folder_that_is_swept_once_the_server_is_dead(tmp_path, monkeypatch):
     # A "server" whose two children each join the folder; it is killed together with them, so nobody cleans up.
-    child = ("import pathlib, engine.runtime.server_folder as s; s.SHARED_MEMORY = pathlib.Path('{0}'); "
-             "import sys; sys.stdout.write(f'{{s.ServerFolder.of_server().path}}\\n'); sys.stdout.flush(); input()"
-             ).format(tmp_path)
-    server = ("import subprocess, sys; c = [subprocess.Popen([sys.executable, '-c', sys.argv[1]], "
-              "stdin=subprocess.PIPE) for _ in range(2)]; input()")
-    process = subprocess.Popen([sys.executable, "-c", server, child], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True)
+    child = (
+        f"import pathlib, engine.runtime.server_folder as s; s.SHARED_MEMORY = pathlib.Path('{tmp_path}'); "
+        "import sys; sys.stdout.write(f'{s.ServerFolder.of_server().path}\\n'); sys.stdout.flush(); input()"
+    )
+    server = (
+        "import subprocess, sys; c = [subprocess.Popen([sys.executable, '-c', sys.argv[1]], "
+        "stdin=subprocess.PIPE) for _ in range(2)]; input()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", server, child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     roots = {process.stdout.readline().strip() for _ in range(2)}
     assert len(roots) == 1
     root = tmp_path / os.path.basename(roots.pop())

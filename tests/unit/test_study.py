@@ -62,23 +62,32 @@ def test_a_scan_is_prepared_and_encoded_once_however_often_it_comes(studies, sto
 
 
 def test_the_client_hears_preset_reason_shape_spacing_orientation_time_and_model(studies):
-    image = nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 900, (20, 30, 10)).astype(np.int16),
-                                np.diag([-2, 1.5, 4, 1]))
+    image = nibabel.Nifti1Image(
+        np.random.default_rng(0).integers(0, 900, (20, 30, 10)).astype(np.int16), np.diag([-2, 1.5, 4, 1])
+    )
     _, info = studies.open(upload(np.frombuffer(image.to_bytes(), np.uint8), preset="mr"))
     assert info.pop("reason") and info.pop("prepare_s") > 0
-    assert info == {"preset": "mr", "shape": [20, 30, 10], "spacing_mm": [2, 1.5, 4], "orientation": "LAS",
-                    "cached": False, "model": studies.manifest.model}
+    assert info == {
+        "preset": "mr",
+        "shape": [20, 30, 10],
+        "spacing_mm": [2, 1.5, 4],
+        "orientation": "LAS",
+        "cached": False,
+        "model": studies.manifest.model,
+    }
     assert info["model"]["manifest_sha256"] == studies.manifest.identity
 
 
 def test_scans_presets_affines_and_models_do_not_share_a_study(store, models):
     studies = Studies(store, manifest(), models)
     data = bytes_of(volume()[0])
-    handles = {studies.open(upload(data))[0],
-               studies.open(upload(bytes_of(volume(1)[0])))[0],
-               studies.open(upload(data, preset="m3d-cap"))[0],
-               studies.open(upload(data, affine=np.diag([1.0, 1, 2, 1])))[0],
-               Studies(store, manifest(checkpoint_sha256="1"), models).open(upload(data))[0]}
+    handles = {
+        studies.open(upload(data))[0],
+        studies.open(upload(bytes_of(volume(1)[0])))[0],
+        studies.open(upload(data, preset="m3d-cap"))[0],
+        studies.open(upload(data, affine=np.diag([1.0, 1, 2, 1])))[0],
+        Studies(store, manifest(checkpoint_sha256="1"), models).open(upload(data))[0],
+    }
     assert len(handles) == 5 == models.calls["vision_encoder"]
 
 

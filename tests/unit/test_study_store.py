@@ -57,11 +57,15 @@ def test_a_handle_depends_on_content_affine_preset_and_model():
 
 
 @pytest.mark.parametrize(
-    "handle", ["", "..", "../../etc", "x" * 64, "A" * 64, "0" * 63, "0" * 1000, handle_of("never")])
+    "handle", ["", "..", "../../etc", "x" * 64, "A" * 64, "0" * 63, "0" * 1000, handle_of("never")]
+)
 def test_an_unknown_handle_is_not_found_and_says_to_upload_again(store, handle):
     assert handle not in store
-    for use in (lambda: store.info(handle), lambda: store.get(handle, "image"),
-                lambda: store.put(handle, "image", image_of(1))):
+    for use in (
+        lambda: store.info(handle),
+        lambda: store.get(handle, "image"),
+        lambda: store.put(handle, "image", image_of(1)),
+    ):
         with pytest.raises(StudyNotFound, match="upload the scan again") as error:
             use()
         assert len(str(error.value)) < 200

@@ -1,4 +1,5 @@
 """What speaks to TensorRT fits TensorRT's type stubs, so that a call which it does not have is found without a GPU."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -42,8 +43,21 @@ def mypy(tmp_path_factory):
     (folder / "mypy.ini").write_text(CONFIG.format(stubs=folder / "stubs"))
 
     def run(*files: Path) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, "-m", "mypy", "--config-file", folder / "mypy.ini", "--cache-dir",
-                               folder / "cache", *files], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "mypy",
+                "--config-file",
+                folder / "mypy.ini",
+                "--cache-dir",
+                folder / "cache",
+                *files,
+            ],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
         return done.returncode, done.stdout + done.stderr
 
     return run
@@ -54,11 +68,14 @@ def test_what_speaks_to_tensorrt_fits_its_type_stubs(mypy):
     assert status == 0, said
 
 
-@pytest.mark.parametrize(("call", "broken"), [
-    ("builder.create_builder_config()", "builder.create_builder_configuration()"),
-    ("refitter.refit_cuda_engine()", "refitter.refit_cuda_engine(engine)"),
-    ("parser.parse_from_file(str(graph))", "parser.parse_from_file()"),
-])
+@pytest.mark.parametrize(
+    ("call", "broken"),
+    [
+        ("builder.create_builder_config()", "builder.create_builder_configuration()"),
+        ("refitter.refit_cuda_engine()", "refitter.refit_cuda_engine(engine)"),
+        ("parser.parse_from_file(str(graph))", "parser.parse_from_file()"),
+    ],
+)
 def test_a_call_that_tensorrt_does_not_have_is_found(mypy, tmp_path, call, broken):
     source = SOURCE.read_text()
     assert call in source

@@ -1,4 +1,5 @@
 """What training promises about broken samples: named, counted over workers and ranks, left out, and not too many."""
+
 from __future__ import annotations
 
 import logging
@@ -48,7 +49,8 @@ def test_broken_samples_are_left_out_counted_and_recorded_whoever_reads(tmp_path
         assert sum(loader, []) == [str(k) for k in range(64) if k not in (3, 17, 40)]
         assert data.counts() == (64 * epoch, 3 * epoch)
     assert {(entry.paths, entry.cause, entry.times) for entry in data.report()} == {
-        ((f"{k}.npy", f"mask_{k}.npy"), "cut off", 2) for k in (3, 17, 40)}
+        ((f"{k}.npy", f"mask_{k}.npy"), "cut off", 2) for k in (3, 17, 40)
+    }
 
 
 def test_a_sample_of_another_epoch_is_counted_alike(tmp_path):
@@ -137,11 +139,19 @@ def _trainer(data: Tolerant, folder: Path):
         return {"images": torch.tensor(np.stack(images) if images else np.zeros(1, np.float32))}
 
     arguments = TrainingArguments(
-        str(folder / "out"), per_device_train_batch_size=3, num_train_epochs=2, report_to="none", use_cpu=True,
-        save_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_num_workers=1,
-        dataloader_persistent_workers=True, dataloader_pin_memory=False)
-    return Trainer(_Mean(), arguments, train_dataset=data, callbacks=[BrokenSampleCheck(data)],
-                   data_collator=collate)
+        str(folder / "out"),
+        per_device_train_batch_size=3,
+        num_train_epochs=2,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+        dataloader_pin_memory=False,
+    )
+    return Trainer(_Mean(), arguments, train_dataset=data, callbacks=[BrokenSampleCheck(data)], data_collator=collate)
 
 
 def test_a_trainer_goes_on_past_a_broken_file_sees_new_epochs_and_sums_up(tmp_path, caplog):

@@ -1,4 +1,5 @@
 """What training promises: the reference's losses, questions in a pack as if alone, the demo's stages on a phantom."""
+
 from __future__ import annotations
 
 import json
@@ -25,8 +26,8 @@ from training.data.augment import view_of
 from training.data.jitter import swap_sides
 from training.data.sample import Sample
 from training.data.scans import LabelledScan
-from training.lamed import GrownEmbedding, GrownHead, Lora, Start, TrainedLamed
 from training.evaluate import KINDS
+from training.lamed import GrownEmbedding, GrownHead, Lora, Start, TrainedLamed
 from training.losses import dice_loss, language_loss, mask_loss
 from training.packing import Packer, pack, sequence
 
@@ -44,9 +45,16 @@ def packaged(monkeypatch) -> starting_points.PackagedModel:
     state = LlamaForCausalLM(config).state_dict()
     state.pop("lm_head.weight")
     monkeypatch.setattr(base, "load_base", lambda spec: {key: value.clone() for key, value in state.items()})
-    monkeypatch.setattr(starting_points, "_packaged", lambda source: starting_points.LanguageModel(
-        source.package, starting_points.told(config), {key: value.clone() for key, value in state.items()},
-        toy.byte_tokenizer()))
+    monkeypatch.setattr(
+        starting_points,
+        "_packaged",
+        lambda source: starting_points.LanguageModel(
+            source.package,
+            starting_points.told(config),
+            {key: value.clone() for key, value in state.items()},
+            toy.byte_tokenizer(),
+        ),
+    )
     return starting_points.PackagedModel(**PACKAGE)
 
 
@@ -57,10 +65,24 @@ def scans(monkeypatch) -> list[LabelledScan]:
     masks = np.zeros((2, 12, 48, 48), bool)
     masks[0, :, 8:40, 26:44], masks[1, :, 8:40, 4:22] = True, True
     image = (masks[0] * 0.7 + masks[1] * 0.4 + rng.random(masks[0].shape) * 0.1).astype(np.float32)
-    facts = {"modality": "CT", "part": "chest", "view": "both lungs", "finding": "Nothing else.", "tumour": "",
-             "tumour_side": ""}
-    phantom = [LabelledScan("chest-ct-1", image, masks[0] * 1 + masks[1] * np.int64(2), ("left lung", "right lung"),
-                            tuple(float(m.mean()) for m in masks), facts)]
+    facts = {
+        "modality": "CT",
+        "part": "chest",
+        "view": "both lungs",
+        "finding": "Nothing else.",
+        "tumour": "",
+        "tumour_side": "",
+    }
+    phantom = [
+        LabelledScan(
+            "chest-ct-1",
+            image,
+            masks[0] * 1 + masks[1] * np.int64(2),
+            ("left lung", "right lung"),
+            tuple(float(m.mean()) for m in masks),
+            facts,
+        )
+    ]
     monkeypatch.setattr(views, "load_scans", lambda names, size: phantom)
     return phantom
 
@@ -123,8 +145,11 @@ def test_the_language_loss_is_the_weighted_mean_over_answer_tokens():
     torch.testing.assert_close(language_loss(logits, answers, weights), (each * weights / weights.sum()).sum())
 
 
-QUESTIONS = [asked("segment", "Segment it.", "It is [SEG].", True), asked("tumour", "Is there one?", "No."),
-             asked("segment", "Where?", "[SEG] and [SEG]", True)]
+QUESTIONS = [
+    asked("segment", "Segment it.", "It is [SEG].", True),
+    asked("tumour", "Is there one?", "No."),
+    asked("segment", "Where?", "[SEG] and [SEG]", True),
+]
 
 
 def _tokenizer(packaged):
@@ -146,7 +171,7 @@ def test_question_and_answer_are_tokenised_in_one_piece_behind_the_image_tokens(
     found = sequence(tokenizer, QUESTIONS[0])
     whole = tokenizer("<im_patch>" * 2 + " Segment it. It is [SEG].")["input_ids"]
     assert found.ids == [*whole[3:], tokenizer.eos_token_id]
-    assert tokenizer.decode(found.ids[:found.answer_start]) == " Segment it."
+    assert tokenizer.decode(found.ids[: found.answer_start]) == " Segment it."
     assert sequence(tokenizer, QUESTIONS[0], room=15).ids == found.ids[:15]
 
 
@@ -196,39 +221,73 @@ def test_losses_of_many_questions_in_a_batch_are_those_of_each_alone(packaged, a
     torch.manual_seed(5)
     names = ("left lung", "heart", "right lung")
     model.teacher = torch.nn.Embedding(3, 32)
-    packer = Packer(model.tokenizer, model.num_visual_tokens, SIZE, model.config_json["seg_token_id"], 256,
-                    grid=model.lamed.config.segmentation.grid, at_decoder_grid=at_decoder_grid, mask_limit=limit,
-                    taught=names)
+    packer = Packer(
+        model.tokenizer,
+        model.num_visual_tokens,
+        SIZE,
+        model.config_json["seg_token_id"],
+        256,
+        grid=model.lamed.config.segmentation.grid,
+        at_decoder_grid=at_decoder_grid,
+        mask_limit=limit,
+        taught=names,
+    )
 
     def group(*asked) -> list:
         image = rng.random((1, *SIZE), np.float32)
-        return [views.StructureSample(image, question, answer, rng.random((1, *SIZE)) < rng.random() if mask else None,
-                                      True, "segment", "toy", structure) for question, answer, mask, structure in asked]
+        return [
+            views.StructureSample(
+                image,
+                question,
+                answer,
+                rng.random((1, *SIZE)) < rng.random() if mask else None,
+                True,
+                "segment",
+                "toy",
+                structure,
+            )
+            for question, answer, mask, structure in asked
+        ]
 
-    groups = [group(("Is it?", "No.", False, None), ("Segment it.", "It is [SEG].", True, "right lung")),
-              group(("Where?", "[SEG] and [SEG]", True, None), ("Say [SEG].", "[SEG]", False, "heart"),
-                    ("And this?", "[SEG]", True, "left lung"), ("Why?", "So.", False, None))]
+    groups = [
+        group(("Is it?", "No.", False, None), ("Segment it.", "It is [SEG].", True, "right lung")),
+        group(
+            ("Where?", "[SEG] and [SEG]", True, None),
+            ("Say [SEG].", "[SEG]", False, "heart"),
+            ("And this?", "[SEG]", True, "left lung"),
+            ("Why?", "So.", False, None),
+        ),
+    ]
     with torch.no_grad():
         batch = packer(groups)
         together = model(**batch)
         alone = [(sample, packer([[sample]])) for part in groups for sample in part]
         found = [(sample, single, model(**{**single, "totals": batch["totals"]})) for sample, single in alone]
     segmenting = [(sample, single, losses) for sample, single, losses in found if sample.mask is not None]
-    expected = {"language": sum(losses["language"] for _, _, losses in found),
-                "mask": sum(losses["mask"] for _, _, losses in segmenting[:limit]),
-                "prompt": sum(losses["prompt"] for _, _, losses in segmenting)}
+    expected = {
+        "language": sum(losses["language"] for _, _, losses in found),
+        "mask": sum(losses["mask"] for _, _, losses in segmenting[:limit]),
+        "prompt": sum(losses["prompt"] for _, _, losses in segmenting),
+    }
     for part, value in expected.items():
         torch.testing.assert_close(together[part], value, atol=1e-5, rtol=1e-5, msg=part)
         assert value > 0
-    for part, total in {"language": sum(single["totals"]["language"] for _, single in alone),
-                        "mask": limit or 3, "prompt": 2}.items():
+    for part, total in {
+        "language": sum(single["totals"]["language"] for _, single in alone),
+        "mask": limit or 3,
+        "prompt": 2,
+    }.items():
         assert batch["totals"][part] == total
     assert batch["taught"].tolist() == [2, -1, 0] and batch["mask_rows"].tolist() == [0, 1, 1][:limit]
     for (sample, _, _), target in zip(segmenting[:limit], batch["masks"], strict=True):
         mask = sample.mask[0].astype(np.float32)
         if at_decoder_grid:  # 8 x 8 x 8 cells
-            mask = np.array([[[mask[z, y:y + 4, x:x + 4].mean() for x in range(0, 32, 4)] for y in range(0, 32, 4)]
-                             for z in range(8)])
+            mask = np.array(
+                [
+                    [[mask[z, y : y + 4, x : x + 4].mean() for x in range(0, 32, 4)] for y in range(0, 32, 4)]
+                    for z in range(8)
+                ]
+            )
         np.testing.assert_allclose(target.numpy(), mask, atol=1e-6)
 
 
@@ -262,12 +321,18 @@ def test_rows_for_the_added_tokens_extend_the_frozen_table_at_both_ends():
 
 def test_the_demo_s_stages_run_in_order_and_end_in_a_checkpoint_that_the_engine_composes(packaged, scans, tmp_path):
     """Each stage starts from what the ones before it wrote; what is frozen stays, the rest moves."""
-    for name, module in (("1_pretrain_segvol", pretrain_segvol), ("2_refine_segvol", pretrain_segvol),
-                         ("3_align_projector", align_projector), ("4_learn_boxes", finetune),
-                         ("5_finetune", finetune)):
+    for name, module in (
+        ("1_pretrain_segvol", pretrain_segvol),
+        ("2_refine_segvol", pretrain_segvol),
+        ("3_align_projector", align_projector),
+        ("4_learn_boxes", finetune),
+        ("5_finetune", finetune),
+    ):
         run(module, demo(name, tmp_path))
-    first, refined, aligned, boxes, tuned = (load_file(tmp_path / name / "final" / "model.safetensors") for name in (
-        "1_pretrain_segvol", "2_refine_segvol", "3_align_projector", "4_learn_boxes", "5_finetune"))
+    first, refined, aligned, boxes, tuned = (
+        load_file(tmp_path / name / "final" / "model.safetensors")
+        for name in ("1_pretrain_segvol", "2_refine_segvol", "3_align_projector", "4_learn_boxes", "5_finetune")
+    )
     assert torch.equal(first["prompts.weight"], refined["prompts.weight"])
     moved = [key for key in refined if not torch.equal(first[key], refined[key])]
     assert "model.mask_decoder.mask_tokens.weight" in moved and "model.image_encoder.norm.weight" in moved
@@ -277,8 +342,10 @@ def test_the_demo_s_stages_run_in_order_and_end_in_a_checkpoint_that_the_engine_
     projector = "model.mm_projector.projector.0.weight"
     assert torch.equal(tuned[projector], boxes[projector]) and torch.equal(boxes[projector], aligned[projector])
     assert not any("seg_" in key for key in boxes)
-    merge = build(merge_lora.Settings, json.loads((CONFIGS / "6_merge_lora.json").read_text().replace(
-        "out/training/demo/", f"{tmp_path}/")))
+    merge = build(
+        merge_lora.Settings,
+        json.loads((CONFIGS / "6_merge_lora.json").read_text().replace("out/training/demo/", f"{tmp_path}/")),
+    )
     lamed, tokenizer = checkpoint.load_lamed(merge_lora.merge(merge))
     trained = small(packaged, lora=Lora(8, 16, 0.0))
     trained.restore(tmp_path / "5_finetune" / "final")
@@ -291,8 +358,9 @@ def test_the_demo_s_stages_run_in_order_and_end_in_a_checkpoint_that_the_engine_
         hidden, answers, _ = _hidden(trained, [[s]], tokens)
         ids = torch.tensor([[tokenizer.bos_token_id, *[0] * tokens.shape[1], *s.ids]])
         out = lamed.llm(inputs_embeds=lamed.prompt_embeddings(ids, tokens)).logits
-        torch.testing.assert_close(out[0, -len(answers) - 1:-1], trained.lamed.llm.lm_head(hidden), atol=2e-2,
-                                   rtol=2e-2)
+        torch.testing.assert_close(
+            out[0, -len(answers) - 1 : -1], trained.lamed.llm.lm_head(hidden), atol=2e-2, rtol=2e-2
+        )
 
 
 def test_finetune_goes_on_with_the_lora_and_the_added_tokens_of_an_earlier_one(packaged, scans, tmp_path):
@@ -320,15 +388,18 @@ def test_finetune_goes_on_with_the_lora_and_the_added_tokens_of_an_earlier_one(p
         finetune.build(build(finetune.Settings, values))
 
 
-@pytest.mark.parametrize("file, change, named", [
-    ("adapter_config.json", lambda c: c.update(use_rslora=True), "has use_rslora, which is not trained here"),
-    ("adapter_config.json", lambda c: c.update(base_model_name_or_path="else"), "trained on else, not on"),
-    ("adapter_config.json", lambda c: c.pop("peft_type"), "describes no LoRA"),
-    ("adapter_model.safetensors", lambda t: t.pop(sorted(t)[0]), "does not fit the model: 1 missing"),
-    ("adapter_model.safetensors", lambda t: t.update(x=torch.zeros(1)), "1 unexpected"),
-    ("adapter_model.safetensors", lambda t: t[sorted(t)[0]].fill_(float("nan")), "not finite"),
-    ("model.safetensors", lambda t: t.pop(base.ADDED_TOKENS), "does not fit the model: 1 missing"),
-])
+@pytest.mark.parametrize(
+    "file, change, named",
+    [
+        ("adapter_config.json", lambda c: c.update(use_rslora=True), "has use_rslora, which is not trained here"),
+        ("adapter_config.json", lambda c: c.update(base_model_name_or_path="else"), "trained on else, not on"),
+        ("adapter_config.json", lambda c: c.pop("peft_type"), "describes no LoRA"),
+        ("adapter_model.safetensors", lambda t: t.pop(sorted(t)[0]), "does not fit the model: 1 missing"),
+        ("adapter_model.safetensors", lambda t: t.update(x=torch.zeros(1)), "1 unexpected"),
+        ("adapter_model.safetensors", lambda t: t[sorted(t)[0]].fill_(float("nan")), "not finite"),
+        ("model.safetensors", lambda t: t.pop(base.ADDED_TOKENS), "does not fit the model: 1 missing"),
+    ],
+)
 def test_an_earlier_lora_that_cannot_be_gone_on_with_is_refused(packaged, tmp_path, file, change, named):
     model, folder = small(packaged), _folder(tmp_path / "earlier")
     model.write(folder, model.state_dict())
@@ -380,14 +451,18 @@ def test_views_depend_on_seed_epoch_and_index_alone(scans):
     assert np.array_equal(a[0].image, b[0].image) and not np.array_equal(a[0].image, other[0].image)
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"train": {"chest-ct-9": 1}}, "data.scans.train names chest-ct-9; known scans: chest-ct-1"),
-    ({"train": {"chest-ct-1": 0}}, "data.scans.train draws no scan"),
-    ({"tasks": {"boxes": 1}}, "data.scans.tasks names boxes; known tasks: .*name_box"),
-    ({"tasks": {"box": 0}}, "data.scans.tasks draws no task"), ({"per_view": 0}, "per_view .* must be positive, not 0"),
-    ({"fine_grid": [0, 48, 48]}, "fine_grid must be positive"),
-    ({"tasks": {"side": 1}}, "data.scans.tasks has no question about chest-ct-1"),
-])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"train": {"chest-ct-9": 1}}, "data.scans.train names chest-ct-9; known scans: chest-ct-1"),
+        ({"train": {"chest-ct-1": 0}}, "data.scans.train draws no scan"),
+        ({"tasks": {"boxes": 1}}, "data.scans.tasks names boxes; known tasks: .*name_box"),
+        ({"tasks": {"box": 0}}, "data.scans.tasks draws no task"),
+        ({"per_view": 0}, "per_view .* must be positive, not 0"),
+        ({"fine_grid": [0, 48, 48]}, "fine_grid must be positive"),
+        ({"tasks": {"side": 1}}, "data.scans.tasks has no question about chest-ct-1"),
+    ],
+)
 def test_scans_and_tasks_that_are_unknown_or_never_drawn_are_refused(scans, change, named):
     settings = {**demo("4_learn_boxes", Path("x"))["data"]["scans"], **change}
     with pytest.raises(InvalidInput, match=named):
@@ -425,8 +500,10 @@ def test_published_parts_load_as_the_reference_loads_them(packaged, tmp_path):
     vit = source.lamed.vision_tower.vision_tower.state_dict()
     torch.save(vit, tmp_path / "pretrained_ViT.bin")
     segvol = {f"model.{key}": value for key, value in source.lamed.seg_module.state_dict().items()}
-    torch.save({**segvol, "model.text_encoder.weight": torch.zeros(3), "text_encoder.x": torch.zeros(2)},
-               tmp_path / "pytorch_model.bin")
+    torch.save(
+        {**segvol, "model.text_encoder.weight": torch.zeros(3), "text_encoder.x": torch.zeros(2)},
+        tmp_path / "pytorch_model.bin",
+    )
     projector = {f"model.mm_projector.{key}": value for key, value in source.lamed.mm_projector.state_dict().items()}
     rows = torch.randn(4, 32)
     torch.save({**projector, "model.embed_tokens.weight": rows}, tmp_path / "mm_projector.bin")
@@ -453,8 +530,10 @@ def test_rows_of_added_tokens_go_where_the_tokens_are_though_the_table_has_spare
         torch.testing.assert_close(now.weight.detach(), expected, atol=0, rtol=0)
     projector = {f"model.mm_projector.{key}": value for key, value in model.lamed.mm_projector.state_dict().items()}
     rows, table = torch.randn(4, 32), torch.randn(270, 32)
-    for found, wanted in ((rows, {**dict(enumerate(model.lamed.llm.model.embed_tokens.weight.detach())),
-                                  **dict(enumerate(rows, 259))}), (table, dict(enumerate(table)))):
+    for found, wanted in (
+        (rows, {**dict(enumerate(model.lamed.llm.model.embed_tokens.weight.detach())), **dict(enumerate(rows, 259))}),
+        (table, dict(enumerate(table))),
+    ):
         torch.save({**projector, "model.embed_tokens.weight": found}, tmp_path / "mm_projector.bin")
         start = Start(source, toy.PARTS, mm_projector=str(tmp_path / "mm_projector.bin"))
         weight = TrainedLamed(start, ("embeddings",)).lamed.llm.model.embed_tokens.weight.detach()
@@ -462,8 +541,9 @@ def test_rows_of_added_tokens_go_where_the_tokens_are_though_the_table_has_spare
 
 
 def test_added_rows_are_taken_from_a_whole_table(packaged, tmp_path):
-    projector = {f"model.mm_projector.{key}": value
-                 for key, value in small(packaged).lamed.mm_projector.state_dict().items()}
+    projector = {
+        f"model.mm_projector.{key}": value for key, value in small(packaged).lamed.mm_projector.state_dict().items()
+    }
     table = torch.randn(263, 32)
     torch.save({**projector, "model.embed_tokens.weight": table}, tmp_path / "mm_projector.bin")
     started = small(packaged, mm_projector=str(tmp_path / "mm_projector.bin"))
@@ -529,7 +609,7 @@ def test_the_committed_demo_holds_what_its_config_promises_and_is_small():
         shapes = checkpoint.lamed_shapes(Lamed(LamedConfig.from_dict(config)))
     ours = {key: shape for key, shape in shapes.items() if key.startswith(tuple(checkpoint.PARTS))}
     with safe_open(DEMO / "model.safetensors", "pt") as file:
-        held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        held = {key: tuple(file.get_slice(key).get_shape()) for key in file}
     added = held.pop(base.ADDED_TOKENS)
     assert held == ours and added[1] == config["hidden_size"]
     with safe_open(DEMO / "adapter_model.safetensors", "pt") as file:
@@ -539,8 +619,8 @@ def test_the_committed_demo_holds_what_its_config_promises_and_is_small():
         for key in lora:
             assert torch.isfinite(file.get_tensor(key)).all()
     with safe_open(DEMO / "clip" / "model.safetensors", "pt") as file:
-        assert not any(key.startswith(checkpoint.TEXT_ENCODER) for key in file.keys())
-        assert all(torch.isfinite(file.get_tensor(key)).all() for key in file.keys())
+        assert not any(key.startswith(checkpoint.TEXT_ENCODER) for key in file)
+        assert all(torch.isfinite(file.get_tensor(key)).all() for key in file)
     assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) < 40e6
 
 

@@ -1,4 +1,5 @@
 """What the training data promise: masks move with images, mirrored bodies swap their sides, answers are true."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -32,8 +33,14 @@ def scan() -> LabelledScan:
     image[left], image[right], image[tumour] = 0.6, 0.3, 1.0
     parts = {"left lung": left, "right lung": right, "lung tumour": tumour}
     bits = sum(mask.astype(np.int64) << k for k, mask in enumerate(parts.values()))
-    facts = {"modality": "CT", "part": "chest", "view": "both lungs",
-             "finding": "There is a tumour in the {tumour_side} lung.", "tumour": "lung tumour", "tumour_side": "left"}
+    facts = {
+        "modality": "CT",
+        "part": "chest",
+        "view": "both lungs",
+        "finding": "There is a tumour in the {tumour_side} lung.",
+        "tumour": "lung tumour",
+        "tumour_side": "left",
+    }
     return LabelledScan("phantom", image, bits, tuple(parts), tuple(float(m.mean()) for m in parts.values()), facts)
 
 

@@ -1,6 +1,7 @@
 """What the readers of M3D-Data promise: the published layout, samples that depend on nothing but (seed, epoch, index),
 and clear words about whatever is wrong.
 """
+
 from __future__ import annotations
 
 import csv
@@ -22,8 +23,18 @@ from training.data import sets
 from training.data.jitter import Change, draw_change, swap_sides
 from training.data.reading import Table, mask_id
 from training.data.sample import BrokenSample
-from training.data.sets import (TASKS, Captions, ClosedVqa, Mixture, Referring, Structures, Vqa, YesNoVqa, box_of,
-                                open_sets)
+from training.data.sets import (
+    TASKS,
+    Captions,
+    ClosedVqa,
+    Mixture,
+    Referring,
+    Structures,
+    Vqa,
+    YesNoVqa,
+    box_of,
+    open_sets,
+)
 from training.data.wording import class_names, descriptions, templates
 
 
@@ -39,8 +50,12 @@ def root(complete, tmp_path) -> Path:
 
 
 def same(a, b) -> bool:
-    return a.question == b.question and a.answer == b.answer and np.array_equal(a.image, b.image) and (
-        a.mask is b.mask is None or np.array_equal(a.mask, b.mask))
+    return (
+        a.question == b.question
+        and a.answer == b.answer
+        and np.array_equal(a.image, b.image)
+        and (a.mask is b.mask is None or np.array_equal(a.mask, b.mask))
+    )
 
 
 # --- what samples hold -----------------------------------------------------------------------------------------------
@@ -71,8 +86,7 @@ def test_structures_are_asked_for_by_name_and_by_description(complete):
     structures = Structures(complete, "train", SIZE, code="0010", kind="segmentation")
     assert len(structures) == 4
     samples = [structures[k] for k in range(4)]
-    for sample, name, box in zip(samples, ("liver", "liver", "right kidney", "right kidney"),
-                                 (LIVER, LIVER, RIGHT_KIDNEY, RIGHT_KIDNEY)):
+    for sample, box in zip(samples, (LIVER, LIVER, RIGHT_KIDNEY, RIGHT_KIDNEY)):
         assert SEG_TOKEN in sample.answer and sample.space
         np.testing.assert_array_equal(sample.mask, mask(box))
     assert "liver" in samples[0].question and "right kidney" in samples[2].question
@@ -127,8 +141,16 @@ def test_one_s_own_data_set_names_its_classes_in_its_json(root):
 def test_all_tasks_open_from_one_root_as_one_set(complete):
     mixture = open_sets(TASKS, complete, "train", SIZE, jitter=True)
     tasks = Counter(mixture[k].task for k in range(len(mixture)))
-    assert tasks == {"caption": 8, "vqa_closed": 4, "vqa_open": 4, "vqa_yes_no": 4, "segmentation": 6, "rec": 6,
-                     "reg": 6, "refseg": 2}
+    assert tasks == {
+        "caption": 8,
+        "vqa_closed": 4,
+        "vqa_open": 4,
+        "vqa_yes_no": 4,
+        "segmentation": 6,
+        "rec": 6,
+        "reg": 6,
+        "refseg": 2,
+    }
     with pytest.raises(IndexError):
         mixture[len(mixture)]
 
@@ -176,8 +198,8 @@ def test_image_mask_and_box_change_together(complete):
         placed.add(sample.mask.tobytes())
         tones.add(float(bright[0]))
         sample = rec[0]
-        (x1, y1, z1, x2, y2, z2), = np.round(parse_boxes(sample.answer) * np.tile(SIZE, 2)).astype(int)
-        inside = sample.image[0, x1:x2 + 1, y1:y2 + 1, z1:z2 + 1]
+        ((x1, y1, z1, x2, y2, z2),) = np.round(parse_boxes(sample.answer) * np.tile(SIZE, 2)).astype(int)
+        inside = sample.image[0, x1 : x2 + 1, y1 : y2 + 1, z1 : z2 + 1]
         assert np.ptp(inside) < 1e-6 and inside.size == mask(LIVER).sum()
     assert len(placed) > 5 and len(tones) > 10
 
@@ -252,7 +274,7 @@ def test_every_description_of_a_structure_of_one_side_says_which():
 
 
 def test_templates_have_the_slots_that_are_filled():
-    for task, slots in (("segmentation", {}), ("rec", {}), ("reg", {})):
+    for task in ("segmentation", "rec", "reg"):
         for style in ("by_name", "by_description"):
             texts = templates()[task][style]
             assert not set(texts["train"]) & set(texts["held_out"])
@@ -269,8 +291,10 @@ def test_held_out_wordings_are_asked_where_wanted(complete):
 
 
 # --- bad input that stops a run before it starts ---------------------------------------------------------------------
-@pytest.mark.parametrize("task, gone", [("caption", "M3D_Cap_npy"), ("vqa_closed", "M3D-VQA"), ("rec", "M3D_Seg_npy"),
-                                        ("refseg", "M3D_RefSeg_npy")])
+@pytest.mark.parametrize(
+    "task, gone",
+    [("caption", "M3D_Cap_npy"), ("vqa_closed", "M3D-VQA"), ("rec", "M3D_Seg_npy"), ("refseg", "M3D_RefSeg_npy")],
+)
 def test_a_root_that_lacks_a_set_is_refused_with_what_was_looked_for(root, task, gone):
     shutil.rmtree(root / gone)
     with pytest.raises(InvalidInput, match="lacks") as refused:
@@ -315,12 +339,21 @@ def damage_shape(path):
     save(path, np.zeros((1, 8, 16, 32), bool))
 
 
-@pytest.mark.parametrize("task, masks", [("segmentation", "M3D_Seg_npy/0010/a/masks"),
-                                         ("reg", "M3D_Seg_npy/0010/a/masks"),
-                                         ("refseg", "M3D_RefSeg_npy/s0000")])
-@pytest.mark.parametrize("damage, said", [(damage_shape, "the masks of {} have shape 1 x 8 x 16 x 32 .*the model takes "
-                                                         "1 x 8 x 32 x 32"),
-                                          (Path.unlink, "none of . masks that .* can be read")])
+@pytest.mark.parametrize(
+    "task, masks",
+    [
+        ("segmentation", "M3D_Seg_npy/0010/a/masks"),
+        ("reg", "M3D_Seg_npy/0010/a/masks"),
+        ("refseg", "M3D_RefSeg_npy/s0000"),
+    ],
+)
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (damage_shape, "the masks of {} have shape 1 x 8 x 16 x 32 .*the model takes 1 x 8 x 32 x 32"),
+        (Path.unlink, "none of . masks that .* can be read"),
+    ],
+)
 def test_masks_that_do_not_fit_the_images_are_refused_at_once(root, task, masks, damage, said):
     for path in (root / masks).glob("mask*.npy"):
         damage(path)
@@ -341,16 +374,26 @@ def test_masks_of_what_is_not_in_the_scan_hide_no_other_shape(root):
 def test_the_look_at_a_few_masks_meets_several_classes(root, monkeypatch):
     # 8 cases of 13 classes, each asked for twice: every 26th sample is of the same class.
     index = root / "M3D_Seg_npy/0010/0010.json"
-    index.write_text(json.dumps({"train": [{"image": "0010/a/image.npy", "label": f"0010/{case}/masks/mask_{k}.npy"}
-                                           for case in range(8) for k in range(13)]}))
+    index.write_text(
+        json.dumps(
+            {
+                "train": [
+                    {"image": "0010/a/image.npy", "label": f"0010/{case}/masks/mask_{k}.npy"}
+                    for case in range(8)
+                    for k in range(13)
+                ]
+            }
+        )
+    )
     looked = []
     monkeypatch.setattr(sets, "stored_shape", lambda path: looked.append(path.name) or (1, *SIZE))
     Structures(root, "train", SIZE, code="0010", kind="rec")
     assert len({name for name in looked if name.startswith("mask")}) > 3
 
 
-@pytest.mark.parametrize("label, said", [("0000/a/masks/liver.npy", "mask_<class id>.npy"),
-                                         ("0000/a/masks/mask_1.npy", "1 classes, from 0")])
+@pytest.mark.parametrize(
+    "label, said", [("0000/a/masks/liver.npy", "mask_<class id>.npy"), ("0000/a/masks/mask_1.npy", "1 classes, from 0")]
+)
 def test_a_label_without_a_known_class_is_refused(root, label, said):
     index = root / "M3D_Seg_npy" / "0000" / "0000.json"
     index.write_text(json.dumps({"train": [{"image": "0000/a/image.npy", "label": label}]}))
@@ -358,9 +401,15 @@ def test_a_label_without_a_known_class_is_refused(root, label, said):
         Structures(root, "train", SIZE, code="0000", kind="rec")
 
 
-@pytest.mark.parametrize("content, said", [("{", "is not JSON"), ("[]", "no split"),
-                                           ('{"train": [{"image": "a.npy"}]}', "has no text"),
-                                           ('{"train": []}', "no entries")])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "is not JSON"),
+        ("[]", "no split"),
+        ('{"train": [{"image": "a.npy"}]}', "has no text"),
+        ('{"train": []}', "no entries"),
+    ],
+)
 def test_an_unusable_index_is_refused(root, content, said):
     (root / "M3D_Cap_npy" / "M3D_Cap.json").write_text(content)
     with pytest.raises(InvalidInput, match=said):
@@ -383,17 +432,20 @@ def damage_nan(path):
     save(path, np.full((1, *SIZE), np.nan, np.float32))
 
 
-@pytest.mark.parametrize("damage, cause", [
-    (Path.unlink, "No such file"),
-    (lambda path: path.write_bytes(path.read_bytes()[:500]), "not a whole .npy"),
-    (lambda path: path.write_bytes(b"hello"), "not a whole .npy"),
-    (lambda path: path.write_bytes(b""), "not a whole .npy"),
-    (lambda path: save(path, np.array([{}], dtype=object)), "not a whole .npy"),
-    (lambda path: save(path, image(0)[:, :4]), "1 x 4 x 32 x 32, the model takes 1 x 8 x 32 x 32"),
-    (lambda path: save(path, image(0) * 255), "wanted are 0 to 1"),
-    (damage_nan, "not finite"),
-    (lambda path: save(path, np.zeros((1, *SIZE), np.float32)), "every voxel"),
-])
+@pytest.mark.parametrize(
+    "damage, cause",
+    [
+        (Path.unlink, "No such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:500]), "not a whole .npy"),
+        (lambda path: path.write_bytes(b"hello"), "not a whole .npy"),
+        (lambda path: path.write_bytes(b""), "not a whole .npy"),
+        (lambda path: save(path, np.array([{}], dtype=object)), "not a whole .npy"),
+        (lambda path: save(path, image(0)[:, :4]), "1 x 4 x 32 x 32, the model takes 1 x 8 x 32 x 32"),
+        (lambda path: save(path, image(0) * 255), "wanted are 0 to 1"),
+        (damage_nan, "not finite"),
+        (lambda path: save(path, np.zeros((1, *SIZE), np.float32)), "every voxel"),
+    ],
+)
 def test_a_broken_image_is_named_with_its_cause(root, damage, cause):
     path = root / "M3D_Cap_npy/ct_case/000001/Axial.npy"
     damage(path)
@@ -427,13 +479,18 @@ def test_a_single_0_is_no_mask_of_a_referring_question(root):
 
 
 def test_broken_words_are_named_with_their_row(root):
-    rows = [("M3D_Cap_npy/ct_case/000000/Axial.npy", "", 1, "Which?", "a", "b", "c", "d", "a", answer)
-            for answer in ("A", "E", "")] + [("M3D_Cap_npy/ct_case/000000/Axial.npy", "", 1)]
+    rows = [
+        ("M3D_Cap_npy/ct_case/000000/Axial.npy", "", 1, "Which?", "a", "b", "c", "d", "a", answer)
+        for answer in ("A", "E", "")
+    ] + [("M3D_Cap_npy/ct_case/000000/Axial.npy", "", 1)]
     write_csv(root / "M3D-VQA/M3D_VQA_train.csv", VQA_COLUMNS, rows)
     closed = ClosedVqa(root, "train", SIZE)
     assert closed[0].answer == "A. a"
-    for index, cause in ((1, "row 2 has Answer Choice 'E'"), (2, "row 3 has no Answer Choice"),
-                         (3, "row 4 has no Question and no Answer")):
+    for index, cause in (
+        (1, "row 2 has Answer Choice 'E'"),
+        (2, "row 3 has no Answer Choice"),
+        (3, "row 4 has no Question and no Answer"),
+    ):
         with pytest.raises(BrokenSample, match=cause):
             closed[index]
     (root / "M3D_Cap_npy/ct_case/000000/text.txt").write_text(" \n")
@@ -441,11 +498,17 @@ def test_broken_words_are_named_with_their_row(root):
         Captions(root, "train", SIZE)[0]
 
 
-@pytest.mark.parametrize("change, cause", [({"Mask_ID": "7"}, "no voxel of the mask is 7"),
-                                           ({"Mask_ID": "x"}, "Mask_ID 'x'"), ({"Mask_ID": "0"}, "Mask_ID '0'"),
-                                           ({"Mask_ID": "1.5"}, "'1.5', not a whole number from 1"),
-                                           ({"Mask_ID": "nan"}, "Mask_ID 'nan'"),
-                                           ({"Answer": "There."}, r"no \[SEG\]")])
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        ({"Mask_ID": "7"}, "no voxel of the mask is 7"),
+        ({"Mask_ID": "x"}, "Mask_ID 'x'"),
+        ({"Mask_ID": "0"}, "Mask_ID '0'"),
+        ({"Mask_ID": "1.5"}, "'1.5', not a whole number from 1"),
+        ({"Mask_ID": "nan"}, "Mask_ID 'nan'"),
+        ({"Answer": "There."}, r"no \[SEG\]"),
+    ],
+)
 def test_a_referring_row_that_cannot_be_taught_is_broken(root, change, cause):
     path = root / "M3D_RefSeg_npy/M3D_RefSeg.csv"
     rows = list(csv.DictReader(path.open()))

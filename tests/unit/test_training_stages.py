@@ -1,5 +1,6 @@
 """What the stages promise: exact resume after a kill, the same losses however a batch is spread, checkpoints that the
 engine reads strictly, and errors before training starts."""
+
 from __future__ import annotations
 
 import json
@@ -144,8 +145,11 @@ def pretrained_clip(tmp_path_factory, data, encoder) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {f"{file.name}:{key}": value for file in sorted(folder.glob("*.safetensors"))
-            for key, value in load_file(file).items()}
+    return {
+        f"{file.name}:{key}": value
+        for file in sorted(folder.glob("*.safetensors"))
+        for key, value in load_file(file).items()
+    }
 
 
 def same_bits(a: Path, b: Path) -> bool:
@@ -154,8 +158,13 @@ def same_bits(a: Path, b: Path) -> bool:
 
 
 def killed(stage: str, file: Path, where: str, number: int) -> None:
-    done = subprocess.run([sys.executable, "-c", _KILLED, stage, str(file), where, str(number)], env=_ENVIRONMENT,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, stage, str(file), where, str(number)],
+        env=_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
@@ -185,11 +194,18 @@ def test_a_run_with_processes_that_load_is_resumed_with_the_bits_of_one_without(
 
 
 def test_a_run_of_two_processes_one_of_which_is_killed_ends_with_the_same_bits_when_resumed(tmp_path, data, llm):
-    whole, torn = (toy.written(toy.finetune_configuration(tmp_path / name, data, llm), tmp_path / f"{name}.json")
-                   for name in ("whole", "torn"))
+    whole, torn = (
+        toy.written(toy.finetune_configuration(tmp_path / name, data, llm), tmp_path / f"{name}.json")
+        for name in ("whole", "torn")
+    )
     rank, number = random.randint(0, 1), random.randint(2, 4)
-    done = subprocess.run([sys.executable, "-c", _TWO_PROCESSES, str(whole), str(torn), str(rank), str(number)],
-                          env=_ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", _TWO_PROCESSES, str(whole), str(torn), str(rank), str(number)],
+        env=_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert same_bits(tmp_path / "torn" / "final", tmp_path / "whole" / "final"), f"{rank} killed before step {number}"
 
@@ -270,7 +286,8 @@ def test_a_stage_stops_on_too_many_broken_samples(tmp_path, data, llm, encoder, 
 
 
 def test_questions_without_room_for_an_answer_are_recorded_and_batches_of_nothing_else_teach_nothing(
-        tmp_path, data, llm):
+    tmp_path, data, llm
+):
     long = shutil.copytree(data, tmp_path / "long")
     table = long / "M3D-VQA" / "M3D_VQA_yn_train.csv"
     table.write_text(table.read_text().replace("a mass?", "a mass" + " or another" * 30 + "?"))
@@ -299,7 +316,7 @@ def test_every_epoch_has_every_sample_in_an_order_and_a_form_of_its_own(tmp_path
 
     monkeypatch.setattr(selection.M3DSamples, "__getitem__", watched)
     run(pretrain_clip, only(toy.clip_configuration(tmp_path / "run", data, encoder, max_steps=6)))
-    epochs = [seen[k:k + 4] for k in (0, 4, 8)]
+    epochs = [seen[k : k + 4] for k in (0, 4, 8)]
     assert [{epoch for epoch, _, _ in part} for part in epochs] == [{0}, {1}, {2}]
     orders = [[index for _, index, _ in part] for part in epochs]
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders) and len(set(map(tuple, orders))) > 1
@@ -340,8 +357,13 @@ def test_two_processes_train_what_one_does_on_the_joined_batch(tmp_path, data, l
     module = {"finetune": finetune, "pretrain_clip": pretrain_clip}[stage]
 
     def values(name: str, batch: int, rate: float = 0.1) -> dict:
-        settings = {"per_device_train_batch_size": batch, "max_steps": 2, "optim": "sgd", "learning_rate": rate,
-                    "max_grad_norm": 0.0}
+        settings = {
+            "per_device_train_batch_size": batch,
+            "max_steps": 2,
+            "optim": "sgd",
+            "learning_rate": rate,
+            "max_grad_norm": 0.0,
+        }
         if stage == "finetune":
             return toy.finetune_configuration(tmp_path / name, data, llm, dropout=0.0, **settings)
         return toy.clip_configuration(tmp_path / name, data, encoder, **settings)
@@ -349,9 +371,22 @@ def test_two_processes_train_what_one_does_on_the_joined_batch(tmp_path, data, l
     script = tmp_path / "without_dropout.py"
     script.write_text(_WITHOUT_DROPOUT)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
-         str(ROOT / "training" / f"{stage}.py"), str(toy.written(values("two", 2), tmp_path / "two.json"))],
-        env=_ENVIRONMENT, capture_output=True, text=True, timeout=600)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(script),
+            str(ROOT / "training" / f"{stage}.py"),
+            str(toy.written(values("two", 2), tmp_path / "two.json")),
+        ],
+        env=_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
     before = weights(run(module, values("still", 4, rate=0.0)))
@@ -400,8 +435,17 @@ def test_a_step_is_the_same_in_one_batch_or_accumulated(tmp_path, data, llm, mon
     monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
 
     def trained(name: str, **settings) -> dict:
-        values = toy.finetune_configuration(tmp_path / name, data, llm, dropout=0.0, max_steps=1, optim="sgd",
-                                            learning_rate=0.1, max_grad_norm=0.0, **settings)
+        values = toy.finetune_configuration(
+            tmp_path / name,
+            data,
+            llm,
+            dropout=0.0,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            **settings,
+        )
         return weights(run(finetune, {**values, "sample_every": 0}))
 
     whole = trained("whole", per_device_train_batch_size=4)
@@ -414,9 +458,15 @@ def test_a_step_is_the_same_in_one_batch_or_accumulated(tmp_path, data, llm, mon
 def test_the_merged_checkpoint_loads_in_the_engine_strictly_and_answers_as_in_training(tmp_path, tuned, data, llm):
     folder = merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", dtype="float32"))
     keys = set(load_file(folder / "model.safetensors"))
-    assert {"model.vision_tower.vision_tower.cls_token", "model.mm_projector.projector.0.weight", "lm_head.weight",
-            "model.seg_module.prompt_encoder.no_mask_embed.weight", "model.seg_projector.0.weight",
-            "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"} <= keys
+    assert {
+        "model.vision_tower.vision_tower.cls_token",
+        "model.mm_projector.projector.0.weight",
+        "lm_head.weight",
+        "model.seg_module.prompt_encoder.no_mask_embed.weight",
+        "model.seg_projector.0.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.embed_tokens.weight",
+    } <= keys
     assert not [key for key in keys if "lora" in key or "base_layer" in key]
     assert_answers_as_in_training(folder, tuned, toy.finetune_configuration(tmp_path / "run", data, llm))
 
@@ -433,23 +483,33 @@ def assert_answers_as_in_training(merged: Path, trained: Path, values: dict) -> 
         torch.testing.assert_close(model.lamed.encode_images(image), tokens)
         embeds = lamed.prompt_embeddings(ids, tokens)
         torch.testing.assert_close(model.lamed.prompt_embeddings(ids, tokens), embeds)
-        torch.testing.assert_close(model.lamed.llm(inputs_embeds=embeds).logits, lamed.llm(inputs_embeds=embeds).logits,
-                                   atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model.lamed.llm(inputs_embeds=embeds).logits, lamed.llm(inputs_embeds=embeds).logits, atol=1e-5, rtol=1e-4
+        )
 
 
 def test_lora_reaches_every_linear_layer_and_the_parts_named_by_train_move(tmp_path, tuned, data, llm):
     adapter = load_file(tuned / base.ADAPTER_WEIGHTS)
     first = base.LORA_PREFIX + "model.layers.0."
     assert {key.split(".lora_")[0].removeprefix(first) for key in adapter if key.startswith(first)} == {
-        *(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))}
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    }
     assert all(value.abs().max() > 0 for key, value in adapter.items() if "lora_B" in key)
     torch.manual_seed(1)
     model, _ = finetune.build(build(finetune.Settings, toy.finetune_configuration(tmp_path / "run", data, llm)))
     (tmp_path / "start").mkdir()
     model.write(tmp_path / "start", model.state_dict())
     start, end = load_file(tmp_path / "start" / "model.safetensors"), load_file(tuned / "model.safetensors")
-    parts = {"vision_tower", "mm_projector", "embed_tokens", "lm_head", "seg_projector", "image_encoder",
-             "mask_decoder"}
+    parts = {
+        "vision_tower",
+        "mm_projector",
+        "embed_tokens",
+        "lm_head",
+        "seg_projector",
+        "image_encoder",
+        "mask_decoder",
+    }
     assert {part for key in end for part in parts if part in key and not torch.equal(start[key], end[key])} == parts
 
 
@@ -463,10 +523,13 @@ def test_a_merged_checkpoint_starts_the_next_training_with_nothing_lost(tmp_path
     assert now and all(torch.equal(value, whole[key]) for key, value in now.items())
 
 
-@pytest.mark.parametrize("family, targets", [
-    ("phi3", ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
-    ("llama3", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
-])
+@pytest.mark.parametrize(
+    "family, targets",
+    [
+        ("phi3", ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
+        ("llama3", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+    ],
+)
 def test_other_families_are_trained_and_merged_and_answer_in_the_engine_as_in_training(tmp_path, data, family, targets):
     source = toy.language_model(tmp_path / f"tiny-{family}", family)
     values = {**toy.finetune_configuration(tmp_path / "run", data, source, max_steps=2), "sample_every": 0}
@@ -496,8 +559,11 @@ def test_pretrained_clip_loads_in_the_engine_and_starts_the_vision_tower(tmp_pat
 def test_alignment_on_captions_trains_projector_and_embeddings_only(tmp_path, data, llm):
     values = toy.finetune_configuration(tmp_path / "run", data, llm, max_steps=2)
     values = {key: value for key, value in values.items() if key != "lora"} | {
-        "objective": "captions", "train": ["mm_projector", "embeddings"], "sample_every": 0,
-        "data": {"m3d": {"root": str(data), "tasks": ["caption"]}}}
+        "objective": "captions",
+        "train": ["mm_projector", "embeddings"],
+        "sample_every": 0,
+        "data": {"m3d": {"root": str(data), "tasks": ["caption"]}},
+    }
     settings = build(align_projector.Settings, values)
     torch.manual_seed(1)
     model = align_projector.TrainedLamed(settings.start, settings.train, segmentation=False)
@@ -538,19 +604,39 @@ def _spoiled(tuned: Path, folder: Path, file: str, change) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("file, change, named", [
-    ("model.safetensors", lambda t: t.pop("model.mm_projector.projector.0.weight"), "missing.*projector.0.weight"),
-    ("model.safetensors", lambda t: t.update({"model.mm_projector.projector.0.weight": torch.zeros(0)}),
-     "hold nothing.*ZeRO-3"),
-    ("model.safetensors", lambda t: t.update({"lm_head.weight": torch.zeros(3, 3)}), r"lm_head.weight \[3, 3\]"),
-    ("model.safetensors", lambda t: t["model.seg_projector.0.weight"].fill_(float("nan")), "not finite.*seg_projector"),
-    (base.ADAPTER_WEIGHTS, lambda t: t.pop(next(key for key in t if "lora_B" in key)), "incomplete"),
-    (base.ADAPTER_WEIGHTS, lambda t: t.update({next(key for key in t if "lora_B" in key): torch.zeros(0)}), "empty"),
-    (base.ADAPTER_WEIGHTS, lambda t: [t.pop(key) for key in list(t) if ".layers.1." in key],
-     "incomplete: it has nothing for model.layers.1.* more"),
-    (base.ADAPTER_WEIGHTS, lambda t: t.update({key: value[:1] for key, value in t.items() if "lora_A" in key}),
-     "has r 1 at .*do not belong together"),
-])
+@pytest.mark.parametrize(
+    "file, change, named",
+    [
+        ("model.safetensors", lambda t: t.pop("model.mm_projector.projector.0.weight"), "missing.*projector.0.weight"),
+        (
+            "model.safetensors",
+            lambda t: t.update({"model.mm_projector.projector.0.weight": torch.zeros(0)}),
+            "hold nothing.*ZeRO-3",
+        ),
+        ("model.safetensors", lambda t: t.update({"lm_head.weight": torch.zeros(3, 3)}), r"lm_head.weight \[3, 3\]"),
+        (
+            "model.safetensors",
+            lambda t: t["model.seg_projector.0.weight"].fill_(float("nan")),
+            "not finite.*seg_projector",
+        ),
+        (base.ADAPTER_WEIGHTS, lambda t: t.pop(next(key for key in t if "lora_B" in key)), "incomplete"),
+        (
+            base.ADAPTER_WEIGHTS,
+            lambda t: t.update({next(key for key in t if "lora_B" in key): torch.zeros(0)}),
+            "empty",
+        ),
+        (
+            base.ADAPTER_WEIGHTS,
+            lambda t: [t.pop(key) for key in list(t) if ".layers.1." in key],
+            "incomplete: it has nothing for model.layers.1.* more",
+        ),
+        (
+            base.ADAPTER_WEIGHTS,
+            lambda t: t.update({key: value[:1] for key, value in t.items() if "lora_A" in key}),
+            "has r 1 at .*do not belong together",
+        ),
+    ],
+)
 def test_the_merge_refuses_what_is_incomplete(tmp_path, tuned, file, change, named):
     folder = _spoiled(tuned, tmp_path / "spoiled", file, change)
     with pytest.raises(CheckpointError, match=named):
@@ -558,9 +644,14 @@ def test_the_merge_refuses_what_is_incomplete(tmp_path, tuned, file, change, nam
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("files, named", [([base.ADAPTER_WEIGHTS], "adapter_model.safetensors is not there"),
-                                          ([base.ADAPTER_CONFIG], "adapter_config.json cannot be read"),
-                                          (checkpoint.TOKENIZER_FILES, "has no tokenizer")])
+@pytest.mark.parametrize(
+    "files, named",
+    [
+        ([base.ADAPTER_WEIGHTS], "adapter_model.safetensors is not there"),
+        ([base.ADAPTER_CONFIG], "adapter_config.json cannot be read"),
+        (checkpoint.TOKENIZER_FILES, "has no tokenizer"),
+    ],
+)
 def test_the_merge_refuses_a_folder_that_lacks_a_file(tmp_path, tuned, files, named):
     folder = shutil.copytree(tuned, tmp_path / "lacking")
     for name in files:
@@ -596,27 +687,38 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
         checkpoint.load_lamed(tuned)
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"lora": {"r": 0, "alpha": 8, "dropout": 0}}, "lora.r must be 1 or more"),
-    ({"lora": {"r": 4, "alpha": 8, "dropout": 1.5}}, "lora.dropout in 0 to 1"),
-    ({"sede": 1}, "unknown setting sede"), ({"seed": None}, "seed must be int"), ({"seed": "1"}, "seed must be int"),
-    ({"seed": -1}, "seed must not be negative"), ({"lora": {"r": 8}}, "missing setting lora.alpha"),
-    ({"lora": {"r": 8, "alpha": 8, "dropout": 0, "beta": 1}}, "unknown setting lora.beta"),
-    ({"train": "lm_head"}, "train must be a list"), ({"out": 3}, "out must be a path"),
-    ({"start": {"language_model": {"package": "x"}}}, "missing setting start.language_model.file"),
-    ({"trainer": {"lerning_rate": 1}}, "unknown setting trainer.lerning_rate"),
-    ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate must be float"),
-    ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps must be int"),
-    ({"trainer": {"bf16": 1}}, "trainer.bf16 must be bool"), ({"trainer": {"seed": 1}}, "use `seed`"),
-    ({"trainer": {"save_only_model": True}}, "trainer.save_only_model is set by the stage itself"),
-    ({"trainer": {"ignore_data_skip": True}}, "trainer.ignore_data_skip is set by the stage itself"),
-    ({"trainer": {"auto_find_batch_size": True}}, "trainer.auto_find_batch_size is set by the stage itself"),
-    ({"data": {}}, "data must have either"), ({"data": {"m3d": {"root": "x"}}}, "missing setting data.m3d.tasks"),
-    ({"mask_grid": "patches"}, "mask_grid"), ({"answer_weights": "equal"}, "answer_weights"),
-    ({"train": ["tower"]}, "train names tower"), ({"train": ["added_tokens"]}, "tied embeddings"),
-    ({"max_length": 3}, "max_length 3 leaves no room"),
-    ({"max_length": 4096}, "more than the language model's context"),
-])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"lora": {"r": 0, "alpha": 8, "dropout": 0}}, "lora.r must be 1 or more"),
+        ({"lora": {"r": 4, "alpha": 8, "dropout": 1.5}}, "lora.dropout in 0 to 1"),
+        ({"sede": 1}, "unknown setting sede"),
+        ({"seed": None}, "seed must be int"),
+        ({"seed": "1"}, "seed must be int"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"lora": {"r": 8}}, "missing setting lora.alpha"),
+        ({"lora": {"r": 8, "alpha": 8, "dropout": 0, "beta": 1}}, "unknown setting lora.beta"),
+        ({"train": "lm_head"}, "train must be a list"),
+        ({"out": 3}, "out must be a path"),
+        ({"start": {"language_model": {"package": "x"}}}, "missing setting start.language_model.file"),
+        ({"trainer": {"lerning_rate": 1}}, "unknown setting trainer.lerning_rate"),
+        ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate must be float"),
+        ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps must be int"),
+        ({"trainer": {"bf16": 1}}, "trainer.bf16 must be bool"),
+        ({"trainer": {"seed": 1}}, "use `seed`"),
+        ({"trainer": {"save_only_model": True}}, "trainer.save_only_model is set by the stage itself"),
+        ({"trainer": {"ignore_data_skip": True}}, "trainer.ignore_data_skip is set by the stage itself"),
+        ({"trainer": {"auto_find_batch_size": True}}, "trainer.auto_find_batch_size is set by the stage itself"),
+        ({"data": {}}, "data must have either"),
+        ({"data": {"m3d": {"root": "x"}}}, "missing setting data.m3d.tasks"),
+        ({"mask_grid": "patches"}, "mask_grid"),
+        ({"answer_weights": "equal"}, "answer_weights"),
+        ({"train": ["tower"]}, "train names tower"),
+        ({"train": ["added_tokens"]}, "tied embeddings"),
+        ({"max_length": 3}, "max_length 3 leaves no room"),
+        ({"max_length": 4096}, "more than the language model's context"),
+    ],
+)
 def test_a_configuration_with_a_wrong_setting_is_refused_by_name(tmp_path, data, llm, change, named, monkeypatch):
     values = {**toy.finetune_configuration(tmp_path / "run", data, llm), **change}
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(toy.written(values, tmp_path / "c.json"))])
@@ -745,19 +847,30 @@ def test_a_merged_checkpoint_is_left_as_it_is_until_what_it_was_made_from_change
     assert "trained/adapter_model.safetensors" in said
     (tmp_path / "merged" / "run.json").unlink()
     assert "does not say what it was made from: nothing to do" in called(
-        monkeypatch, capsys, merge_lora, values, tmp_path / "c.json")
+        monkeypatch, capsys, merge_lora, values, tmp_path / "c.json"
+    )
     assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "merged").items())
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "training" / "configs").rglob("*.json"), key=str),
-                         ids=lambda file: f"{file.parent.name}/{file.stem}")
+@pytest.mark.parametrize(
+    "file",
+    sorted((ROOT / "training" / "configs").rglob("*.json"), key=str),
+    ids=lambda file: f"{file.parent.name}/{file.stem}",
+)
 def test_every_configuration_in_the_repository_is_whole(file):
     from training import evaluate, pretrain_segvol
     from training.config import check_trainer
 
-    modules = {"align_projector": align_projector, "finetune": finetune, "pretrain_clip": pretrain_clip,
-               "merge_lora": merge_lora, "pretrain_segvol": pretrain_segvol, "refine_segvol": pretrain_segvol,
-               "learn_boxes": finetune, "evaluate": evaluate}
+    modules = {
+        "align_projector": align_projector,
+        "finetune": finetune,
+        "pretrain_clip": pretrain_clip,
+        "merge_lora": merge_lora,
+        "pretrain_segvol": pretrain_segvol,
+        "refine_segvol": pretrain_segvol,
+        "learn_boxes": finetune,
+        "evaluate": evaluate,
+    }
     settings = read(modules[file.stem.lstrip("12345678_")].Settings, file)
     if hasattr(settings, "trainer"):
         check_trainer(settings.trainer)

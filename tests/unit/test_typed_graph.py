@@ -1,14 +1,15 @@
 """Precision is written into the graph: what is reduced, what stays in fp32, and that the CPU shows what a GPU rounds."""
+
 from __future__ import annotations
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import weights
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
-import weights
 from engine.models.config import LamedConfig, ViTConfig
 from engine.models.lamed import Lamed
 from export import graphs, plans, typed_graph
@@ -22,8 +23,9 @@ VOLUME = tiny.volume()
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """The ONNX file of a small vision encoder: two blocks and the projector."""
-    config = LamedConfig(vision=ViTConfig(tiny.IMAGE_SIZE, tiny.PATCH_SIZE, **tiny.VIT), segmentation=None,
-                         llm={"hidden_size": 128})
+    config = LamedConfig(
+        vision=ViTConfig(tiny.IMAGE_SIZE, tiny.PATCH_SIZE, **tiny.VIT), segmentation=None, llm={"hidden_size": 128}
+    )
     model = Lamed(config, with_llm=False).eval()
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.fill(shapes, "typed").items()})
@@ -43,7 +45,7 @@ def expected(exported):
 
 
 def error(found, expected) -> float:
-    return float(np.sqrt(np.mean((found - expected) ** 2)) / np.sqrt(np.mean(expected ** 2)))
+    return float(np.sqrt(np.mean((found - expected) ** 2)) / np.sqrt(np.mean(expected**2)))
 
 
 def on_cpu(model):
@@ -52,8 +54,10 @@ def on_cpu(model):
 
 def types(model) -> dict[str, int]:
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    found = {value.name: value.type.tensor_type.elem_type
-             for value in (*inferred.input, *inferred.output, *inferred.value_info)}
+    found = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*inferred.input, *inferred.output, *inferred.value_info)
+    }
     return found | {tensor.name: tensor.data_type for tensor in inferred.initializer}
 
 
@@ -66,9 +70,11 @@ def test_products_are_reduced_and_norms_softmax_and_residuals_are_not(exported, 
         kind = found[node.input[0]]
         if node.op_type == "MatMul":
             assert kind == (TensorProto.FLOAT if "patch_embedding" in module_of(node) else LOW[precision]), node.name
-        elif node.op_type in ("LayerNormalization", "Softmax", "AveragePool"):
-            assert kind == TensorProto.FLOAT, node.name
-        elif node.op_type == "Add" and module_of(node).endswith(("blocks.0", "blocks.1")):
+        elif (
+            node.op_type in ("LayerNormalization", "Softmax", "AveragePool")
+            or node.op_type == "Add"
+            and module_of(node).endswith(("blocks.0", "blocks.1"))
+        ):
             assert kind == TensorProto.FLOAT, node.name
     assert {found["IMAGE"], found["VISUAL_TOKENS"]} == {TensorProto.FLOAT}
 
@@ -135,8 +141,10 @@ def test_declared_shapes_become_free_but_for_axes_of_one(exported):
     assert ReferenceEvaluator(model).run(None, {"IMAGE": VOLUME[None]})[0].shape == (1, 8, 128)
 
 
-@pytest.mark.parametrize(("arguments", "words"), [(("fp4",), "fp4"), (("fp8",), "calibration"),
-                                                  (("fp8", {"layer_norm": 1.0}), "largest magnitude")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("fp4",), "fp4"), (("fp8",), "calibration"), (("fp8", {"layer_norm": 1.0}), "largest magnitude")],
+)
 def test_an_impossible_precision_is_refused(exported, arguments, words):
     with pytest.raises(GraphError, match=words):
         typed_graph.typed(onnx.load(exported), *arguments)

@@ -1,5 +1,6 @@
 """Scans that come in parts: what they become, and that no mistake and no ill will makes anything else of them, such as
 a scan with bytes that nobody sent (of memory that another patient's scan was in before)."""
+
 import numpy as np
 import pytest
 
@@ -33,7 +34,7 @@ def uploads(clock):
 def send(uploads, name: str, part_bytes: int, file=FILE, start=0):
     """Send the rest of a file from `start` on; what the last part gave. The ones before must give nothing."""
     for begin in range(start, file.size, part_bytes):
-        whole = uploads.add(name, begin, file.size, file[begin:begin + part_bytes])
+        whole = uploads.add(name, begin, file.size, file[begin : begin + part_bytes])
         assert (whole is None) == (begin + part_bytes < file.size)
     return whole
 
@@ -49,7 +50,7 @@ def test_uploads_in_turns_are_not_mixed_up(uploads):
     files, complete = {"a": FILE, "b": FILE[::-1].copy()}, []
     for begin in range(0, FILE.size, 10_000):
         for name, file in files.items():
-            whole = uploads.add(name, begin, file.size, file[begin:begin + 10_000])
+            whole = uploads.add(name, begin, file.size, file[begin : begin + 10_000])
             if whole is not None:
                 np.testing.assert_array_equal(whole.data, file)
                 assert whole.digest.hexdigest() == content_digest(file)
@@ -57,11 +58,19 @@ def test_uploads_in_turns_are_not_mixed_up(uploads):
     assert complete == ["a", "b"]
 
 
-@pytest.mark.parametrize("start, size, part", [
-    (20_000, FILE.size, FILE[20_000:30_000]), (5_000, FILE.size, FILE[5_000:10_000]),
-    (10_000, FILE.size - 1, FILE[10_000:20_000]), (10_000, FILE.size, FILE), (10_000, FILE.size, FILE[:0]),
-    (10_000, -1, FILE[10_000:20_000]), (-1, FILE.size, FILE[:1]),
-], ids=["skips bytes", "overlaps", "another size", "too long", "empty", "negative size", "negative start"])
+@pytest.mark.parametrize(
+    "start, size, part",
+    [
+        (20_000, FILE.size, FILE[20_000:30_000]),
+        (5_000, FILE.size, FILE[5_000:10_000]),
+        (10_000, FILE.size - 1, FILE[10_000:20_000]),
+        (10_000, FILE.size, FILE),
+        (10_000, FILE.size, FILE[:0]),
+        (10_000, -1, FILE[10_000:20_000]),
+        (-1, FILE.size, FILE[:1]),
+    ],
+    ids=["skips bytes", "overlaps", "another size", "too long", "empty", "negative size", "negative start"],
+)
 def test_a_part_that_is_not_the_next_one_is_refused_and_ends_the_upload(uploads, start, size, part):
     uploads.add("a", 0, FILE.size, FILE[:10_000])
     with pytest.raises(InvalidInput, match="not the next part|no part of a file"):

@@ -1,10 +1,12 @@
 """Presets make the volume their contract promises; masks and boxes come back into the scan's own space."""
+
 import json
 import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from scipy.ndimage import center_of_mass
 from scipy.spatial.transform import Rotation
 
@@ -54,13 +56,15 @@ def masks(draw, smallest):
         centre = np.arange(geometry.scan_shape[axis]) + 0.5
         inside.append((centre - low - length / 2) / (length / 2))
     grid = np.meshgrid(*inside, indexing="ij")
-    mask = sum(g ** 2 for g in grid) <= 1 if shape == "ellipsoid" else np.all([np.abs(g) <= 1 for g in grid], axis=0)
+    mask = sum(g**2 for g in grid) <= 1 if shape == "ellipsoid" else np.all([np.abs(g) <= 1 for g in grid], axis=0)
     # A thin ellipsoid may hold few of the scan's voxels: what counts is the extent of those that it does hold.
     for axis, filled in enumerate(mask.any(tuple({0, 1, 2} - {axis})) for axis in range(3)):
         model_axis = geometry.axes.index(axis)
         start, stop = geometry.crop[model_axis]
-        assume(filled.any() and np.ptp(np.flatnonzero(filled)) + 1 >=
-               smallest * (stop - start) / geometry.image_size[model_axis])
+        assume(
+            filled.any()
+            and np.ptp(np.flatnonzero(filled)) + 1 >= smallest * (stop - start) / geometry.image_size[model_axis]
+        )
     return geometry, mask
 
 
@@ -114,7 +118,7 @@ def test_a_box_lands_where_the_mask_of_the_same_voxels_lands(geometry, data):
     first = [data.draw(st.integers(0, n - 4)) for n in geometry.image_size]
     last = [data.draw(st.integers(f + 3, n - 1)) for f, n in zip(first, geometry.image_size)]
     volume = np.zeros(geometry.image_size, np.float32)
-    volume[tuple(slice(f, l + 1) for f, l in zip(first, last))] = 1
+    volume[tuple(slice(start, end + 1) for start, end in zip(first, last))] = 1
     mask = geometry.mask_to_scan(volume)
     box = np.concatenate([first, last]) / np.tile(geometry.image_size, 2)  # as the reference's data writes boxes
     edges = geometry.boxes_to_scan(box).reshape(2, 3)
@@ -129,7 +133,7 @@ def test_mask_to_scan_equals_the_obvious_dense_computation(geometry, seed):
     random = np.random.default_rng(seed)
     volume = np.zeros(geometry.image_size, np.float32)
     low = [random.integers(0, n - 2) for n in volume.shape]
-    high = [random.integers(l + 1, n) for l, n in zip(low, volume.shape)]
+    high = [random.integers(start + 1, n) for start, n in zip(low, volume.shape)]
     part = tuple(map(slice, low, high))
     volume[part] = random.random(volume[part].shape, np.float32)
     d, h, w = [weights(n, stop - start) for n, (start, stop) in zip(geometry.image_size, geometry.crop)]
@@ -143,8 +147,14 @@ def test_mask_to_scan_equals_the_obvious_dense_computation(geometry, seed):
 
 
 def test_nothing_is_marked_outside_the_crop_and_everything_inside_by_a_full_mask():
-    geometry = Geometry((10, 12, 14), tuple(map(tuple, np.eye(4).tolist())), (2, 1, 0), (False, True, True),
-                        ((3, 9), (2, 12), (0, 7)), (4, 8, 8))
+    geometry = Geometry(
+        (10, 12, 14),
+        tuple(map(tuple, np.eye(4).tolist())),
+        (2, 1, 0),
+        (False, True, True),
+        ((3, 9), (2, 12), (0, 7)),
+        (4, 8, 8),
+    )
     expected = np.zeros((10, 12, 14), bool)
     expected[0:7, 2:12, 3:9] = True
     np.testing.assert_array_equal(geometry.mask_to_scan(np.ones((4, 8, 8), np.float32)), expected)
@@ -193,6 +203,7 @@ def test_shrink_does_not_care_how_the_volume_lies_in_memory(monkeypatch):
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------
+
 
 def phantom(noise=0.0):
     """A body of water (0 HU) with a lung, a bone and dust in air; axes right, back, up (RAS would be front)."""
@@ -246,12 +257,12 @@ def test_the_crop_lies_where_an_off_centre_body_is(codes):
 def test_model_axes_run_up_back_and_left():
     world = np.zeros((20, 20, 20), np.float32)
     for axis in range(3):  # RAS
-        world += (10.0 ** axis) * np.arange(20).reshape([-1 if a == axis else 1 for a in range(3)])
+        world += (10.0**axis) * np.arange(20).reshape([-1 if a == axis else 1 for a in range(3)])
     scan = Scan(world, np.eye(4), "nifti")
     image = prepare(scan, (20, 20, 20), "mr").image[0]
     middle = image[10, 10, 10]
-    assert image[14, 10, 10] > middle           # further up: larger
-    assert image[10, 14, 10] < middle           # further back: smaller y
+    assert image[14, 10, 10] > middle  # further up: larger
+    assert image[10, 14, 10] < middle  # further back: smaller y
     assert image[10, 10, 19] < image[10, 10, 0]  # further left: smaller x
 
 
@@ -259,9 +270,9 @@ def test_ct_scales_the_documented_window_and_crops_to_the_body():
     prepared = prepare(phantom(), SIZE, "ct")
     image = prepared.image
     assert image.shape == (1, *SIZE) and image.dtype == np.float32 and image.flags.c_contiguous
-    assert image[0, 8, 40, 10] == pytest.approx(0.5, abs=1e-6)    # water
+    assert image[0, 8, 40, 10] == pytest.approx(0.5, abs=1e-6)  # water
     assert image[0, 8, 20, 14] == pytest.approx(0.075, abs=1e-3)  # lung, -850 HU, on the patient's right
-    assert image[0, 8, 38, 24] == 1                               # bone, above the window, behind the middle
+    assert image[0, 8, 38, 24] == 1  # bone, above the window, behind the middle
     body = np.argwhere(phantom().array[..., 20] > -500)
     assert prepared.geometry.crop == ((0, 40), *[(int(body[:, a].min()), int(body[:, a].max()) + 1) for a in (1, 0)])
 
@@ -339,7 +350,7 @@ def test_m3d_seg_is_what_the_reference_does():
     np.testing.assert_allclose(prepared.image, monai_reference(image, SIZE), atol=1e-4)
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (2 ** 24, 2 ** 24 + 2)])  # between the latter float32 has no mean
+@pytest.mark.parametrize("low, high", [(0, 1), (2**24, 2**24 + 2)])  # between the latter float32 has no mean
 def test_m3d_seg_refuses_a_scan_of_two_values(low, high):
     array = np.full((20, 20, 20), low, np.float32)
     array[2:] = high
@@ -373,17 +384,27 @@ def test_raw_passes_a_model_volume_untouched():
     np.testing.assert_array_equal(prepared.geometry.mask_to_scan(mask.astype(np.float32)), mask)
 
 
-@pytest.mark.parametrize("volume, message", [(np.zeros((16, 48, 47), np.float32), "model's size"),
-                                             (np.full(SIZE, 255, np.float32), "from 0 to 1")])
+@pytest.mark.parametrize(
+    "volume, message",
+    [(np.zeros((16, 48, 47), np.float32), "model's size"), (np.full(SIZE, 255, np.float32), "from 0 to 1")],
+)
 def test_raw_refuses_what_is_not_a_model_volume(volume, message):
     volume[0, 0, 0] = 1
     with pytest.raises(InvalidInput, match=message):
         prepare(Scan(volume, ARRAY_AFFINE, "npy"), SIZE, "raw")
 
 
-@pytest.mark.parametrize("modality, low, high, expected", [
-    ("CT", 0, 100, "ct"), ("MR", -1000, 1000, "mr"), ("PT", 0, 9000, "mr"), (None, -1024, 1500, "ct"),
-    (None, 0, 1500, "mr"), (None, -3, 4, "mr")])
+@pytest.mark.parametrize(
+    "modality, low, high, expected",
+    [
+        ("CT", 0, 100, "ct"),
+        ("MR", -1000, 1000, "mr"),
+        ("PT", 0, 9000, "mr"),
+        (None, -1024, 1500, "ct"),
+        (None, 0, 1500, "mr"),
+        (None, -3, 4, "mr"),
+    ],
+)
 def test_auto_says_which_preset_and_why(modality, low, high, expected):
     array = np.linspace(low, high, 27000).reshape(30, 30, 30).astype(np.float32)
     prepared = prepare(Scan(array, np.eye(4), "dicom" if modality else "nifti", modality), SIZE)

@@ -1,4 +1,5 @@
 """Random views of a labelled scan: image and structures move together, and a mirrored body swaps its sides."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -60,8 +61,9 @@ class View:
         return np.array([[span[0] for span in spans], [span[-1] for span in spans]]).ravel() / np.tile(mask.shape, 2)
 
 
-def view_of(scan: LabelledScan, ranges: Augmentation | None, size: tuple[int, int, int],
-            rng: np.random.Generator) -> View:
+def view_of(
+    scan: LabelledScan, ranges: Augmentation | None, size: tuple[int, int, int], rng: np.random.Generator
+) -> View:
     """A random view of `scan` at `size` (D, H, W); without ranges, the scan as it is."""
     matrix, shift = (np.eye(3), np.zeros(3)) if ranges is None else _placement(ranges, rng)
     mirrored = ranges is not None and rng.random() < ranges.mirror
@@ -76,8 +78,14 @@ def view_of(scan: LabelledScan, ranges: Augmentation | None, size: tuple[int, in
     bits = _nearest(scan.bits, places)
     structures = tuple(map(swap_sides, scan.structures)) if mirrored else scan.structures
     facts = {key: swap_sides(text) for key, text in scan.facts.items()} if mirrored else scan.facts
-    return View(scan.name, np.clip(image, 0, 1), bits, structures,
-                _visible(scan, bits, structures, abs(np.linalg.det(matrix))), facts)
+    return View(
+        scan.name,
+        np.clip(image, 0, 1),
+        bits,
+        structures,
+        _visible(scan, bits, structures, abs(np.linalg.det(matrix))),
+        facts,
+    )
 
 
 def _placement(ranges: Augmentation, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -111,8 +119,9 @@ def _nearest(bits: np.ndarray, places: torch.Tensor) -> np.ndarray:
     return padded.ravel()[flat.numpy()]
 
 
-def _visible(scan: LabelledScan, bits: np.ndarray, structures: tuple[str, ...],
-             magnification: float) -> tuple[str, ...]:
+def _visible(
+    scan: LabelledScan, bits: np.ndarray, structures: tuple[str, ...], magnification: float
+) -> tuple[str, ...]:
     """Counted on every other row and column, which is exact enough."""
     seen = bits[:, ::2, ::2].ravel()
     visible = []

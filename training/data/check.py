@@ -1,7 +1,8 @@
 """Check a data root before training: every sample is read once, and what is broken is listed with its cause.
 
-    python training/data/check.py ROOT
+python training/data/check.py ROOT
 """
+
 from __future__ import annotations
 
 import os
@@ -11,24 +12,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import typer  # noqa: E402
-from rich.box import SIMPLE  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 
-from engine.errors import InvalidInput, M3DError  # noqa: E402
-from training.data.jobs import parallel, progress  # noqa: E402
-from training.data.reading import read_image  # noqa: E402
-from training.data.sample import BrokenSample  # noqa: E402
-from training.data.sets import CAP, REFSEG, SEG, SPLITS, TASKS, VQA, Structures, TrainingSet, open_sets  # noqa: E402
-from training.files import write_json  # noqa: E402
+from engine.errors import InvalidInput, M3DError
+from training.data.jobs import parallel, progress
+from training.data.reading import read_image
+from training.data.sample import BrokenSample
+from training.data.sets import CAP, REFSEG, SEG, SPLITS, TASKS, VQA, Structures, TrainingSet, open_sets
+from training.files import write_json
 
-_FOLDERS = {"pair": CAP, "caption": CAP, "vqa_closed": VQA, "vqa_open": VQA, "vqa_yes_no": VQA, "segmentation": SEG,
-            "rec": SEG, "reg": SEG, "refseg": REFSEG}
+_FOLDERS = {
+    "pair": CAP,
+    "caption": CAP,
+    "vqa_closed": VQA,
+    "vqa_open": VQA,
+    "vqa_yes_no": VQA,
+    "segmentation": SEG,
+    "rec": SEG,
+    "reg": SEG,
+    "refseg": REFSEG,
+}
 # The others read the same files.
 _DEFAULT = ("caption", "vqa_closed", "vqa_yes_no", "segmentation", "refseg")
 _CHUNK, _SHOWN = 64, 20
@@ -43,7 +53,7 @@ class Findings:
     masks: int = 0
     broken: Counter = field(default_factory=Counter)
 
-    def __iadd__(self, other: "Findings") -> "Findings":
+    def __iadd__(self, other: Findings) -> Findings:
         self.low, self.high, self.masks = min(self.low, other.low), max(self.high, other.high), self.masks + other.masks
         self.broken += other.broken
         return self
@@ -54,7 +64,7 @@ def examine(sets: Sequence[TrainingSet], workers: int) -> list[Findings]:
     chunks = []
     for number, part in enumerate(sets):
         order = sorted(range(len(part)), key=lambda index: _image(part, index))
-        chunks += [(number, order[start:start + _CHUNK]) for start in range(0, len(order), _CHUNK)]
+        chunks += [(number, order[start : start + _CHUNK]) for start in range(0, len(order), _CHUNK)]
     results = [Findings() for _ in sets]
     for k, found in progress(parallel(_examine, chunks, workers, _hold, sets), len(chunks), "checking"):
         results[chunks[k][0]] += found
@@ -92,13 +102,20 @@ def _examine(chunk: tuple[int, list[int]]) -> Findings:
 
 def check(
     root: Annotated[Path, typer.Argument(help="the data root")],
-    tasks: Annotated[Optional[list[str]], typer.Option("--task", help=f"of {', '.join(TASKS)}; may be given several "
-                                                       "times (default: all sets that are there)")] = None,
-    image_size: Annotated[tuple[int, int, int], typer.Option("--image-size", min=1, help="of the model: D, H, W")] =
-    (32, 256, 256),
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", help=f"of {', '.join(TASKS)}; may be given several times (default: all sets that are there)"
+        ),
+    ] = None,
+    image_size: Annotated[tuple[int, int, int], typer.Option("--image-size", min=1, help="of the model: D, H, W")] = (
+        32,
+        256,
+        256,
+    ),
     limit: Annotated[float, typer.Option(min=0, max=1, help="share of broken samples that training accepts")] = 0.01,
     workers: Annotated[int, typer.Option(min=1, help="processes (default: one per core)")] = os.cpu_count() or 1,
-    report: Annotated[Optional[Path], typer.Option(help="write all findings to this JSON file, too")] = None,
+    report: Annotated[Path | None, typer.Option(help="write all findings to this JSON file, too")] = None,
 ) -> None:
     """Read every sample of a data root: counts by set and split, ranges, and what is broken."""
     if not root.is_dir():
@@ -119,16 +136,34 @@ def check(
     results = examine(sets, workers)
     _show(sets, results, problems)
     if report:
-        write_json(report, {"problems": problems, "sets": [
-            {"task": part.task, "index": str(part.index), "split": part.split, "samples": len(part),
-             "low": found.low, "high": found.high, "masks": found.masks,
-             "broken": [{"paths": paths, "cause": cause, "times": times}
-                        for (paths, cause), times in found.broken.most_common()]}
-            for part, found in zip(sets, results)]})
+        write_json(
+            report,
+            {
+                "problems": problems,
+                "sets": [
+                    {
+                        "task": part.task,
+                        "index": str(part.index),
+                        "split": part.split,
+                        "samples": len(part),
+                        "low": found.low,
+                        "high": found.high,
+                        "masks": found.masks,
+                        "broken": [
+                            {"paths": paths, "cause": cause, "times": times}
+                            for (paths, cause), times in found.broken.most_common()
+                        ],
+                    }
+                    for part, found in zip(sets, results)
+                ],
+            },
+        )
     samples, broken = sum(map(len, sets)), sum(found.broken.total() for found in results)
     if problems or broken > limit * samples:
-        sys.exit(f"error: {len(problems)} sets cannot be opened and {broken:,} of {samples:,} samples are broken "
-                 f"(accepted: {limit:.1%})")
+        sys.exit(
+            f"error: {len(problems)} sets cannot be opened and {broken:,} of {samples:,} samples are broken "
+            f"(accepted: {limit:.1%})"
+        )
 
 
 def _show(sets: Sequence[TrainingSet], results: Sequence[Findings], problems: Sequence[dict]) -> None:
@@ -137,8 +172,15 @@ def _show(sets: Sequence[TrainingSet], results: Sequence[Findings], problems: Se
         table.add_column(column, no_wrap=True)
     for part, found in zip(sets, results):
         values = f"{found.low:.2g} to {found.high:.2g}" if found.low <= found.high else "none read"
-        table.add_row(part.task, part.index.name, part.split, f"{len(part):,}", f"{found.masks:,}", values,
-                      f"{found.broken.total():,}")
+        table.add_row(
+            part.task,
+            part.index.name,
+            part.split,
+            f"{len(part):,}",
+            f"{found.masks:,}",
+            values,
+            f"{found.broken.total():,}",
+        )
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     for problem in problems:

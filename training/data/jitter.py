@@ -1,4 +1,5 @@
 """The recipe's random changes to an example: quarter turns and flips of image and mask together, and intensities."""
+
 from __future__ import annotations
 
 import re
@@ -49,7 +50,9 @@ def draw_change(rng: np.random.Generator, size: tuple[int, int, int]) -> Change:
 
 def swap_sides(text: str) -> str:
     """`text` with the words left and right exchanged, capitals kept."""
+
     def other(found: re.Match) -> str:
         word = "right" if found[0].lower() == "left" else "left"
         return word.upper() if found[0].isupper() else word.capitalize() if found[0][0].isupper() else word
+
     return _SIDE.sub(other, text)

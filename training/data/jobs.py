@@ -3,6 +3,7 @@
 A case is made in a folder beside its own and renamed when it is complete, so a folder that is there is whole. It
 remembers what it was made from: with the same sources and settings it is kept, else made again.
 """
+
 from __future__ import annotations
 
 import json
@@ -97,16 +98,18 @@ def do_all(jobs: Sequence[Job], workers: int, title: str) -> list[Outcome]:
     return [outcomes[number] for number in range(len(jobs))]
 
 
-def parallel(function: Callable, items: Sequence, workers: int, prepare: Callable | None = None,
-             *given) -> Iterator[tuple[int, object]]:
+def parallel(
+    function: Callable, items: Sequence, workers: int, prepare: Callable | None = None, *given
+) -> Iterator[tuple[int, object]]:
     """(number, function(item)) as they are done, by `workers` processes; prepare(*given) runs in each of them first.
 
     Raises M3DError if a process dies, Cancelled on Ctrl-C, when what is running has ended.
     """
     # Each worker is a core: threads inside would only fight for them.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    pool = ProcessPoolExecutor(min(workers, len(items) or 1), multiprocessing.get_context("spawn"), _start,
-                               (prepare, given))
+    pool = ProcessPoolExecutor(
+        min(workers, len(items) or 1), multiprocessing.get_context("spawn"), _start, (prepare, given)
+    )
     try:
         if workers == 1:
             if prepare:
@@ -117,8 +120,9 @@ def parallel(function: Callable, items: Sequence, workers: int, prepare: Callabl
             for future in as_completed(numbers):
                 yield numbers.pop(future), future.result()
     except BrokenProcessPool:
-        raise M3DError(f"one of {workers} worker processes died, perhaps for lack of memory: use fewer --workers"
-                       ) from None
+        raise M3DError(
+            f"one of {workers} worker processes died, perhaps for lack of memory: use fewer --workers"
+        ) from None
     except KeyboardInterrupt:
         raise Cancelled("interrupted") from None
     finally:
@@ -127,8 +131,14 @@ def parallel(function: Callable, items: Sequence, workers: int, prepare: Callabl
 
 def progress(results: Iterable, total: int, title: str) -> Iterator:
     """Passes results on, moving a progress bar on the standard error."""
-    with Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                  console=Console(stderr=True)) as bar:
+    with Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:
         task = bar.add_task(title, total=total)
         for result in results:
             yield result

@@ -7,6 +7,7 @@
 OUT is a data root; each command writes its set there. A command that was interrupted goes on where it stopped.
 README.md in this folder says what RAW may look like.
 """
+
 from __future__ import annotations
 
 import csv
@@ -22,20 +23,24 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
-import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
+import numpy as np
+import typer
+from rich.console import Console
 
-from engine.errors import InvalidInput, M3DError  # noqa: E402
-from engine.volume import PRESETS  # noqa: E402
-from training.data.jobs import Job, LeftOut, Outcome, do_all  # noqa: E402
-from training.data.raw import cap_jobs, refseg_jobs, seg_jobs  # noqa: E402
-from training.data.reading import mask_id, read_json, read_split, read_table  # noqa: E402
-from training.data.sets import CAP, REFSEG, SEG, names_of  # noqa: E402
-from training.files import write_json, write_text  # noqa: E402
+from engine.errors import InvalidInput, M3DError
+from engine.volume import PRESETS
+from training.data.jobs import Job, LeftOut, Outcome, do_all
+from training.data.raw import cap_jobs, refseg_jobs, seg_jobs
+from training.data.reading import mask_id, read_json, read_split, read_table
+from training.data.sets import CAP, REFSEG, SEG, names_of
+from training.files import write_json, write_text
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Prepare raw scans for training, in the layout of M3D-Data. An interrupted command goes on.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prepare raw scans for training, in the layout of M3D-Data. An interrupted command goes on.",
+)
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Raw = Annotated[Path, typer.Argument(help="folder with the raw data (see README.md in training/data)")]
@@ -43,8 +48,9 @@ Out = Annotated[Path, typer.Argument(help="data root to write to")]
 Size = Annotated[tuple[int, int, int], typer.Option("--image-size", min=1, help="voxels of the model along D, H, W")]
 Preset = Annotated[str, typer.Option(help=f"preprocessing: {', '.join(PRESETS)}")]
 Workers = Annotated[int, typer.Option(min=1, help="processes (default: one per core)")]
-TestShare = Annotated[float, typer.Option(min=0, max=0.5,
-                                          help="share of the cases held out, where RAW does not split them")]
+TestShare = Annotated[
+    float, typer.Option(min=0, max=0.5, help="share of the cases held out, where RAW does not split them")
+]
 
 _CORES = os.cpu_count() or 1
 _SHOWN = 10
@@ -52,8 +58,14 @@ _REFSEG_COLUMNS = ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Ans
 
 
 @app.command()
-def cap(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = "m3d-cap", workers: Workers = _CORES,
-        test_share: TestShare = 0.02) -> None:
+def cap(
+    raw: Raw,
+    out: Out,
+    image_size: Size = (32, 256, 256),
+    preset: Preset = "m3d-cap",
+    workers: Workers = _CORES,
+    test_share: TestShare = 0.02,
+) -> None:
     """Image-text pairs: folders with one .txt and series as folders of slices, DICOM folders or NIfTI files."""
     began = _begin(raw, out, preset)
     jobs, others = cap_jobs(raw, out / CAP, image_size, preset)
@@ -77,8 +89,14 @@ def cap(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = 
 
 
 @app.command()
-def seg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = "m3d-seg", workers: Workers = _CORES,
-        test_share: TestShare = 0.2) -> None:
+def seg(
+    raw: Raw,
+    out: Out,
+    image_size: Size = (32, 256, 256),
+    preset: Preset = "m3d-seg",
+    workers: Workers = _CORES,
+    test_share: TestShare = 0.2,
+) -> None:
     """Masks of structures: RAW/NNNN/CASE with image.nii.gz and label.nii.gz, or one mask file per class."""
     began = _begin(raw, out, preset)
     codes = sorted(path.name for path in raw.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -94,22 +112,30 @@ def seg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = 
         for case in cases:
             split = splits.get(case.target.name) or _drawn(case.name, test_share, ("test",))
             masks = sorted((case.target / "masks").glob("mask_*.npy"), key=lambda path: int(path.stem[5:]))
-            index[split] += [{"image": (case.target / "image.npy").relative_to(out / SEG).as_posix(),
-                              "label": mask.relative_to(out / SEG).as_posix()} for mask in masks]
+            index[split] += [
+                {
+                    "image": (case.target / "image.npy").relative_to(out / SEG).as_posix(),
+                    "label": mask.relative_to(out / SEG).as_posix(),
+                }
+                for mask in masks
+            ]
         if index["train"] or index["test"]:
             write_json(out / SEG / code / f"{code}.json", index)
 
 
 @app.command()
-def refseg(raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = "m3d-refseg",
-           workers: Workers = _CORES) -> None:
+def refseg(
+    raw: Raw, out: Out, image_size: Size = (32, 256, 256), preset: Preset = "m3d-refseg", workers: Workers = _CORES
+) -> None:
     """Referring questions: RAW/CASE with ct.nii.gz and mask.nii.gz, and M3D_RefSeg.csv (and M3D_RefSeg_test.csv)."""
     began = _begin(raw, out, preset)
     names = ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv")
-    tables = {name: read_table(raw / name, _REFSEG_COLUMNS) for name in names
-              if name == names[0] or (raw / name).is_file()}
-    earlier = {name: read_table(out / REFSEG / name, _REFSEG_COLUMNS) for name in names
-               if (out / REFSEG / name).is_file()}
+    tables = {
+        name: read_table(raw / name, _REFSEG_COLUMNS) for name in names if name == names[0] or (raw / name).is_file()
+    }
+    earlier = {
+        name: read_table(out / REFSEG / name, _REFSEG_COLUMNS) for name in names if (out / REFSEG / name).is_file()
+    }
     outcomes = do_all(refseg_jobs(raw, out / REFSEG, image_size, preset), workers, "M3D-RefSeg")
     cases = {case.target.name: case.target for case in _usable(outcomes)}
     values = {name: set(np.unique(np.load(folder / "mask.npy")).tolist()) - {0} for name, folder in cases.items()}
@@ -155,12 +181,17 @@ def _earlier_masks(out: Path, code: str, jobs: Sequence[Job], names: tuple[str, 
     earlier = {split: list(read_split(path, split, ("image", "label"))) for split in none}
     if (theirs := names_of(path, code)) == names:
         return earlier
-    others = {_case(entry["image"]) for split in _without(earlier, {job.target.name for job in jobs}).values()
-              for entry in split}
+    others = {
+        _case(entry["image"])
+        for split in _without(earlier, {job.target.name for job in jobs}).values()
+        for entry in split
+    }
     if others:
-        raise InvalidInput(f"{path} has {len(others):,} cases of other raw folders, for example {min(others)}, whose "
-                           f"classes are {', '.join(theirs)}; here they are {', '.join(names)}. Give both the same "
-                           f'"labels" in their {code}/{code}.json, or prepare them to different roots')
+        raise InvalidInput(
+            f"{path} has {len(others):,} cases of other raw folders, for example {min(others)}, whose "
+            f"classes are {', '.join(theirs)}; here they are {', '.join(names)}. Give both the same "
+            f'"labels" in their {code}/{code}.json, or prepare them to different roots'
+        )
     return none  # all its cases are here, and will be made again with these classes
 
 
@@ -189,7 +220,7 @@ def _pair(image: str) -> str:
 
 def _drawn(name: str, share: float, held_out: tuple[str, ...]) -> str:
     """A split by the case's name alone, so that cases added later move no other: `share` for each held-out split."""
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2 ** 64
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
     return next((split for k, split in enumerate(held_out, 1) if place < k * share), "train")
 
 
@@ -197,28 +228,51 @@ def _usable(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.state != "skipped"]
 
 
-def _finish(folder: Path, command: str, began: float, raw: Path, size, preset: str, outcomes: Sequence[Outcome],
-            others: Sequence[LeftOut] = ()) -> None:
+def _finish(
+    folder: Path,
+    command: str,
+    began: float,
+    raw: Path,
+    size,
+    preset: str,
+    outcomes: Sequence[Outcome],
+    others: Sequence[LeftOut] = (),
+) -> None:
     """Writes the report, and says what was done. Raises InvalidInput if no case is usable."""
     states = Counter(outcome.state for outcome in outcomes)
     skipped = [{"case": o.name, **vars(entry)} for o in outcomes if o.state == "skipped" for entry in o.left_out]
     left_out = [{"case": o.name, **vars(entry)} for o in _usable(outcomes) for entry in o.left_out]
     left_out += [vars(entry) for entry in others]
     report = folder / "preparation.json"
-    write_json(report, {
-        "command": command, "raw": str(raw), "image_size": size, "preset": preset, "made": states["made"],
-        "kept": states["kept"], "seconds": round(time.monotonic() - began, 1), "skipped": skipped,
-        "left_out": left_out})
-    notes.print(f"{states['made']:,} cases made, {states['kept']:,} kept, {len(skipped):,} skipped; from within cases "
-                f"{len(left_out):,} parts left out; report: {report}")
+    write_json(
+        report,
+        {
+            "command": command,
+            "raw": str(raw),
+            "image_size": size,
+            "preset": preset,
+            "made": states["made"],
+            "kept": states["kept"],
+            "seconds": round(time.monotonic() - began, 1),
+            "skipped": skipped,
+            "left_out": left_out,
+        },
+    )
+    notes.print(
+        f"{states['made']:,} cases made, {states['kept']:,} kept, {len(skipped):,} skipped; from within cases "
+        f"{len(left_out):,} parts left out; report: {report}"
+    )
     for title, entries in (("skipped", skipped), ("left out", left_out)):
         for entry in entries[:_SHOWN]:
             notes.print(f"  {title} {entry['path']}: {entry['cause']}", markup=False)
         if len(entries) > _SHOWN:
             notes.print(f"  and {len(entries) - _SHOWN:,} more {title}")
     if not _usable(outcomes):
-        raise InvalidInput(f"no case of {raw} could be prepared" + ("" if outcomes else ", as none was found") +
-                           "; README.md in training/data says what is accepted")
+        raise InvalidInput(
+            f"no case of {raw} could be prepared"
+            + ("" if outcomes else ", as none was found")
+            + "; README.md in training/data says what is accepted"
+        )
 
 
 def main() -> None:

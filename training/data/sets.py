@@ -4,6 +4,7 @@ Each is a map-style data set of `Sample`s that depend on (seed, epoch, index) on
 other workers, sees the same. What is wrong with a whole set is found when it is opened; what is wrong with one sample
 raises BrokenSample when that one is read.
 """
+
 from __future__ import annotations
 
 import re
@@ -22,8 +23,17 @@ from torch.utils.data import Dataset
 from engine.errors import InvalidInput
 from engine.prompt import SEG_TOKEN, format_box
 from training.data.jitter import Change, draw_change, swap_sides
-from training.data.reading import (ABSENT, mask_id, read_image, read_json, read_mask, read_split, read_table,
-                                   read_text, stored_shape)
+from training.data.reading import (
+    ABSENT,
+    mask_id,
+    read_image,
+    read_json,
+    read_mask,
+    read_split,
+    read_table,
+    read_text,
+    stored_shape,
+)
 from training.data.sample import BrokenSample, Sample
 from training.data.wording import choose, class_names, descriptions, templates
 
@@ -57,8 +67,16 @@ class TrainingSet(Dataset):
     task: str
     space = True
 
-    def __init__(self, root: Path | str, split: str, image_size: Size = (32, 256, 256), *, seed: int = 0,
-                 jitter: bool = False, wording: str = "train"):
+    def __init__(
+        self,
+        root: Path | str,
+        split: str,
+        image_size: Size = (32, 256, 256),
+        *,
+        seed: int = 0,
+        jitter: bool = False,
+        wording: str = "train",
+    ):
         self.root, self.split, self.image_size = Path(root), split, tuple(image_size)
         self.seed, self.jitter, self.wording = seed, jitter, wording
         # In shared memory: DataLoader workers that outlive an epoch hear of the next one.
@@ -111,8 +129,13 @@ class TrainingSet(Dataset):
             question, answer = swap_sides(question), swap_sides(answer)
         return Sample(
             image=np.ascontiguousarray(change.tone(change.place(image))) if self.jitter else image,
-            question=question, answer=answer, mask=mask if SEG_TOKEN in answer else None,
-            space=self.space, task=self.task, source=str(files.image))
+            question=question,
+            answer=answer,
+            mask=mask if SEG_TOKEN in answer else None,
+            space=self.space,
+            task=self.task,
+            source=str(files.image),
+        )
 
     def _found(self, *parts: str) -> Path:
         """A file of the set under the root. Raises InvalidInput naming what was looked for, and where."""
@@ -120,8 +143,10 @@ class TrainingSet(Dataset):
         if not path.is_file():
             folder = next(parent for parent in path.parents if parent.is_dir())
             there = sorted(child.name for child in folder.iterdir())
-            raise InvalidInput(f"the data root lacks what {self.task} is read from: {path} was looked for; {folder} "
-                               f"holds {', '.join(there[:12]) or 'nothing'}{', ...' * (len(there) > 12)}")
+            raise InvalidInput(
+                f"the data root lacks what {self.task} is read from: {path} was looked for; {folder} "
+                f"holds {', '.join(there[:12]) or 'nothing'}{', ...' * (len(there) > 12)}"
+            )
         return path
 
     def _probe(self) -> None:
@@ -142,14 +167,18 @@ class TrainingSet(Dataset):
         shapes = {path: stored_shape(path) for path in paths}
         if not any(shapes.values()):
             example = f", for example {paths[0]}" if paths else ""
-            raise InvalidInput(f"none of {len(shapes)} {what} that {self.index} names can be read{example}; "
-                               f"paths in it count from {self._base}")
+            raise InvalidInput(
+                f"none of {len(shapes)} {what} that {self.index} names can be read{example}; "
+                f"paths in it count from {self._base}"
+            )
         wanted = (1, *self.image_size)
         found = {shape: path for path, shape in shapes.items() if shape not in (None, either)}
         if found and wanted not in found:
             shape, path = next(iter(found.items()))
-            raise InvalidInput(f"the {what} of {self.task} have shape {' x '.join(map(str, shape))} ({path}), "
-                               f"the model takes {' x '.join(map(str, wanted))}: prepare them at that size")
+            raise InvalidInput(
+                f"the {what} of {self.task} have shape {' x '.join(map(str, shape))} ({path}), "
+                f"the model takes {' x '.join(map(str, wanted))}: prepare them at that size"
+            )
 
     @property
     def _base(self) -> Path:
@@ -255,11 +284,14 @@ class Structures(TrainingSet):
         for number, row in enumerate(rows):
             found = _MASK.fullmatch(Path(row["label"]).name)
             if not found:
-                raise InvalidInput(f"{self.index}: the label {row['label']!r} of entry {number} is not called "
-                                   f"mask_<class id>.npy")
+                raise InvalidInput(
+                    f"{self.index}: the label {row['label']!r} of entry {number} is not called mask_<class id>.npy"
+                )
             if int(found[1]) >= len(self.names):
-                raise InvalidInput(f"{self.index}: the label {row['label']!r} of entry {number} is of class "
-                                   f"{int(found[1])}, but data set {self.code} has {len(self.names)} classes, from 0")
+                raise InvalidInput(
+                    f"{self.index}: the label {row['label']!r} of entry {number} is of class "
+                    f"{int(found[1])}, but data set {self.code} has {len(self.names)} classes, from 0"
+                )
         return rows
 
     def __len__(self) -> int:
@@ -295,8 +327,9 @@ class Referring(TrainingSet):
 
     @property
     def index(self) -> Path:
-        name = _split({"train": "M3D_RefSeg.csv", "validation": "M3D_RefSeg_test.csv", "test": "M3D_RefSeg_test.csv"},
-                      self.split)
+        name = _split(
+            {"train": "M3D_RefSeg.csv", "validation": "M3D_RefSeg_test.csv", "test": "M3D_RefSeg_test.csv"}, self.split
+        )
         return self._found(REFSEG, name)
 
     def _open(self) -> Sequence:
@@ -311,15 +344,17 @@ class Referring(TrainingSet):
 
     def _words(self, index, mask, rng):
         # The published answers were written by a language model, which now and then changed the brackets.
-        question, answer = (self.rows[index][column].strip().replace("<SEG>", SEG_TOKEN)
-                            for column in ("Question", "Answer"))
+        question, answer = (
+            self.rows[index][column].strip().replace("<SEG>", SEG_TOKEN) for column in ("Question", "Answer")
+        )
         if not question or SEG_TOKEN not in answer:
             missing = f"{SEG_TOKEN} in its answer" if question else "question"
             raise BrokenSample(self.index, f"row {index + 1} has no {missing}")
         if not mask.any():
             files = self.files(index)
-            raise BrokenSample([files.mask, self.index],
-                               f"no voxel of the mask is {files.label}, which row {index + 1} means")
+            raise BrokenSample(
+                [files.mask, self.index], f"no voxel of the mask is {files.label}, which row {index + 1} means"
+            )
         return question, answer
 
 
@@ -353,8 +388,9 @@ class Mixture(Dataset):
         return self.sets[number], index - (self._ends[number - 1] if number else 0)
 
 
-def open_sets(tasks: Iterable[str], root: Path | str, split: str, image_size: Size = (32, 256, 256),
-              **settings) -> Mixture:
+def open_sets(
+    tasks: Iterable[str], root: Path | str, split: str, image_size: Size = (32, 256, 256), **settings
+) -> Mixture:
     """The sets of `tasks` (see TASKS) under a data root, as one; settings: seed, jitter and wording of each.
 
     M3D-Seg's tasks take all its data sets that are under the root. Raises InvalidInput for an unknown task or a root
@@ -371,8 +407,12 @@ def open_sets(tasks: Iterable[str], root: Path | str, split: str, image_size: Si
 def _structures(kind: str) -> Callable[..., list[TrainingSet]]:
     def opened(root, split, image_size, **settings):
         # Some published data sets have no test cases.
-        return [Structures(root, split, image_size, code=code, kind=kind, **settings) for code in codes_of(root)
-                if read_json(Path(root) / SEG / code / f"{code}.json").get(_SEG_SPLITS.get(split, split)) != []]
+        return [
+            Structures(root, split, image_size, code=code, kind=kind, **settings)
+            for code in codes_of(root)
+            if read_json(Path(root) / SEG / code / f"{code}.json").get(_SEG_SPLITS.get(split, split)) != []
+        ]
+
     return opened
 
 
@@ -404,8 +444,10 @@ def names_of(index: Path, code: str) -> tuple[str, ...]:
     try:
         return tuple(labels[str(number)] for number in range(1, len(labels)))
     except (KeyError, TypeError):
-        raise InvalidInput(f"{index} must name its classes, as {code} is none of M3D-Seg's data sets: "
-                           f'"labels": {{"0": "background", "1": "name of mask_0", ...}}') from None
+        raise InvalidInput(
+            f"{index} must name its classes, as {code} is none of M3D-Seg's data sets: "
+            f'"labels": {{"0": "background", "1": "name of mask_0", ...}}'
+        ) from None
 
 
 def box_of(mask: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
 """Training goes on past a few broken samples: they are logged, counted and left out; too many of them stop the run."""
+
 from __future__ import annotations
 
 import json
@@ -94,9 +95,11 @@ class Tolerant(Dataset):
         read, broken = total.tolist()
         if broken > self.limit * max(read, self.minimum):
             last = self.report()[-1:]
-            raise TooManyBroken(f"{broken:,} of {read:,} samples are broken, more than {self.limit:.1%} (of at least "
-                                f"{self.minimum:,}): see {self.record}" + "".join(f"; for example {entry.paths[0]}: "
-                                                                                 f"{entry.cause}" for entry in last))
+            raise TooManyBroken(
+                f"{broken:,} of {read:,} samples are broken, more than {self.limit:.1%} (of at least "
+                f"{self.minimum:,}): see {self.record}"
+                + "".join(f"; for example {entry.paths[0]}: {entry.cause}" for entry in last)
+            )
 
     def report(self) -> list[BrokenFile]:
         """What is recorded, of all processes and epochs, the most frequent first."""

@@ -1,4 +1,5 @@
 """The demonstration's scans as map-style data sets: view `index` of an epoch depends on seed, epoch and index alone."""
+
 from __future__ import annotations
 
 import hashlib
@@ -49,8 +50,10 @@ class Views:
         if not sum(settings.tasks.values()):
             raise InvalidInput("data.scans.tasks draws no task")
         if not settings.per_view or not all(settings.fine_grid):
-            raise InvalidInput(f"data.scans.per_view and fine_grid must be positive, not {settings.per_view} and "
-                               f"{list(settings.fine_grid)}")
+            raise InvalidInput(
+                f"data.scans.per_view and fine_grid must be positive, not {settings.per_view} and "
+                f"{list(settings.fine_grid)}"
+            )
         self.settings, self.seed, self.size = settings, seed, tuple(size)
         self.scans = {scan.name: scan for scan in load_scans(tuple(settings.train), settings.fine_grid)}
 
@@ -97,16 +100,35 @@ class ViewQuestions(_OfViews):
 
     def __init__(self, views: Views):
         super().__init__(views)
-        unasked = [scan.name for name, scan in views.scans.items() if views.settings.train[name] and not draw(
-            view_of(scan, None, views.size, np.random.default_rng(0)), np.random.default_rng(0), 1,
-            views.settings.tasks)]
+        unasked = [
+            scan.name
+            for name, scan in views.scans.items()
+            if views.settings.train[name]
+            and not draw(
+                view_of(scan, None, views.size, np.random.default_rng(0)),
+                np.random.default_rng(0),
+                1,
+                views.settings.tasks,
+            )
+        ]
         if unasked:
-            raise InvalidInput(f"data.scans.tasks has no question about {', '.join(unasked)}: draw other tasks, or not "
-                               "this scan")
+            raise InvalidInput(
+                f"data.scans.tasks has no question about {', '.join(unasked)}: draw other tasks, or not this scan"
+            )
 
     def __getitem__(self, place: tuple[int, int]) -> list[Sample]:
         view, rng = self.views[place]
         image, source = view.image[None], f"{view.scan} {place}"
-        return [StructureSample(image, q.question, q.answer, view.mask(q.structure)[None] if q.segments else None,
-                                bool(rng.random() < 0.5), q.task, source, q.structure)
-                for q in draw(view, rng, self.views.settings.per_view, self.views.settings.tasks)]
+        return [
+            StructureSample(
+                image,
+                q.question,
+                q.answer,
+                view.mask(q.structure)[None] if q.segments else None,
+                bool(rng.random() < 0.5),
+                q.task,
+                source,
+                q.structure,
+            )
+            for q in draw(view, rng, self.views.settings.per_view, self.views.settings.tasks)
+        ]

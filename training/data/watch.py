@@ -1,4 +1,5 @@
 """Watches over broken samples while a Trainer runs."""
+
 from __future__ import annotations
 
 import logging
@@ -25,6 +26,9 @@ class BrokenSampleCheck(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         entries = self.dataset.report()
         if entries and state.is_world_process_zero:
-            _log.warning("left out as broken: %s, all of them in %s, the first:\n%s",
-                         f"{len(entries):,} sample{'s' * (len(entries) > 1)}", self.dataset.record,
-                         "\n".join(f"  {' and '.join(e.paths)}: {e.cause} ({e.times} times)" for e in entries[:_SHOWN]))
+            _log.warning(
+                "left out as broken: %s, all of them in %s, the first:\n%s",
+                f"{len(entries):,} sample{'s' * (len(entries) > 1)}",
+                self.dataset.record,
+                "\n".join(f"  {' and '.join(e.paths)}: {e.cause} ({e.times} times)" for e in entries[:_SHOWN]),
+            )

@@ -5,6 +5,7 @@ questions, `answer` and `absent` (the structure is not in the scan) answers. cla
 data sets by code, in the order of their class ids. terms.json: for each structure the names that the data sets use for
 it, and descriptions that tell what it is without naming it.
 """
+
 from __future__ import annotations
 
 import json

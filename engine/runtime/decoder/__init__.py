@@ -1,4 +1,5 @@
 """The language model: visual tokens and a question in, text deltas and `[SEG]` states out."""
+
 from __future__ import annotations
 
 import asyncio
@@ -69,17 +70,23 @@ class Decoder:
         self.manifest = manifest = Manifest.read(repository)
         self.folder = Path(repository) / LLM_FOLDER
         if manifest.precision not in DTYPES:
-            raise RepositoryError(f"the manifest's precision {manifest.precision!r} is none of {', '.join(DTYPES)}: "
-                                  "export the repository again")
+            raise RepositoryError(
+                f"the manifest's precision {manifest.precision!r} is none of {', '.join(DTYPES)}: "
+                "export the repository again"
+            )
         self.dtype = DTYPES[manifest.precision]
         if settings.context_length > manifest.context_length:
-            raise RepositoryError(f"decoder: parameter context_length is {settings.context_length}, the model has "
-                                  f"{manifest.context_length}: lower it")
+            raise RepositoryError(
+                f"decoder: parameter context_length is {settings.context_length}, the model has "
+                f"{manifest.context_length}: lower it"
+            )
         self.context_length = settings.context_length or manifest.context_length
         self._table = EmbeddingTable(self.folder)
         if tuple(self._table.rows.shape) != (manifest.vocab_size, manifest.llm_width):
-            raise RepositoryError(f"{self.folder} has embeddings {tuple(self._table.rows.shape)}, the manifest says "
-                                  f"{(manifest.vocab_size, manifest.llm_width)}: export the repository again")
+            raise RepositoryError(
+                f"{self.folder} has embeddings {tuple(self._table.rows.shape)}, the manifest says "
+                f"{(manifest.vocab_size, manifest.llm_width)}: export the repository again"
+            )
         self._answering = 0
         # A prompt finds cached blocks under its own salt only: tenants, and runs of the server, share none.
         self._salt = secrets.token_hex(16)
@@ -102,8 +109,9 @@ class Decoder:
     def health(self) -> str:
         return self.engine.health
 
-    async def answer(self, visual_tokens: np.ndarray, question: str, sampling: Sampling = Sampling(),
-                     cache_salt: str = "") -> AsyncIterator[Delta]:
+    async def answer(
+        self, visual_tokens: np.ndarray, question: str, sampling: Sampling = Sampling(), cache_salt: str = ""
+    ) -> AsyncIterator[Delta]:
         """Deltas of the answer about a scan; a slow reader gets fewer and larger ones.
 
         To stop decoding, close the iterator or cancel its task.
@@ -114,8 +122,9 @@ class Decoder:
         """
         arrival = time.monotonic()
         if self._answering >= self.settings.max_num_seqs + self.settings.max_waiting:
-            raise ResourceExhausted(f"{self._answering} questions are being answered or wait, this server's limit: try "
-                                    "again shortly")
+            raise ResourceExhausted(
+                f"{self._answering} questions are being answered or wait, this server's limit: try again shortly"
+            )
         self._answering += 1
         try:
             rows = self._prompt_rows(visual_tokens, question)
@@ -162,22 +171,28 @@ class Decoder:
             raise InvalidInput(f"visual tokens must be floats of shape {expected}, not {tokens.dtype} {tokens.shape}")
         ids = self._prompt.question_ids(question)
         if not all(0 <= id_ < self.manifest.vocab_size for id_ in ids):
-            raise InvalidInput(f"the question has token {max(ids)}, the model knows 0 to "
-                               f"{self.manifest.vocab_size - 1}: use another wording")
+            raise InvalidInput(
+                f"the question has token {max(ids)}, the model knows 0 to "
+                f"{self.manifest.vocab_size - 1}: use another wording"
+            )
         # A copy: the tokens are a read-only map of a file in the study store.
         visual = torch.from_numpy(np.array(tokens, np.float32)).to(self.dtype)
         # NaN would stay in blocks of the KV cache and spoil the answers of those who get them next.
         if not torch.isfinite(visual).all():
-            raise InvalidInput(f"the visual tokens of this scan are not finite in {self.manifest.precision}: check the "
-                               "scan, or export with --precision fp32")
+            raise InvalidInput(
+                f"the visual tokens of this scan are not finite in {self.manifest.precision}: check the "
+                "scan, or export with --precision fp32"
+            )
         return torch.cat([self._table.embed([self._bos], self.dtype), visual, self._table.embed(ids, self.dtype)])
 
     def _max_new_tokens(self, sampling: Sampling, prompt_length: int) -> int:
         room = self.context_length - prompt_length  # at least 1, `Prompt` has seen to that
         if sampling.max_new_tokens > room and sampling.max_new_tokens != Sampling.max_new_tokens:
-            raise InvalidInput(f"max_new_tokens is {sampling.max_new_tokens}, but the context of {self.context_length} "
-                               f"tokens has room for {room} beside this prompt of {prompt_length}: ask for at most "
-                               f"{room}, or shorten the question")
+            raise InvalidInput(
+                f"max_new_tokens is {sampling.max_new_tokens}, but the context of {self.context_length} "
+                f"tokens has room for {room} beside this prompt of {prompt_length}: ask for at most "
+                f"{room}, or shorten the question"
+            )
         return min(sampling.max_new_tokens, room)
 
     def _params(self, sampling: Sampling, max_tokens: int, key: str):
@@ -186,13 +201,22 @@ class Decoder:
 
         seg = self.manifest.seg_token_id
         return SamplingParams(
-            max_tokens=max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-            repetition_penalty=sampling.repetition_penalty, seed=sampling.seed, stop=list(sampling.stop),
+            max_tokens=max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
             # The checkpoint's own EOS ends an answer, whatever vLLM reads from tokenizer and configuration.
-            stop_token_ids=list(self.manifest.eos_token_ids), ignore_eos=True,
+            stop_token_ids=list(self.manifest.eos_token_ids),
+            ignore_eos=True,
             # vLLM's own text serves to find stop texts only.
-            detokenize=bool(sampling.stop), skip_special_tokens=True, output_kind=RequestOutputKind.DELTA,
-            extra_args=None if seg is None else {seg_states.EXTRA_ARG: [key, seg]})
+            detokenize=bool(sampling.stop),
+            skip_special_tokens=True,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=None if seg is None else {seg_states.EXTRA_ARG: [key, seg]},
+        )
 
 
 def _read_tokenizer(folder: Path):

@@ -11,6 +11,7 @@ In steps of few rows, which is decoding, a kernel of our own does all but the at
 Written against vLLM 0.32 (vllm/model_executor/models/llama.py, vllm/v1/attention/backends/cpu_attn.py). Models that it
 does not fit keep vLLM's own pass, and `seg_state_check` compares the two at every start.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class Norms:
     added: Callable
 
     @classmethod
-    def of_vllm(cls) -> "Norms":
+    def of_vllm(cls) -> Norms:
         return cls(torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default)
 
     def round(self, dtype: torch.dtype) -> bool:
@@ -73,11 +74,15 @@ class Norms:
         normed, added, residual = torch.empty_like(x), x.clone(), other.clone()
         self.plain(normed, x, ones, 0.0)
         self.added(added, residual, ones, 0.0)
-        return all(torch.allclose(result.float(), exact, rtol=times * torch.finfo(dtype).eps + 1e-5, atol=1e-7)
-                   # Rounding is off by half of eps at most, cutting by all of it. `added` is rounded twice.
-                   for result, exact, times in ((normed, functional.rms_norm(x.float(), ones.shape), 0.6),
-                                                (residual, total, 0.6),
-                                                (added, functional.rms_norm(total, ones.shape), 1.2)))
+        return all(
+            torch.allclose(result.float(), exact, rtol=times * torch.finfo(dtype).eps + 1e-5, atol=1e-7)
+            # Rounding is off by half of eps at most, cutting by all of it. `added` is rounded twice.
+            for result, exact, times in (
+                (normed, functional.rms_norm(x.float(), ones.shape), 0.6),
+                (residual, total, 0.6),
+                (added, functional.rms_norm(total, ones.shape), 1.2),
+            )
+        )
 
 
 def _fits(model) -> bool:
@@ -95,11 +100,17 @@ def _fits(model) -> bool:
             return False
         attention, mlp = layer.self_attn, layer.mlp
         products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        return (type(attention) is LlamaAttention and type(mlp) is LlamaMLP
-                and type(attention.attn) is Attention and attends_plainly(attention.attn.impl)
-                and layer.hidden_size % _ROW == 0
-                and all(type(one.quant_method) is UnquantizedLinearMethod and one.tp_size == 1 and one.bias is None
-                        for one in products))
+        return (
+            type(attention) is LlamaAttention
+            and type(mlp) is LlamaMLP
+            and type(attention.attn) is Attention
+            and attends_plainly(attention.attn.impl)
+            and layer.hidden_size % _ROW == 0
+            and all(
+                type(one.quant_method) is UnquantizedLinearMethod and one.tp_size == 1 and one.bias is None
+                for one in products
+            )
+        )
 
     return type(model) is LlamaModel and all(map(fits, model.layers))
 
@@ -112,20 +123,44 @@ def _kernel_of(whole, dtype: torch.dtype) -> DecodeKernel | None:
     model, head = whole.model, whole.lm_head
     attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
     rotary = attention.rotary_emb
-    geometry = decode_kernel.Geometry(model.layers[0].hidden_size, mlp.down_proj.input_size, attention.num_heads,
-                                      attention.num_kv_heads, attention.head_dim, model.norm.variance_epsilon, dtype)
-    if not (decode_kernel.library() and geometry.fits()
-            and len(model.layers) * geometry.layer_bytes <= decode_kernel.MOST_BYTES
-            and getattr(type(rotary), "forward_cpu", None) is RotaryEmbedding.forward_cpu
-            and rotary.is_neox_style and rotary.cos_sin_cache.shape[1] == attention.head_dim
-            and type(head.quant_method) is UnquantizedEmbeddingMethod and head.weight.dtype is dtype
-            and head.weight.is_contiguous() and len(head.weight) % decode_kernel.BLOCK == 0):
+    geometry = decode_kernel.Geometry(
+        model.layers[0].hidden_size,
+        mlp.down_proj.input_size,
+        attention.num_heads,
+        attention.num_kv_heads,
+        attention.head_dim,
+        model.norm.variance_epsilon,
+        dtype,
+    )
+    if not (
+        decode_kernel.library()
+        and geometry.fits()
+        and len(model.layers) * geometry.layer_bytes <= decode_kernel.MOST_BYTES
+        and getattr(type(rotary), "forward_cpu", None) is RotaryEmbedding.forward_cpu
+        and rotary.is_neox_style
+        and rotary.cos_sin_cache.shape[1] == attention.head_dim
+        and type(head.quant_method) is UnquantizedEmbeddingMethod
+        and head.weight.dtype is dtype
+        and head.weight.is_contiguous()
+        and len(head.weight) % decode_kernel.BLOCK == 0
+    ):
         return None
-    return DecodeKernel(geometry, [Weights(
-        layer.input_layernorm.weight.data, _weight(layer.self_attn.qkv_proj, dtype),
-        _weight(layer.self_attn.o_proj, dtype), layer.post_attention_layernorm.weight.data,
-        _weight(layer.mlp.gate_up_proj, dtype), _weight(layer.mlp.down_proj, dtype)) for layer in model.layers],
-        model.norm.weight.data, rotary.cos_sin_cache)
+    return DecodeKernel(
+        geometry,
+        [
+            Weights(
+                layer.input_layernorm.weight.data,
+                _weight(layer.self_attn.qkv_proj, dtype),
+                _weight(layer.self_attn.o_proj, dtype),
+                layer.post_attention_layernorm.weight.data,
+                _weight(layer.mlp.gate_up_proj, dtype),
+                _weight(layer.mlp.down_proj, dtype),
+            )
+            for layer in model.layers
+        ],
+        model.norm.weight.data,
+        rotary.cos_sin_cache,
+    )
 
 
 def _use_on_head(head, kernel: DecodeKernel) -> None:
@@ -181,8 +216,9 @@ class _Layer:
     def __init__(self, layer):
         attention, mlp = layer.self_attn, layer.mlp
         self.input_norm, self.attention_norm = map(_of_norm, (layer.input_layernorm, layer.post_attention_layernorm))
-        self.qkv, self.out, self.gate_up, self.down = map(_product, (
-            attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj))
+        self.qkv, self.out, self.gate_up, self.down = map(
+            _product, (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        )
         self.rotary = attention.rotary_emb.forward
         self.sizes = [attention.q_size, attention.kv_size, attention.kv_size]
         self.attn, self.impl, self.name = attention.attn, attention.attn.impl, attention.attn.layer_name
@@ -202,12 +238,26 @@ class _Layer:
     def attend(self, context, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
         """All [R, heads, head size]; keys and values go into the cache, the result into `out`."""
         kernels, impl, step = torch.ops._C, self.impl, context.attn_metadata[self.name]
-        kernels.cpu_attn_reshape_and_cache.default(key, value, *self.cache, context.slot_mapping[self.name],
-                                                   self.attn.isa, *_UNSCALED)
+        kernels.cpu_attn_reshape_and_cache.default(
+            key, value, *self.cache, context.slot_mapping[self.name], self.attn.isa, *_UNSCALED
+        )
         kernels.cpu_attention_with_kv_cache.default(
-            query, *self.cache, out, step.query_start_loc, step.seq_lens, impl.scale, step.causal, impl.alibi_slopes,
-            impl.sliding_window, step.block_table, impl.logits_soft_cap, step.scheduler_metadata, None,
-            step.dynamic_causal, *_UNSCALED)
+            query,
+            *self.cache,
+            out,
+            step.query_start_loc,
+            step.seq_lens,
+            impl.scale,
+            step.causal,
+            impl.alibi_slopes,
+            impl.sliding_window,
+            step.block_table,
+            impl.logits_soft_cap,
+            step.scheduler_metadata,
+            None,
+            step.dynamic_causal,
+            *_UNSCALED,
+        )
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         gate, factor = self.gate_up(x).chunk(2, -1)

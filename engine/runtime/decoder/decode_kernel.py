@@ -2,6 +2,7 @@
 
 It is compiled when the package is installed; without a C compiler it is absent, and decoding takes longer.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -65,8 +66,11 @@ class Geometry:
 
     def fits(self) -> bool:
         """Whether the kernel can compute it."""
-        return (self.dtype in (torch.float32, torch.bfloat16) and self.head_size % (2 * BLOCK) == 0
-                and not any(width % _LINE for width in (self.hidden, self.intermediate, self.queries)))
+        return (
+            self.dtype in (torch.float32, torch.bfloat16)
+            and self.head_size % (2 * BLOCK) == 0
+            and not any(width % _LINE for width in (self.hidden, self.intermediate, self.queries))
+        )
 
 
 @dataclass(frozen=True)
@@ -97,24 +101,53 @@ class DecodeKernel:
         self._multiply.argtypes = [c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_int64]
         self.most_rows = library().m3d_most_rows()
         self._kept = []  # what the kernel knows the addresses of
-        self._geometry = _Geometry(geometry.hidden, geometry.intermediate, geometry.heads, geometry.kv_heads,
-                                   geometry.head_size, int(geometry.dtype is torch.bfloat16), geometry.epsilon)
+        self._geometry = _Geometry(
+            geometry.hidden,
+            geometry.intermediate,
+            geometry.heads,
+            geometry.kv_heads,
+            geometry.head_size,
+            int(geometry.dtype is torch.bfloat16),
+            geometry.epsilon,
+        )
         befores, afters = [None, *layers], [*layers, None]
-        self._layers = [ctypes.byref(_Layer(*map(self._address, (
-            before and before.out, before and before.gate_up, before and before.down, after and after.qkv,
-            before and before.attention_norm.float(), after.input_norm.float() if after else last_norm.float()))))
-            for before, after in zip(befores, afters)]
+        self._layers = [
+            ctypes.byref(
+                _Layer(
+                    *map(
+                        self._address,
+                        (
+                            before and before.out,
+                            before and before.gate_up,
+                            before and before.down,
+                            after and after.qkv,
+                            before and before.attention_norm.float(),
+                            after.input_norm.float() if after else last_norm.float(),
+                        ),
+                    )
+                )
+            )
+            for before, after in zip(befores, afters)
+        ]
         rows, threads = self.most_rows, torch.get_num_threads()
         self._residual = torch.empty(rows, geometry.hidden)
         activated = torch.empty(rows, geometry.intermediate)
         scratch = torch.empty(threads, rows, max(geometry.hidden, geometry.queries))
         projected = torch.empty(rows, geometry.heads + 2 * geometry.kv_heads, geometry.head_size, dtype=geometry.dtype)
         attended = torch.empty(rows, geometry.heads, geometry.head_size, dtype=geometry.dtype)
-        self._attention = [(*projected[:n].split([geometry.heads, geometry.kv_heads, geometry.kv_heads], 1),
-                            attended[:n]) for n in range(rows + 1)]
-        self._step = _Step(cos_sin=self._address(cos_sin.to(geometry.dtype)), residual=self._address(self._residual),
-                           activated=self._address(activated), scratch=self._address(scratch), threads=threads,
-                           attended=self._address(attended), projected=self._address(projected))
+        self._attention = [
+            (*projected[:n].split([geometry.heads, geometry.kv_heads, geometry.kv_heads], 1), attended[:n])
+            for n in range(rows + 1)
+        ]
+        self._step = _Step(
+            cos_sin=self._address(cos_sin.to(geometry.dtype)),
+            residual=self._address(self._residual),
+            activated=self._address(activated),
+            scratch=self._address(scratch),
+            threads=threads,
+            attended=self._address(attended),
+            projected=self._address(projected),
+        )
 
     def run(self, embedded: torch.Tensor, positions: torch.Tensor, attend: Callable) -> torch.Tensor:
         """The states [R, H] after the last layer, in the model's type, of the rows `embedded` [R, H].
@@ -137,8 +170,17 @@ class DecodeKernel:
         """x @ weight.T of at most `most_rows` rows x [R, H], for a weight [out, H] with rows in multiples of 8."""
         x = x.contiguous()
         result = x.new_empty(len(x), len(weight))
-        self._multiply(weight.data_ptr(), weight.shape[1], len(weight) // BLOCK, x.data_ptr(), len(x), result.data_ptr(),
-                       self._geometry.is_bf16, self._step.scratch, self._step.threads)
+        self._multiply(
+            weight.data_ptr(),
+            weight.shape[1],
+            len(weight) // BLOCK,
+            x.data_ptr(),
+            len(x),
+            result.data_ptr(),
+            self._geometry.is_bf16,
+            self._step.scratch,
+            self._step.threads,
+        )
         return result
 
     def _address(self, tensor: torch.Tensor | None) -> int | None:
@@ -149,8 +191,10 @@ class DecodeKernel:
 
 
 class _Geometry(ctypes.Structure):
-    _fields_ = [*((name, c_int32) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_size", "is_bf16")),
-                ("epsilon", c_float)]
+    _fields_ = [
+        *((name, c_int32) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_size", "is_bf16")),
+        ("epsilon", c_float),
+    ]
 
 
 class _Layer(ctypes.Structure):
@@ -158,5 +202,11 @@ class _Layer(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    _fields_ = [("rows", c_int64), ("threads", c_int64), *((name, c_void_p) for name in (
-        "positions", "cos_sin", "attended", "residual", "activated", "projected", "states", "scratch"))]
+    _fields_ = [
+        ("rows", c_int64),
+        ("threads", c_int64),
+        *(
+            (name, c_void_p)
+            for name in ("positions", "cos_sin", "attended", "residual", "activated", "projected", "states", "scratch")
+        ),
+    ]

@@ -1,4 +1,5 @@
 """Token ids to text while they arrive; in sum exactly what decoding them all at once gives."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -44,15 +45,15 @@ class Detokenizer:
                 self._take(new)
 
     def _new_text(self) -> str:
-        known = self._decode(self._ids[self._start:self._known])
-        return self._decode(self._ids[self._start:])[len(known):]
+        known = self._decode(self._ids[self._start : self._known])
+        return self._decode(self._ids[self._start :])[len(known) :]
 
     def _take(self, new: str) -> None:
         self.text += new
         self._start, self._known = self._known, len(self._ids)
 
     def _give(self, end: int) -> str:
-        delta = self.text[self._given:max(end, self._given)]
+        delta = self.text[self._given : max(end, self._given)]
         self._given += len(delta)
         return delta
 

@@ -1,4 +1,5 @@
 """The token embeddings of the exported language model, read from its folder without loading the model."""
+
 from __future__ import annotations
 
 import json

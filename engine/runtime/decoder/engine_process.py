@@ -1,4 +1,5 @@
 """What the process of vLLM's engine needs beyond vLLM itself. Runs inside that process."""
+
 from __future__ import annotations
 
 import os
@@ -32,7 +33,7 @@ def unused_generators_aside(runner):
     if runner.device.type != "cpu" or not getattr(batch, "generators", None):
         yield
         return
-    unused = runner.discard_request_mask.np[:batch.num_reqs].nonzero()[0].tolist()
+    unused = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
     aside = {row: batch.generators.pop(row) for row in unused if row in batch.generators}
     try:
         yield

@@ -1,4 +1,5 @@
 """vLLM's engine over an exported language model: started, checked, watched, restarted, stopped."""
+
 from __future__ import annotations
 
 import asyncio
@@ -35,8 +36,9 @@ class LlmEngine:
     the layers are computed.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, context_length: int, padding_id: int,
-                 settings: DecoderSettings):
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, context_length: int, padding_id: int, settings: DecoderSettings
+    ):
         self.folder = folder
         self.dtype = dtype
         self.context_length = context_length
@@ -131,15 +133,18 @@ class LlmEngine:
 
         # None of these ids is embedded (is_token_ids). They keep vLLM's repetition penalty, which looks at the ids of
         # the prompt, from reading those that another request has left in the batch; it penalises the padding instead.
-        prompt = embeds_input(rows, cache_salt=salt, prompt_token_ids=[self.padding_id] * len(rows),
-                              is_token_ids=[False] * len(rows))
+        prompt = embeds_input(
+            rows, cache_salt=salt, prompt_token_ids=[self.padding_id] * len(rows), is_token_ids=[False] * len(rows)
+        )
         llm = self._llm
         try:
             async with aclosing(llm.generate(prompt, params, key)) as outputs:
                 async for output in outputs:
                     if output.finished and output.outputs[0].finish_reason not in ("stop", "length"):
-                        raise Unavailable("the language model was stopped in the middle of this answer "
-                                          f"({output.outputs[0].finish_reason}): ask again when the server is ready")
+                        raise Unavailable(
+                            "the language model was stopped in the middle of this answer "
+                            f"({output.outputs[0].finish_reason}): ask again when the server is ready"
+                        )
                     yield output
         except (VLLMClientError, ValueError) as error:
             raise InvalidInput(f"the language model refuses this request: {error}") from error
@@ -147,14 +152,20 @@ class LlmEngine:
             if not llm.errored:
                 raise
             self._died(llm)
-            raise Unavailable(f"the language model stopped while it answered; it is {self.health} now: try again in a "
-                              "minute") from error
+            raise Unavailable(
+                f"the language model stopped while it answered; it is {self.health} now: try again in a minute"
+            ) from error
 
     async def _greedy(self, rows: torch.Tensor, length: int, key: str, watched: list[int]) -> list[int]:
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True, detokenize=False,
-                                extra_args={seg_states.EXTRA_ARG: [key, *watched]})
+        params = SamplingParams(
+            max_tokens=length,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={seg_states.EXTRA_ARG: [key, *watched]},
+        )
         async for output in self._outputs(rows, params, key, "check"):
             said = list(output.outputs[0].token_ids)
         return said
@@ -165,15 +176,26 @@ class LlmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         settings = self.settings
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(
-            model=str(self.folder), dtype=str(self.dtype).removeprefix("torch."), enable_prompt_embeds=True,
-            worker_extension_cls=worker_extension.NAME, max_model_len=self.context_length,
-            max_num_seqs=settings.max_num_seqs, block_size=settings.block_size, enable_prefix_caching=True,
-            # Never less than the longest prompt, so that a prompt alone is never cut into chunks.
-            max_num_batched_tokens=max(settings.max_num_batched_tokens, self.context_length),
-            kv_cache_memory_bytes=self._kv_cache_bytes(), gpu_memory_utilization=settings.gpu_memory_utilization,
-            tensor_parallel_size=settings.tensor_parallel_size, enforce_eager=settings.enforce_eager,
-            generation_config="vllm", disable_log_stats=True))
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=str(self.folder),
+                dtype=str(self.dtype).removeprefix("torch."),
+                enable_prompt_embeds=True,
+                worker_extension_cls=worker_extension.NAME,
+                max_model_len=self.context_length,
+                max_num_seqs=settings.max_num_seqs,
+                block_size=settings.block_size,
+                enable_prefix_caching=True,
+                # Never less than the longest prompt, so that a prompt alone is never cut into chunks.
+                max_num_batched_tokens=max(settings.max_num_batched_tokens, self.context_length),
+                kv_cache_memory_bytes=self._kv_cache_bytes(),
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                tensor_parallel_size=settings.tensor_parallel_size,
+                enforce_eager=settings.enforce_eager,
+                generation_config="vllm",
+                disable_log_stats=True,
+            )
+        )
 
     def _kv_cache_bytes(self) -> int | None:
         """What the settings say, but room for one whole context at least; None leaves it to vLLM."""
@@ -199,8 +221,9 @@ class LlmEngine:
         while self._deaths[0] < now - RESTART_WINDOW_S:
             self._deaths.popleft()
         if len(self._deaths) > self.settings.restarts:
-            self.health = (f"out of order (it stopped {len(self._deaths)} times within an hour; the server's log says "
-                           "why)")
+            self.health = (
+                f"out of order (it stopped {len(self._deaths)} times within an hour; the server's log says why)"
+            )
         else:
             self.health = "restarting"
             self._restart_task = self._spawn(self._restart(llm))

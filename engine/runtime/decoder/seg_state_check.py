@@ -1,4 +1,5 @@
 """Does the engine hand out the right hidden states? Asked at every start, as they come from inside vLLM."""
+
 from __future__ import annotations
 
 import uuid
@@ -92,8 +93,9 @@ def _difference(states: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, 
     """The largest, relative to the largest value. Raises RepositoryError if rounding does not explain it."""
     difference = ((states - wanted).abs().max() / wanted.abs().max()).item()
     if not difference <= TOLERANCE[dtype]:
-        raise _wrong(f"they differ from {whose} by {difference:.2g} of the largest value, allowed are "
-                     f"{TOLERANCE[dtype]:.2g}")
+        raise _wrong(
+            f"they differ from {whose} by {difference:.2g} of the largest value, allowed are {TOLERANCE[dtype]:.2g}"
+        )
     return difference
 
 
@@ -111,5 +113,7 @@ def _by_transformers(folder: Path, dtype: torch.dtype, rows: torch.Tensor) -> to
 
 
 def _wrong(what: str) -> RepositoryError:
-    return RepositoryError(f"the decoder's [SEG] states failed the check at the start: {what}. Masks would be wrong; "
-                           "use the vLLM version that pyproject.toml pins, and export the repository again")
+    return RepositoryError(
+        f"the decoder's [SEG] states failed the check at the start: {what}. Masks would be wrong; "
+        "use the vLLM version that pyproject.toml pins, and export the repository again"
+    )

@@ -11,6 +11,7 @@ changes request ids. Its rows are found by (key, position in the answer).
 Written against vLLM 0.32: model runner V1 (vllm/v1/worker/gpu_model_runner.py, whose subclass serves CPUs) and V2
 (vllm/v1/worker/gpu/model_runner.py), without speculative decoding. `seg_state_check` checks states at every start.
 """
+
 from __future__ import annotations
 
 from collections import deque
@@ -73,7 +74,7 @@ class SegStates:
         self.settle()
 
     def finish(self, request_ids: Iterable[str]) -> None:
-        self._pending.extend(r.key for r in map(lambda i: self._running.pop(i, None), request_ids) if r)
+        self._pending.extend(r.key for r in (self._running.pop(i, None) for i in request_ids) if r)
         self.settle()
 
     def settle(self) -> None:
@@ -103,9 +104,14 @@ class SegStates:
     def counts(self) -> dict[str, int]:
         """What is kept now; and since the start, how often the engine ran out of KV cache and put a request back, and
         how many prompts were computed in chunks."""
-        return {"running": len(self._running), "requests": len(self._rows),
-                "rows": sum(map(len, self._rows.values())), "pending": len(self._pending),
-                "preemptions": self.preemptions, "cut_prompts": self.cut_prompts}
+        return {
+            "running": len(self._running),
+            "requests": len(self._rows),
+            "rows": sum(map(len, self._rows.values())),
+            "pending": len(self._pending),
+            "preemptions": self.preemptions,
+            "cut_prompts": self.cut_prompts,
+        }
 
     def _keep_hits(self, step: Step) -> None:
         sampled = step.sampled()
@@ -188,8 +194,11 @@ def _rows_v2(runner, executed, running):
 def _watched(request_ids, ends, running) -> list[tuple[int, Request, int]]:
     """ends: rows of each request computed after this step. Before the prompt's end a step samples nothing."""
     found = ((row, running(request_id), end) for row, (request_id, end) in enumerate(zip(request_ids, ends)))
-    return [(row, request, end - request.prompt_length) for row, request, end in found
-            if request is not None and end >= request.prompt_length]
+    return [
+        (row, request, end - request.prompt_length)
+        for row, request, end in found
+        if request is not None and end >= request.prompt_length
+    ]
 
 
 def _sampled_tokens(output) -> tuple[Callable[[], bool], Callable[[], Iterable]]:

@@ -1,4 +1,5 @@
 """How the decoder uses the machine: the `parameters` of model_repository/decoder's configuration."""
+
 from __future__ import annotations
 
 import math
@@ -37,19 +38,29 @@ class DecoderSettings:
     restarts: int = 3
 
     def __post_init__(self):
-        for name, low in (("kv_cache_gib", 0), ("max_num_seqs", 1), ("max_waiting", 0), ("max_num_batched_tokens", 1),
-                          ("block_size", 16), ("context_length", 0), ("tensor_parallel_size", 1), ("threads", 0),
-                          ("restarts", 0)):
+        for name, low in (
+            ("kv_cache_gib", 0),
+            ("max_num_seqs", 1),
+            ("max_waiting", 0),
+            ("max_num_batched_tokens", 1),
+            ("block_size", 16),
+            ("context_length", 0),
+            ("tensor_parallel_size", 1),
+            ("threads", 0),
+            ("restarts", 0),
+        ):
             if not low <= getattr(self, name) < math.inf:
                 raise RepositoryError(f"decoder: parameter {name} must be {low} or more, not {getattr(self, name)}")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise RepositoryError("decoder: parameter gpu_memory_utilization must be above 0 and at most 1, not "
-                                  f"{self.gpu_memory_utilization}")
+            raise RepositoryError(
+                "decoder: parameter gpu_memory_utilization must be above 0 and at most 1, not "
+                f"{self.gpu_memory_utilization}"
+            )
         if self.block_size % 16:
             raise RepositoryError(f"decoder: parameter block_size must be a multiple of 16, not {self.block_size}")
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping[str, str]) -> "DecoderSettings":
+    def from_parameters(cls, parameters: Mapping[str, str]) -> DecoderSettings:
         """Settings from names and texts. Raises RepositoryError for unknown names and unreadable values."""
         known = {field.name: type(field.default) for field in fields(cls)}
         unknown = sorted(set(parameters) - set(known))

@@ -1,4 +1,5 @@
 """Everything that vLLM reads from the process before it is imported, in one place."""
+
 from __future__ import annotations
 
 import locale

@@ -1,4 +1,5 @@
 """What vLLM mixes into its worker; it takes one class."""
+
 from __future__ import annotations
 
 from engine.runtime.decoder import cpu_forward

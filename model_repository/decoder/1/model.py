@@ -1,4 +1,5 @@
 """The language model behind vLLM: answers questions about studies, streaming, many at a time."""
+
 import json
 from pathlib import Path
 

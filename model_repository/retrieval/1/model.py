@@ -1,4 +1,5 @@
 """Ranks texts against a scan."""
+
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +14,14 @@ class TritonPythonModel:
     def initialize(self, args):
         repository = Path(args["model_repository"]).parent
         self.store = StudyStore.of_server()
-        self.retriever = Retriever(self.store, Manifest.read(repository), repository / CLIP_TOKENIZER_FOLDER,
-                                   triton_io.infer)
-        self.desk = Desk(lambda request: partial(self._scores, request),
-                         threads=triton_io.parameter(args, "threads", 2),
-                         waiting=triton_io.parameter(args, "waiting", 64))
+        self.retriever = Retriever(
+            self.store, Manifest.read(repository), repository / CLIP_TOKENIZER_FOLDER, triton_io.infer
+        )
+        self.desk = Desk(
+            lambda request: partial(self._scores, request),
+            threads=triton_io.parameter(args, "threads", 2),
+            waiting=triton_io.parameter(args, "waiting", 64),
+        )
 
     def execute(self, requests):
         self.desk.execute(requests)

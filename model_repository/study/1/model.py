@@ -1,4 +1,5 @@
 """Opens studies: a scan's bytes, or the handle of a known one, become a handle whose visual tokens are in the store."""
+
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,13 +21,20 @@ class TritonPythonModel:
     def initialize(self, args):
         self.manifest = Manifest.read(Path(args["model_repository"]).parent)
         megabytes = triton_io.parameter(args, "study_store_mb", 0)
-        limits = Limits(**{name: triton_io.parameter(args, name, getattr(Limits, name))
-                           for name in ("max_bytes", "max_voxels", "max_files")})
+        limits = Limits(
+            **{
+                name: triton_io.parameter(args, name, getattr(Limits, name))
+                for name in ("max_bytes", "max_voxels", "max_files")
+            }
+        )
         self.store = StudyStore.of_server(megabytes * 1_000_000 or default_limit(SHARED_MEMORY))
         self.studies = Studies(self.store, self.manifest, triton_io.infer, limits)
         self.uploads = Uploads(limits)
-        self.desk = Desk(self._answer, threads=triton_io.parameter(args, "threads", 4),
-                         waiting=triton_io.parameter(args, "waiting", 64))
+        self.desk = Desk(
+            self._answer,
+            threads=triton_io.parameter(args, "threads", 4),
+            waiting=triton_io.parameter(args, "waiting", 64),
+        )
         self.early = ThreadPoolExecutor(1, "early-segmentation")
 
     def execute(self, requests):
@@ -57,8 +65,10 @@ class TritonPythonModel:
         upload, place = triton_io.text(request, "UPLOAD"), triton_io.array(request, "UPLOAD_RANGE")
         if upload is not None or place is not None:
             if upload is None or place is None or data is None:
-                raise InvalidInput("a part of an upload has a VOLUME (the part), an UPLOAD (its name) and an "
-                                   "UPLOAD_RANGE (where it begins, and the bytes of the whole file)")
+                raise InvalidInput(
+                    "a part of an upload has a VOLUME (the part), an UPLOAD (its name) and an "
+                    "UPLOAD_RANGE (where it begins, and the bytes of the whole file)"
+                )
             start, size = place.tolist()
             for name in _WITH_THE_LAST_PART if start + data.size < size else ():
                 if triton_io.array(request, name) is not None:
@@ -67,8 +77,13 @@ class TritonPythonModel:
             if whole is None:
                 return None
             data, digest = whole.data, whole.digest.hexdigest()
-        return ScanRequest(data, triton_io.array(request, "AFFINE"), triton_io.text(request, "PRESET"),
-                           triton_io.text(request, "STUDY"), digest)
+        return ScanRequest(
+            data,
+            triton_io.array(request, "AFFINE"),
+            triton_io.text(request, "PRESET"),
+            triton_io.text(request, "STUDY"),
+            digest,
+        )
 
     def _encode_early(self, handle):
         try:
