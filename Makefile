@@ -1,6 +1,7 @@
 # Two commands matter: `make demo` and `make test`. `make help` lists the rest.
+# Tests come in three tiers, which the markers in pyproject.toml decide: check, test, test-all.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test quantizing bench bench-forgetful bench-settings rehearse-7b gpu-check train-demo clean
+.PHONY: help demo serve check lint types unit test test-all lock quantizing bench bench-forgetful bench-settings rehearse-7b gpu-check train-demo clean
 SHELL := /bin/bash
 
 ifneq (1,$(words $(CURDIR)))
@@ -21,9 +22,10 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TAG := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 LOCAL_TORCH := $(firstword $(foreach folder,$(PIP_FIND_LINKS),$(wildcard $(folder)/torch-*cpu-$(TAG)-*.whl)))
 TORCH_FROM := $(if $(LOCAL_TORCH),$(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu)
-# Constrained to what the image in deploy/ pins, so that a new release cannot part the two.
+# The exact versions that are tested; `make LOCK= ...` takes the newest releases instead.
+LOCK ?= locks/cpu.txt
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_FROM) --override overrides.txt \
-  --constraints deploy/requirements.txt
+  $(if $(LOCK),--constraints $(LOCK) --build-constraints $(LOCK))
 # llm-compressor wants other versions of transformers, compressed-tensors and NumPy than vLLM and Triton.
 QUANTIZING := $(VENV)/quantizing
 
@@ -38,8 +40,27 @@ serve: $(VENV)/serving  ## export the demo model and serve it until Ctrl-C
 	@$(EXPORT_DEMO)
 	@$(BIN)/m3d serve --target cpu --repository model_repository
 
-test: $(VENV)/testing $(QUANTIZING)/ready  ## run the test suite (unit and functional, with a real Triton)
+check: $(VENV)/testing  ## lint, format, types and unit tests (90 seconds)
+	@$(MAKE) --no-print-directory --jobs --output-sync=target lint types unit
+
+lint:
+	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --check --quiet && echo "ruff: nothing to mend"
+
+types:
+	@$(BIN)/python -m mypy
+
+unit:
+	@$(BIN)/python -m pytest -m "not integration and not slow"
+
+test: $(VENV)/testing  ## run the test suite: unit tests, and a real Triton, vLLM and export (20 minutes)
 	@$(BIN)/python -m pytest
+
+# Only quantization needs llm-compressor's environment.
+test-all: $(VENV)/testing $(if $(filter-out quantization,$(GROUP)),,$(QUANTIZING)/ready)  ## run what takes long: all of it, or GROUP=matrix, quantization, pythons, fuzz, soak, faults or releases
+	@$(BIN)/python -m pytest -m "slow$(if $(GROUP),(group='$(GROUP)'))"
+
+lock: $(VENV)/testing  ## write locks/, the exact versions that are installed; UPGRADE=1 takes the newest releases
+	@$(BIN)/python locks/lock.py $(if $(UPGRADE),--upgrade)
 
 quantizing: $(QUANTIZING)/ready  ## install llm-compressor, in an environment of its own, for --llm-quantization
 
@@ -98,9 +119,9 @@ $(VENV)/bin/uv:
 	  f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	@echo "making the environment in $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet uv
+	@$(BIN)/pip install --quiet uv $(addprefix --constraint ,$(LOCK))
 
-$(VENV)/serving: pyproject.toml overrides.txt engine/runtime/decoder/decode_kernel.c | $(VENV)/bin/uv
+$(VENV)/serving: pyproject.toml overrides.txt $(LOCK) engine/runtime/decoder/decode_kernel.c | $(VENV)/bin/uv
 	@echo "installing what serving on a CPU needs ..."
 	@$(INSTALL) --editable '.[cpu]'
 	@touch $@
@@ -110,9 +131,9 @@ $(VENV)/testing: $(VENV)/serving
 	@$(INSTALL) --editable '.[cpu,train,bench,test,tensorrt-rtx]'
 	@touch $@
 
-$(QUANTIZING)/ready: export/quantizing.txt | $(VENV)/bin/uv
+$(QUANTIZING)/ready: export/quantizing.txt locks/quantizing.txt | $(VENV)/bin/uv
 	@echo "installing llm-compressor in $(QUANTIZING) ..."
 	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(QUANTIZING)
 	@$(BIN)/uv pip install --quiet --python $(QUANTIZING)/bin/python $(TORCH_FROM) --override export/quantizing.txt \
-	  --requirements export/quantizing.txt
+	  --constraints locks/quantizing.txt --requirements export/quantizing.txt
 	@touch $@

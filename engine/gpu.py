@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from engine.manifest import LLM_FOLDER, Manifest
 
@@ -94,7 +95,8 @@ def tensorrt_version() -> str | None:
 
 def release(version: str) -> tuple[int, ...]:
     """The numbers that `version` begins with, such as (11, 3, 0) of "11.3.0rc1"; empty for "unknown"."""
-    return tuple(int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number)
+    found = cast(re.Match[str], re.match(r"[\d.]*", version))  # its empty beginning matches at least
+    return tuple(int(number) for number in found[0].split(".") if number)
 
 
 def memory_needed(manifest: Manifest, first: bool) -> int:
@@ -157,7 +159,7 @@ def _too_small(manifest: Manifest, gpus: list[Gpu]) -> list[str]:
     found = []
     for gpu, needed in _needs(manifest, gpus):
         unfit = [other for other in gpus if other.memory is not None and other.memory < needed]
-        if gpu in unfit:
+        if gpu.memory is not None and gpu in unfit:
             way_out = _leaving_out(gpus, unfit) or (
                 "take a larger GPU, more of them (tensor_parallel_size of the decoder), or a smaller precision"
             )

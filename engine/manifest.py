@@ -170,7 +170,8 @@ class Manifest:
         if wrong := _wrong(values):
             raise RepositoryError(f"{path} is damaged ({', '.join(wrong)}): export the repository again")
         tuples = ("image_size", "patch_size", "eos_token_ids", "models", "clip_image_size")
-        return cls(**{k: tuple(v) if k in tuples and v is not None else v for k, v in values.items()})
+        own: dict[str, Any] = {k: tuple(v) if k in tuples and v is not None else v for k, v in values.items()}
+        return cls(**own)
 
 
 def _plans(graphs: dict[str, dict]) -> dict[str, Any]:

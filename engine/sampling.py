@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +73,7 @@ class Sampling:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_dict(cls, values: dict) -> Sampling:
+    def from_dict(cls, values: Mapping[str, Any]) -> Sampling:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:

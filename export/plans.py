@@ -46,13 +46,13 @@ def build(
         progress(f"calibrating fp8 on {len(volumes)} scans")
         amax = calibrate(exported, volumes)
     model = typed_graph.typed(onnx.load(exported), precision, amax)
-    typed_graph.save(model, typed)
     key = tensorrt.structure_key(model, settings) if settings.strip_weights else None
     inputs = [
         *([graph.random_inputs(1)] if precision != "fp8" else []),
         *((torch.tensor(volume)[None],) for volume in volumes),
     ]
     errors = compare(graph, on_cpu(model), BOUNDS[precision], inputs)
+    typed_graph.save(model, typed)  # afterwards its large weights are in the file alone
     del model
     progress(f"{precision}: off by {errors['max_error']:.1e} at most, {BOUNDS[precision]:.0e} allowed (on the CPU)")
     plan = folder / tensorrt.PLAN[settings.builder]

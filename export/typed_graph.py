@@ -136,7 +136,7 @@ def free_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def save(model: onnx.ModelProto, path) -> None:
-    """Write the graph, large weights into `<name>.data` beside it."""
+    """Write the graph, large weights into `<name>.data` beside it: those are gone from `model` afterwards."""
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     onnx.save(

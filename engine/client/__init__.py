@@ -38,7 +38,7 @@ _STUDY, _DECODER, _SEGMENTATION = "study", "decoder", "segmentation"
 class Source:
     """Where a study came from, so that it can be sent again: a path or an array, with affine and preset."""
 
-    scan: object
+    scan: str | PathLike | np.ndarray
     affine: np.ndarray | None
     preset: str
 
@@ -120,7 +120,7 @@ class TextStream(Iterator[str]):
     `close`, leaving a `with` block, or dropping the object cancels the request on the server.
     """
 
-    def __init__(self, responses: Iterator[dict[str, np.ndarray]]):
+    def __init__(self, responses: _Asked):
         self._responses = responses
         self._collected = _Collected()
         self.answer: Answer | None = None
@@ -390,10 +390,11 @@ def _upload(
     pieces: Iterable[bytes | memoryview], affine: np.ndarray | None, preset: str
 ) -> Iterator[dict[Tensor, object]]:
     """The inputs of the requests that bring a scan: of one with the whole file, or of one for each part."""
-    parts = list(parts_of(pieces)) or [(b"",)]
+    parts: list[tuple[bytes | memoryview, ...]] = list(parts_of(pieces)) or [(b"",)]
     size, start, name = sum(map(size_of, parts)), 0, secrets.token_hex(16)
     for part in parts:
-        inputs, end = {contract.VOLUME: part}, start + size_of(part)
+        inputs: dict[Tensor, object] = {contract.VOLUME: part}
+        end = start + size_of(part)
         if len(parts) > 1:
             inputs |= {contract.UPLOAD: name, contract.UPLOAD_RANGE: (start, size)}
         if end == size:

@@ -133,7 +133,8 @@ def request_of(model: str, inputs: Mapping[Tensor, object]) -> InferRequest:
 
 def parts_of(pieces: Iterable[bytes | memoryview]) -> Iterator[tuple[memoryview, ...]]:
     """A file in parts of PART_BYTES, each as pieces of what `pieces` are one behind the other; nothing is copied."""
-    part, room = (), PART_BYTES
+    part: tuple[memoryview, ...] = ()
+    room = PART_BYTES
     for piece in pieces:
         rest = np.frombuffer(piece, np.uint8) if size_of((piece,)) else np.empty(0, np.uint8)
         while rest.size:
@@ -213,8 +214,9 @@ class Connection:
         """
         self._check_open()
         requests = [request_of(model, inputs) for inputs in parts]
-        wanted, requests = len(requests), iter(requests)
-        responses = list(ResponseStream(self, self.stub.ModelStreamInfer(requests, timeout=timeout)))
+        wanted, waiting = len(requests), iter(requests)
+        del requests  # the iterator has them until the last is sent
+        responses = list(ResponseStream(self, self.stub.ModelStreamInfer(waiting, timeout=timeout)))
         if len(responses) < wanted:
             raise Unavailable(f"the server closed the stream after {len(responses)} of {wanted} responses; see its log")
         return responses[-1]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +39,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 class Weights:
@@ -46,7 +48,7 @@ class Weights:
     Iterating gives the keys; `weights[key]` the tensor; `shape(key)` its shape.
     """
 
-    def __init__(self, tensors: dict[str, Tensor | tuple[Path, str]]):
+    def __init__(self, tensors: Mapping[str, Tensor | tuple[Path, str]]):
         self._tensors = tensors
         self._files: dict[Path, object] = {}
 
@@ -64,7 +66,7 @@ class Weights:
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise CheckpointError(f"{folder}: the index names {', '.join(missing)}, which are not there")
-            tensors = {}
+            tensors: dict[str, Tensor | tuple[Path, str]] = {}
             for file in files:
                 tensors.update(cls.open_file(file)._tensors)
             return cls(tensors)
@@ -247,7 +249,7 @@ def lamed_shapes(model: Lamed) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check(weights: Weights, expected: dict[str, tuple[int, ...]], optional: set[str] = frozenset()) -> None:
+def check(weights: Weights, expected: dict[str, tuple[int, ...]], optional: Set[str] = frozenset()) -> None:
     """Raise CheckpointError unless `weights` has exactly the expected keys and shapes, naming those that differ."""
     found = set(weights)
     misshapen = [
@@ -296,7 +298,7 @@ def _own_names(published: dict) -> dict[str, str]:
     }
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def _fill(model: _Model, state: dict[str, Tensor], dtype: torch.dtype) -> _Model:
     """Assign `state` to a model built on the meta device; buffers that are computed, not stored, are made anew."""
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
@@ -328,7 +330,7 @@ def _shards(index: Path) -> list[Path]:
 def _safetensors_keys(file: Path) -> dict[str, tuple[Path, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: (file, key) for key in opened}
+            return {key: (file, key) for key in opened.keys()}  # noqa: SIM118 safe_open is not iterable
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a readable safetensors file (cut off?): {error}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 from engine.errors import CheckpointError
 from engine.models.language_model import FAMILIES, context_length
@@ -38,7 +39,7 @@ class ViTConfig:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Patches along D, H and W."""
-        return tuple(size // patch for size, patch in zip(self.image_size, self.patch_size))
+        return cast(tuple[int, int, int], tuple(n // patch for n, patch in zip(self.image_size, self.patch_size)))
 
     @property
     def num_patches(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,10 +34,12 @@ class Lamed(nn.Module):
     def __init__(self, config: LamedConfig, with_llm: bool = True):
         super().__init__()
         self.config = config
-        self.llm = causal_lm(config.llm) if with_llm else None
+        # Any for what may be None: whoever uses a part knows that it is there.
+        self.llm: Any = causal_lm(config.llm) if with_llm else None
         self.vision_tower = VisionTower(config.vision)
         self.mm_projector = SpatialPoolingProjector(config)
-        self.seg_module = self.seg_projector = None
+        self.seg_module: SegVol | Any = None
+        self.seg_projector: nn.Sequential | Any = None
         if config.segmentation is not None:
             self.seg_module = SegVol(config.segmentation)
             self.seg_projector = nn.Sequential(

@@ -119,6 +119,8 @@ class RandomPositionEncoding(nn.Module):
     Quirk of the reference: for a D,H,W grid the coordinates are stacked as (H, D, W).
     """
 
+    positional_encoding_gaussian_matrix: Tensor
+
     def __init__(self, grid: tuple[int, int, int], width: int):
         super().__init__()
         self.grid = grid

@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -96,7 +97,7 @@ class AnswerDesk:
 
     # --- one answer --------------------------------------------------------------------------------------------------
     async def _serve(self, asked: Asked, sender) -> None:
-        task = asyncio.current_task()
+        task = cast(asyncio.Task, asyncio.current_task())
         self._open[task] = sender
         try:
             last = await self._answer(asked, sender)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from engine.contract import MODELS
 from engine.manifest import Manifest
@@ -36,5 +37,7 @@ class TritonPythonModel:
         return [triton_io.answer(self._run, request) for request in requests]
 
     def _run(self, request):
-        outputs = self.graph({name: triton_io.array(request, name) for name in self.model.input_names})
+        # A graph's inputs are none of them optional.
+        inputs: dict[str, Any] = {name: triton_io.array(request, name) for name in self.model.input_names}
+        outputs = self.graph(inputs)
         return triton_io.response(request.requested_output_names(), **outputs)

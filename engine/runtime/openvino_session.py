@@ -84,7 +84,7 @@ def _multiply_in_bf16(model: openvino.Model) -> None:
     first block, whose error all others pass on.
     """
     nodes = model.get_ordered_ops()
-    products = [node for node in nodes if _weights(node) is not None]
+    products = [node for node in nodes if _has_constant(node, "MatMul")]
     pooled = any(node.get_type_name() == "AvgPool" for node in nodes)
     most = max(map(_rows, products), default=0)
     chosen = {
@@ -101,11 +101,6 @@ def _multiply_in_bf16(model: openvino.Model) -> None:
             for port in filter(_is_bf16, ports):
                 _convert(port, _FP32)
         node.validate_and_infer_types()  # what it writes is known from here on
-
-
-def _weights(node: openvino.Node) -> np.ndarray | None:
-    """Of a product with weights, as they lie there."""
-    return node.input_value(1).get_node().data if _has_constant(node, "MatMul") else None
 
 
 def _adds_bias(node: openvino.Node) -> bool:
@@ -126,7 +121,7 @@ def _round_product(node: openvino.Node) -> None:
     does: rounding them harms more than rounding anything else, since it is the same in every patch."""
     turned, rows = node.get_attributes(), node.input(0)
     _convert(rows, _BF16)
-    weights = _weights(node)
+    weights = node.input_value(1).get_node().data
     first = (weights.view(np.uint32) & 0xFFFF0000).view(np.float32)
     rest = weights - first
     if rest.any():

@@ -45,4 +45,6 @@ class Segmenter:
         logits = self.infer("segmentation_head", FEATURES=features[None], SEG_STATE=state[None])["MASK_LOGITS"][0, 0]
         probabilities = 0.5 + 0.5 * np.tanh(0.5 * logits)  # the sigmoid, without overflow
         mask = geometry.mask_to_scan(probabilities)
-        return Mask(np.packbits(mask), mask.shape, np.array(geometry.affine), logits if return_logits else NO_LOGITS)
+        return Mask(
+            np.packbits(mask), geometry.scan_shape, np.array(geometry.affine), logits if return_logits else NO_LOGITS
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -89,7 +90,7 @@ class Studies:
             if handle in self.store:
                 return handle, True
             started = time.perf_counter()
-            decoded = read_scan(scan.data, affine=scan.affine, limits=self.limits)
+            decoded = read_scan(cast(np.ndarray, scan.data), affine=scan.affine, limits=self.limits)
             prepared = prepare(decoded, self.manifest.image_size, preset)
             info = {
                 "preset": prepared.preset,

@@ -22,6 +22,7 @@ import struct
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from blake3 import blake3
@@ -157,8 +158,9 @@ class StudyStore:
             with self.lock(handle, piece):
                 found = self.get(handle, piece)
                 if found is None:
-                    self.put(handle, piece, compute(self.get(handle, "image")))
-                    found = self.get(handle, piece)
+                    # A study has its image from the start, and loses nothing while this lock is held.
+                    self.put(handle, piece, compute(cast(np.ndarray, self.get(handle, "image"))))
+                    found = cast(np.ndarray, self.get(handle, piece))
         return found
 
     @contextmanager

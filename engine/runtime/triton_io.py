@@ -43,7 +43,7 @@ def texts(request, name: str) -> list[str]:
 
 def text(request, name: str) -> str | None:
     """A BYTES input of one element, or None if it was not given or is empty."""
-    return (texts(request, name) or [None])[0] or None
+    return (texts(request, name) or [""])[0] or None
 
 
 def flag(request, name: str) -> bool:

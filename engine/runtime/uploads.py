@@ -79,7 +79,7 @@ class Uploads:
             )
         self._make_room(end)
         upload.data[start:end] = part
-        upload.digest.update(part)
+        upload.digest.update(part.data)
         upload.received, upload.last_part = end, self.clock()
         if end < size:
             if len(self._uploads) == MOST:

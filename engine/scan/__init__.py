@@ -61,7 +61,7 @@ def read_scan(
     Raises InvalidInput, naming cause, limit and way out, for everything that is not one finite, non-constant volume
     within the limits. The array may share memory with `data`; beside it, at most 3 times the scan's size is in use.
     """
-    data = memoryview(data).cast("B")
+    data = (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
     limits.check_bytes(len(data), "the file")
     head = bytes(data[:8])
     if affine is not None and not head.startswith(b"\x93NUMPY"):

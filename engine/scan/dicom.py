@@ -279,7 +279,7 @@ def _affine(slices: list[_Slice]) -> np.ndarray:
 
 def _alike(vectors: Iterator[tuple[float, ...]]) -> Counter:
     """How many vectors there are of each kind; files write the same numbers with different rounding."""
-    kinds = Counter()
+    kinds: Counter[tuple[float, ...]] = Counter()
     for vector in vectors:
         kinds[next((kind for kind in kinds if np.allclose(kind, vector, atol=1e-3)), vector)] += 1
     return Counter({"[" + ", ".join(f"{x:.3g}" for x in kind) + "]": count for kind, count in kinds.items()})

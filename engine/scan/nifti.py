@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +17,7 @@ _MAX_HEADER = 16 << 20  # header and extensions in front of the voxels
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 
 
-def header_class(head: bytes) -> type | None:
+def header_class(head: bytes) -> type[nib.Nifti1Header] | None:
     """nibabel's header class if `head` (4 bytes or more) can be the start of a NIfTI file, of either byte order."""
     for order in ("little", "big"):
         if found := _HEADERS.get(int.from_bytes(head[:4], order)):
@@ -67,7 +68,7 @@ def read_gzipped_nifti(data: memoryview, limits: Limits) -> tuple[np.ndarray, np
         buffer[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
         filled += len(piece)
     stream.read(1)  # reaches the checksum if the voxels were the last thing in the stream
-    return read_nifti(memoryview(buffer)[:filled], limits)
+    return read_nifti(buffer.data[:filled], limits)
 
 
 def rescale(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
@@ -108,7 +109,7 @@ class _Gunzip:
                 raise InvalidInput("the gzip stream is truncated: the file was cut off, copy or compress it again")
             try:
                 piece = self._inflate.decompress(compressed, missing)
-            except isal_zlib.error as error:
+            except isal_zlib.error as error:  # type: ignore[misc]  # to its stub an instance, no class
                 raise InvalidInput(f"the gzip stream is damaged ({error}): copy or compress the file again") from None
             self._tail = self._inflate.unconsumed_tail
             pieces.append(piece)
@@ -122,7 +123,7 @@ class _Gunzip:
 
 
 def _header(head: bytes) -> nib.Nifti1Header:
-    kind = header_class(head)
+    kind = cast(type[nib.Nifti1Header], header_class(head))  # whoever calls this has looked
     try:
         header = kind(head[: kind.template_dtype.itemsize], check=False)
         if header["magic"].item().rstrip(b"\0")[:2] not in (b"n+", b"n\0"):

@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, cast
 
 from engine import gpu
 from engine.errors import InvalidInput, RepositoryError, Unavailable
@@ -170,14 +171,14 @@ class Server:
 
     def wait(self) -> None:
         """Block while the server runs. Raises Unavailable with the cause when it ends by itself."""
-        code = self._keeper.wait()
+        code = cast(subprocess.Popen, self._keeper).wait()
         raise Unavailable(f"Triton ended by itself ({_exit_words(code)}): {self._cause()}")
 
     def stop(self) -> None:
         """Stop the server; when this returns, no process of it and none of its shared memory is left."""
         if self._keeper is None:
             return
-        self._keeper.stdin.close()
+        cast(IO, self._keeper.stdin).close()
         self._keeper.wait()
 
     def _check(self) -> Manifest:
@@ -210,7 +211,7 @@ class Server:
         said = None
         while not self.is_ready():
             try:
-                code = self._keeper.wait(timeout=0.25)
+                code = cast(subprocess.Popen, self._keeper).wait(timeout=0.25)
             except subprocess.TimeoutExpired:
                 pass
             else:

@@ -67,7 +67,7 @@ def shared_memory_of(pids) -> set[int]:
 
     Not names: glibc makes a semaphore under another name than the one it is opened by, and the maps show the first.
     """
-    inodes = set()
+    inodes: set[int] = set()
     for pid in pids:
         try:
             lines = Path("/proc", str(pid), "maps").read_text().splitlines()

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from engine.errors import InvalidInput, Unavailable
 from engine.manifest import Manifest
@@ -82,11 +83,11 @@ class Triton:
 
     @property
     def stub(self) -> Path:
-        return self.wheel / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
+        return cast(Path, self.wheel) / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
 
     @property
     def python_versions(self) -> list[str]:
-        folders = (self.wheel / "python_backend_stubs").iterdir()
+        folders = (cast(Path, self.wheel) / "python_backend_stubs").iterdir()
         return sorted((f.name for f in folders), key=lambda v: [int(part) for part in v.split(".")])
 
     def assemble_backends(self, folder: Path) -> Path:
@@ -94,7 +95,7 @@ class Triton:
         backends = folder / "backends"
         python = backends / "python"
         python.mkdir(parents=True)
-        for source in (self.wheel / "backends" / "python").iterdir():
+        for source in (cast(Path, self.wheel) / "backends" / "python").iterdir():
             (python / source.name).symlink_to(source)
         stub = python / "triton_python_backend_stub"
         shutil.copyfile(self.stub, stub)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from scipy import ndimage
@@ -30,6 +31,7 @@ _ROUNDING = 1e-5  # of the largest value: differences below it tell nothing
 
 Size = tuple[int, int, int]
 Axes = tuple[tuple[int, int, int], tuple[bool, bool, bool]]
+Run = Callable[[Scan, Size], tuple[np.ndarray, Geometry]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Preset:
     """
 
     doc: str
-    run: Callable[[Scan, Size], tuple[np.ndarray, Geometry]] | None
+    run: Run | None
 
 
 def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto") -> Prepared:
@@ -64,11 +66,11 @@ def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto")
     """
     if preset not in PRESETS:
         raise InvalidInput(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    image_size = tuple(int(n) for n in image_size)
+    image_size = cast(Size, tuple(int(n) for n in image_size))
     reason = f"{preset} was asked for"
     if preset == "auto":
         preset, reason = _auto(scan, image_size)
-    image, geometry = PRESETS[preset].run(scan, image_size)
+    image, geometry = cast(Run, PRESETS[preset].run)(scan, image_size)
     return Prepared(image[None], geometry, preset, reason)
 
 
@@ -189,7 +191,7 @@ def _raw(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
 
 
 def _contract(function: Callable) -> str:
-    return " ".join(inspect.getdoc(function).split())
+    return " ".join(cast(str, inspect.getdoc(function)).split())
 
 
 PRESETS: dict[str, Preset] = {"auto": Preset(_contract(_auto), None)} | {
@@ -262,10 +264,11 @@ def _geometry(scan: Scan, image_size: Size, axes: Axes, crop: list[tuple[int, in
     """`crop` counts along the model's axes; the Geometry's along the array's, forwards."""
     order, flips = axes
     lengths = [scan.array.shape[axis] for axis in order]
-    crop = tuple(
+    forwards = tuple(
         (n - stop, n - start) if flip else (start, stop) for (start, stop), flip, n in zip(crop, flips, lengths)
     )
-    return Geometry(tuple(scan.array.shape), tuple(map(tuple, scan.affine.tolist())), order, flips, crop, image_size)
+    shape = cast(Size, tuple(scan.array.shape))
+    return Geometry(shape, tuple(map(tuple, scan.affine.tolist())), order, flips, forwards, image_size)
 
 
 def _resized(scan: Scan, geometry: Geometry, tone=np.asarray, box: str = "wider") -> np.ndarray:

@@ -8,6 +8,7 @@ true for them as it is.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import numpy as np
 from nibabel.orientations import io_orientation
@@ -83,8 +84,8 @@ class Geometry:
                 return mask
             rows = np.flatnonzero(matrix[:, high[0] : high[-1] + 1].any(1))
             matrix = matrix[rows[0] : rows[-1] + 1]
-            columns = np.flatnonzero(matrix.any(0))
-            columns = slice(columns[0], columns[-1] + 1)
+            used = np.flatnonzero(matrix.any(0))
+            columns = slice(used[0], used[-1] + 1)
             volume = volume[(slice(None),) * axis + (columns,)]
             matrices.append(csr_array(matrix[:, columns]))
             box.append(slice(start + rows[0], start + rows[-1] + 1))
@@ -94,8 +95,8 @@ class Geometry:
         for axis in rest:
             volume = apply(volume, matrices[axis], axis)
         across = 1 if last == 0 else 0
-        for part in slabs(target.shape, across):
-            part = (slice(None),) * across + (part,)
+        for slab in slabs(target.shape, across):
+            part = (slice(None),) * across + (slab,)
             np.greater(apply(np.ascontiguousarray(volume[part]), matrices[last], last), 0.5, out=target[part])
         return mask
 
@@ -135,7 +136,7 @@ def canonical_axes(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool
     world, sign = io_orientation(affine).T
     axes = tuple(int(np.flatnonzero(world == axis)[0]) for axis, _ in _CANONICAL)
     flips = tuple(bool(sign[axis] != wanted) for axis, (_, wanted) in zip(axes, _CANONICAL))
-    return axes, flips
+    return cast(tuple[int, int, int], axes), cast(tuple[bool, bool, bool], flips)
 
 
 def oriented(array: np.ndarray, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]) -> np.ndarray:

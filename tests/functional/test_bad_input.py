@@ -21,6 +21,8 @@ from export.build_engines import export
 from tests.conftest import copy_repository
 from tests.tiny import QUESTION
 
+pytestmark = pytest.mark.integration
+
 PATIENCE_S = 120
 
 

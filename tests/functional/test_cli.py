@@ -13,6 +13,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.tiny import QUESTION
 
+pytestmark = pytest.mark.integration
+
 AFFINE = np.array([[0, -2.0, 0, 30], [-1.5, 0, 0.1, 20], [0, 0, 4.0, -50], [0, 0, 0, 1]])
 
 

@@ -17,6 +17,8 @@ from engine.client.wire import Connection, text_of
 from engine.errors import Cancelled, DeadlineExceeded, M3DError, ResourceExhausted, StudyNotFound
 from tests.tiny import QUESTION
 
+pytestmark = pytest.mark.integration
+
 LONG = 480  # tokens: seconds of decoding, nearly to the context's end
 BATCH, WAITING = 16, 64  # max_num_seqs and max_waiting of model_repository/decoder/configs/cpu.pbtxt
 PATIENCE_S = 120
@@ -129,6 +131,7 @@ def test_the_ensemble_answers_like_the_client(server, study, long_answer):
     connection.close()
 
 
+@pytest.mark.slow(group="soak")
 def test_many_streams_of_the_ensemble_leave_the_server_alive(server, client, study):
     """It does not use all outputs of the decoder. Dropping them killed the decoder within a few thousand responses."""
 

@@ -13,6 +13,8 @@ from engine.errors import Cancelled
 from engine.server import keeper
 from tests.functional.footprint import stub_of
 
+pytestmark = pytest.mark.integration
+
 QUESTIONS = 32
 TOKENS = 40
 
@@ -36,7 +38,7 @@ def alone(client, asked):
     return answers
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow(group="soak")) for n in range(1, 9))])
 def test_survivors_of_a_crowd_half_cancelled_get_the_answers_they_get_alone(client, asked, alone, seed):
     choice = random.Random(seed)
     cut_after = {i: choice.randrange(TOKENS // 2) for i in choice.sample(range(len(asked)), len(asked) // 2)}

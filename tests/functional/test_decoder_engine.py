@@ -24,6 +24,8 @@ from engine.runtime.decoder.settings import DecoderSettings
 from engine.sampling import Sampling
 from tests.tiny_llm import BOS, CONTEXT, EOS, VISUAL_TOKENS, WIDTH, question, visual_tokens, write_tiny_llm
 
+pytestmark = pytest.mark.integration
+
 AT_ONCE = 12
 FURTHEST = Pass.DECODE_KERNEL if decode_kernel.library() else Pass.DIRECT  # compiled where there is a C compiler
 # The cache of 1250 rows holds twelve prompts, but not their answers: some are preempted. A step has 512 rows: of two

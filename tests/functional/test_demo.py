@@ -11,6 +11,8 @@ from engine.server import Server, free_ports
 from export.build_engines import export
 from tests.conftest import ROOT, copy_repository
 
+pytestmark = pytest.mark.integration
+
 DEMO = ROOT / "training" / "demo"
 REPORTS = [
     "This is a CT scan of the chest. There is a small tumour in the right lung.",

@@ -22,6 +22,8 @@ from engine.runtime.onnx_session import OnnxGraph
 from engine.server import Server, free_ports
 from tests.conftest import ROOT, copy_repository
 
+pytestmark = pytest.mark.integration
+
 TARGET = os.environ.get("M3D_TEST_TARGET", "cpu")
 TOLERANCE = {"cpu": 1e-4, "tensorrt": 1e-3}[TARGET]
 CASE = ROOT / "tests" / "fixtures" / "dev_small"

@@ -18,6 +18,8 @@ from tests.conftest import ROOT
 from tests.tiny import QUESTION, volume
 from tests.tiny_bench import write_tiny_checkpoint
 
+pytestmark = pytest.mark.integration
+
 QUICK = ["--repeats", "1", "--floor-seconds", "0.01", "--large-ct", "64,64,32"]
 
 

@@ -18,6 +18,9 @@ from export.graphs import ExportError
 from tests.conftest import copy_repository
 from tests.tiny import NUM_VISUAL_TOKENS, volume, write_tiny_lamed
 
+needs_llm_compressor = pytest.mark.slow(group="quantization")
+pytestmark = pytest.mark.integration
+
 LOOSE = quantize.Bound(perplexity_ratio=10.0, agreement=0.1)  # random weights lose more than trained ones
 
 
@@ -43,6 +46,7 @@ def questions(monkeypatch, tmp_path):
     monkeypatch.setattr(quantize, "QUESTIONS", path)
 
 
+@needs_llm_compressor
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
 def test_a_quantised_language_model_is_smaller_and_nearly_as_sure_of_its_answers(
     scheme, exported, questions, monkeypatch, tmp_path
@@ -72,6 +76,7 @@ def test_a_quantised_language_model_is_smaller_and_nearly_as_sure_of_its_answers
     assert quantize.compare(folder, torch.bfloat16, answered) == (found["perplexity"], found["agreement"])
 
 
+@needs_llm_compressor
 def test_the_model_itself_agrees_with_its_own_answers(exported, questions):
     repository, manifest = exported
     prompt = Prompt(load_tokenizer(repository / LLM_FOLDER), NUM_VISUAL_TOKENS, manifest.context_length)
@@ -83,6 +88,7 @@ def test_the_model_itself_agrees_with_its_own_answers(exported, questions):
     assert agreement == 1 and 1 < perplexity < manifest.vocab_size
 
 
+@needs_llm_compressor
 def test_an_export_says_how_its_language_model_was_quantised_and_repeats_nothing(
     checkpoint, questions, monkeypatch, tmp_path, capsys
 ):
@@ -99,6 +105,7 @@ def test_an_export_says_how_its_language_model_was_quantised_and_repeats_nothing
     assert export(str(checkpoint), repository, precision="bf16").quantization == {}
 
 
+@needs_llm_compressor
 def test_a_loss_beyond_the_bound_fails_the_export(checkpoint, questions, monkeypatch, tmp_path):
     monkeypatch.setitem(quantize.BOUNDS, "gptq", quantize.Bound(perplexity_ratio=0.5, agreement=0.0))
     repository = copy_repository(tmp_path)
@@ -113,6 +120,7 @@ def test_a_loss_beyond_the_bound_fails_the_export(checkpoint, questions, monkeyp
     assert not (repository / FILE_NAME).exists()
 
 
+@needs_llm_compressor
 def test_llm_compressors_own_words_are_shown_when_it_fails(exported, tmp_path):
     answered = [quantize.Answered(torch.zeros(4, 8), torch.zeros(1, dtype=torch.long))]
     with pytest.raises(ExportError, match="llm-compressor failed"):

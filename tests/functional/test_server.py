@@ -24,6 +24,8 @@ from tests.conftest import ROOT, copy_repository
 from tests.functional.footprint import Footprint, stub_of
 from tests.tiny import QUESTION
 
+pytestmark = pytest.mark.integration
+
 PATIENCE_S = 120
 
 

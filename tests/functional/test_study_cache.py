@@ -25,6 +25,8 @@ from tests.functional.footprint import Footprint, stub_of
 from tests.locks import waiting_for
 from tests.tiny import IMAGE_SIZE, QUESTION
 
+pytestmark = pytest.mark.integration
+
 ENCODERS = ("vision_encoder", "segmentation_encoder", "clip_image_encoder")
 WORKED_ON = 4  # scans at a time, as in the study model's config.pbtxt
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
+from benchmarks.make_checkpoint import config_of, write
 from engine import contract
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import TENSORRT_CONFIG, Manifest
@@ -24,8 +26,10 @@ from engine.server.triton import Triton
 from export import graphs, tensorrt, typed_graph
 from export.build_engines import export
 from export.build_settings import BuildSettings
-from tests.conftest import copy_repository
+from tests.conftest import ROOT, copy_repository
 from tests.tiny import volume, write_tiny_clip
+
+pytestmark = pytest.mark.integration
 
 ARCHITECTURES = ("8.0", "8.6", "8.9", "12.0")
 BLOCKS, PROFILES = 12, 2
@@ -58,6 +62,7 @@ def full_size(request, tmp_path_factory):
         file.unlink()
 
 
+@pytest.mark.slow(group="matrix")
 @pytest.mark.parametrize("precision", typed_graph.PRECISIONS)
 def test_a_full_size_encoder_builds_for_every_architecture(full_size, precision):
     exported = onnx.load(full_size)
@@ -73,6 +78,24 @@ def test_a_full_size_encoder_builds_for_every_architecture(full_size, precision)
         # In reduced precision every attention is one kernel; in fp32 TensorRT has none.
         assert entry["fused_attentions"] == (0 if precision == "fp32" else BLOCKS * PROFILES)
         assert (full_size.parent / tensorrt.REPORT).read_text().startswith("Layers:")
+
+
+def test_the_documented_command_builds_plans_of_the_published_size(tmp_path):
+    """Encoders and mask head as published; the language model has the published width and one layer."""
+    config = config_of("7b", num_hidden_layers=1, intermediate_size=256, vocab_size=600, max_position_embeddings=512)
+    checkpoint, repository = write(tmp_path / "checkpoint", config), copy_repository(tmp_path)
+    command = [sys.executable, "export/build_engines.py", "--checkpoint", checkpoint, "--target", "tensorrt"]
+    command += ["--builder", "rtx", "--compute-capability", "8.9", "--precision", "fp16", "--repository", repository]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    graphs = Manifest.read(repository).graphs
+    for name in contract.IMAGE_ENCODERS[:2]:
+        plan = graphs[name]["plan"]
+        assert 0 < plan["max_error"] <= plan["bound"] and plan["compared"] == "typed graph on the CPU"
+        assert (
+            plan["bindings"]["IMAGE"] == ["FP32", -1, 1, 32, 256, 256] and plan["fused_attentions"] == BLOCKS * PROFILES
+        )
+        assert plan["bytes"] == (repository / name / "1" / "model.rtx.plan").stat().st_size > 150e6
 
 
 # --- a whole repository ----------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
@@ -166,29 +164,3 @@ def test_a_graph_runs_in_a_compiled_backend_on_a_gpu_and_in_python_on_a_cpu(name
     assert gpu.default_model_filename == {"tensorrt": "model.plan", "onnxruntime": "model.onnx"}[gpu.backend]
     assert gpu.HasField("dynamic_batching") and gpu.instance_group[0].kind == gpu.instance_group[0].KIND_GPU
     assert cpu.instance_group[0].kind == cpu.instance_group[0].KIND_CPU
-
-
-def test_the_bytes_that_export_readme_counts_are_those_of_the_contract():
-    image, tokens, width, patches = (32, 256, 256), 256, 4096, 8 * 16 * 16
-    shapes = {
-        "IMAGE": image,
-        "VISUAL_TOKENS": (tokens, width),
-        "FEATURES": (768, patches),
-        "SEG_STATE": (width,),
-        "MASK_LOGITS": image,
-        "IMAGE_EMBEDDING": (768,),
-    }
-    types = {t.name: t.dtype for name in GRAPHS for t in (*MODELS[name].inputs, *MODELS[name].outputs)}
-    size = {name: math.prod(shape) * {"FP32": 4}[types[name]] for name, shape in shapes.items()}
-    counted = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in (ROOT / "export" / "README.md").read_text().partition("| when |")[2].splitlines()[2:7]
-    ]
-    found = {row[0]: (int(row[2].replace(",", "")), row[4]) for row in counted}
-    assert found == {
-        "once per scan": (size["IMAGE"], f"{size['VISUAL_TOKENS']:,}"),
-        "once per scan, if a mask is wanted": (size["IMAGE"], f"{size['FEATURES']:,}"),
-        "per question": ((1 + tokens) * width * 2, "4 a token"),  # bf16; BOS and the visual tokens
-        "per mask": (size["FEATURES"] + size["SEG_STATE"], f"{size['MASK_LOGITS']:,}"),
-        "once per ranked scan": (size["IMAGE"], f"{size['IMAGE_EMBEDDING']:,}"),
-    }

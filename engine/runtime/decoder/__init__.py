@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +111,7 @@ class Decoder:
 
     async def answer(
         self, visual_tokens: np.ndarray, question: str, sampling: Sampling = Sampling(), cache_salt: str = ""
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Deltas of the answer about a scan; a slow reader gets fewer and larger ones.
 
         To stop decoding, close the iterator or cancel its task.
@@ -136,9 +136,9 @@ class Decoder:
         finally:
             self._answering -= 1
 
-    async def _deltas(self, rows, params, key: str, salt: str, arrival: float) -> AsyncIterator[Delta]:
+    async def _deltas(self, rows, params, key: str, salt: str, arrival: float) -> AsyncGenerator[Delta, None]:
         text = Detokenizer(self._tokenizer, params.stop or ())
-        count, first_token, seg_positions, states_are_free = 0, None, [], False
+        count, first_token, seg_positions, states_are_free = 0, 0.0, [], False
         try:
             async with aclosing(self.engine.generate(rows, params, key, salt)) as outputs:
                 async for output in outputs:

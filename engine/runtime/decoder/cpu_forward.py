@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -41,7 +42,7 @@ def use_on(runner, furthest: Pass) -> Pass:
     """Give the model of vLLM's `runner` the furthest pass that fits, `furthest` at most, and say which."""
     if furthest is Pass.VLLM or runner.device.type != "cpu" or not runner.model_config.enforce_eager:
         return Pass.VLLM
-    model = getattr(runner.model, "model", None)
+    model: Any = getattr(runner.model, "model", None)
     if not _fits(model):
         return Pass.VLLM
     norms = Norms.of_vllm()

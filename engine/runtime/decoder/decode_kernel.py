@@ -92,15 +92,16 @@ class DecodeKernel:
     """
 
     def __init__(self, geometry: Geometry, layers: Sequence[Weights], last_norm: torch.Tensor, cos_sin: torch.Tensor):
-        if not geometry.fits() or library() is None:
+        kernel = library() if geometry.fits() else None
+        if kernel is None:
             raise ValueError(f"no kernel for {geometry}")
-        self._call = library().m3d_between_attentions
+        self._call = kernel.m3d_between_attentions
         self._call.restype = None
-        self._multiply = library().m3d_product
+        self._multiply = kernel.m3d_product
         self._multiply.restype = None
         self._multiply.argtypes = [c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_int64]
-        self.most_rows = library().m3d_most_rows()
-        self._kept = []  # what the kernel knows the addresses of
+        self.most_rows = kernel.m3d_most_rows()
+        self._kept: list[torch.Tensor] = []  # what the kernel knows the addresses of
         self._geometry = _Geometry(
             geometry.hidden,
             geometry.intermediate,
@@ -117,11 +118,11 @@ class DecodeKernel:
                     *map(
                         self._address,
                         (
-                            before and before.out,
-                            before and before.gate_up,
-                            before and before.down,
-                            after and after.qkv,
-                            before and before.attention_norm.float(),
+                            before.out if before else None,
+                            before.gate_up if before else None,
+                            before.down if before else None,
+                            after.qkv if after else None,
+                            before.attention_norm.float() if before else None,
                             after.input_norm.float() if after else last_norm.float(),
                         ),
                     )

@@ -6,6 +6,7 @@ import os
 import select
 import threading
 from contextlib import contextmanager
+from typing import Any
 
 
 def end_with(owner: int) -> None:
@@ -29,7 +30,7 @@ def unused_generators_aside(runner):
     raises, and the engine is gone for everybody. Here these requests sample without their generator, which then need
     not be turned back. Only model runner V1 on a CPU; elsewhere nothing is changed.
     """
-    batch = getattr(runner, "input_batch", None)
+    batch: Any = getattr(runner, "input_batch", None)
     if runner.device.type != "cpu" or not getattr(batch, "generators", None):
         yield
         return

@@ -7,9 +7,10 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class LlmEngine:
         self.settings = settings
         self.health = "starting"
         self.layers = Pass.VLLM
-        self._llm = None
+        self._llm: Any = None  # an AsyncLLM, while one runs
         self._deaths: deque[float] = deque()
         self._tasks: set[asyncio.Task] = set()
         self._restart_task: asyncio.Task | None = None
@@ -96,7 +97,7 @@ class LlmEngine:
         return [] if self._llm is None else [process.pid for process in _processes(self._llm)]
 
     # --- work --------------------------------------------------------------------------------------------------------
-    async def generate(self, rows: torch.Tensor, params, key: str, salt: str) -> AsyncIterator:
+    async def generate(self, rows: torch.Tensor, params, key: str, salt: str) -> AsyncGenerator:
         """vLLM's outputs for the prompt `rows` [T, H]; ends in "stop" or "length". Close it to stop decoding.
 
         key: unique, names the states. salt: prompts share cached blocks only under the same one.
@@ -126,7 +127,7 @@ class LlmEngine:
         """What the worker keeps, see `SegStates.counts`."""
         return (await self._llm.collective_rpc("count_seg_states"))[0]
 
-    async def _outputs(self, rows, params, key, salt) -> AsyncIterator:
+    async def _outputs(self, rows, params, key, salt) -> AsyncGenerator:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import embeds_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError

@@ -15,8 +15,9 @@ Written against vLLM 0.32: model runner V1 (vllm/v1/worker/gpu_model_runner.py, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.runtime.decoder import engine_process
 
@@ -40,10 +41,10 @@ class Step:
     watched: (row, request, position in the answer) of the requests that watch. sampled(): token ids by row.
     """
 
-    rows: object
+    rows: Any
     watched: list[tuple[int, Request, int]]
     is_ready: Callable[[], bool]
-    sampled: Callable[[], Iterable]
+    sampled: Callable[[], Sequence]
 
 
 class SegStates:
@@ -133,6 +134,8 @@ class SegStates:
 class SegStateExtension:
     """The part of vLLM's worker that keeps states (see worker_extension)."""
 
+    model_runner: Any  # the worker's
+
     def watch_seg_states(self, owner: int) -> None:
         """Start to keep states, once, after the engine has started. owner: the process that the engine serves."""
         engine_process.end_with(owner)
@@ -201,7 +204,7 @@ def _watched(request_ids, ends, running) -> list[tuple[int, Request, int]]:
     ]
 
 
-def _sampled_tokens(output) -> tuple[Callable[[], bool], Callable[[], Iterable]]:
+def _sampled_tokens(output) -> tuple[Callable[[], bool], Callable[[], Sequence]]:
     """(is_ready, token ids by row) of what `sample_tokens` returned, without waiting for the device."""
     if hasattr(output, "copy_event"):  # V2
         return output.copy_event.query, lambda: output.sampled_token_ids
