@@ -39,29 +39,33 @@ def main(repository: Path, out: Path) -> None:
     started = time.perf_counter()
     with Server(repository, **free_ports(), on_progress=say) as server, M3DClient(server.url) as client:
         say(f"Triton is ready on {server.url} after {time.perf_counter() - started:.0f} s")
-        study = client.upload(scan)
-        say(f"the server chose preset {study.info['preset']}: {study.info['reason']}")
-        for question in QUESTIONS:
-            print(f"\n  Q  {question}\n  A ", end="")
-            for text in client.stream(study, question):
-                print(text, end="", flush=True)
-            print()
-        print(f"\n  Q  {SEGMENT}")
-        found = client.segment(study, SEGMENT)
-        print(f"  A {found.answer.text}\n")
-        if found.mask is None:
-            raise M3DError("the model drew no mask")
-        mask = found.save(out / "mask.nii.gz")
-        picture = montage(
-            out / "mask.png", nibabel.load(scan).dataobj[:], found.affine, found.mask, SEGMENT, found.answer.text
-        )
-        print("  Which report fits the scan?")
-        for text, score in client.rank(study, REPORTS).sorted():
-            print(f"  {score:6.2f}  {text}")
-        print()
-        say(f"mask in the scan's own space: {mask}")
-        say(f"picture: {picture}")
+        ask(client, scan, out)
     say("the server is stopped")
+
+
+def ask(client: M3DClient, scan: Path, out: Path) -> None:
+    """Ask about `scan`, draw a mask and a picture into `out`, rank reports; print all of it."""
+    study = client.upload(scan)
+    say(f"the server chose preset {study.info['preset']}: {study.info['reason']}")
+    for question in QUESTIONS:
+        print(f"\n  Q  {question}\n  A ", end="")
+        for text in client.stream(study, question):
+            print(text, end="", flush=True)
+        print()
+    print(f"\n  Q  {SEGMENT}")
+    found = client.segment(study, SEGMENT)
+    print(f"  A {found.answer.text}\n")
+    if found.mask is None:
+        raise M3DError("the model drew no mask")
+    mask = found.save(out / "mask.nii.gz")
+    voxels = nibabel.load(scan).dataobj[:]
+    picture = montage(out / "mask.png", voxels, found.affine, found.mask, SEGMENT, found.answer.text)
+    print("  Which report fits the scan?")
+    for text, score in client.rank(study, REPORTS).sorted():
+        print(f"  {score:6.2f}  {text}")
+    print()
+    say(f"mask in the scan's own space: {mask}")
+    say(f"picture: {picture}")
 
 
 def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""One real Triton for all functional tests, on a tiny random checkpoint, and what is needed to ask it."""
+"""Two real Tritons for all tests that only need one: a tiny random checkpoint's, and the demonstration model's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from engine.client import M3DClient
 from engine.manifest import Manifest
 from engine.server import Server, free_ports
 from export.build_engines import export
-from tests.conftest import copy_repository
+from tests.conftest import ROOT, copy_repository
 from tests.functional.footprint import Footprint
 from tests.tiny import volume, write_tiny_clip, write_tiny_lamed
+
+DEMO = ROOT / "training" / "demo"
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +65,22 @@ def server(repository, tmp_path_factory):
 @pytest.fixture(scope="session")
 def client(server):
     with M3DClient(server.url, timeout=300) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory):
+    """A server of the demonstration model: what it says and draws means something."""
+    folder = tmp_path_factory.mktemp("demo")
+    repository = copy_repository(folder)
+    export(str(DEMO), repository, clip_checkpoint=str(DEMO / "clip"))
+    with Server(repository, **free_ports(), log=folder / "triton.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def demo_client(demo_server):
+    with M3DClient(demo_server.url, timeout=300) as client:
         yield client
 
 

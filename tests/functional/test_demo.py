@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
+
+import matplotlib.image
+import nibabel
 import numpy as np
 import pytest
 
-from engine.client import M3DClient
 from engine.samples import write_sample
-from engine.server import Server, free_ports
-from export.build_engines import export
-from tests.conftest import ROOT, copy_repository
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.integration
 
-DEMO = ROOT / "training" / "demo"
 REPORTS = [
     "This is a CT scan of the chest. There is a small tumour in the right lung.",
     "This is an MR scan of the lumbar spine. No tumour is seen.",
@@ -22,13 +22,27 @@ REPORTS = [
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def scan(tmp_path_factory):
+    return write_sample("brain-mr", tmp_path_factory.mktemp("brain"))
+
+
+@pytest.fixture(scope="module")
+def demo(demo_client, scan):
     """(client, study) of the sample brain MRI."""
-    folder = tmp_path_factory.mktemp("demo")
-    repository = copy_repository(folder)
-    export(str(DEMO), repository, clip_checkpoint=str(DEMO / "clip"))
-    with Server(repository, **free_ports(), log=folder / "triton.log") as server, M3DClient(server.url, 300) as client:
-        yield client, client.upload(write_sample("brain-mr", folder))
+    return demo_client, demo_client.upload(scan)
+
+
+def test_make_demo_asks_draws_and_ranks(demo_client, scan, tmp_path, capsys):
+    """All that `make demo` does between the server's start and its end."""
+    example = runpy.run_path(str(ROOT / "examples" / "first_answer.py"))
+    example["ask"](demo_client, scan, tmp_path)
+    said = capsys.readouterr().out
+    assert all(words in said for words in ("It is an MR scan.", "It shows the brain.", "[SEG]", "preset mr"))
+    ranked = [line.strip() for line in said.splitlines() if "scan of the" in line]
+    assert len(ranked) == 3 and "MR scan of the brain" in ranked[0]
+    mask = nibabel.load(tmp_path / "mask.nii.gz")
+    assert mask.shape == nibabel.load(scan).shape and 3_000 < np.asarray(mask.dataobj).sum() < 30_000
+    assert matplotlib.image.imread(tmp_path / "mask.png").std() > 0
 
 
 @pytest.mark.parametrize(

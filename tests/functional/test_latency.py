@@ -141,6 +141,7 @@ def test_another_model_than_the_servers_is_refused(server, repository, fixture_c
         assert "serves another" in capsys.readouterr().err
 
 
+@pytest.mark.slow(group="faults")
 def test_ended_amid_its_export_it_leaves_no_export_running(tmp_path):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     command = [sys.executable, "benchmarks/latency.py", *QUICK, "--checkpoint", str(checkpoint)]

@@ -98,7 +98,13 @@ def serving(light_repository, log):
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow(group="faults")) for n in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_m3d_serve_stops_on_a_signal_and_leaves_nothing(serving, scans, number):
     with M3DClient(serving.url) as client:
         client.upload(scans[0])

@@ -47,6 +47,8 @@ from tests.conftest import ROOT
 from tests.tiny import IMAGE_SIZE, PATCH_SIZE, VIT
 from tests.tiny_bench import write_tiny_checkpoint
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module", params=["135m", "7b"])
 def checkpoint(request, tmp_path_factory):
@@ -876,6 +878,7 @@ def test_encoders_are_compared_with_fp32_and_the_fastest_within_bounds_is_named(
     assert "Fastest within bounds: vision encoder in" in done.stdout
 
 
+@pytest.mark.slow(group="matrix")
 @pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply bf16")
 def test_the_fixture_s_answer_and_mask_survive_a_vision_encoder_in_bf16(tmp_path):
     """Which is why the CPU's configuration takes it."""
@@ -887,6 +890,7 @@ def test_the_fixture_s_answer_and_mask_survive_a_vision_encoder_in_bf16(tmp_path
     assert found["bf16", "fp32"].within_bounds and found["bf16", "fp32"].dice < 1
 
 
+@pytest.mark.slow(group="matrix")
 def test_the_precisions_of_a_gpu_are_compared_without_one(tmp_path):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     np.save(tmp_path / "scan.npy", np.random.default_rng(0).random(IMAGE_SIZE, np.float32))

@@ -153,6 +153,7 @@ def python_without_ensurepip(folder: Path) -> Path:
     return folder / "bin"
 
 
+@pytest.mark.integration
 def test_the_images_environment_has_a_pip_of_its_own_though_python_has_no_ensurepip(tmp_path):
     (step,) = [step for step in instructions("RUN") if "-m venv" in step]
     environment, pips = tmp_path / "m3d", tmp_path / "pips"
@@ -173,6 +174,7 @@ def test_the_images_environment_has_a_pip_of_its_own_though_python_has_no_ensure
     assert f"from {environment}/" in shell("python3 -m pip --version").stdout
 
 
+@pytest.mark.integration
 def test_the_package_installs_by_the_images_step(tmp_path):
     assert "python3 -m pip install --no-deps ." in instructions("RUN")
     source = tmp_path / "src"

@@ -10,6 +10,8 @@ import write_checkpoint
 from engine.models.checkpoint import load_clip, load_lamed
 from engine.prompt import Prompt
 
+pytestmark = pytest.mark.integration
+
 FEATURES, STEP_LOGITS, CLIP, VOXELS = 2e-5, 5e-5, 1e-6, 3
 
 

@@ -19,6 +19,8 @@ from export.build_engines import export, main
 from tests import tiny
 from tests.conftest import ROOT, copy_repository
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):

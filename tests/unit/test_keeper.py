@@ -16,6 +16,8 @@ import pytest
 
 from engine.server import keeper
 
+pytestmark = pytest.mark.integration
+
 PATIENCE_S = 60
 # A command with all that is hard to clean: a process in a session of its own that ignores SIGTERM, anonymous shared
 # memory as Python's multiprocessing names it, a file under a known prefix, and a folder named by its process id.

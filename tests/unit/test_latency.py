@@ -16,6 +16,8 @@ from tests.tiny import IMAGE_SIZE
 from tests.tiny_bench import write_tiny_checkpoint
 from tests.unit.fake_triton import ANSWER, FakeTriton
 
+pytestmark = pytest.mark.integration
+
 QUICK = ("--repeats", "2", "--warm-up", "1", "--floor-seconds", "0.01", "--large-ct", "32,32,16")
 
 

@@ -15,6 +15,8 @@ from engine import packages
 from engine.errors import Unavailable
 from engine.packages import fetch
 
+pytestmark = pytest.mark.integration
+
 MEMBERS = {"parcel/data/a.bin": b"alpha", "parcel/data/b.bin": b"beta"}
 
 

@@ -31,6 +31,8 @@ from training.data.prepare import _drawn, app
 from training.data.sets import Captions, Referring, Structures, open_sets
 from training.data.wording import class_names
 
+pytestmark = pytest.mark.integration
+
 AFFINE = np.diag([-2.0, -2.0, 5.0, 1.0])
 SHAPE = (40, 36, 20)  # i, j, k
 SIZED = ["--image-size", *map(str, SIZE), "--workers", "1"]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 SOURCE = Path(__file__).resolve().parents[2] / "export" / "tensorrt.py"
 # TensorRT's types alone matter; of everything else nothing is read, which keeps the check to seconds.
 CONFIG = """

@@ -18,6 +18,8 @@ from training.data.sample import BrokenSample, Sample
 from training.data.sets import open_sets
 from training.data.tolerant import Tolerant, TooManyBroken, present
 
+pytestmark = pytest.mark.integration
+
 
 class Numbers(Dataset):
     """Samples whose answer is their index; those in `broken` are broken."""

@@ -31,6 +31,8 @@ from training.lamed import GrownEmbedding, GrownHead, Lora, Start, TrainedLamed
 from training.losses import dice_loss, language_loss, mask_loss
 from training.packing import Packer, pack, sequence
 
+pytestmark = pytest.mark.integration
+
 DEMO = Path(training.__file__).parent / "demo"
 CONFIGS = Path(training.__file__).parent / "configs" / "demo"
 PACKAGE = {"package": "toy-llm", "version": "1", "file": "toy/toy.gguf"}

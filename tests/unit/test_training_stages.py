@@ -31,6 +31,8 @@ from training.data.tolerant import TooManyBroken
 from training.losses import contrastive_loss
 from training.record import started_from
 
+pytestmark = pytest.mark.integration
+
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Runs a stage that kills itself: before step N, or in the middle of writing the optimizer's state of checkpoint N.
 _KILLED = """
@@ -169,6 +171,7 @@ def killed(stage: str, file: Path, where: str, number: int) -> None:
 
 
 # --- exact resume ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow(group="faults")
 def test_a_killed_and_resumed_run_of_instruction_tuning_ends_with_the_same_bits(tmp_path, data, llm, tuned):
     """Dropout is on: random numbers are resumed, too."""
     values = toy.finetune_configuration(tmp_path / "run", data, llm)
@@ -178,6 +181,7 @@ def test_a_killed_and_resumed_run_of_instruction_tuning_ends_with_the_same_bits(
     assert same_bits(run(finetune, values), tuned), f"killed before step {number}"
 
 
+@pytest.mark.slow(group="faults")
 def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path, data, encoder, pretrained_clip):
     """Four steps of two pairs out of four: the kill also falls into another epoch than the first."""
     values = toy.clip_configuration(tmp_path / "run", data, encoder)
@@ -186,6 +190,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path, 
     assert same_bits(run(pretrain_clip, values), pretrained_clip)
 
 
+@pytest.mark.slow(group="faults")
 def test_a_run_with_processes_that_load_is_resumed_with_the_bits_of_one_without(tmp_path, data, llm, tuned):
     values = toy.finetune_configuration(tmp_path / "run", data, llm, dataloader_num_workers=2)
     number = random.randint(2, 4)
