@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import sysconfig
 import tomllib
 
 import pytest
@@ -40,7 +41,9 @@ def test_a_lock_satisfies_what_the_project_asks_for(name):
 def test_this_environment_is_the_locked_one():
     """Whatever is installed here was installed from the lock: nothing else, nothing newer."""
     locked = pins(ROOT / "locks" / "cpu.txt")
-    installed = {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions() if d.name}
+    # By its folder: importing setuptools puts what it carries itself on the path.
+    here = importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
+    installed = {canonicalize_name(found.name): found.version for found in here}
     others = {"m3d-engine"}
     assert {name: version.partition("+")[0] for name, version in installed.items() if name not in others} == {
         name: locked.get(name) for name in installed if name not in others
