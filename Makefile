@@ -56,7 +56,7 @@ test: $(VENV)/testing  ## run the test suite: unit tests, and a real Triton, vLL
 	@$(BIN)/python -m pytest
 
 # Only quantization needs llm-compressor's environment.
-test-all: $(VENV)/testing $(if $(filter-out quantization,$(GROUP)),,$(QUANTIZING)/ready)  ## run what takes long: all of it, or GROUP=matrix, quantization, pythons, fuzz, soak, faults or releases
+test-all: $(VENV)/testing $(if $(filter-out quantization,$(GROUP)),,$(QUANTIZING)/ready)  ## run what takes long: all of it, or GROUP=matrix, sizes, quantization, pythons, fuzz, soak, faults or releases
 	@$(BIN)/python -m pytest -m "slow$(if $(GROUP),(group='$(GROUP)'))"
 
 lock: $(VENV)/testing  ## write locks/, the exact versions that are installed; UPGRADE=1 takes the newest releases

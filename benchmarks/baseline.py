@@ -76,7 +76,7 @@ class Baseline:
         tokens = self.clip_tokenizer(
             list(texts),
             padding="max_length",
-            max_length=self.clip.config.max_text_len,
+            max_length=self.clip.config.text_length,
             truncation=True,
             return_tensors="pt",
         ).to(self.device)

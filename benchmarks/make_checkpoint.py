@@ -106,11 +106,15 @@ def config_of(llm: str, **changes) -> dict:
     return {**values, "seg_token_id": values["vocab_size"] - 1}
 
 
-def write(folder: Path, values: dict) -> Path:
-    """Write a checkpoint with `values` as config.json: bf16 weights in shards of about 2 GB, and a tokenizer."""
+def write(folder: Path, values: dict, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a checkpoint with `values` as config.json: weights in shards of about 2 GB, and a tokenizer.
+
+    dtype: of the files. Published ones are fp32, twice the size; the values are those of bf16.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weight_map, shard, size = {}, {}, 0
     for key, tensor in _tensors(LamedConfig.from_dict(values)):
+        tensor = tensor.to(dtype)
         if shard and size + tensor.nbytes > SHARD_BYTES:
             _save(folder, shard, weight_map)
             shard, size = {}, 0
@@ -197,12 +201,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write into")
     parser.add_argument("--llm", choices=LLMS, default="135m", help="size of the language model (default: %(default)s)")
+    parser.add_argument("--fp32", action="store_true", help="fp32 files, as published ones are (default: bf16)")
     parser.add_argument("--clip", type=Path, metavar="DIR", help="folder to write an M3D-CLIP into")
     arguments = parser.parse_args()
     if arguments.clip and arguments.clip.resolve() == arguments.folder.resolve():
         parser.error("two checkpoints, two folders: --clip names the other's")
     try:
-        print(write(arguments.folder, config_of(arguments.llm)))
+        print(write(arguments.folder, config_of(arguments.llm), torch.float32 if arguments.fp32 else torch.bfloat16))
         if arguments.clip:
             print(write_clip(arguments.clip, PUBLISHED_CLIP))
     except OSError as error:

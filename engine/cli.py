@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from engine.errors import InvalidInput, M3DError
+from engine.errors import InvalidInput, M3DError, Unavailable
 
-# Everything else is imported by the command that needs it, so that help comes at once.
+# Everything else is imported by the command that needs it, so that help comes at once. What help says of a command is an
+# argument and no docstring: python -OO has none of those.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,9 +34,27 @@ def _asked(question: str) -> str:
     return checked_question(question)
 
 
-_SCAN = "scan: NIfTI, .npy, a DICOM folder, or a zip of one"
+def _crop(crop: str | None) -> str | None:
+    """The crop, if it can be read."""
+    if crop is not None:
+        from engine.volume.crop import Crop
+
+        Crop.of(crop)
+    return crop
+
+
+# engine.scan.FORMATS in few words: importing it takes longer than help may.
+_SCAN = "scan: .nii, .nii.gz, .nrrd, .mha, .mgh, .mgz, .npy, a DICOM folder, or a zip of one"
 ServerUrl = Annotated[str, typer.Option("--server", envvar="M3D_SERVER", help="gRPC address of the server")]
 Preset = Annotated[str, typer.Option(help="preprocessing: auto, ct, mr, m3d-cap, m3d-seg, m3d-refseg or raw")]
+Crop = Annotated[
+    str | None,
+    typer.Option(
+        help="region that the model sees: i0:i1,j0:j1,k0:k1 in voxels of the array's axes, or x0:x1,y0:y1,z0:z1mm in mm "
+        "(RAS+); default all",
+        callback=_crop,
+    ),
+]
 Timeout = Annotated[float, typer.Option(help="seconds until the request is given up")]
 ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help=_SCAN)]
 Question = Annotated[str, typer.Argument(help="what to ask", callback=_asked)]
@@ -57,7 +76,7 @@ def _sampling(**given) -> dict:
     return sampling
 
 
-@app.command()
+@app.command(help="Serve an exported model repository until Ctrl-C or SIGTERM.")
 def serve(
     repository: Annotated[Path, typer.Option(help="exported model repository")] = Path("model_repository"),
     target: Annotated[str, typer.Option(help="what it was exported for: cpu or tensorrt")] = "cpu",
@@ -70,7 +89,6 @@ def serve(
     log: Annotated[Path | None, typer.Option(help="file for Triton's log (default: in the cache folder)")] = None,
     start_timeout: Annotated[float, typer.Option(help="seconds until all models must be ready")] = 900.0,
 ) -> None:
-    """Serve an exported model repository until Ctrl-C or SIGTERM."""
     from engine.server import Server
 
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -103,12 +121,13 @@ def serve(
         server.stop()
 
 
-@app.command()
+@app.command(help="Ask about a scan; the answer appears as it is made.")
 def ask(
     scan: ScanPath,
     question: Question,
     server: ServerUrl = "localhost:8001",
     preset: Preset = "auto",
+    crop: Crop = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -118,7 +137,6 @@ def ask(
     stop: Stop = None,
     timeout: Timeout = 600.0,
 ) -> None:
-    """Ask about a scan; the answer appears as it is made."""
     from engine.client import M3DClient
 
     sampling = _sampling(
@@ -131,7 +149,7 @@ def ask(
         stop=stop,
     )
     with M3DClient(server, timeout) as client:
-        study = client.upload(scan, preset=preset)
+        study = client.upload(scan, preset=preset, crop=crop)
         _note_study(study)
         begun = False
         try:
@@ -148,7 +166,9 @@ def ask(
         _note_answer(stream.answer)
 
 
-@app.command()
+@app.command(
+    help="Ask for a structure; write its mask in the scan's own space, its measurements (JSON), and a picture of it."
+)
 def segment(
     scan: ScanPath,
     question: Question,
@@ -156,6 +176,7 @@ def segment(
     picture: Annotated[Path | None, typer.Option(help="PNG of three planes (default: by the mask)")] = None,
     server: ServerUrl = "localhost:8001",
     preset: Preset = "auto",
+    crop: Crop = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -165,17 +186,18 @@ def segment(
     stop: Stop = None,
     timeout: Timeout = 600.0,
 ) -> None:
-    """Ask for a structure; write its mask in the scan's own space, and a picture of it."""
     from engine.client import M3DClient
     from engine.picture import montage
-    from engine.scan import pack_scan, read_scan
+    from engine.results.measurements import measure
 
     if not output.name.endswith((".nii", ".nii.gz")):
         raise InvalidInput(f"--output {output.name}: a mask is written as .nii or .nii.gz")
-    picture = picture or output.with_name(output.name.removesuffix(".gz").removesuffix(".nii") + ".png")
+    stem = output.name.removesuffix(".gz").removesuffix(".nii")
+    picture = picture or output.with_name(stem + ".png")
+    table = output.with_name(stem + ".json")
     if picture.suffix != ".png":
         raise InvalidInput(f"--picture {picture.name}: a picture is written as .png")
-    for path in (output, picture):
+    for path in (output, picture, table):
         if not path.absolute().parent.is_dir():
             raise InvalidInput(f"the folder {path.parent} does not exist")
         if path.exists() and scan.exists() and path.samefile(scan):
@@ -190,7 +212,7 @@ def segment(
         stop=stop,
     )
     with M3DClient(server, timeout) as client:
-        study = client.upload(scan, preset=preset)
+        study = client.upload(scan, preset=preset, crop=crop)
         _note_study(study)
         result = client.segment(study, question, **sampling)
     print(result.answer.text.strip(), flush=True)
@@ -199,26 +221,39 @@ def segment(
         notes.print("the answer asks for no mask (it has no [SEG]): nothing is written; for answers alone use m3d ask")
         raise typer.Exit(1)
     path = result.save(output)
-    data, affine = pack_scan(scan)
-    shown = read_scan(data, affine=affine)
-    montage(picture, shown.array, shown.affine, result.mask, question, result.answer.text)
-    share = result.mask.mean()
-    notes.print(
-        f"[green]wrote[/] {escape(str(path))} ({int(result.mask.sum()):,} voxels, {share:.2%} of the scan) and "
-        f"{escape(str(picture))}"
-    )
+    shown = result.source.read() if result.source else None
+    measured = measure(result.mask, result.affine, shown, preset=result.preset)
+    written = [path, measured.save(table)]
+    if shown is None:
+        notes.print(
+            f"[yellow]warning:[/] {escape(str(scan))} has changed since it was sent: no picture, no intensities"
+        )
+    else:
+        montage(
+            picture,
+            shown.array,
+            shown.affine,
+            result.mask,
+            question,
+            result.answer.text,
+            modality=shown.modality,
+            preset=result.preset,
+        )
+        written.append(picture)
+    notes.print(f"[green]wrote[/] {escape(', '.join(map(str, written)))}")
+    _note_measurements(measured, result.mask.size)
 
 
-@app.command()
+@app.command(help="Rank texts by how well they fit a scan (M3D-CLIP), best first.")
 def rank(
     scan: ScanPath,
     texts: Annotated[list[str] | None, typer.Argument(help="texts to rank")] = None,
     file: Annotated[Path | None, typer.Option(help="file with one text a line, besides those given")] = None,
     server: ServerUrl = "localhost:8001",
     preset: Preset = "auto",
+    crop: Crop = None,
     timeout: Timeout = 600.0,
 ) -> None:
-    """Rank texts by how well they fit a scan (M3D-CLIP), best first."""
     from engine.client import M3DClient
 
     texts = list(texts or ())
@@ -230,31 +265,64 @@ def rank(
     if not texts:
         raise InvalidInput("nothing to rank: give texts, or --file with one a line")
     with M3DClient(server, timeout) as client:
-        study = client.upload(scan, preset=preset)
+        study = client.upload(scan, preset=preset, crop=crop)
         _note_study(study)
-        for text, score in client.rank(study, texts).sorted():
-            print(f"{score:+.4f}\t{text}")
+        ranking = client.rank(study, texts)
+    _note_cut(ranking)
+    for text, score in ranking.sorted():
+        print(f"{score:+.4f}\t{text}")
 
 
-@app.command()
+@app.command(help="Write one of the packaged real scans as NIfTI, to have something to ask about.")
 def sample(
     name: Annotated[str, typer.Argument(help="brain-mr, chest-ct or spine-ct")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write into, or a .nii.gz file")] = Path("."),
 ) -> None:
-    """Write one of the packaged real scans as NIfTI, to have something to ask about."""
     from engine.samples import write_sample
 
     print(write_sample(name, output))
 
 
-@app.command()
+@app.command(
+    help="Say what a checkpoint is, what it lacks, and what its export needs, before anything large is downloaded."
+)
+def inspect(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="folder or Hugging Face id (owner/name[/subfolder][@revision]) of M3D-LaMed or M3D-CLIP"),
+    ],
+    target: Annotated[str, typer.Option(help="what it shall be exported for: cpu or tensorrt")] = "cpu",
+    precision: Annotated[str, typer.Option(help="of the export: fp32, bf16, fp16, or fp8 with tensorrt")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="print all that is known as JSON")] = False,
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    from engine.server.triton import TARGETS
+
+    if target not in TARGETS:
+        raise InvalidInput(f"--target {target}: known are {', '.join(TARGETS)}")
+    try:
+        from engine import inspection
+        from engine.inspection_table import rows, verdict
+    except ModuleNotFoundError as error:
+        raise Unavailable(
+            f"m3d inspect needs {error.name}, which the client alone does without: install 'm3d-engine[cpu]'"
+        ) from None
+    found = inspection.inspect(checkpoint, target, precision, _progress)
+    if as_json:
+        print(json.dumps({**asdict(found), "ready": found.ready}, indent=2))
+    else:
+        _print_table(rows(found))
+        print(verdict(found))
+    raise typer.Exit(0 if found.ready else 1)
+
+
+@app.command(help="Say what this machine has, what is missing for serving, and how to get it.")
 def doctor(
     repository: Annotated[Path, typer.Option(help="model repository to look at")] = Path("model_repository"),
     target: Annotated[str | None, typer.Option(help="cpu or tensorrt (default: the repository's)")] = None,
 ) -> None:
-    """Say what this machine has, what is missing for serving, and how to get it."""
-    from rich.table import Table
-
     from engine.doctor import examine, target_of
     from engine.server.triton import TARGETS
 
@@ -262,17 +330,25 @@ def doctor(
     if target not in TARGETS:
         raise InvalidInput(f"--target {target}: known are {', '.join(TARGETS)}")
     findings = examine(repository, target)
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for _ in range(3):
-        table.add_column(overflow="fold")
-    marks = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "note": "[yellow]note[/]"}
-    for finding in findings:
-        table.add_row(marks[finding.state], f"[bold]{escape(finding.what)}[/]", escape(finding.detail))
-    Console(highlight=False).print(table)
+    _print_table([(finding.state, finding.what, finding.detail) for finding in findings])
     missing = [finding for finding in findings if finding.state == "missing"]
     where = {"cpu": "on the CPU", "tensorrt": "on the GPU"}[target]
     print(f"{len(missing)} missing for serving {where}" if missing else f"ready to serve {where}")
     raise typer.Exit(1 if missing else 0)
+
+
+def _print_table(rows: list[tuple[str, str, str]]) -> None:
+    """Print rows of (state, what, detail)."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    colours = {"ok": "green", "missing": "red", "wrong": "red", "note": "yellow"}
+    for state, what, detail in rows:
+        mark = f"[{colours[state]}]{state}[/]" if state else ""
+        table.add_row(mark, f"[bold]{escape(what)}[/]", escape(detail))
+    Console(highlight=False).print(table)
 
 
 def _progress(text: str) -> None:
@@ -291,6 +367,32 @@ def _note_answer(answer) -> None:
     for box in answer.boxes:
         corners = escape(str([round(float(v), 1) for v in box]))
         notes.print(f"[dim]box, voxels (i0, j0, k0) to (i1, j1, k1): {corners}[/]")
+
+
+def _note_measurements(measured, voxels: int) -> None:
+    """voxels: of the whole scan."""
+    notes.print(
+        f"{measured.volume_ml:,.3f} mL, {measured.voxel_count:,} voxels ({measured.voxel_count / voxels:.2%} of the scan)"
+    )
+    if measured.centroid_ras_mm is not None:
+        x, y, z = measured.centroid_ras_mm
+        notes.print(f"centroid ({x:.1f}, {y:.1f}, {z:.1f}) mm (RAS+)")
+    if measured.intensity_mean is not None:
+        unit = " HU" if measured.intensity_unit == "HU" else ""
+        notes.print(
+            f"intensity {measured.intensity_mean:.4g}{unit}, SD {measured.intensity_sd:.4g}, "
+            f"from {measured.intensity_min:.4g} to {measured.intensity_max:.4g}"
+        )
+
+
+def _note_cut(ranking) -> None:
+    """Warn of texts that were not read to their end, by their number in the order given, from 1."""
+    cut = [str(number) for number, is_cut in enumerate(ranking.cut, 1) if is_cut]
+    if cut:
+        which = f"text {cut[0]} is" if len(cut) == 1 else f"texts {', '.join(cut)} are"
+        notes.print(
+            f"[yellow]warning:[/] {which} longer than M3D-CLIP reads: only the first {ranking.text_limit} tokens count"
+        )
 
 
 def _interrupt(*_) -> None:

@@ -53,6 +53,15 @@ AFFINE_IN = Tensor(
 PRESET = Tensor(
     "PRESET", "BYTES", (1,), "preprocessing preset, one of engine.volume.PRESETS; default auto", optional=True
 )
+CROP = Tensor(
+    "CROP",
+    "FP64",
+    (6,),
+    "region of the scan that the model sees, in the order of BOXES: voxels of the scan's array axes "
+    "(i0,j0,k0,i1,j1,k1), half-open, or mm (RAS+), see CROP_UNIT; default the whole scan",
+    optional=True,
+)
+CROP_UNIT = Tensor("CROP_UNIT", "BYTES", (1,), "of CROP: voxels or mm; default voxels", optional=True)
 STUDY_IN = Tensor("STUDY", "BYTES", (1,), "handle of a scan that the server holds, instead of VOLUME", optional=True)
 UPLOAD = Tensor(
     "UPLOAD",
@@ -71,7 +80,7 @@ STUDY = Tensor(
     "STUDY",
     "BYTES",
     (1,),
-    "study handle: 64 hex digits, BLAKE3 of content, preset and model; empty after a part "
+    "study handle: 64 hex digits, BLAKE3 of content, affine, preset, crop and model; empty after a part "
     "of an upload that is not the last",
 )
 # An ensemble's tensors share one name space, so its output cannot be called as its input.
@@ -80,7 +89,8 @@ STUDY_INFO = Tensor(
     "STUDY_INFO",
     "BYTES",
     (1,),
-    "JSON: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model; empty as STUDY is",
+    "JSON: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model, and of a cropped scan crop, the "
+    "voxels that the model sees: ((i0,i1),(j0,j1),(k0,k1)); empty as STUDY is",
 )
 
 # --- a question and its answer ---------------------------------------------------------------------------------------
@@ -112,11 +122,21 @@ MASK_SHAPE = Tensor("MASK_SHAPE", "INT64", (3,), "shape of the unpacked mask: th
 MASK_AFFINE = Tensor(
     "MASK_AFFINE", "FP64", (4, 4), "voxel-to-world of the mask: the scan's own, RAS+ mm; zeros without [SEG]"
 )
+MASK_HEADER = Tensor(
+    "MASK_HEADER",
+    "UINT8",
+    (-1,),
+    "the scan's NIfTI header without free text, for the mask's file; empty for other scans",
+)
 LOGITS = Tensor("LOGITS", "FP32", (-1, -1, -1), "D x H x W logits in model space if asked for, else 0 x 0 x 0")
 
 # --- retrieval -------------------------------------------------------------------------------------------------------
 TEXTS = Tensor("TEXTS", "BYTES", (-1,), "T candidate texts, UTF-8")
 SCORES = Tensor("SCORES", "FP32", (-1,), "T cosine similarities of scan and texts, in [-1, 1]")
+TEXT_CUT = Tensor(
+    "TEXT_CUT", "BOOL", (-1,), "T times whether a text has more tokens than TEXT_LIMIT; the rest is not read"
+)
+TEXT_LIMIT = Tensor("TEXT_LIMIT", "INT32", (1,), "most tokens of a text that M3D-CLIP reads, with [CLS] and [SEP]")
 
 # --- compute models (static graphs) ----------------------------------------------------------------------------------
 IMAGE = Tensor("IMAGE", "FP32", (1, -1, -1, -1), "1 x D x H x W model volume in [0, 1]")
@@ -125,13 +145,14 @@ FEATURES = Tensor("FEATURES", "FP32", (-1, -1, -1, -1), "E x D/p x H/p x W/p fea
 SEG_STATE = Tensor("SEG_STATE", "FP32", (-1,), "H_llm, mean of the [SEG] states of an answer")
 MASK_LOGITS = Tensor("MASK_LOGITS", "FP32", (1, -1, -1, -1), "1 x D x H x W mask logits in model space")
 IMAGE_EMBEDDING = Tensor("IMAGE_EMBEDDING", "FP32", (-1,), "L2-normalised CLS feature of the scan")
-INPUT_IDS = Tensor("INPUT_IDS", "INT64", (-1,), "token ids, padded to the text length")
+INPUT_IDS = Tensor("INPUT_IDS", "INT64", (-1,), "token ids, padded to the longest text of the batch")
 ATTENTION_MASK = Tensor("ATTENTION_MASK", "INT64", (-1,), "1 for tokens, 0 for padding")
 TEXT_EMBEDDING = Tensor("TEXT_EMBEDDING", "FP32", (-1,), "L2-normalised CLS feature of the text")
 
-_SCAN = (VOLUME, AFFINE_IN, PRESET, STUDY_IN)
+_SCAN = (VOLUME, AFFINE_IN, PRESET, CROP, CROP_UNIT, STUDY_IN)
 _ANSWER = (TEXT, TOKEN_IDS, FINISH_REASON, BOXES, ANSWER_INFO)
 ENCODER_MAX_BATCH = 8
+TEXT_MAX_BATCH = 16  # texts of 512 tokens by BERT-base on a CPU take 1.3 GB, 64 of them 4.8 GB
 
 MODELS: dict[str, Model] = {
     m.name: m
@@ -153,7 +174,7 @@ MODELS: dict[str, Model] = {
         Model(
             "m3d_segment",
             (*_SCAN, SEGMENT_HINT, QUESTION, SAMPLING, RETURN_LOGITS),
-            (*_ANSWER, STUDY_HANDLE, MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
+            (*_ANSWER, STUDY_HANDLE, MASK, MASK_SHAPE, MASK_AFFINE, MASK_HEADER, LOGITS),
             "answer a question and draw the mask it asks for",
             decoupled=True,
             ensemble=True,
@@ -161,7 +182,7 @@ MODELS: dict[str, Model] = {
         Model(
             "m3d_retrieve",
             (*_SCAN, TEXTS),
-            (SCORES, STUDY_HANDLE, STUDY_INFO),
+            (SCORES, TEXT_CUT, TEXT_LIMIT, STUDY_HANDLE, STUDY_INFO),
             "rank texts against a scan",
             ensemble=True,
         ),
@@ -178,7 +199,7 @@ MODELS: dict[str, Model] = {
         Model(
             "segmentation",
             (STUDY, SEG_STATES, RETURN_LOGITS),
-            (MASK, MASK_SHAPE, MASK_AFFINE, LOGITS),
+            (MASK, MASK_SHAPE, MASK_AFFINE, MASK_HEADER, LOGITS),
             "nothing without a [SEG]; else head, then the mask in the scan's own space",
         ),
         Model(
@@ -188,12 +209,16 @@ MODELS: dict[str, Model] = {
             "seg projector and SegVol's mask decoder",
             ENCODER_MAX_BATCH,
         ),
-        Model("retrieval", (STUDY, TEXTS), (SCORES,), "cosine similarity of scan and texts"),
+        Model("retrieval", (STUDY, TEXTS), (SCORES, TEXT_CUT, TEXT_LIMIT), "cosine similarity of scan and texts"),
         Model(
             "clip_image_encoder", (IMAGE,), (IMAGE_EMBEDDING,), "M3D-CLIP's 3D ViT, projected CLS", ENCODER_MAX_BATCH
         ),
         Model(
-            "clip_text_encoder", (INPUT_IDS, ATTENTION_MASK), (TEXT_EMBEDDING,), "M3D-CLIP's BERT, projected CLS", 64
+            "clip_text_encoder",
+            (INPUT_IDS, ATTENTION_MASK),
+            (TEXT_EMBEDDING,),
+            "M3D-CLIP's BERT, projected CLS",
+            TEXT_MAX_BATCH,
         ),
     )
 }

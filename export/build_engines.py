@@ -4,8 +4,9 @@
     python export/build_engines.py --checkpoint CHECKPOINT --target tensorrt --precision fp16    (on the GPU machine)
     python export/build_engines.py ... --target tensorrt --builder rtx --compute-capability 8.9  (anywhere, to check)
 
-CHECKPOINT is a folder in the published layout or a Hugging Face id. The repository is this project's model_repository
-or a copy of its tracked files. A second run with nothing changed does nothing.
+CHECKPOINT is a folder in the published layout or a Hugging Face id: owner/name or owner/name/subfolder, either with
+@revision (a branch, a tag or a commit). The repository is this project's model_repository or a copy of its tracked
+files. A second run with nothing changed does nothing.
 """
 
 from __future__ import annotations
@@ -90,14 +91,24 @@ def export(
     graph does not compute what PyTorch does). A repository whose export broke off has no manifest and is not served.
     """
     from engine.models import checkpoint as checkpoints
+    from engine.models import hub
     from export import quantize
 
     repository = Path(repository)
     _check_repository(repository)
-    sources = {"checkpoint": checkpoints.resolve(checkpoint)}
-    if clip_checkpoint is not None:
-        sources["clip_checkpoint"] = checkpoints.resolve(clip_checkpoint)
-    hashes = {f"{name}_sha256": checkpoints.sha256(folder) for name, folder in sources.items()}
+    # Located once: a branch on the hub may move while this runs.
+    sources = {
+        name: hub.locate(source, lambda text, name=name: _say(name, text))
+        for name, source in {"checkpoint": checkpoint, "clip_checkpoint": clip_checkpoint}.items()
+        if source is not None
+    }
+    for name, located in sources.items():
+        if located.commit is not None:
+            _say(name, str(located))
+    needed = _needs(sources, target, precision)
+    print(f"this export needs {needed}", flush=True)
+    hashes = {f"{name}_sha256": checkpoints.sha256(located.folder) for name, located in sources.items()}
+    commits = {f"{name}_commit": located.commit for name, located in sources.items()}
     quantize.check(quantization, len(calibration))
     plans = _check_target(target, precision, settings, calibration, quantization)
     llm_precision = "bf16" if precision == "fp8" else precision
@@ -107,8 +118,11 @@ def export(
         print(f"{repository}: nothing changed since the last export, nothing to do")
         return current
 
+    if not force:
+        needed.refuse(repository, freed=sum(_artifacts(repository).values()))
     started = time.perf_counter()
-    lamed, clip = [_open_lamed(checkpoint)], None if clip_checkpoint is None else checkpoints.load_clip(clip_checkpoint)
+    lamed = [_open_lamed(sources["checkpoint"].folder)]
+    clip = None if clip_checkpoint is None else checkpoints.load_clip(sources["clip_checkpoint"].folder)
     scans = _Calibration(calibration)
     scans.volumes(lamed[0][0].vision.image_size)
     # A checkpoint that does not load, or a scan that is none, has been refused by now: what lies here is still good then.
@@ -123,7 +137,7 @@ def export(
         clip_values, clip_graphs = _export_clip(*clip, repository, finish)
         values, graphs = {**values, **clip_values, "clip_checkpoint": str(clip_checkpoint)}, {**graphs, **clip_graphs}
         models += contract.CLIP_ENCODERS if clip_values["clip_text_length"] is None else contract.RETRIEVE_MODELS
-    result = Manifest(checkpoint=str(checkpoint), models=tuple(models), graphs=graphs, **wanted, **values)
+    result = Manifest(checkpoint=str(checkpoint), models=tuple(models), graphs=graphs, **commits, **wanted, **values)
     result = replace(result, files=_artifacts(repository))
     result.write(repository)
     size = sum(result.files.values()) / 1e6
@@ -133,12 +147,26 @@ def export(
     return result
 
 
-def _open_lamed(checkpoint: str) -> tuple:
+def _needs(sources: dict, target: str, precision: str):
+    """What the export of the located checkpoints needs. Raises CheckpointError for a checkpoint of another kind."""
+    from engine.models import checkpoint as checkpoints
+    from engine.models.config import ClipConfig, LamedConfig
+    from engine.models.needs import needs, parts_of
+
+    configs = {name: checkpoints.read_config(located.folder) for name, located in sources.items()}
+    clip = configs.get("clip_checkpoint")
+    parts = parts_of(LamedConfig.from_dict(configs["checkpoint"]), clip and ClipConfig.from_dict(clip))
+    return needs(parts, sum(checkpoints.bytes_read(located.folder) for located in sources.values()), target, precision)
+
+
+def _open_lamed(checkpoint: Path) -> tuple:
     """(config, weights, folder with the tokenizer, Prompt) of a checkpoint that has all that is exported."""
     from engine.models.checkpoint import checked_lamed, load_tokenizer, open_lamed
 
     config, weights, source = open_lamed(checkpoint)
     checked_lamed(config, weights)
+    if unused := weights.never_run:
+        print(f"{source}: {len(unused)} keys that later MONAI versions add are left out, such as {unused[0]}")
     tokenizer = load_tokenizer(source)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         raise CheckpointError(f"{source}: the tokenizer does not know {IMAGE_TOKEN}")
@@ -185,7 +213,7 @@ def _export_lamed(
         graphs[graph.name] = _built(build, graph, repository, finish)
         del graph
         gc.collect()
-    eos = config.llm.get("eos_token_id", prompt.tokenizer.eos_token_id)
+    ends = config.llm.get("eos_token_id", prompt.tokenizer.eos_token_id)
     values = {
         "image_size": config.vision.image_size,
         "patch_size": config.vision.patch_size,
@@ -194,7 +222,7 @@ def _export_lamed(
         "vocab_size": config.llm["vocab_size"],
         "context_length": config.context_length,
         "image_token_id": prompt.image_token_id,
-        "eos_token_ids": tuple(eos if isinstance(eos, list) else [eos]),
+        "eos_token_ids": tuple(ends if isinstance(ends, list) else [ends]),
         "seg_token_id": config.seg_token_id if config.segmentation is not None else None,
         "quantization": quantized,
     }
@@ -208,7 +236,7 @@ def _export_clip(model, source: Path, repository: Path, finish=None) -> tuple[di
     values = {"clip_text_length": None, "clip_image_size": model.config.vision.image_size}
     if has_tokenizer(source):
         load_tokenizer(source).save_pretrained(repository / CLIP_TOKENIZER_FOLDER)
-        values["clip_text_length"] = model.config.max_text_len
+        values["clip_text_length"] = model.config.text_length
     else:
         _say("retrieval", f"left out, since {source} has no tokenizer; its encoders alone are served")
     return values, {graph.name: _built(build, graph, repository, finish) for graph in clip_graphs(model)}
@@ -372,8 +400,8 @@ def _remove_artifacts(repository: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="M3D-LaMed: a folder or a Hugging Face id")
-    parser.add_argument("--clip-checkpoint", help="M3D-CLIP, for retrieval: a folder or a Hugging Face id")
+    parser.add_argument("--checkpoint", required=True, help="M3D-LaMed: a folder or a Hugging Face id, see above")
+    parser.add_argument("--clip-checkpoint", help="M3D-CLIP, for retrieval: likewise")
     parser.add_argument(
         "--target",
         choices=("cpu", "tensorrt"),
@@ -408,7 +436,9 @@ def _parser() -> argparse.ArgumentParser:
         help="scans that fp8 encoders and a quantised language model are calibrated on, and that every "
         "plan is compared with PyTorch on",
     )
-    parser.add_argument("--force", action="store_true", help="export again although nothing changed")
+    parser.add_argument(
+        "--force", action="store_true", help="export although nothing changed, or although it seems not to fit"
+    )
     group = parser.add_argument_group("target tensorrt")
     group.add_argument(
         "--builder",

@@ -53,8 +53,9 @@ class Bound(nn.Module):
 class Graph:
     """One graph: its contract model, the function it computes, and the shape of each input without the batch axis.
 
-    integers: for inputs of token ids, one above the largest id. bound: largest error allowed against PyTorch, as a
-    share of the largest output (or absolute, where that is below 1).
+    integers: for inputs of token ids and their mask, one above the largest id; their axis is free then, and
+    `input_shapes` has its largest size. bound: largest error allowed against PyTorch, as a share of the largest output
+    (or absolute, where that is below 1).
     """
 
     name: str
@@ -67,16 +68,26 @@ class Graph:
     def is_image_encoder(self) -> bool:
         return self.name in contract.IMAGE_ENCODERS
 
-    def random_inputs(self, batch: int) -> tuple[Tensor, ...]:
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Two sizes of the free axis, the largest first; empty where every axis but the batch is fixed."""
+        return () if self.integers is None else (self.input_shapes[0][0], self.input_shapes[0][0] // 3)
+
+    def random_inputs(self, batch: int, length: int | None = None) -> tuple[Tensor, ...]:
+        """A batch of random values. length: of the free axis, the largest by default."""
         generator = torch.Generator().manual_seed(SEED + batch)
         if self.integers is not None:
-            ids = torch.randint(self.integers, (batch, *self.input_shapes[0]), generator=generator)
+            ids = torch.randint(self.integers, (batch, length or self.lengths[0]), generator=generator)
             mask = torch.ones_like(ids)
             mask[:, ids.shape[1] // 2 :] = 0  # half of it padding, so that the mask matters
             return ids, mask
         if self.is_image_encoder:
             return (torch.rand(batch, *self.input_shapes[0], generator=generator),)
         return tuple(torch.randn(batch, *shape, generator=generator) for shape in self.input_shapes)
+
+    def random_batches(self) -> list[tuple[Tensor, ...]]:
+        """Batches of 1 and 2, of different lengths where the length is free: they prove every free axis."""
+        return [self.random_inputs(batch, length) for batch, length in zip((1, 2), self.lengths or (None, None))]
 
 
 def lamed_graphs(model: Lamed) -> list[Graph]:
@@ -93,6 +104,7 @@ def lamed_graphs(model: Lamed) -> list[Graph]:
                 "segmentation_head",
                 Bound(_without(model.seg_module, "image_encoder").append(model.seg_projector), model.segment),
                 (features, (config.llm_width,)),
+                bound=1e-5,
             ),
         ]
     return graphs
@@ -100,7 +112,7 @@ def lamed_graphs(model: Lamed) -> list[Graph]:
 
 def clip_graphs(model: M3DClip) -> list[Graph]:
     """The graphs of an M3D-CLIP checkpoint: the CLS features that retrieval compares."""
-    text = (model.config.max_text_len,)
+    text = (model.config.text_length,)
     vision = nn.ModuleList([model.vision_encoder, model.mm_vision_proj])
     language = nn.ModuleList([model.language_encoder, model.mm_language_proj])
     return [
@@ -148,20 +160,22 @@ def _export(graph: Graph, target: Path, fused: bool) -> None:
     model = contract.MODELS[graph.name]
     table = translation_table() if fused and graph.is_image_encoder else None
     size = sum(p.numel() * p.element_size() for p in graph.module.parameters())
-    batch = torch.export.Dim("batch", min=1, max=1024)
+    axes = {0: torch.export.Dim("batch", min=1, max=1024)}
+    if graph.lengths:
+        axes[1] = torch.export.Dim("tokens", min=1, max=graph.lengths[0])
     # torch.export specialises a batch of 1, hence 2. Its warnings speak of decompositions, not of this graph.
     with torch.inference_mode(), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
         torch.onnx.export(
             graph.module,
-            graph.random_inputs(2),
+            graph.random_batches()[1],
             target,
             input_names=model.input_names,
             output_names=model.output_names,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
-            dynamic_shapes=(tuple({0: batch} for _ in graph.input_shapes),),
+            dynamic_shapes=(tuple(axes for _ in graph.input_shapes),),
             external_data=size > EXTERNAL_DATA_BYTES,
             custom_translation_table=table,
         )
@@ -175,11 +189,11 @@ def compare(
 ) -> dict:
     """Largest and mean error of `run` against PyTorch, as shares of the largest output; `inputs` are batches.
 
-    By default batches of 1 and 2 of random values, which also proves the batch axis. Raises ExportError beyond `bound`.
+    By default the graph's `random_batches`. Raises ExportError beyond `bound`.
     """
     model = contract.MODELS[graph.name]
     errors = []
-    for batch in inputs or [graph.random_inputs(size) for size in (1, 2)]:
+    for batch in inputs or graph.random_batches():
         with torch.inference_mode():
             expected = graph.module(*batch).numpy()
         (found,) = run({name: value.numpy() for name, value in zip(model.input_names, batch)}).values()

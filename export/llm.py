@@ -13,18 +13,20 @@ import torch
 from safetensors.torch import save_file
 
 from engine.errors import CheckpointError
-from engine.models.checkpoint import PARTS, TOKENIZER_FILES, Weights, checked_lamed, listed
+from engine.models.checkpoint import PARTS, Weights, checked_lamed, listed, load_tokenizer
 from engine.models.config import LamedConfig
 from engine.models.language_model import causal_lm_config
+from engine.models.layout import TOKENIZER_FILES
+from engine.models.needs import SHARD_BYTES
+from engine.models.tokenizer import MODEL as SENTENCEPIECE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHARD_BYTES = 2_000_000_000  # what is in memory at once
 
 
 def write_llm(
     config: LamedConfig, weights: Weights, source: Path, folder: Path, precision: str, progress: Callable[[str], None]
 ) -> None:
-    """Stream the language model's tensors into `folder` in shards, converted to `precision`; copy the tokenizer."""
+    """Stream the language model's tensors into `folder` in shards, converted to `precision`; write its tokenizer."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tied = bool(config.llm.get("tie_word_embeddings"))
@@ -54,6 +56,9 @@ def write_llm(
     causal_lm_config(
         config.llm, architectures=[type(model.llm).__name__], dtype=str(dtype).removeprefix("torch.")
     ).save_pretrained(folder)
+    if (source / SENTENCEPIECE).is_file():  # the server then needs no sentencepiece
+        load_tokenizer(source).save_pretrained(folder)
+        return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

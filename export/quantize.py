@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import InvalidInput
-from engine.models.checkpoint import TOKENIZER_FILES
+from engine.models.layout import TOKENIZER_FILES
 from engine.prompt import Prompt
 from export.graphs import ExportError
 

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
 # What `make test-all GROUP=...` takes. Each group stays under 25 minutes on 2 cores.
 GROUPS = {
     "matrix": "precisions x architectures of the exported models",
+    "sizes": "checkpoints of the published size in bytes",
     "quantization": "language models quantised by llm-compressor",
     "pythons": "other versions of Python",
     "fuzz": "many random inputs",

@@ -13,8 +13,9 @@ import torch
 import weights
 import write_checkpoint
 from safetensors.numpy import load_file, save_file
+from transformers import BertTokenizer
 
-from engine.models.checkpoint import lamed_shapes, load_lamed
+from engine.models.checkpoint import lamed_shapes, load_clip, load_lamed
 from engine.models.clip import M3DClip
 from engine.models.config import ClipConfig, LamedConfig
 from engine.models.lamed import Lamed
@@ -54,6 +55,11 @@ LAMED = {
 }
 IMAGE_TOKEN_ID = 315
 QUESTION = "w10 w20 w30"
+
+
+def words(count: int, seed: int = 0) -> str:
+    """A text of `count` tokens for the tiny M3D-CLIP, besides [CLS] and [SEP]."""
+    return " ".join(f"w{k}" for k in np.random.default_rng(seed).integers(0, 290, count))
 
 
 def volume(seed: str = "tiny") -> np.ndarray:
@@ -107,7 +113,10 @@ def _name_seg_token(folder: Path, token_id: int) -> None:
 
 
 def write_tiny_clip(folder: Path, seed: str = "tiny") -> Path:
-    """A random M3D-CLIP for the same volumes, with a word-level BERT tokenizer of w0, w1, ..."""
+    """A random M3D-CLIP for the same volumes, with a word-level BERT tokenizer of w0, w1, ...
+
+    As published, it has 512 positions and says `max_text_len` 128, which nobody reads.
+    """
     config = {
         "model_type": "m3d_clip",
         "img_size": list(IMAGE_SIZE),
@@ -115,14 +124,13 @@ def write_tiny_clip(folder: Path, seed: str = "tiny") -> Path:
         **VIT,
         "pos_embed": "perceptron",
         "in_channels": 1,
-        "max_text_len": 16,
+        "max_text_len": 128,
         "vocab_size": 300,
         "bert_config": {
             "hidden_size": 64,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "intermediate_size": 128,
-            "max_position_embeddings": 64,
         },
     }
     with torch.device("meta"):
@@ -136,3 +144,19 @@ def write_tiny_clip(folder: Path, seed: str = "tiny") -> Path:
         json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
     )
     return folder
+
+
+@torch.inference_mode()
+def clip_scores(folder: Path, texts: list[str], padding: bool | str = False) -> list[float]:
+    """Cosine similarities of `volume()` and each of `texts` alone, cut to 512 tokens, as the reference evaluates an M3D-CLIP.
+
+    padding: as transformers' tokenizer takes it.
+    """
+    clip, _ = load_clip(folder)
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    image = clip.encode_image(torch.from_numpy(volume())[None])[0, 0]
+    scores = []
+    for text in texts:
+        tokens = tokenizer(text, max_length=512, truncation=True, padding=padding, return_tensors="pt")
+        scores.append(float(clip.encode_text(tokens["input_ids"], tokens["attention_mask"])[0, 0] @ image))
+    return scores

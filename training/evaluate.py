@@ -322,7 +322,7 @@ class Retriever:
     def texts(self, texts: list[str]) -> np.ndarray:
         """[B, E]"""
         tokens = self.tokenizer(
-            texts, padding=True, truncation=True, return_tensors="pt", max_length=self.clip.config.max_text_len
+            texts, padding=True, truncation=True, return_tensors="pt", max_length=self.clip.config.text_length
         )
         return self.clip.encode_text(tokens["input_ids"], tokens["attention_mask"])[:, 0].numpy()
 

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from engine.errors import CheckpointError, InvalidInput, M3DError
 from engine.models import base
-from engine.models.checkpoint import TOKENIZER_FILES, lamed_shapes, read_config
+from engine.models.checkpoint import lamed_shapes, read_config
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
+from engine.models.layout import TOKENIZER_FILES
 from training import record
 from training.config import as_json, build, read
 from training.files import place, write_json

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.errors import InvalidInput
 from engine.models.checkpoint import TEXT_ENCODER
 from engine.models.clip import M3DClip
-from engine.models.config import ClipConfig, ViTConfig
+from engine.models.config import BERT_POSITIONS, ClipConfig, ViTConfig
 from training import trainer
 from training.config import StageSettings, as_json
 from training.data.sample import Sample
@@ -37,13 +38,14 @@ _SHOWN = 4
 class Settings(StageSettings):
     """text_encoder: a BERT, as folder, Hugging Face id or files of a package. train_text_encoder: else it stays as it
     is, and that of a package is left out of the checkpoint, which names it. vision_tower: a ViT to start from.
-    max_text_len: tokens of a text that are read."""
+    max_text_len: most tokens of a text that are read, at most the text encoder's positions; 512 as the reference trains.
+    """
 
     text_encoder: str | PackageFiles
     train_text_encoder: bool = True
     vision: ViTConfig = ViTConfig(image_size=(32, 256, 256), patch_size=(4, 16, 16))
     vision_tower: str | None = None
-    max_text_len: int = 128
+    max_text_len: int = BERT_POSITIONS
 
 
 class ContrastiveClip(trainer.StageModel):
@@ -128,6 +130,11 @@ class ContrastiveClip(trainer.StageModel):
 def build(settings: Settings) -> ContrastiveClip:
     """The model before its first step."""
     tokenizer, bert = open_text_encoder(settings.text_encoder)
+    positions = bert.config.max_position_embeddings
+    if settings.max_text_len > positions:
+        raise InvalidInput(
+            f"max_text_len {settings.max_text_len} is more than the text encoder's {positions} positions"
+        )
     vision = settings.vision
     config = {
         "architectures": ["M3DCLIP"],

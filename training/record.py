@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from engine.errors import InvalidInput
+from engine.models.hub import cached_commit
 from training.files import write_json
 
 FILE = "run.json"
@@ -126,19 +126,9 @@ def started_from(settings: dict) -> dict[str, str]:
             for file in files
             if file == path or file.is_file() and file.suffix in _READ and file.name != FILE
         }
-        if not path.exists() and (commit := _commit(source)):
+        if not path.exists() and (commit := cached_commit(source)):
             found[f"{name}/commit"] = commit
     return found
-
-
-def _commit(source: str) -> str | None:
-    """The commit of a Hugging Face id that was fetched last, if any was."""
-    import huggingface_hub
-
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        return None
-    config = huggingface_hub.try_to_load_from_cache(source, "config.json")
-    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _matching(folder: Path, decisive: dict) -> dict | None:

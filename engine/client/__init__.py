@@ -16,17 +16,24 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tritonclient.grpc import service_pb2
 
 from engine import contract
+from engine.client.source import Source, content_of
 from engine.client.wire import Connection, parts_of, size_of, text_of
 from engine.contract import Tensor
 from engine.errors import Cancelled, InvalidInput, M3DError, StudyNotFound, Unavailable
 from engine.sampling import Sampling
+
+if TYPE_CHECKING:  # imported when they are used: they read scans
+    from engine.results.measurements import Measurements
+    from engine.volume.crop import Crop
 
 DEFAULT_URL = "localhost:8001"
 # The steps of m3d_chat and m3d_segment, asked one by one: Triton does not pass a cancellation on to a step of an
@@ -35,20 +42,11 @@ _STUDY, _DECODER, _SEGMENTATION = "study", "decoder", "segmentation"
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """Where a study came from, so that it can be sent again: a path or an array, with affine and preset."""
-
-    scan: str | PathLike | np.ndarray
-    affine: np.ndarray | None
-    preset: str
-
-
-@dataclass(frozen=True, eq=False)
 class Study:
     """A scan that the server holds.
 
-    info: preset and why it was chosen, shape, spacing_mm, orientation, prepare_s (what preparing it took), cached, and
-    the model (its manifest's identity).
+    info: preset and why it was chosen, shape, spacing_mm, orientation, prepare_s (what preparing it took), cached, the
+    model (its manifest's identity), and of a cropped scan crop, the voxels that the model sees.
     """
 
     handle: str
@@ -77,37 +75,60 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm.
+    """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm. header:
+    of the scan's NIfTI file, without free text; None for other scans.
 
-    logits: float32 D x H x W in model space if they were asked for, else None.
+    logits: float32 D x H x W in model space if they were asked for, else None. source, preset: of its study.
     """
 
     answer: Answer
     mask: np.ndarray | None
     affine: np.ndarray
     logits: np.ndarray | None = None
+    header: bytes | None = None
+    source: Source | None = field(default=None, repr=False)
+    preset: str | None = None
+
+    @cached_property
+    def measurements(self) -> Measurements | None:
+        """Volume, place and intensities, see `engine.results.measurements`; None without a mask.
+
+        The intensities are the source's, which is read when this is first asked for. They are None if the study was known
+        by its handle only, or if the source has changed since it was sent.
+        """
+        from engine.results.measurements import measure
+
+        if self.mask is None:
+            return None
+        scan = self.source.read() if self.source else None
+        if scan is not None and scan.array.shape != self.mask.shape:
+            scan = None
+        return measure(self.mask, self.affine, scan, preset=self.preset)
 
     def save(self, path: str | PathLike) -> Path:
-        """Write the mask as NIfTI (.nii or .nii.gz), uint8, in the scan's space. Raises InvalidInput without a mask."""
-        import nibabel
+        """Write the mask as NIfTI (.nii or .nii.gz) where the scan lies, see `engine.results.save_mask`.
 
-        path = Path(path)
+        Raises InvalidInput without a mask.
+        """
+        from engine.results import save_mask
+
         if self.mask is None:
             raise InvalidInput(f"there is no mask to save: the answer has no [SEG] ({self.answer.text!r})")
-        if not path.name.endswith((".nii", ".nii.gz")):
-            raise InvalidInput(f"a mask is saved as .nii or .nii.gz, not as {path.name!r}")
-        image = nibabel.Nifti1Image(self.mask.astype(np.uint8), self.affine)
-        image.header.set_xyzt_units("mm")
-        nibabel.save(image, path)
-        return path
+        return save_mask(self.mask, self, path)
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """texts as given, scores: float32, their cosine similarity with the scan."""
+    """texts as given, scores: float32, their cosine similarity with the scan.
+
+    cut: for each text, whether it has more tokens than M3D-CLIP reads, so that its end has no part in the score.
+    text_limit: how many that are, with [CLS] and [SEP]; 512 for the published checkpoint.
+    """
 
     texts: tuple[str, ...]
     scores: np.ndarray
+    cut: tuple[bool, ...]
+    text_limit: int
 
     def sorted(self) -> list[tuple[str, float]]:
         """Texts with their scores, best first."""
@@ -191,24 +212,41 @@ class M3DClient:
 
     def upload(
         self,
-        scan: str | PathLike | np.ndarray,
+        scan: object,
         affine: np.ndarray | None = None,
         preset: str = "auto",
         *,
+        crop: Crop | str | np.ndarray | None = None,
         timeout: float | None = None,
     ) -> Study:
-        """Send a scan: a NIfTI, npy or zip file, a DICOM folder, or an array.
+        """Send a scan.
 
-        scan: an array has three axes, with its `affine` (4 x 4, voxel to world, RAS+ mm; files bring theirs), or is
-        1 x D x H x W in 0-1 at the model's size. preset: one of engine.volume.PRESETS. Raises InvalidInput.
+        Args:
+            scan: a file's path, its bytes or a binary file object; a DICOM folder or a list of its files; a nibabel or
+                SimpleITK image; or an array or tensor, which has three axes, or is 1 x D x H x W in 0-1 at the model's
+                size. See `engine.scan.scan_pieces`.
+            affine: of an array, 4 x 4, voxel to world, RAS+ mm; files bring theirs.
+            preset: one of engine.volume.PRESETS.
+            crop: the region that the model is to see: "i0:i1,j0:j1,k0:k1" in voxels of the scan's array axes, half-open;
+                "x0:x1,y0:y1,z0:z1mm" in mm (RAS+); or six numbers in voxels, as `Answer.boxes` has them. Masks and boxes
+                come back in the whole scan's space all the same.
+            timeout: seconds, see the class.
+
+        Raises:
+            InvalidInput: for a scan, preset or crop that cannot be used.
         """
         from engine.scan import scan_pieces
 
-        source = Source(scan, affine, preset)
+        if crop is not None:
+            from engine.volume.crop import Crop
+
+            crop = Crop.of(crop)
+        pieces, space = scan_pieces(scan, affine)
+        source = Source(scan, affine, preset, crop, content_of(pieces))
+        parts = _upload(pieces, space, preset, crop)
         # What was read of a file has no name here: it is let go with the last part, while the server works for seconds.
-        outputs = self._connection.infer_in_turn(
-            _STUDY, _upload(*scan_pieces(scan, affine), preset), self._timeout(timeout)
-        )
+        del pieces
+        outputs = self._connection.infer_in_turn(_STUDY, parts, self._timeout(timeout))
         return Study(text_of(outputs["STUDY"]), json.loads(text_of(outputs["STUDY_INFO"])), source)
 
     def stream(self, study, question: str, *, timeout: float | None = None, **sampling) -> TextStream:
@@ -240,10 +278,13 @@ class M3DClient:
         drawn = self._resent(draw, asked.study, left())
         shape = drawn["MASK_SHAPE"]
         mask = np.unpackbits(drawn["MASK"], count=math.prod(shape)).reshape(shape).view(bool)
-        return Segmentation(answer, mask, drawn["MASK_AFFINE"], drawn["LOGITS"] if drawn["LOGITS"].size else None)
+        logits = drawn["LOGITS"] if drawn["LOGITS"].size else None
+        header = drawn["MASK_HEADER"].tobytes() or None
+        of = asked.study
+        return Segmentation(answer, mask, drawn["MASK_AFFINE"], logits, header, of.source, of.info.get("preset"))
 
     def rank(self, study, texts: Sequence[str], *, timeout: float | None = None) -> Ranking:
-        """Score texts by how well they fit the scan (M3D-CLIP)."""
+        """Score texts by how well they fit the scan (M3D-CLIP); the ranking says which texts were too long."""
         if isinstance(texts, str) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise InvalidInput("texts must be a list of one or more texts that are not empty")
         timeout = self._timeout(timeout)
@@ -254,7 +295,10 @@ class M3DClient:
                 "m3d_retrieve", {contract.TEXTS: texts, contract.STUDY_IN: by.handle}, timeout
             )
 
-        return Ranking(tuple(texts), self._resent(score, study, timeout)["SCORES"])
+        outputs = self._resent(score, study, timeout)
+        return Ranking(
+            tuple(texts), outputs["SCORES"], tuple(outputs["TEXT_CUT"].tolist()), int(outputs["TEXT_LIMIT"][0])
+        )
 
     # --- inside ------------------------------------------------------------------------------------------------------
     def _ask(
@@ -301,7 +345,8 @@ class M3DClient:
         """Upload an evicted study again, from where it came."""
         if study.source is None:
             raise evicted
-        again = self.upload(study.source.scan, study.source.affine, study.source.preset, timeout=timeout)
+        source = study.source
+        again = self.upload(source.scan, source.affine, source.preset, crop=source.crop, timeout=timeout)
         if again.handle != study.handle:
             raise InvalidInput(
                 f"the server does not hold {study} any more, and now the scan at its source, or the "
@@ -387,7 +432,7 @@ class _Collected:
 
 
 def _upload(
-    pieces: Iterable[bytes | memoryview], affine: np.ndarray | None, preset: str
+    pieces: Iterable[bytes | memoryview], affine: np.ndarray | None, preset: str, crop: Crop | None
 ) -> Iterator[dict[Tensor, object]]:
     """The inputs of the requests that bring a scan: of one with the whole file, or of one for each part."""
     parts: list[tuple[bytes | memoryview, ...]] = list(parts_of(pieces)) or [(b"",)]
@@ -399,6 +444,8 @@ def _upload(
             inputs |= {contract.UPLOAD: name, contract.UPLOAD_RANGE: (start, size)}
         if end == size:
             inputs |= {contract.AFFINE_IN: affine, contract.PRESET: preset}
+            if crop is not None:
+                inputs |= {contract.CROP: crop.box, contract.CROP_UNIT: crop.unit}
         yield inputs
         start = end
 

@@ -6,6 +6,7 @@ so that streams are independent, cancelled one by one, and paused by HTTP/2's fl
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -147,11 +148,26 @@ def parts_of(pieces: Iterable[bytes | memoryview]) -> Iterator[tuple[memoryview,
         yield part
 
 
-def outputs_of(response: service_pb2.ModelInferResponse) -> dict[str, np.ndarray]:
-    return {
-        output.name: decode(output.datatype, tuple(output.shape), content)
+class Outputs(dict[str, np.ndarray]):
+    """A response's outputs by name. One that the contract has and the server did not send is another version's."""
+
+    def __missing__(self, name: str):
+        raise other_version(f"its response has no {name}")
+
+
+def other_version(what: str) -> Unavailable:
+    """The error for a server whose tensors are not this client's."""
+    return Unavailable(
+        f"the server runs another version of m3d-engine than this client's {importlib.metadata.version('m3d-engine')} "
+        f"({what}): install the same version on both sides"
+    )
+
+
+def outputs_of(response: service_pb2.ModelInferResponse) -> Outputs:
+    return Outputs(
+        (output.name, decode(output.datatype, tuple(output.shape), content))
         for output, content in zip(response.outputs, response.raw_output_contents)
-    }
+    )
 
 
 def text_of(array: np.ndarray) -> str:
@@ -169,6 +185,8 @@ def server_error(message: str, status: grpc.StatusCode | None = None) -> M3DErro
             f"the server does not serve this: {message}. A repository serves what its checkpoint has: "
             "ranking needs --clip-checkpoint at export, segmentation a checkpoint with a [SEG] token"
         )
+    if re.search(r"unexpected inference (in|out)put|expected \d+ inputs but got", message):
+        return other_version(message)
     if "not healthy" in message:  # the process of a Python model died; the server is about to end
         return Unavailable(f"a part of the server died ({message}): it must be started again")
     return _BY_STATUS.get(status, M3DError)(message)

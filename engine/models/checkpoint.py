@@ -1,7 +1,8 @@
 """Reading and writing checkpoints in the published layout, strictly.
 
-A checkpoint is a folder (or a Hugging Face id) with config.json, weights as .safetensors or .bin, sharded or not, and a
-tokenizer. A folder whose config.json names a `base_model` holds only what was trained on top of it: see `base`.
+A checkpoint is a folder (or a Hugging Face id, see `hub`) with config.json, weights as .safetensors or .bin, sharded or
+not, and a tokenizer; `layout` says which files are read. A folder whose config.json names a `base_model` holds only what
+was trained on top of it: see `base`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
+from engine.models import hub, layout
 from engine.models.clip import M3DClip
 from engine.models.config import ClipConfig, LamedConfig
 from engine.models.lamed import Lamed
@@ -28,17 +30,9 @@ PARTS = {f"model.{part}.": f"{part}." for part in ("vision_tower", "mm_projector
 TEXT_ENCODER = "language_encoder."
 # Buffers that older transformers versions saved and that are derived, never learned.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+# Cross-attention that MONAI's transformer blocks have since 1.4, and that a ViT never runs: a checkpoint that was saved
+# with such a MONAI has it in the vision tower and in SegVol's encoder.
+NEVER_RUN = re.compile(r"\.blocks\.\d+\.(norm_)?cross_attn\.")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -54,25 +48,17 @@ class Weights:
 
     @classmethod
     def open(cls, folder: Path) -> Weights:
-        """The weights in `folder`: model.safetensors, its sharded form, pytorch_model.bin or its sharded form."""
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            index = folder / f"{name}.index.json"
-            if (folder / name).is_file():
-                files = [folder / name]
-            elif index.is_file():
-                files = _shards(index)
-            else:
-                continue
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise CheckpointError(f"{folder}: the index names {', '.join(missing)}, which are not there")
-            tensors: dict[str, Tensor | tuple[Path, str]] = {}
-            for file in files:
-                tensors.update(cls.open_file(file)._tensors)
-            return cls(tensors)
-        raise CheckpointError(
-            f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin nor a *.index.json of either"
-        )
+        """The weights in `folder`: of `layout.WEIGHTS` the first that is there."""
+        names = layout.tensor_files(_names(folder), folder.joinpath)
+        if not names:
+            raise CheckpointError(f"{folder} {layout.NO_WEIGHTS}")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder}: the index names {', '.join(missing)}, which are not there")
+        tensors: dict[str, Tensor | tuple[Path, str]] = {}
+        for name in names:
+            tensors.update(cls.open_file(folder / name)._tensors)
+        return cls(tensors)
 
     @classmethod
     def open_file(cls, file: Path) -> Weights:
@@ -84,7 +70,12 @@ class Weights:
         return Weights({**self._tensors, **tensors})
 
     def __iter__(self) -> Iterator[str]:
-        return (key for key in self._tensors if not DERIVED.search(key))
+        return (key for key in self._tensors if not DERIVED.search(key) and not NEVER_RUN.search(key))
+
+    @property
+    def never_run(self) -> list[str]:
+        """Keys that later versions of MONAI add and nobody uses; iterating leaves them out."""
+        return [key for key in self._tensors if NEVER_RUN.search(key)]
 
     def __getitem__(self, key: str) -> Tensor:
         value = self._tensors[key]
@@ -101,44 +92,56 @@ class Weights:
 
 
 def resolve(source: str | Path) -> Path:
-    """The local folder of a checkpoint: itself, or the snapshot of a Hugging Face id (downloaded if need be)."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} is no checkpoint: it has no config.json")
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise CheckpointError(f"{source} is neither a folder nor a Hugging Face id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{source} is no folder here and could not be fetched from the Hugging Face hub: {error}"
-        ) from None
+    """The local folder of a checkpoint; `hub.locate` says its commit, too."""
+    return hub.locate(source).folder
 
 
 def read_config(folder: Path) -> dict:
     """config.json of a checkpoint folder. Raises CheckpointError if it is not a JSON object."""
-    try:
-        values = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / 'config.json'} is not a JSON object")
-    return values
+    return layout.read_object(folder / layout.CONFIG)
+
+
+def bytes_read(folder: Path) -> int:
+    """Size of the files of a checkpoint that are read."""
+    files = (folder / name for name in layout.files_read(_names(folder), folder.joinpath))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def eos_token_ids(folder: Path, values: dict) -> list[int] | None:
+    """What ends an answer: generation_config.json's `eos_token_id`, which `generate` reads, else config.json's.
+
+    Phi-3's and Llama-3's generation_config.json has ends that config.json lacks.
+
+    Args:
+        folder: of the checkpoint. values: its config.json.
+
+    Returns:
+        Token ids; None where neither file says it (then the tokenizer does).
+
+    Raises:
+        CheckpointError: generation_config.json cannot be read, or an end is no token of the vocabulary.
+    """
+    generation = folder / layout.GENERATION_CONFIG
+    told = layout.read_object(generation).get("eos_token_id") if generation.is_file() else None
+    found = values.get("eos_token_id") if told is None else told
+    if found is None:
+        return None
+    ends, vocabulary = found if isinstance(found, list) else [found], values.get("vocab_size")
+    if not isinstance(vocabulary, int):
+        return None  # LamedConfig says so
+    if not ends or any(type(token) is not int or not 0 <= token < vocabulary for token in ends):
+        name = generation.name if told is not None else layout.CONFIG
+        raise CheckpointError(f"{folder / name}: eos_token_id {found!r} is no token of the {vocabulary} that there are")
+    return ends
 
 
 def sha256(folder: Path) -> str:
-    """SHA-256 over names and contents of everything in a checkpoint that decides its answers."""
+    """SHA-256 over names and contents of the files of a checkpoint that are read (`layout.files_read`)."""
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".bin", ".json", ".model", ".txt") and file.is_file():
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+    for name in sorted(layout.files_read(_names(folder), folder.joinpath)):
+        file = folder / name
+        if file.is_file():  # a shard that is missing is told by Weights.open
+            digest.update(f"{name}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -157,6 +160,8 @@ def open_lamed(source: str | Path) -> tuple[LamedConfig, Weights, Path]:
         weights = compose(folder, values)
     else:
         weights = Weights.open(folder)
+    if (ends := eos_token_ids(folder, values)) is not None:
+        values = {**values, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     config = LamedConfig.from_dict(values)
     if config.segmentation is not None and config.seg_token_id is None:
         tokenizer = load_tokenizer(folder)
@@ -173,16 +178,33 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a checkpoint. Nothing in the folder is executed. Raises CheckpointError if there is none."""
+    """The tokenizer of a checkpoint, with the ids of the reference's slow one; nothing in the folder is executed.
+
+    Args:
+        folder: a checkpoint, or the language model's folder of an export.
+
+    Returns:
+        A fast transformers tokenizer. Where the folder has a sentencepiece model, that is what is read, as the
+        reference reads it (`engine.models.tokenizer`); else tokenizer.json or vocab.txt.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read exactly.
+    """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    from engine.models import tokenizer as exact
+
     if not has_tokenizer(folder):
         raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.txt)")
+    if (folder / exact.MODEL).is_file():
+        return exact.from_sentencepiece(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns that `lamed_llama` and the like are no model types of its own
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        needed = exact.tokenizer_class(found.backend_tokenizer)
+        return found if isinstance(found, needed) else needed.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception, transformers OSError, ValueError and others
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from None
     finally:
@@ -249,24 +271,28 @@ def lamed_shapes(model: Lamed) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check(weights: Weights, expected: dict[str, tuple[int, ...]], optional: Set[str] = frozenset()) -> None:
-    """Raise CheckpointError unless `weights` has exactly the expected keys and shapes, naming those that differ."""
+def differences(
+    weights: Weights, expected: dict[str, tuple[int, ...]], optional: Set[str] = frozenset()
+) -> dict[str, list[str]]:
+    """The keys of `weights` that are missing, unexpected or misshapen, sorted, by these three words."""
     found = set(weights)
     misshapen = [
         f"{key}: {list(weights.shape(key))}, expected {list(expected[key])}"
         for key in expected
         if key in found and weights.shape(key) != expected[key]
     ]
-    problems = [
-        f"{len(keys)} {what} ({listed(sorted(keys))})"
-        for what, keys in (
-            ("missing", set(expected) - found - optional),
-            ("unexpected", found - set(expected)),
-            ("misshapen", misshapen),
-        )
-        if keys
-    ]
-    if problems:
+    kinds = {
+        "missing": set(expected) - found - optional,
+        "unexpected": found - set(expected),
+        "misshapen": misshapen,
+    }
+    return {what: sorted(keys) for what, keys in kinds.items()}
+
+
+def check(weights: Weights, expected: dict[str, tuple[int, ...]], optional: Set[str] = frozenset()) -> None:
+    """Raise CheckpointError unless `weights` has exactly the expected keys and shapes, naming those that differ."""
+    different = differences(weights, expected, optional)
+    if problems := [f"{len(keys)} {what} ({listed(keys)})" for what, keys in different.items() if keys]:
         raise CheckpointError("the weights do not fit config.json: " + "; ".join(problems))
 
 
@@ -317,14 +343,9 @@ def _fill(model: _Model, state: dict[str, Tensor], dtype: torch.dtype) -> _Model
     return model.eval()
 
 
-def _shards(index: Path) -> list[Path]:
-    try:
-        return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is damaged ({type(error).__name__}: {error}): its weight_map must give the file "
-            f"of each key; get the checkpoint again"
-        ) from None
+def _names(folder: Path) -> list[str]:
+    """Names of the files in a folder."""
+    return [file.name for file in folder.iterdir() if file.is_file()]
 
 
 def _safetensors_keys(file: Path) -> dict[str, tuple[Path, str]]:

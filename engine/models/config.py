@@ -11,6 +11,7 @@ from engine.models.language_model import FAMILIES, context_length
 
 # What the published checkpoints leave unsaid: the reference hard-codes these sizes (multimodal_encoder/vit.py).
 PUBLISHED_VIT = {"hidden_size": 768, "mlp_dim": 3072, "num_layers": 12, "num_heads": 12}
+BERT_POSITIONS = 512  # BertConfig's default, which the published M3D-CLIP leaves as it is
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,14 @@ class ClipConfig:
 
     vision: ViTConfig
     bert: dict
-    max_text_len: int = 128
+
+    @property
+    def text_length(self) -> int:
+        """Most tokens of a text that are read, [CLS] and [SEP] included: BERT's positions.
+
+        Not config.json's `max_text_len` (128 as published): the reference trains and evaluates at 512 and never reads it.
+        """
+        return self.bert.get("max_position_embeddings", BERT_POSITIONS)
 
     @classmethod
     def from_dict(cls, values: dict) -> ClipConfig:
@@ -187,7 +195,9 @@ class ClipConfig:
         )
         # The published checkpoint names bert-base-uncased by path only; its sizes are BertConfig's defaults.
         bert = {"vocab_size": values.get("vocab_size", 30522), **values.get("bert_config", {})}
-        return cls(vision=vision, bert=bert, max_text_len=values.get("max_text_len", 128))
+        config = cls(vision=vision, bert=bert)
+        _check_whole({"max_position_embeddings": config.text_length})
+        return config
 
 
 def _as_tuple(value):

@@ -155,6 +155,22 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, width)
 
 
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm over millions of values, [..., C, D, H, W] over its last four axes, exact in every runtime.
+
+    ONNX Runtime's LayerNormalization adds its values up one after the other in fp32. Over 3.1 million of them it is off
+    by 6e-5. Means of means are sums of few values each, and are off by 1e-7 to 6e-7.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - self._mean(x)
+        return centred * torch.rsqrt(self._mean(centred * centred) + self.eps) * self.weight + self.bias
+
+    @staticmethod
+    def _mean(x: Tensor) -> Tensor:
+        return x.mean((-2, -1), keepdim=True).mean(-3, keepdim=True).mean(-4, keepdim=True)
+
+
 class MaskDecoder(nn.Module):
     """Image features and one prompt to mask logits at four times the patch grid."""
 
@@ -167,7 +183,7 @@ class MaskDecoder(nn.Module):
         # The LayerNorm spans the whole grid, which ties these weights to the volume's size.
         self.output_upscaling = nn.Sequential(
             nn.ConvTranspose3d(width, width // 4, 2, 2),
-            nn.LayerNorm((width // 4, *(2 * n for n in grid))),
+            WideLayerNorm((width // 4, *(2 * n for n in grid))),
             nn.GELU(),
             nn.ConvTranspose3d(width // 4, width // 8, 2, 2),
             nn.GELU(),

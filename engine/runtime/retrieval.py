@@ -32,25 +32,33 @@ class Retriever:
             )
         self.store = store
         self.infer = infer
-        self.tokenizer = _tokenizer(Path(tokenizer_folder), manifest.clip_text_length)
+        self.text_limit = manifest.clip_text_length
+        self.tokenizer = _tokenizer(Path(tokenizer_folder), self.text_limit)
 
-    def scores(self, handle: str, texts: list[str]) -> np.ndarray:
-        """Cosine similarities, float32 [T]. Raises StudyNotFound, InvalidInput."""
+    def rank(self, handle: str, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Score T texts.
+
+        Returns: cosine similarities, float32 [T]; whether each text was cut to `text_limit` tokens, bool [T].
+        Raises: StudyNotFound, InvalidInput.
+        """
         _check(texts)
         image = self.store.computed(handle, "clip_image", self._image)
         batches = [self._texts(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
-        return np.clip(np.concatenate(batches) @ image, -1, 1)
+        features, cut = (np.concatenate(parts) for parts in zip(*batches))
+        return np.clip(features @ image, -1, 1), cut
 
     def _image(self, image: np.ndarray) -> np.ndarray:
         return self.infer("clip_image_encoder", IMAGE=image[None])["IMAGE_EMBEDDING"][0]
 
-    def _texts(self, texts: list[str]) -> np.ndarray:
+    def _texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Features of one batch [B, E], and whether each text was cut [B]."""
         encodings = self.tokenizer.encode_batch(texts)
-        return self.infer(
+        features = self.infer(
             "clip_text_encoder",
             INPUT_IDS=np.array([encoding.ids for encoding in encodings], np.int64),
             ATTENTION_MASK=np.array([encoding.attention_mask for encoding in encodings], np.int64),
         )["TEXT_EMBEDDING"]
+        return features, np.array([bool(encoding.overflowing) for encoding in encodings])
 
 
 def _check(texts: list[str]) -> None:
@@ -64,7 +72,10 @@ def _check(texts: list[str]) -> None:
 
 
 def _tokenizer(folder: Path, length: int) -> Tokenizer:
-    """The fast tokenizer of a Hugging Face folder, cutting and padding to `length` tokens as the reference does."""
+    """The fast tokenizer of a Hugging Face folder, cutting to `length` tokens as the reference does.
+
+    It pads to the longest text of a batch. The reference pads to `length`, which the mask makes the same.
+    """
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         pad = json.loads((folder / "tokenizer_config.json").read_bytes()).get("pad_token") or "[PAD]"
@@ -76,5 +87,5 @@ def _tokenizer(folder: Path, length: int) -> Tokenizer:
     if tokenizer.token_to_id(pad) is None:
         raise RepositoryError(f"the tokenizer in {folder} does not know its padding token {pad!r}")
     tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     return tokenizer

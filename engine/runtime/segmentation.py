@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +15,14 @@ from engine.volume.geometry import Geometry
 
 @dataclass(frozen=True)
 class Mask:
-    """packed: numpy.packbits of the mask in C order. shape, affine: the scan's own. logits: D x H x W, model space."""
+    """packed: numpy.packbits of the mask in C order. shape, affine: the scan's own. header: of the scan's NIfTI file
+    (see `engine.scan.Scan`), else empty. logits: D x H x W, model space."""
 
     packed: np.ndarray
     shape: tuple[int, int, int]
     affine: np.ndarray
     logits: np.ndarray
+    header: bytes = b""
 
 
 NO_LOGITS = np.zeros((0, 0, 0), np.float32)
@@ -39,12 +42,17 @@ class Segmenter:
         """
         if not np.isfinite(states).all():
             raise InvalidInput("SEG_STATES has values that are not finite")
-        geometry = Geometry.from_dict(self.store.info(handle)["geometry"])
+        info = self.store.info(handle)
+        geometry = Geometry.from_dict(info["geometry"])
         features = segmentation_features(self.store, self.infer, handle)
         state = states.mean(0, dtype=np.float32)
         logits = self.infer("segmentation_head", FEATURES=features[None], SEG_STATE=state[None])["MASK_LOGITS"][0, 0]
         probabilities = 0.5 + 0.5 * np.tanh(0.5 * logits)  # the sigmoid, without overflow
         mask = geometry.mask_to_scan(probabilities)
         return Mask(
-            np.packbits(mask), geometry.scan_shape, np.array(geometry.affine), logits if return_logits else NO_LOGITS
+            np.packbits(mask),
+            geometry.scan_shape,
+            np.array(geometry.affine),
+            logits if return_logits else NO_LOGITS,
+            base64.b64decode(info["header"]),
         )

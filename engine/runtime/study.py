@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest, study_handle
 from engine.scan import read_scan
 from engine.scan.limits import Limits
-from engine.volume import prepare
+from engine.volume import Crop, prepare
 
 Infer = Callable[..., dict[str, np.ndarray]]
 """infer(model, NAME=batch, ...) -> {name: batch}: call a compute model."""
@@ -24,7 +25,7 @@ Infer = Callable[..., dict[str, np.ndarray]]
 class ScanRequest:
     """What a request says about its scan: `data` (a file's bytes as uint8) with its companions, or a `handle`.
 
-    digest: the data's `content_digest`, if it is known already.
+    digest: the data's `content_digest`, if it is known already. crop: the region that the model is to see.
     """
 
     data: np.ndarray | None
@@ -32,6 +33,7 @@ class ScanRequest:
     preset: str | None
     handle: str | None
     digest: str | None = None
+    crop: Crop | None = None
 
     def __post_init__(self):
         if (self.data is None) == (self.handle is None):
@@ -40,8 +42,8 @@ class ScanRequest:
                 f"a request names its scan by VOLUME (a scan file's bytes) or by STUDY (the handle of a "
                 f"scan that the server holds); this one has {given}"
             )
-        if self.handle is not None and not (self.affine is None and self.preset is None):
-            raise InvalidInput("AFFINE and PRESET belong to VOLUME; a STUDY was prepared when it was uploaded")
+        if self.handle is not None and not (self.affine is None and self.preset is None and self.crop is None):
+            raise InvalidInput("AFFINE, PRESET and CROP belong to VOLUME; a STUDY was prepared when it was uploaded")
 
 
 class Studies:
@@ -61,9 +63,9 @@ class Studies:
         return self.store.get(handle, "visual_tokens") is not None
 
     def info(self, handle: str, cached: bool) -> dict:
-        """What the client hears: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model."""
+        """What the client hears: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model; crop if given."""
         info = self.store.info(handle)
-        del info["geometry"]
+        del info["geometry"], info["header"]
         return {**info, "cached": cached, "model": self.manifest.model}
 
     def open(self, scan: ScanRequest) -> tuple[str, dict]:
@@ -83,7 +85,8 @@ class Studies:
 
     def _add(self, scan: ScanRequest) -> tuple[str, bool]:
         preset = scan.preset or "auto"
-        handle = study_handle(scan.digest or content_digest(scan.data), scan.affine, preset, self.manifest.identity)
+        content = scan.digest or content_digest(scan.data)
+        handle = study_handle(content, scan.affine, preset, self.manifest.identity, scan.crop)
         if handle in self.store:
             return handle, True
         with self.store.lock(handle, "image"):
@@ -91,7 +94,7 @@ class Studies:
                 return handle, True
             started = time.perf_counter()
             decoded = read_scan(cast(np.ndarray, scan.data), affine=scan.affine, limits=self.limits)
-            prepared = prepare(decoded, self.manifest.image_size, preset)
+            prepared = prepare(decoded, self.manifest.image_size, preset, scan.crop)
             info = {
                 "preset": prepared.preset,
                 "reason": prepared.reason,
@@ -100,7 +103,10 @@ class Studies:
                 "orientation": decoded.orientation,
                 "prepare_s": time.perf_counter() - started,
                 "geometry": prepared.geometry.to_dict(),
+                "header": base64.b64encode(decoded.header or b"").decode(),
             }
+            if prepared.region is not None:
+                info["crop"] = prepared.region
             self.store.add(handle, info, prepared.image)
         return handle, False
 

@@ -1,6 +1,6 @@
 """Everything known about a scan, computed once and kept in shared memory for all Python processes of one server.
 
-A study is a folder named by its handle, which is a BLAKE3 of the scan's content, its affine, the preset and the
+A study is a folder named by its handle, which is a BLAKE3 of the scan's content, its affine, the preset, the crop and the
 exported model: two patients never share an entry, and no entry outlives its model. The folder holds `info.json` and one
 `.npy` file per piece; readers map the files (a `.npy` header keeps the data 64-byte aligned), so a piece is read by any
 number of processes without a copy and stays valid for a reader even after its eviction.
@@ -22,13 +22,16 @@ import struct
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from blake3 import blake3
 
 from engine.errors import ResourceExhausted, StudyNotFound
 from engine.runtime.server_folder import ServerFolder
+
+if TYPE_CHECKING:  # it would bring SciPy into every process that only looks for studies
+    from engine.volume.crop import Crop
 
 PIECES = ("image", "visual_tokens", "segmentation_features", "clip_image")
 DEFAULT_LIMIT_BYTES = 2 << 30
@@ -55,10 +58,11 @@ def content_digest(data) -> str:
     return new_digest().update(data).hexdigest()
 
 
-def study_handle(content: str, affine: np.ndarray | None, preset: str, model: str) -> str:
-    """The handle of a scan: BLAKE3 in hex over its `content_digest`, affine (4 x 4 or None), preset and manifest."""
+def study_handle(content: str, affine: np.ndarray | None, preset: str, model: str, crop: Crop | None = None) -> str:
+    """The handle of a scan: BLAKE3 in hex over its `content_digest`, affine (4 x 4 or None), preset, manifest and crop."""
     space = None if affine is None else np.asarray(affine, np.float64).ravel().tolist()
-    return blake3(json.dumps([content, space, preset, model]).encode()).hexdigest()
+    region = [] if crop is None else [crop.box, crop.unit]
+    return blake3(json.dumps([content, space, preset, model, *region]).encode()).hexdigest()
 
 
 class StudyStore:

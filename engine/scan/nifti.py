@@ -1,20 +1,24 @@
-"""Reads NIfTI-1 and NIfTI-2, plain or gzipped, from bytes that are not trusted."""
+"""Reads NIfTI-1 and NIfTI-2 from bytes that are not trusted."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import cast
 
 import nibabel as nib
 import numpy as np
-from isal import isal_zlib  # zlib's interface, at least twice as fast: gunzip is most of the time a large CT takes
 
 from engine.errors import InvalidInput
 from engine.scan.limits import Limits
+from engine.scan.parts import Volume
 
-_CHUNK = 1 << 20
 _MAX_HEADER = 16 << 20  # header and extensions in front of the voxels
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by the code of the unit of length
+_STEP = 0.01  # of a stored step: rounding beyond it costs contrast
+_HALF_TURN = 1e-7  # below it, a squared is a rounding of 0, as in nifti1_io.c: a half turn
+_ROUNDING = 1e-3  # of a quaternion's squared length; a header has four digits at least
 
 
 def header_class(head: bytes) -> type[nib.Nifti1Header] | None:
@@ -25,8 +29,19 @@ def header_class(head: bytes) -> type[nib.Nifti1Header] | None:
     return None
 
 
-def read_nifti(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-    """(array as stored with slope and intercept applied, float64 RAS+ affine in mm) of an uncompressed file."""
+def is_nifti(head: bytes) -> bool:
+    """Whether `head` (the first 540 bytes, or all there are) can be the start of a NIfTI file."""
+    return len(head) >= 348 and header_class(head) is not None
+
+
+def nifti_size(head: bytes, limits: Limits) -> int:
+    """Bytes up to the end of the voxels. Raises InvalidInput for what is not one volume within the limits."""
+    header = _header(head[:540])
+    return _offset(header) + math.prod(_shape(header, limits)) * header.get_data_dtype().itemsize
+
+
+def read_nifti(data: memoryview, limits: Limits) -> Volume:
+    """The volume in an uncompressed file, with slope and intercept applied."""
     header = _header(bytes(data[:540]))
     shape = _shape(header, limits)
     dtype = header.get_data_dtype()
@@ -45,34 +60,13 @@ def read_nifti(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.ndarray
         )
     array = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape, order="F")
     slope, intercept = header.get_slope_inter()
-    return rescale(array, slope or 1.0, intercept or 0.0), _affine(header)
-
-
-def read_gzipped_nifti(data: memoryview, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-    """As `read_nifti`. What the header promises is checked first, and nothing beyond it is decompressed."""
-    stream = _Gunzip(data)
-    head = stream.read(540)
-    if len(head) < 348 or header_class(head) is None:
-        raise InvalidInput(
-            "the gzipped data is not a NIfTI image: send .nii, .nii.gz, .npy, or a DICOM series as a folder or zip"
-        )
-    header = _header(head)
-    shape = _shape(header, limits)
-    wanted = _offset(header) + math.prod(shape) * header.get_data_dtype().itemsize
-    limits.check_bytes(wanted, "the decompressed scan")
-    head = head[:wanted]  # a tiny scan may be followed by something else
-    buffer = np.empty(wanted, np.uint8)
-    buffer[: len(head)] = np.frombuffer(head, np.uint8)
-    filled = len(head)
-    while filled < wanted and (piece := stream.read(min(_CHUNK, wanted - filled))):
-        buffer[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
-        filled += len(piece)
-    stream.read(1)  # reaches the checksum if the voxels were the last thing in the stream
-    return read_nifti(buffer.data[:filled], limits)
+    where = orientation(header)
+    notes = (where.guess,) if where.guess else ()
+    return Volume(rescale(array, slope or 1.0, intercept or 0.0), where.affine, geometry_header(header), notes)
 
 
 def rescale(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """slope * array + intercept, in a small dtype: whole numbers stay whole where they fit 16 bits, else float32."""
+    """slope * array + intercept. Whole numbers stay whole where they fit 16 bits; else float32, or float64 where it rounds."""
     if not (math.isfinite(slope) and math.isfinite(intercept)):
         raise InvalidInput(f"the intensity scaling (slope {slope}, intercept {intercept}) is not finite")
     if (slope, intercept) == (1, 0):
@@ -82,44 +76,13 @@ def rescale(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         if low >= -(1 << 15) and high < 1 << 15:
             # Wraps around in 16 bits on the way and comes out right, as the result fits.
             return np.add(array.astype(np.int16), np.array(int(intercept) & 0xFFFF, np.uint16).view(np.int16))
-    scaled = array.astype(np.float32)
-    scaled *= np.float32(slope)
-    scaled += np.float32(intercept)
+    # Far from 0, float32 would blur the contrast: `read_scan` takes the offset off before it rounds.
+    blurred = np.spacing(np.float32(min(abs(intercept), 1e30))) > _STEP * abs(slope)
+    wide = blurred or array.dtype.itemsize > 4 or (array.dtype.kind in "iu" and array.dtype.itemsize == 4)
+    scaled: np.ndarray = array.astype(np.float64 if wide else np.float32)
+    scaled *= slope
+    scaled += intercept
     return scaled
-
-
-class _Gunzip:
-    """Reads a gzip stream (one or more members) piece by piece."""
-
-    def __init__(self, data: memoryview):
-        self._data, self._position, self._tail = data, 0, b""
-        self._inflate = isal_zlib.decompressobj(wbits=31)
-
-    def read(self, size: int) -> bytes:
-        """Up to `size` bytes, fewer only at the end of the stream. Raises InvalidInput if it is cut off or damaged."""
-        pieces, missing = [], size
-        while missing:
-            if self._inflate.eof:
-                rest = self._inflate.unused_data + self._take(2)
-                if rest[:2] != b"\x1f\x8b":
-                    break
-                self._inflate, self._tail = isal_zlib.decompressobj(wbits=31), rest
-            compressed = self._tail or self._take(_CHUNK >> 4)
-            if not compressed:
-                raise InvalidInput("the gzip stream is truncated: the file was cut off, copy or compress it again")
-            try:
-                piece = self._inflate.decompress(compressed, missing)
-            except isal_zlib.error as error:  # type: ignore[misc]  # to its stub an instance, no class
-                raise InvalidInput(f"the gzip stream is damaged ({error}): copy or compress the file again") from None
-            self._tail = self._inflate.unconsumed_tail
-            pieces.append(piece)
-            missing -= len(piece)
-        return b"".join(pieces)
-
-    def _take(self, size: int) -> bytes:
-        piece = bytes(self._data[self._position : self._position + size])
-        self._position += len(piece)
-        return piece
 
 
 def _header(head: bytes) -> nib.Nifti1Header:
@@ -166,24 +129,108 @@ def _offset(header: nib.Nifti1Header) -> int:
     return offset
 
 
-def _affine(header: nib.Nifti1Header) -> np.ndarray:
-    """The sform if it is set and usable, else the qform, else voxel sizes alone, as nibabel would."""
-    candidates = [
-        lambda: header.get_sform(coded=True)[0],
-        lambda: header.get_qform(coded=True)[0],
-        header.get_base_affine,
-    ]
-    for candidate in candidates:
-        try:
-            affine = candidate()
-        except (nib.spatialimages.HeaderDataError, np.linalg.LinAlgError, ValueError):
-            continue
-        if affine is not None and usable(affine):
-            return np.asarray(affine, float)
-    raise InvalidInput(
-        "the NIfTI header has no usable orientation: sform, qform and voxel sizes are missing, singular "
-        "or not finite; set its voxel sizes, for example with nibabel, before sending it"
+@dataclass(frozen=True)
+class Orientation:
+    """Where a NIfTI's voxels lie. affine: float64 [4, 4], voxel indices to mm, RAS+. guess: what of it the header does
+    not say, a sentence; None if it says all."""
+
+    affine: np.ndarray
+    guess: str | None = None
+
+
+def orientation(header: nib.Nifti1Header) -> Orientation:
+    """The sform if it is set and usable, else the qform, in mm; voxel sizes alone, said to be a guess, if neither is set.
+
+    Raises InvalidInput, with the cause, for an orientation that is set and cannot be read: it never becomes a default.
+    Source: nifti1.h, methods 1 to 3.
+    """
+    millimetres = _millimetres(header)
+    codes = {name: int(header[f"{name}_code"]) for name in ("sform", "qform")}
+    if wrong := [f"{name}_code is {code}" for name, code in codes.items() if code < 0]:
+        raise InvalidInput(f"the NIfTI header is damaged: {' and '.join(wrong)}; set the orientation before sending it")
+    causes = []
+    for name, read in (("sform", _sform), ("qform", _qform)):
+        if codes[name]:
+            try:
+                return Orientation(_scaled(read(header), millimetres))
+            except ValueError as error:
+                causes.append(f"the {name} {error}")
+    if causes:
+        raise InvalidInput(
+            f"the NIfTI header has an orientation that cannot be read: {', and '.join(causes)}; set it anew, for example "
+            "with nibabel's set_sform, before sending the scan"
+        )
+    base = header.get_base_affine()
+    if not usable(base):
+        raise InvalidInput(
+            "the NIfTI header has no orientation, and its voxel sizes are missing or not finite; set them, for example "
+            "with nibabel, before sending the scan"
+        )
+    return Orientation(
+        _scaled(base, millimetres),
+        "the file has no orientation (sform_code and qform_code are 0): that its axes run to the patient's left, front "
+        "and head is a guess, left and right with it",
     )
+
+
+def _millimetres(header: nib.Nifti1Header) -> float:
+    """Millimetres in the header's unit of length; none given counts as mm, as everywhere."""
+    unit = int(header["xyzt_units"]) & 7
+    if unit not in _MILLIMETRES:
+        raise InvalidInput(f"the NIfTI header is damaged: {unit} is no unit of length (1 metre, 2 mm, 3 micron)")
+    return _MILLIMETRES[unit]
+
+
+def _sform(header: nib.Nifti1Header) -> np.ndarray:
+    """Raises ValueError for one that puts voxels nowhere."""
+    affine = header.get_sform()
+    if not usable(affine):
+        raise ValueError("is singular or not finite")
+    return affine
+
+
+def _qform(header: nib.Nifti1Header) -> np.ndarray:
+    """As nifti1.h and SimpleITK read it: qfac is -1 below 0, else 1; a rounding above unit length has a = 0; an axis with
+    a negative voxel size runs backwards. Raises ValueError for what is no rotation, or has no voxel sizes.
+    """
+    quaternion = np.array([header[f"quatern_{name}"] for name in "bcd"], float)
+    offset = np.array([header[f"qoffset_{name}"] for name in "xyz"], float)
+    qfac, *sizes = np.array(header["pixdim"][:4], float)
+    for name, values in (
+        ("quaternion", quaternion),
+        ("offset", offset),
+        ("qfac (pixdim[0])", qfac),
+        ("voxel sizes", sizes),
+    ):
+        if not np.isfinite(values).all():
+            raise ValueError(f"has a {name} that is not finite ({np.array2string(np.asarray(values), separator=', ')})")
+    if not all(sizes):
+        raise ValueError(f"has a voxel size of 0 (pixdim {sizes[0]:g}, {sizes[1]:g}, {sizes[2]:g})")
+    length = float(quaternion @ quaternion)
+    if length > 1 + _ROUNDING:
+        raise ValueError(f"has a quaternion of length {math.sqrt(length):.4g}, which is no rotation")
+    if length > 1 - _HALF_TURN:
+        quaternion = quaternion / math.sqrt(length)
+    affine = np.eye(4)
+    whole = [math.sqrt(max(0.0, 1 - float(quaternion @ quaternion))), *quaternion]
+    affine[:3, :3] = nib.quaternions.quat2mat(whole) * [sizes[0], sizes[1], sizes[2] * (-1 if qfac < 0 else 1)]
+    affine[:3, 3] = offset
+    if not usable(affine):
+        raise ValueError("is singular")
+    return affine
+
+
+def _scaled(affine: np.ndarray, millimetres: float) -> np.ndarray:
+    return np.diag([millimetres, millimetres, millimetres, 1]) @ np.asarray(affine, float)
+
+
+def geometry_header(header: nib.Nifti1Header) -> bytes:
+    """The header's bytes without what may name a patient or a place: its free texts, and that extensions follow."""
+    kept = header.copy()
+    for name in ("descrip", "aux_file", "intent_name", "db_name"):
+        if name in kept.template_dtype.names:  # NIfTI-2 has no db_name
+            kept[name] = b""
+    return bytes(kept.binaryblock)
 
 
 def usable(affine: np.ndarray) -> bool:

@@ -5,9 +5,8 @@ The way back (masks and boxes into the scan's own space) is `engine.volume.geome
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -15,10 +14,12 @@ from scipy import ndimage
 
 from engine.errors import InvalidInput
 from engine.scan import Scan
+from engine.volume.crop import Crop
 from engine.volume.geometry import Geometry, canonical_axes, oriented
+from engine.volume.modality import modality_of
 from engine.volume.resample import shrink, slabs, weights
 
-__all__ = ["Geometry", "PRESETS", "Prepared", "Preset", "prepare"]
+__all__ = ["Crop", "Geometry", "PRESETS", "Prepared", "Preset", "prepare"]
 
 CT_WINDOW = (-1000.0, 1000.0)
 CT_BODY = -500.0
@@ -39,13 +40,15 @@ class Prepared:
     """A scan as the model sees it.
 
     image: float32 [1, D, H, W] in 0..1. geometry: how it lies in the scan. preset: the one that was used, never auto.
-    reason: why that one, a sentence for the user.
+    reason: why that one, a sentence for the user. region: (start, stop) in voxels along each array axis, of the crop that
+    was asked for; None for the whole scan.
     """
 
     image: np.ndarray
     geometry: Geometry
     preset: str
     reason: str
+    region: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,56 +62,79 @@ class Preset:
     run: Run | None
 
 
-def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto") -> Prepared:
+def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto", crop: Crop | None = None) -> Prepared:
     """The model volume of `scan` by one of PRESETS, at image_size (D, H, W).
 
-    Raises InvalidInput for an unknown preset, or a scan that the preset does not take.
+    Args:
+        scan: as its file has it.
+        image_size: (D, H, W) of the model's volume.
+        preset: one of PRESETS. auto decides between ct and mr by the whole scan.
+        crop: the region that the model is to see; the preset's statistics and its own crop to the body are those of the
+            region. The geometry that comes back is the whole scan's.
+
+    Raises:
+        InvalidInput: for an unknown preset, a scan that the preset does not take, a crop that is not within the scan or
+            holds one value only.
     """
     if preset not in PRESETS:
-        raise InvalidInput(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        raise InvalidInput(f"there is no preset {preset!r:.60}: choose one of {', '.join(PRESETS)}")
     image_size = cast(Size, tuple(int(n) for n in image_size))
+    region = None if crop is None else crop.region(scan.array.shape, scan.affine)
+    seen = scan if region is None else _region_of(scan, region)
     reason = f"{preset} was asked for"
     if preset == "auto":
-        preset, reason = _auto(scan, image_size)
-    image, geometry = cast(Run, PRESETS[preset].run)(scan, image_size)
-    return Prepared(image[None], geometry, preset, reason)
+        preset, reason = _auto(seen, image_size, scan)
+    image, geometry = cast(Run, PRESETS[preset].run)(seen, image_size)
+    if region is not None:
+        geometry = geometry.of_whole(region, scan.array.shape, scan.affine)
+        reason += f"; the model sees voxels {_text_of(region)} only"
+    return Prepared(image[None], geometry, preset, "; ".join((reason, *scan.notes)), region)
 
 
-def _auto(scan: Scan, image_size: Size) -> tuple[str, str]:
-    """Chooses, and says why: raw for an .npy that already is a model volume (its size, float, 0..1); by DICOM's
-    modality ct for CT and mr for all others; without a modality ct if the values look like Hounsfield units (some
-    below -500, some above 100), else mr.
-    """
-    low, high = float(scan.array.min()), float(scan.array.max())
+def _region_of(scan: Scan, region: tuple[tuple[int, int], ...]) -> Scan:
+    """The region as a scan of its own; a view."""
+    array = scan.array[tuple(slice(*part) for part in region)]
+    if array.min() == array.max():
+        raise InvalidInput(
+            f"every voxel of the crop {_text_of(region)} is {float(array.flat[0]) + scan.offset:g}: there is nothing to see"
+        )
+    affine = scan.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ [start for start, _ in region]
+    return replace(scan, array=array, affine=affine)
+
+
+def _text_of(region: tuple[tuple[int, int], ...]) -> str:
+    return ",".join(f"{start}:{stop}" for start, stop in region)
+
+
+def _auto(scan: Scan, image_size: Size, whole: Scan) -> tuple[str, str]:
+    """The preset, and why. scan: what the model sees of the `whole` one."""
+    low, high = _range(scan)
     is_volume = scan.array.shape == image_size and scan.array.dtype.kind == "f" and low >= 0 and high <= 1
     if scan.kind == "npy" and is_volume:
         return "raw", "auto chose raw: the array already has the model's size and range 0 to 1"
-    if scan.modality:
-        name = "ct" if scan.modality == "CT" else "mr"
-        return name, f"auto chose {name}: the DICOM modality is {scan.modality}"
-    values = f"the values run from {low:g} to {high:g}"
-    if low < -500 and high > 100:
-        return "ct", f"auto chose ct: {values}, like Hounsfield units"
-    return "mr", f"auto chose mr: {values}, unlike Hounsfield units"
+    values = (low, high) if scan is whole else None
+    found = modality_of(whole.array, whole.offset, whole.modality, values)
+    name = "ct" if found.is_ct else "mr"
+    if not found.is_guess:
+        return name, f"auto chose {name}: {found.reason}"
+    return name, f"auto chose {name}, a guess: {found.reason}; if it is wrong, give the preset (--preset, preset=)"
+
+
+def _range(scan: Scan) -> tuple[float, float]:
+    """The lowest and the highest value, as the file has them."""
+    return float(scan.array.min()) + scan.offset, float(scan.array.max()) + scan.offset
 
 
 def _ct(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
-    """For CT in Hounsfield units. Values are clipped to -1000..1000 HU and scaled to 0..1 (air 0, water 0.5). Cropped
-    to the body: the box around the large connected parts above -500 HU. Axes are turned to D from feet to head, H from
-    front to back, W from the patient's right to left (nearest, if oblique), and resized to the model's size, by area
-    averaging where the grid gets coarser, linearly where it gets finer.
-    """
-    low, high = CT_WINDOW
-    geometry = _cropped_to_foreground(scan, image_size, lambda coarse: coarse > CT_BODY)
+    low, high = (edge - scan.offset for edge in CT_WINDOW)
+    body = CT_BODY - scan.offset
+    geometry = _cropped_to_foreground(scan, image_size, lambda coarse: coarse > body)
     image = _resized(scan, geometry, tone=lambda values: np.clip(values, low, high, out=values))
     return _scaled(image, low, high), geometry
 
 
 def _mr(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
-    """For MR, and all else whose intensities have no unit. Cropped to the foreground: the box around the large
-    connected parts above a threshold half way from the background (1st percentile) to Otsu's threshold. Axes and
-    resizing as ct. Values are then clipped to the 0.5 to 99.5 percentiles of the foreground voxels and scaled to 0..1.
-    """
     coarse = _coarse(scan, canonical_axes(scan.affine))
     background = float(np.percentile(coarse, 1))
     threshold = background + 0.5 * (_otsu(coarse) - background)
@@ -124,22 +150,11 @@ def _mr(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
 
 
 def _m3d_cap(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
-    """As the reference prepared M3D-Cap: values scaled from their minimum and maximum to 0..1, cropped to the box of
-    all voxels above the minimum, resized trilinearly (align_corners=False, no antialiasing). It worked on stacks of
-    grey slices as a viewer displays them: an .npy without an affine is taken as that stack (D x H x W); a file or
-    array with an affine is turned to the axes of ct. The reference's slices were windowed for display; so should yours
-    be.
-    """
     axes = ((0, 1, 2), (False,) * 3) if scan.kind == "npy" else canonical_axes(scan.affine)
     return _reference(scan, image_size, axes, float(scan.array.min()), float(scan.array.max()))
 
 
 def _m3d_seg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
-    """As the reference prepared M3D-Seg: values clipped to the 0.05 to 99.95 percentiles of all voxels above the mean,
-    scaled to 0..1 (its z-score in between cancels out), cropped to the box of voxels above the lower end, resized
-    trilinearly (align_corners=False, no antialiasing). It reversed the axes of the NIfTI array (i, j, k become
-    W, H, D) whatever its orientation, and so does this preset; an .npy without an affine is taken as D x H x W.
-    """
     axes = ((0, 1, 2) if scan.kind == "npy" else (2, 1, 0), (False,) * 3)
     voxels = scan.array.ravel(order="K")
     bright = voxels[voxels > voxels.mean(dtype=np.float64)]
@@ -149,33 +164,25 @@ def _m3d_seg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     )
     if high <= low:
         raise InvalidInput(
-            f"preset m3d-seg finds no contrast: the voxels above the mean all are {low:g}; choose "
+            f"preset m3d-seg finds no contrast: the voxels above the mean all are {low + scan.offset:g}; choose "
             f"another preset, for example mr"
         )
     return _reference(scan, image_size, axes, float(low), float(high))
 
 
 def _m3d_refseg(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
-    """As the reference prepared M3D-RefSeg: values clipped to the 0.5 to 99.5 percentiles of all voxels, scaled to
-    0..1, cropped to the box of voxels above the lower end, resized trilinearly (align_corners=False, no antialiasing).
-    It put the last axis of the NIfTI array first (i, j, k become H, W, D) whatever its orientation, and so does this
-    preset; an .npy without an affine is taken as D x H x W.
-    """
     axes = ((0, 1, 2) if scan.kind == "npy" else (2, 0, 1), (False,) * 3)
     low, high = np.percentile(scan.array, REFSEG_PERCENTILES)
     if high <= low:
         raise InvalidInput(
-            f"preset m3d-refseg finds no contrast: 99 % of the voxels are {low:g}; choose another "
+            f"preset m3d-refseg finds no contrast: 99 % of the voxels are {low + scan.offset:g}; choose another "
             f"preset, for example mr"
         )
     return _reference(scan, image_size, axes, float(low), float(high))
 
 
 def _raw(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
-    """Nothing is changed: for arrays that already are D x H x W (or 1 x D x H x W) at the model's size, in 0..1,
-    prepared by other means, as the reference takes them. Anything else is refused.
-    """
-    low, high = float(scan.array.min()), float(scan.array.max())
+    low, high = _range(scan)
     if scan.array.shape != image_size:
         raise InvalidInput(
             f"preset raw takes arrays of the model's size {image_size}; this scan has "
@@ -190,20 +197,57 @@ def _raw(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     return np.ascontiguousarray(scan.array, np.float32), geometry
 
 
-def _contract(function: Callable) -> str:
-    return " ".join(cast(str, inspect.getdoc(function)).split())
-
-
-PRESETS: dict[str, Preset] = {"auto": Preset(_contract(_auto), None)} | {
-    name: Preset(_contract(run), run)
-    for name, run in (
-        ("ct", _ct),
-        ("mr", _mr),
-        ("m3d-cap", _m3d_cap),
-        ("m3d-seg", _m3d_seg),
-        ("m3d-refseg", _m3d_refseg),
-        ("raw", _raw),
-    )
+# The contracts are data, not docstrings: python -OO has none of those.
+PRESETS: dict[str, Preset] = {
+    "auto": Preset(
+        "Chooses, and says why: raw for an .npy that already is a model volume (its size, float, 0..1); by DICOM's "
+        "modality ct for CT and mr for all others; without a modality ct if the values of enough voxels are like "
+        "those of air, fat and soft tissue in Hounsfield units (single voxels decide nothing), else mr. Where the "
+        "values leave it open, it says that its choice is a guess.",
+        None,
+    ),
+    "ct": Preset(
+        "For CT in Hounsfield units. Values are clipped to -1000..1000 HU and scaled to 0..1 (air 0, water 0.5). "
+        "Cropped to the body: the box around the large connected parts above -500 HU. Axes are turned to D from feet "
+        "to head, H from front to back, W from the patient's right to left (nearest, if oblique), and resized to the "
+        "model's size, by area averaging where the grid gets coarser, linearly where it gets finer.",
+        _ct,
+    ),
+    "mr": Preset(
+        "For MR, and all else whose intensities have no unit. Cropped to the foreground: the box around the large "
+        "connected parts above a threshold half way from the background (1st percentile) to Otsu's threshold. Axes "
+        "and resizing as ct. Values are then clipped to the 0.5 to 99.5 percentiles of the foreground voxels and "
+        "scaled to 0..1.",
+        _mr,
+    ),
+    "m3d-cap": Preset(
+        "As the reference prepared M3D-Cap: values scaled from their minimum and maximum to 0..1, cropped to the box "
+        "of all voxels above the minimum, resized trilinearly (align_corners=False, no antialiasing). It worked on "
+        "stacks of grey slices as a viewer displays them: an .npy without an affine is taken as that stack (D x H x "
+        "W); a file or array with an affine is turned to the axes of ct. The reference's slices were windowed for "
+        "display; so should yours be.",
+        _m3d_cap,
+    ),
+    "m3d-seg": Preset(
+        "As the reference prepared M3D-Seg: values clipped to the 0.05 to 99.95 percentiles of all voxels above the "
+        "mean, scaled to 0..1 (its z-score in between cancels out), cropped to the box of voxels above the lower end, "
+        "resized trilinearly (align_corners=False, no antialiasing). It reversed the axes of the NIfTI array (i, j, k "
+        "become W, H, D) whatever its orientation, and so does this preset; an .npy without an affine is taken as D x "
+        "H x W.",
+        _m3d_seg,
+    ),
+    "m3d-refseg": Preset(
+        "As the reference prepared M3D-RefSeg: values clipped to the 0.5 to 99.5 percentiles of all voxels, scaled to "
+        "0..1, cropped to the box of voxels above the lower end, resized trilinearly (align_corners=False, no "
+        "antialiasing). It put the last axis of the NIfTI array first (i, j, k become H, W, D) whatever its "
+        "orientation, and so does this preset; an .npy without an affine is taken as D x H x W.",
+        _m3d_refseg,
+    ),
+    "raw": Preset(
+        "Nothing is changed: for arrays that already are D x H x W (or 1 x D x H x W) at the model's size, in 0..1, "
+        "prepared by other means, as the reference takes them. Anything else is refused.",
+        _raw,
+    ),
 }
 
 

@@ -7,7 +7,8 @@ true for them as it is.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -52,6 +53,22 @@ class Geometry:
             flips=tuple(values["flips"]),
             crop=tuple(map(tuple, values["crop"])),
             image_size=tuple(values["image_size"]),
+        )
+
+    def of_whole(self, region: Sequence[tuple[int, int]], scan_shape: tuple[int, ...], affine: np.ndarray) -> Geometry:
+        """This geometry of a region as one of the whole scan, which the model sees the region of.
+
+        Args:
+            region: (start, stop) in voxels along each array axis. scan_shape: of the whole scan. affine: its own, [4, 4].
+        """
+        crop = tuple(
+            (start + region[axis][0], stop + region[axis][0]) for (start, stop), axis in zip(self.crop, self.axes)
+        )
+        return replace(
+            self,
+            scan_shape=cast(tuple[int, int, int], tuple(scan_shape)),
+            affine=tuple(map(tuple, np.asarray(affine).tolist())),
+            crop=crop,
         )
 
     def view(self, array: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import subprocess
 import sys
 
@@ -9,9 +11,10 @@ import matplotlib.image
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 
 from tests.conftest import ROOT
-from tests.tiny import QUESTION
+from tests.tiny import QUESTION, words
 
 pytestmark = pytest.mark.integration
 
@@ -60,11 +63,44 @@ def test_segment_writes_a_mask_in_the_scans_own_space_and_a_picture(server, clie
     assert matplotlib.image.imread(tmp_path / "mask.png").std() > 0
 
 
+def test_segment_within_a_crop_writes_mask_and_measurements_in_the_scans_own_space(server, client, scan, tmp_path):
+    crop = "2:38,2:42,1:19"
+    study = client.upload(scan, crop=crop)
+    expected = client.segment(study, QUESTION, max_new_tokens=24)
+    arguments = ("-o", tmp_path / "mask.nii.gz", "--server", server.url, "--max-new-tokens", 24, "--crop", crop)
+    done = m3d("segment", scan, QUESTION, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert crop in done.stderr
+    mask = np.asarray(nibabel.load(tmp_path / "mask.nii.gz").dataobj).astype(bool)
+    np.testing.assert_array_equal(mask, expected.mask)
+    inside = np.zeros(mask.shape, bool)
+    inside[2:38, 2:42, 1:19] = True
+    assert mask.any() and not (mask & ~inside).any()
+    measured = json.loads((tmp_path / "mask.json").read_text())
+    assert measured == expected.measurements.to_dict()
+    assert measured["intensity_mean"] == pytest.approx(np.asarray(nibabel.load(scan).dataobj)[mask].mean())
+    assert f"{measured['voxel_count']:,} voxels" in done.stderr
+
+
+def test_a_crop_outside_the_scan_is_refused_with_the_scans_extent(server, scan):
+    done = m3d("ask", scan, QUESTION, "--server", server.url, "--crop", "0:41,0:44,0:20")
+    assert done.returncode == 2 and "0:40,0:44,0:20" in done.stderr and not done.stdout
+
+
 def test_rank_sorts_by_score(server, scan):
     done = m3d("rank", scan, "w1 w2", "w3", "w4 w5 w6", "--server", server.url)
     assert done.returncode == 0, done.stderr
     scores = [float(line.split("\t")[0]) for line in done.stdout.splitlines()]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    assert "warning" not in done.stderr
+
+
+def test_rank_warns_of_reports_that_were_cut(server, scan, tmp_path):
+    (tmp_path / "reports.txt").write_text(f"{words(510)}\n\n{words(511)}\n")
+    done = m3d("rank", scan, words(600), "--file", tmp_path / "reports.txt", "--server", server.url)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    assert "warning: texts 1, 3 are longer than M3D-CLIP reads: only the first 512 tokens count\n" in done.stderr
 
 
 def test_doctor_knows_an_exported_repository(repository):
@@ -72,3 +108,20 @@ def test_doctor_knows_an_exported_repository(repository):
     assert done.returncode == 0, done.stdout
     assert "ready to serve" in done.stdout
     assert "chat, segmentation, ranking" in " ".join(done.stdout.split())
+
+
+def test_the_mask_of_a_file_has_its_header_and_lies_on_it_in_simpleitk(server, client, scan, tmp_path):
+    """A qform and an sform that differ, and free text that stays with the scan."""
+    image = nibabel.load(scan)
+    image.set_qform(np.diag([2.0, 2, 4, 1]), 1)
+    image.set_sform(AFFINE, 2)
+    image.header["descrip"] = b"Jane Doe"
+    nibabel.save(image, tmp_path / "both.nii.gz")
+    found = client.segment(client.upload(tmp_path / "both.nii.gz"), QUESTION, max_new_tokens=24)
+    mask = nibabel.load(found.save(tmp_path / "mask.nii.gz"))
+    for name in ("qform_code", "sform_code", "quatern_b", "qoffset_x", "srow_x", "srow_z", "xyzt_units"):
+        np.testing.assert_array_equal(mask.header[name], nibabel.load(tmp_path / "both.nii.gz").header[name])
+    assert b"Jane" not in found.header and b"Jane" not in gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())[:352]
+    ours, theirs = (SimpleITK.ReadImage(str(tmp_path / name)) for name in ("mask.nii.gz", "both.nii.gz"))
+    for read in ("GetOrigin", "GetSpacing", "GetDirection", "GetSize"):
+        np.testing.assert_allclose(getattr(ours, read)(), getattr(theirs, read)())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +14,10 @@ from hypothesis import strategies as st
 
 from engine.errors import M3DError
 from engine.scan import read_scan
+from tests.unit.foreign import voxels
+from tests.unit.test_metaimage import file as metaimage
+from tests.unit.test_mgh import mgh
+from tests.unit.test_nrrd import file as nrrd
 from tests.unit.test_scan import enhanced, nifti, saved, series, values
 
 pytestmark = [pytest.mark.slow(group="fuzz"), pytest.mark.filterwarnings("ignore")]
@@ -36,7 +42,14 @@ SERIES = [saved(dataset) for dataset in series(3)]
 # name: (what is damaged, how it becomes the file that is sent). An archive is damaged within: its checksum would hide the rest.
 FILES = {
     "nifti": (nifti(), bytes),
+    "nifti of floats": (nifti(values(dtype=np.float32)), bytes),
     "npy": (npy(), bytes),
+    "nrrd": (nrrd(space_units='"mm" "mm" "mm"', spacings="1 1 1"), bytes),
+    "gzipped nrrd": (nrrd(gzip.compress(voxels("<i2").tobytes("F")), encoding="gzip"), bytes),
+    "metaimage": (metaimage(DistanceUnits="mm", HeaderSize="0"), bytes),
+    "compressed metaimage": (metaimage(zlib.compress(voxels("<i2").tobytes("F")), CompressedData="True"), bytes),
+    "mgh": (mgh(np.float32), bytes),
+    "mgz": (mgh(), gzip.compress),
     "dicom": (SERIES[1], lambda data: archive([SERIES[0], data, SERIES[2]])),
     "enhanced dicom": (saved(enhanced(3)), lambda data: archive([data])),
 }

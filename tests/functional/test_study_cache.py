@@ -231,6 +231,73 @@ def test_an_evicted_study_is_not_found_by_handle_and_sent_again_by_the_client(cl
     assert ran(before, statistics()) == {"vision_encoder": 1}
 
 
+REGION = ((4, 36), (3, 41), (2, 18))
+CROP = ",".join(f"{start}:{stop}" for start, stop in REGION)
+GRID = np.array([[0, -2.0, 0, 30], [-1.5, 0, 0.1, 20], [0, 0, 4.0, -50], [0, 0, 0, 1]])
+
+
+def larger_scan(seed: int) -> np.ndarray:
+    return np.random.default_rng([21, seed]).integers(0, 900, (40, 44, 20)).astype(np.int16)
+
+
+@pytest.mark.parametrize("part_bytes", [1000, wire.PART_BYTES], ids=["in parts", "at once"])
+def test_of_a_cropped_scan_the_model_sees_the_region_and_answers_lie_in_the_whole(client, monkeypatch, part_bytes):
+    monkeypatch.setattr(wire, "PART_BYTES", part_bytes)
+    scan, part = larger_scan(part_bytes), tuple(slice(*edges) for edges in REGION)
+    shifted = GRID.copy()
+    shifted[:3, 3] += GRID[:3, :3] @ [start for start, _ in REGION]
+    cropped, alone = client.upload(scan, GRID, crop=CROP), client.upload(scan[part], shifted)
+    whole = client.upload(scan, GRID)
+    assert len({study.handle for study in (cropped, alone, whole)}) == 3
+    assert cropped.info["crop"] == [list(edges) for edges in REGION] and "crop" not in whole.info
+    assert cropped.info["shape"] == [*scan.shape] and CROP in cropped.info["reason"]
+    found, expected = (client.segment(study, QUESTION, max_new_tokens=24) for study in (cropped, alone))
+    assert found.answer.token_ids == expected.answer.token_ids
+    placed = np.zeros(scan.shape, bool)
+    placed[part] = expected.mask
+    assert placed.any()
+    np.testing.assert_array_equal(found.mask, placed)
+    np.testing.assert_allclose(found.affine, GRID)
+    start = [start for start, _ in REGION]
+    np.testing.assert_allclose(found.answer.boxes, expected.answer.boxes + [*start, *start])
+    np.testing.assert_allclose(client.rank(cropped, ["w1 w2"]).scores, client.rank(alone, ["w1 w2"]).scores, atol=1e-6)
+    measured, by_hand = found.measurements, expected.measurements
+    assert measured.voxel_count == by_hand.voxel_count
+    np.testing.assert_allclose(measured.centroid_ras_mm, by_hand.centroid_ras_mm)
+    np.testing.assert_allclose(measured.bounding_box_ras_mm, by_hand.bounding_box_ras_mm)
+    assert measured.intensity_mean == pytest.approx(scan[found.mask].mean())
+
+
+def test_a_crop_in_mm_is_the_region_where_the_world_says(client):
+    """x runs against j, y against i."""
+    scan = larger_scan(1)
+    corner = GRID @ [10, 12, 5, 1], GRID @ [19, 29, 9, 1]
+    low, high = np.min(corner, 0)[:3] - 0.1, np.max(corner, 0)[:3] + 0.1
+    crop = ",".join(f"{a}:{b}" for a, b in zip(low, high)) + "mm"
+    assert client.upload(scan, GRID, crop=crop).info["crop"] == [[10, 20], [12, 30], [5, 10]]
+
+
+def test_the_ensembles_take_a_crop(client, triton):
+    scan = larger_scan(2)
+    handle = client.upload(scan, GRID, crop=CROP).handle
+    box = [start for start, _ in REGION] + [stop for _, stop in REGION]
+    sent = {contract.VOLUME: npy(scan), contract.AFFINE_IN: GRID, contract.PRESET: "auto", contract.CROP: box}
+    asked = {contract.QUESTION: QUESTION}
+    for model in ("m3d_chat", "m3d_segment"):
+        assert text_of(next(triton.stream(model, sent | asked, 60))["STUDY_HANDLE"]) == handle
+    ranked = triton.infer("m3d_retrieve", sent | {contract.CROP_UNIT: "voxels", contract.TEXTS: ["w1"]}, 60)
+    assert text_of(ranked["STUDY_HANDLE"]) == handle
+
+
+def test_an_evicted_cropped_study_is_sent_again_with_its_crop(client):
+    study = client.upload(larger_scan(3), GRID, crop=CROP)
+    expected = client.segment(study, QUESTION, max_new_tokens=24)
+    shutil.rmtree(folder_of(study))
+    found = client.segment(study, QUESTION, max_new_tokens=24)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    assert found.answer.token_ids == expected.answer.token_ids
+
+
 def test_only_the_servers_user_can_read_studies(client):
     folder = folder_of(client.upload(new_scan(7)))
     assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
@@ -304,8 +371,31 @@ def test_ranking_embeds_a_scan_once(client, statistics):
         ({contract.VOLUME: npy(np.full(IMAGE_SIZE, np.nan, np.float32))}, "NaN"),
         ({contract.VOLUME: npy(new_scan(12)), contract.PRESET: "no-such-preset"}, "auto, ct"),
         ({contract.VOLUME: npy(new_scan(12)), contract.AFFINE_IN: np.zeros((4, 4))}, "affine"),
+        ({contract.VOLUME: npy(new_scan(12)), contract.CROP: [0, 0, 0, 9999, 1, 1]}, "not within the scan"),
+        ({contract.VOLUME: npy(new_scan(12)), contract.CROP: [0, 0, 0, np.nan, 1, 1]}, "not finite"),
+        ({contract.VOLUME: npy(new_scan(12)), contract.CROP: [1, 0, 0, 1, 1, 1]}, "empty or inverted"),
+        (
+            {contract.VOLUME: npy(new_scan(12)), contract.CROP: [0] * 3 + [1] * 3, contract.CROP_UNIT: "cm"},
+            "voxels or mm",
+        ),
+        ({contract.VOLUME: npy(new_scan(12)), contract.CROP_UNIT: "mm"}, "without a CROP"),
+        ({contract.STUDY_IN: "0" * 64, contract.CROP: [0] * 3 + [1] * 3}, "belong to VOLUME"),
     ],
-    ids=["no scan", "two scans", "text", "nothing", "nan", "preset", "affine"],
+    ids=[
+        *(
+            "no scan",
+            "two scans",
+            "text",
+            "nothing",
+            "nan",
+            "preset",
+            "affine",
+            "crop outside",
+            "crop of nan",
+            "empty crop",
+        ),
+        *("unit of crop", "unit without crop", "crop of a handle"),
+    ],
 )
 def test_a_bad_scan_is_refused_with_its_cause_and_the_next_request_works(client, triton, inputs, cause):
     with pytest.raises(InvalidInput, match=cause):

@@ -44,7 +44,7 @@ def full_size(request, tmp_path_factory):
     vit = ViTConfig((32, 256, 256), (4, 16, 16))
     with torch.device("meta"):
         if request.param == "clip_image_encoder":
-            model = M3DClip(ClipConfig(vision=vit, bert={"num_hidden_layers": 1}, max_text_len=128))
+            model = M3DClip(ClipConfig(vision=vit, bert={"num_hidden_layers": 1}))
             graph = graphs.clip_graphs(model)[0]
         else:
             lamed = Lamed(LamedConfig(vision=vit, segmentation=vit, llm={"hidden_size": 4096}), with_llm=False)

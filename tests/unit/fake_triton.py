@@ -48,8 +48,9 @@ def piece(text: str, ids: list[int], finish: str = "", boxes=np.zeros((0, 6)), i
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """`stream_error` fails each question; `evicted` makes handles unknown until the next upload; `endless` streams until
-    the client cancels, and `sent` counts what was handed to gRPC; uploads are answered when `may_answer` is set, and
-    their part number `refused_part` with an error. `parts` has all that came of uploads, `uploads` the whole."""
+    the client cancels, and `sent` counts what was handed to gRPC; `on_answer` is called before each answer; uploads are
+    answered when `may_answer` is set, and their part number `refused_part` with an error. `parts` has all that came of
+    uploads, `uploads` the whole."""
 
     def __init__(self):
         self.uploads: list[dict] = []
@@ -65,9 +66,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.silent = False
         self.unfinished = False
         self.mask = np.zeros((2, 3, 5), bool)
+        self.text_limit = 512
         self.study_info = {"preset": "ct"}
         self.answer_info = {"prompt_tokens": 3}
         self.sent = 0
+        self.on_answer = lambda: None
         self.cancelled = threading.Event()
         self.may_answer = threading.Event()
         self.may_answer.set()
@@ -105,9 +108,15 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 MASK=np.packbits(self.mask),
                 MASK_SHAPE=np.array(self.mask.shape),
                 MASK_AFFINE=np.diag([1.0, 2, 3, 1]),
+                MASK_HEADER=np.zeros(0, np.uint8),
                 LOGITS=np.zeros((0, 0, 0), np.float32),
             )
-        return response(SCORES=np.linspace(0, 1, inputs["TEXTS"].size))
+        texts = inputs["TEXTS"]
+        return response(
+            SCORES=np.linspace(0, 1, texts.size),
+            TEXT_CUT=np.array([len(text.split()) > self.text_limit for text in texts]),
+            TEXT_LIMIT=self.text_limit,
+        )
 
     def ModelStreamInfer(self, request_iterator, context):
         request = next(request_iterator)
@@ -125,6 +134,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             context.add_callback(self.cancelled.set)
             self.cancelled.wait(60)
             return
+        self.on_answer()
         for outputs in self._outputs(inputs):
             self.sent += 1
             yield service_pb2.ModelStreamInferResponse(infer_response=response(**outputs))

@@ -12,7 +12,18 @@ from safetensors.torch import load_file, save_file
 from engine.errors import CheckpointError
 from engine.models import base
 from engine.models.base import merge_lora
-from engine.models.checkpoint import load_clip, load_lamed, open_lamed, read_config, resolve, sha256, write_lamed
+from engine.models.checkpoint import (
+    Weights,
+    eos_token_ids,
+    load_clip,
+    load_lamed,
+    open_lamed,
+    read_config,
+    resolve,
+    sha256,
+    write_lamed,
+)
+from engine.models.config import ClipConfig
 from tests import tiny
 
 
@@ -187,13 +198,25 @@ def test_an_impossible_value_of_config_is_refused_by_key_and_value(folder, value
 
 @pytest.mark.parametrize(
     "values, words",
-    [({"img_size": 16}, "image_size must be three .*not 16"), ({"num_heads": 0}, "num_heads must be .*not 0")],
+    [
+        ({"img_size": 16}, "image_size must be three .*not 16"),
+        ({"num_heads": 0}, "num_heads must be .*not 0"),
+        ({"bert_config": {"max_position_embeddings": 0}}, "max_position_embeddings must be .*not 0"),
+    ],
 )
 def test_an_impossible_value_of_clips_config_is_refused(tmp_path, values, words):
     clip = tiny.write_tiny_clip(tmp_path / "clip")
     edit_config(clip, **values)
     with pytest.raises(CheckpointError, match=words):
         load_clip(clip)
+
+
+@pytest.mark.parametrize(
+    "values, length",
+    [({}, 512), ({"max_text_len": 128}, 512), ({"bert_config": {"max_position_embeddings": 64}}, 64)],
+)
+def test_clip_reads_as_many_tokens_as_bert_has_positions_whatever_max_text_len_says(values, length):
+    assert ClipConfig.from_dict({"model_type": "m3d_clip", **values}).text_length == length
 
 
 def test_a_clip_checkpoint_is_not_taken_for_lamed_nor_the_reverse(folder, tmp_path):
@@ -264,3 +287,34 @@ def test_a_missing_or_damaged_file_of_a_small_checkpoint_is_named(tmp_path, monk
     damage(path)
     with pytest.raises(CheckpointError, match=f"model.safetensors {words}"):
         base.compose(tmp_path, {"base_model": {}})
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        ({"eos_token_id": [3, 4, 7]}, 3, [3, 4, 7]),  # Phi-3's form: only the first stands in config.json
+        ({"eos_token_id": 5}, [3, 4], [5]),
+        ({"eos_token_id": None}, 3, [3]),
+        ({"do_sample": True}, 3, [3]),
+        (None, [3, 4], [3, 4]),
+        (None, None, None),
+    ],
+)
+def test_what_ends_an_answer_comes_from_the_generation_config_first(tmp_path, generation, config, ends):
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert eos_token_ids(tmp_path, {"vocab_size": 10, "eos_token_id": config}) == ends
+
+
+@pytest.mark.parametrize("wrong", [10, [3, -1], "2", [], [True]])
+def test_an_end_that_is_no_token_is_refused(tmp_path, wrong):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(CheckpointError, match="generation_config.json: eos_token_id"):
+        eos_token_ids(tmp_path, {"vocab_size": 10, "eos_token_id": 3})
+
+
+def test_keys_that_later_monai_versions_add_are_left_out_and_named(tmp_path):
+    blocks = ["model.vision_tower.vision_tower.blocks.0.", "model.seg_module.image_encoder.blocks.11."]
+    added = [f"{block}{key}" for block in blocks for key in ("norm_cross_attn.weight", "cross_attn.qkv.weight")]
+    weights = Weights({key: torch.zeros(1) for key in [*added, f"{blocks[0]}norm1.weight"]})
+    assert list(weights) == [f"{blocks[0]}norm1.weight"] and weights.never_run == added

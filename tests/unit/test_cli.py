@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,49 @@ def test_segment_writes_mask_and_picture(m3d, scan, triton, tmp_path):
     assert (code, out) == (0, "".join(ANSWER) + "\n")
     assert np.asarray(nibabel.load(tmp_path / "out.nii.gz").dataobj).sum() == 48
     assert matplotlib.image.imread(tmp_path / "out.png").ndim == 3
+
+
+def test_segment_writes_measurements_beside_the_mask_and_prints_them(m3d, scan, triton, tmp_path):
+    triton.mask = np.zeros((12, 13, 14), bool)
+    triton.mask[3:6, 4:8, 5:9] = True
+    _, _, err = m3d("segment", scan, "Segment it.", "-o", tmp_path / "out.nii.gz", "--server", triton.url)
+    found = json.loads((tmp_path / "out.json").read_text())
+    values = np.asarray(nibabel.load(scan).dataobj)[triton.mask]
+    assert found["voxel_count"] == 48 and found["volume_ml"] == pytest.approx(48 * 6 / 1000)
+    assert found["bounding_box_voxels"] == [3, 4, 5, 6, 8, 9] and found["centroid_ras_mm"] == [4, 11, 19.5]
+    assert found["intensity_mean"] == pytest.approx(values.mean()) and found["intensity_unit"] == "HU"
+    assert "0.288 mL, 48 voxels (2.20% of the scan)" in err and f"intensity {values.mean():.4g} HU" in err
+    assert str(tmp_path / "out.json") in err
+
+
+def test_segment_never_writes_measurements_over_the_scan(m3d, scan, triton, tmp_path):
+    (tmp_path / "out.json").symlink_to(scan)
+    code, _, err = m3d("segment", scan, "Segment it.", "-o", tmp_path / "out.nii.gz", "--server", triton.url)
+    assert code == 2 and "the scan itself" in err and not triton.uploads
+
+
+def test_a_scan_that_changes_while_it_is_asked_about_is_neither_drawn_nor_measured(m3d, scan, triton, tmp_path):
+    triton.mask = np.ones((12, 13, 14), bool)
+    triton.on_answer = lambda: nibabel.save(nibabel.Nifti1Image(np.zeros((3, 3, 3), np.int16), np.eye(4)), scan)
+    code, _, err = m3d("segment", scan, "Segment it.", "-o", tmp_path / "out.nii.gz", "--server", triton.url)
+    assert code == 0 and "has changed since it was sent" in err and not (tmp_path / "out.png").exists()
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["voxel_count"] == 12 * 13 * 14 and found["intensity_mean"] is None
+
+
+@pytest.mark.parametrize("command", [("ask", "What?"), ("segment", "What?"), ("rank", "a text")], ids=lambda c: c[0])
+def test_a_crop_is_sent_with_the_scan(m3d, scan, triton, command):
+    name, words = command
+    m3d(name, scan, words, "--crop", "-4:5,0:6.5,1:9mm", "--server", triton.url)
+    assert triton.uploads[0]["CROP"].tolist() == [-4, 0, 1, 5, 6.5, 9]
+    assert triton.uploads[0]["CROP_UNIT"].tolist() == [b"mm"]
+
+
+@pytest.mark.parametrize("crop", ["1:2", "5:1,0:6,1:9", "1:5,0:6,1:inf", "all", ""])
+@pytest.mark.parametrize("command", ["ask", "segment", "rank"])
+def test_an_unusable_crop_is_refused_before_anything_is_sent(m3d, scan, triton, command, crop):
+    code, _, err = m3d(command, scan, "What?", "--crop", crop, "--server", triton.url)
+    assert code == 2 and "i0:i1,j0:j1,k0:k1" in err and not triton.parts
 
 
 def test_segment_without_a_mask_fails_after_the_answer(m3d, scan, triton, tmp_path):
@@ -115,6 +159,22 @@ def test_rank_prints_scores_best_first(m3d, scan, triton, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["a b", "a"], None),
+        (["a", "a b c"], "text 2 is longer than M3D-CLIP reads: only the first 2 tokens count"),
+        (["a b c", "a", "a b c d"], "texts 1, 3 are longer than M3D-CLIP reads: only the first 2 tokens count"),
+    ],
+)
+def test_rank_warns_of_texts_that_were_cut(m3d, scan, triton, texts, words):
+    triton.text_limit = 2
+    code, out, err = m3d("rank", scan, *texts, "--server", triton.url)
+    assert code == 0 and len(out.splitlines()) == len(texts) and "warning" not in out
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert warnings == ([f"warning: {words}"] if words else [])
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["ask", "SCAN", "What?", "--server", "127.0.0.1:1"], 1, ["127.0.0.1:1", "m3d serve"]),
@@ -157,7 +217,7 @@ def test_help_comes_without_loading_what_only_commands_need():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "LOADED []" in done.stdout
-    for command in ("serve", "ask", "segment", "rank", "sample", "doctor"):
+    for command in ("serve", "ask", "segment", "rank", "sample", "inspect", "doctor"):
         assert command in done.stdout
     assert "\x1b" not in done.stdout  # no colour codes in a pipe
 

@@ -216,6 +216,12 @@ def test_a_ranking_lists_the_best_first(client, study):
     assert ranking.scores.tolist() == [0, 0.5, 1]
 
 
+def test_a_ranking_says_which_texts_were_cut(client, triton, study):
+    triton.text_limit = 2
+    ranking = client.rank(study, ["a b", "a b c", "a", "a b c d"])
+    assert ranking.cut == (False, True, False, True) and ranking.text_limit == 2
+
+
 def test_server_info_says_what_is_served(client):
     assert client.is_ready()
     info = client.server_info()
@@ -365,6 +371,92 @@ def test_a_closed_client_says_so(triton):
         client.ask(Study(HANDLE, {}), "What?")
 
 
+# --- a region of interest --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("crop", "box", "unit"),
+    [
+        ("0:2,1:3,0:4", [0, 1, 0, 2, 3, 4], b"voxels"),
+        ([0, 1, 0, 2, 3, 4], [0, 1, 0, 2, 3, 4], b"voxels"),
+        ("-1.5:2,1:3.5,-4:-2mm", [-1.5, 1, -4, 2, 3.5, -2], b"mm"),
+    ],
+)
+@pytest.mark.parametrize("part_bytes", [100, 1 << 20], ids=["in parts", "at once"])
+def test_a_crop_comes_with_the_last_part(client, triton, monkeypatch, crop, box, unit, part_bytes):
+    monkeypatch.setattr(wire, "PART_BYTES", part_bytes)
+    client.upload(VOLUME, crop=crop)
+    (sent,) = triton.uploads
+    assert sent["CROP"].tolist() == box and sent["CROP_UNIT"].tolist() == [unit]
+    assert all("CROP" not in part and "CROP_UNIT" not in part for part in triton.parts[:-1])
+
+
+def test_without_a_crop_none_is_sent(client, triton, study):
+    assert not {"CROP", "CROP_UNIT"} & set(triton.uploads[0])
+
+
+@pytest.mark.parametrize("crop", ["0:2,1:3", "2:0,1:3,0:4", "0:nan,1:3,0:4", [1, 2, 3], ""])
+def test_an_unusable_crop_is_refused_before_anything_is_sent(client, triton, crop):
+    with pytest.raises(errors.InvalidInput, match="crop"):
+        client.upload(VOLUME, crop=crop)
+    assert not triton.parts
+
+
+def test_an_evicted_study_is_sent_again_with_its_crop(client, triton):
+    study = client.upload(VOLUME[0], np.eye(4), "mr", crop="0:2,1:3,0:4")
+    triton.evicted = True
+    client.ask(study, "What?")
+    first, again = triton.uploads
+    assert again.keys() == first.keys()
+    for name in first:
+        np.testing.assert_array_equal(again[name], first[name])
+
+
+# --- measurements ----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def segmented(client, triton):
+    """segmented(of) -> the segmentation of a scan or study, with some of the mask set."""
+    triton.mask = np.zeros((3, 4, 5), bool)
+    triton.mask[1, 0, 2:4] = True
+    return lambda of: client.segment(of, "Segment it.")
+
+
+def test_a_mask_comes_with_measurements_of_its_scan(segmented):
+    found = segmented(VOLUME).measurements
+    assert found.voxel_count == 2 and found.volume_ml == pytest.approx(2 * 6 / 1000)  # the server's grid: 1 x 2 x 3 mm
+    assert found.bounding_box_voxels == (1, 0, 2, 2, 1, 4)
+    values = VOLUME[0, 1, 0, 2:4]
+    assert found.intensity_mean == pytest.approx(values.mean()) and found.intensity_max == values.max()
+    assert found.intensity_unit == "HU"  # the server chose ct
+
+
+def test_measurements_are_those_of_a_file(segmented, tmp_path):
+    path = tmp_path / "scan.nii.gz"
+    values = np.random.default_rng(0).random((3, 4, 5), np.float32)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+    found = segmented(path).measurements
+    assert found.intensity_min == values[1, 0, 2:4].min()
+
+
+def test_a_source_that_changed_is_not_measured(segmented, tmp_path):
+    path, array = tmp_path / "scan.npy", VOLUME[0].copy()
+    np.save(path, array)
+    from_array, from_file, gone = segmented(array), segmented(path), segmented(path)
+    array[0, 0, 0] += 1
+    np.save(path, array)
+    for found in (from_array, from_file):
+        assert found.measurements.volume_ml > 0 and found.measurements.intensity_mean is None
+    path.unlink()
+    assert gone.measurements.volume_ml > 0 and gone.measurements.intensity_mean is None
+
+
+def test_a_bare_handle_has_no_intensities(segmented):
+    found = segmented(Study(HANDLE, {})).measurements
+    assert found.volume_ml > 0 and found.intensity_mean is found.intensity_unit is None
+
+
+def test_no_mask_has_no_measurements(client, study):
+    assert client.segment(study, "What is this?").measurements is None
+
+
 # --- evicted studies -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "request_of",
@@ -402,3 +494,22 @@ def test_a_source_that_changed_is_not_taken_for_the_evicted_study(client, triton
     triton.handle = "cd" * 32
     with pytest.raises(errors.InvalidInput, match="another"):
         client.ask(study, "What?")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "unexpected inference input 'PRESET' for model 'study'",
+        "[request id: <id_unknown>] expected 4 inputs but got 3 inputs for model 'study'",
+        "unexpected inference output 'TEXT_CUT' for model 'm3d_retrieve'",
+    ],
+)
+def test_a_server_of_another_version_is_named_as_such(client, triton, study, said):
+    triton.plain_error = (grpc.StatusCode.INVALID_ARGUMENT, said)
+    with pytest.raises(errors.Unavailable, match="another version of m3d-engine.*same version on both sides"):
+        client.rank(study, ["a report"])
+
+
+def test_a_response_without_an_output_of_the_contract_is_another_versions():
+    with pytest.raises(errors.Unavailable, match="another version.*TEXT_CUT"):
+        wire.outputs_of(service_pb2.ModelInferResponse())["TEXT_CUT"]

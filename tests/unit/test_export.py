@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from engine import contract
 from engine.errors import CheckpointError, RepositoryError
 from engine.manifest import FILE_NAME, LLM_FOLDER, Manifest
+from engine.models import hub
+from engine.models.segvol import WideLayerNorm
 from engine.runtime.onnx_session import OnnxGraph
 from export import graphs, llm, quantize
 from export.build_engines import export, main
@@ -61,6 +64,34 @@ def test_every_attention_of_the_image_encoders_is_one_operator(exported, name, b
     assert blocks == 0 or not any(node.op_type == "Softmax" for node in nodes)
 
 
+def test_the_text_graph_takes_texts_of_any_length_up_to_berts_positions(exported, checkpoints):
+    from engine.models.checkpoint import load_clip
+
+    repository, manifest = exported
+    assert manifest.clip_text_length == 512
+    model = contract.MODELS["clip_text_encoder"]
+    run = OnnxGraph(repository / model.name / "1" / "model.onnx", model)
+    graph = graphs.clip_graphs(load_clip(checkpoints[1])[0])[1]
+    inputs = [graph.random_inputs(*shape) for shape in ((1, 2), (3, 3), (model.max_batch_size, 77), (2, 511), (1, 512))]
+    unmasked = [(ids, torch.ones_like(mask)) for ids, mask in inputs]
+    assert graphs.compare(graph, run, 1e-6, inputs + unmasked)["max_error"] > 0
+
+
+@pytest.mark.parametrize("right_at", [0, 1])
+def test_a_text_graph_that_is_right_at_one_length_alone_fails_the_export(checkpoints, right_at):
+    from engine.models.checkpoint import load_clip
+
+    graph = graphs.clip_graphs(load_clip(checkpoints[1])[0])[1]
+
+    @torch.inference_mode()
+    def run(inputs):
+        ids, mask = (torch.from_numpy(inputs[name]) for name in ("INPUT_IDS", "ATTENTION_MASK"))
+        return {"TEXT_EMBEDDING": graph.module(ids, mask).numpy() + 0.1 * (ids.shape[1] != graph.lengths[right_at])}
+
+    with pytest.raises(graphs.ExportError, match="clip_text_encoder: the exported graph is off by 1"):
+        graphs.compare(graph, run, graph.bound)
+
+
 def test_fused_attention_computes_what_plain_onnx_does(checkpoints, tmp_path):
     from engine.models.checkpoint import load_lamed
 
@@ -94,6 +125,31 @@ def test_a_second_export_with_nothing_changed_does_nothing(exported, checkpoints
     monkeypatch.setattr(graphs, "build", None)  # would fail if a graph were built
     assert export(checkpoints[0], repository, clip_checkpoint=checkpoints[1]) == manifest
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_checkpoint_on_the_hub_is_located_once_and_its_commit_recorded(
+    exported, checkpoints, tmp_path, monkeypatch, capsys
+):
+    commits, asked, locate = ("a" * 40, "b" * 40), [], hub.locate
+    sources = ("owner/lamed@v1", "owner/clip/sub")
+    places = {source: hub.Located(*place, source) for source, *place in zip(sources, checkpoints, commits)}
+    monkeypatch.setattr(
+        hub, "locate", lambda source, *say: asked.append(source) or places.get(source) or locate(source)
+    )
+    repository, before = shutil.copytree(exported[0], tmp_path / "repository"), exported[1]
+    values = {name: getattr(before, name) for name in Manifest.__annotations__ if "checkpoint" not in name}
+    for name in ("target", "precision", "models", "graphs", "versions", "plans", "files", "format"):
+        del values[name]
+    monkeypatch.setattr("export.build_engines._export_lamed", lambda *_: (values, before.graphs))
+    monkeypatch.setattr("export.build_engines._export_clip", lambda *_: (values, before.graphs))
+    found = export(sources[0], repository, clip_checkpoint=sources[1], force=True)
+    assert (found.checkpoint, found.clip_checkpoint) == sources
+    assert (found.checkpoint_commit, found.clip_checkpoint_commit) == commits
+    assert Manifest.read(repository) == found
+    assert [source for source in asked if source in sources] == list(sources)
+    said = capsys.readouterr().out
+    assert all(f"{source}, commit {commit}" in said for source, commit in zip(sources, commits))
+    assert (before.checkpoint_commit, before.clip_checkpoint_commit) == (None, None)  # local folders
 
 
 def test_a_changed_checkpoint_precision_or_lost_file_exports_again(exported, checkpoints, tmp_path, monkeypatch):
@@ -240,3 +296,17 @@ def test_a_checkpoint_that_does_not_load_leaves_the_export_that_is_there(part, e
         export(lamed, repository, clip_checkpoint=clip)
     assert Manifest.read(repository) == manifest
     assert all((repository / path).stat().st_size == size for path, size in manifest.files.items())
+
+
+def test_the_wide_layer_norm_is_exact_in_onnx_runtime_at_the_published_size(tmp_path):
+    shape = (192, 16, 32, 32)
+    norm = WideLayerNorm(shape).eval()
+    with torch.no_grad():
+        norm.weight.normal_(1, 0.1, generator=torch.Generator().manual_seed(0))
+    x = 5 + 3 * torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    plain = torch.nn.functional.layer_norm(x.double(), shape, norm.weight.double(), norm.bias.double(), norm.eps)
+    target = tmp_path / "norm.onnx"
+    torch.onnx.export(norm, (x,), target, dynamo=True, verbose=False, external_data=False)
+    session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.abs(found - plain.detach().numpy()).max() < 2e-6  # of 8; ONNX Runtime's own is off by 4e-4

@@ -92,3 +92,27 @@ def test_a_model_that_is_not_there_at_all_is_named_before_its_files(repository):
     (repository / "study" / "config.pbtxt").unlink()
     with pytest.raises(RepositoryError, match="lacks the models study that"):
         WHOLE.check(repository)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": 1, "versions": {"m3d-engine": "0.1.0"}}, r"written by m3d-engine 0\.1\.0 \(format 1\)"),
+        ({"format": 1, "versions": {}}, r"another version of m3d-engine \(format 1\)"),
+        ({"of_tomorrow": 1}, "another version of m3d-engine"),
+    ],
+)
+def test_an_export_of_another_version_is_refused_with_the_command_that_makes_it_anew(tmp_path, changes, words):
+    values = {**json.loads(WHOLE.to_json()), "checkpoint": "owner/a name", **changes}
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(RepositoryError, match=words) as refused:
+        Manifest.read(tmp_path)
+    assert f"--checkpoint 'owner/a name' --target {values['target']} --repository {tmp_path}" in str(refused.value)
+
+
+def test_an_export_that_lacks_what_this_version_writes_is_refused(tmp_path):
+    values = json.loads(WHOLE.to_json())
+    del values["checkpoint_commit"]
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(RepositoryError, match="export again"):
+        Manifest.read(tmp_path)

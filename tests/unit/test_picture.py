@@ -89,7 +89,121 @@ def test_a_ct_window_suits_what_the_mask_holds(value, expected):
     assert window(scan, mask) == expected
 
 
+def test_what_is_known_of_a_scan_decides_its_window():
+    """Values like those of no CT, and like those of one."""
+    plain, ct = head(), np.where(head() > 100, 40, -1000).astype(np.int16)
+    assert window(plain, None, modality="CT") == window(plain, None, preset="ct") == SOFT_TISSUE == window(ct, None)
+    for known in ({"modality": "MR"}, {"preset": "mr"}, {"modality": "MR", "preset": "ct"}):
+        assert window(ct, None, **known) != SOFT_TISSUE
+    assert window(ct, None, preset="m3d-cap") == SOFT_TISSUE and window(plain, None, preset="raw") != SOFT_TISSUE
+
+
+def test_the_modality_reaches_the_picture(tmp_path):
+    arguments = (head(), RAS, None, "q")
+    paths = [montage(tmp_path / "1.png", *arguments), montage(tmp_path / "2.png", *arguments, modality="CT")]
+    one, other = map(matplotlib.image.imread, paths)
+    assert one.shape == other.shape and np.abs(one - other).max() > 0.2
+
+
+def test_a_small_part_decides_the_window_in_a_large_scan():
+    scan, mask = np.full((400, 400, 400), -1000, np.int16), np.zeros((400, 400, 400), bool)
+    scan[:, 100:300] = 40
+    mask[201, 201, 201] = True
+    scan[mask] = 900
+    assert window(scan, mask) == BONE
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_do_not_spoil_the_window(value):
+    scan = head().astype(float)
+    scan[0] = value
+    low, high = window(scan, None)
+    assert 0 <= low < 5 and 190 < high <= 200
+    assert window(np.full((4, 4, 4), np.nan), None) == (0.0, 1.0)
+
+
 def test_other_scans_are_windowed_by_their_own_values():
     low, high = window(head().astype(float), None)
     assert 0 <= low < 5 and 190 < high <= 200
     assert window(np.zeros((4, 4, 4)), None) == (0.0, 1.0)
+
+
+# --- any shape -------------------------------------------------------------------------------------------------------
+LONG = {
+    "along the head": ((4, 4, 4000), (1, 1, 1)),
+    "along the left": ((4000, 4, 4), (1, 1, 1)),
+    "along the back": ((4, 4000, 4), (1, 1, 1)),
+    "a plane": ((4, 2000, 2000), (1, 1, 1)),
+    "small": ((2, 2, 2), (1, 1, 1)),
+    "one voxel": ((1, 1, 1), (1, 1, 1)),
+    "a line": ((1, 1, 5000), (1, 1, 1)),
+    "thick slices": ((90, 90, 90), (0.01, 0.01, 10)),
+    "thick columns": ((90, 90, 90), (10, 0.01, 0.01)),
+    "whole body": ((60, 50, 200), (8, 8, 9)),
+    "microscopic": ((50, 50, 50), (1e-4, 1e-4, 1e-4)),
+    "astronomic": ((50, 50, 50), (1e6, 1e6, 1e6)),
+}
+
+
+@pytest.mark.parametrize(("shape", "spacing"), LONG.values(), ids=LONG)
+def test_a_scan_of_any_shape_makes_a_picture_of_bounded_size_with_one_voxel_seen_in_each_plane(
+    tmp_path, monkeypatch, shape, spacing
+):
+    outlined = []
+    monkeypatch.setattr(picture, "_outline", lambda *a, outline=picture._outline: outlined.append(a[1]) or outline(*a))
+    scan = np.random.default_rng(0).integers(0, 200, shape, dtype=np.int16)
+    mask = np.zeros(shape, bool)
+    mask[tuple(2 * n // 3 for n in shape)] = True
+    found = drawn(montage(tmp_path / "x.png", scan, np.diag([*spacing, 1.0]), mask, "q", "a"))
+    height, width = found.shape
+    assert width == 1560 and 250 <= height <= 2000
+    assert [plane.sum() for plane in outlined] == [1, 1, 1]
+    assert all(max(plane.shape) <= 1500 for plane in outlined)
+    assert found.sum() > 60 and np.ptp(np.flatnonzero(found.any(0))) > 150  # in several planes
+
+
+def test_planes_keep_one_scale_where_the_height_is_bounded(tmp_path):
+    """A cube of 80 mm in a scan of 320 x 240 x 1600 mm."""
+    mask = np.zeros((40, 30, 200), bool)
+    mask[10:20, 10:20, 90:100] = True
+    found = drawn(montage(tmp_path / "x.png", head(mask.shape), np.diag([8.0, 8, 8, 1]), mask, "q"))
+    columns = np.flatnonzero(found.any(0))
+    planes = np.split(columns, np.flatnonzero(np.diff(columns) > 5) + 1)
+    assert len(planes) == 3
+    for plane in planes:
+        rows = np.flatnonzero(found[:, plane].any(1))
+        assert np.ptp(rows) == pytest.approx(np.ptp(plane), rel=0.06) == pytest.approx(np.ptp(planes[0]), rel=0.06)
+
+
+def test_a_thin_line_of_a_huge_plane_is_not_lost(tmp_path, monkeypatch):
+    outlined = []
+    monkeypatch.setattr(picture, "_outline", lambda axes, plane, *_: outlined.append(plane))
+    mask = np.zeros((4000, 4000, 1), bool)
+    mask[:, 1733] = True
+    montage(tmp_path / "x.png", np.zeros(mask.shape, np.uint8), RAS, mask, "q")
+    assert outlined[0].shape == (1500, 1500) and outlined[0].any(0).sum() + outlined[0].any(1).sum() == 1501
+
+
+def test_a_large_scan_is_drawn_without_copies_of_it(tmp_path):
+    import tracemalloc
+
+    scan = np.zeros((256, 512, 512), np.int16).transpose(2, 1, 0)  # as NIfTI has it
+    scan[100:400, 100:400, 50:200] = 900
+    mask = np.zeros(scan.shape, bool)
+    mask[200:300, 200:300, 100:150] = True
+    tracemalloc.start()
+    montage(tmp_path / "x.png", scan, np.diag([0.7, 0.7, 1.0, 1.0]), mask, "q")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 134_000_000  # the scan's own size
+
+
+def test_the_volume_in_the_legend_is_that_of_a_sheared_grid(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    texts = []
+    monkeypatch.setattr(Figure, "text", lambda self, x, y, text, **_: texts.append(text))
+    affine = RAS.copy()
+    affine[0, 1] = affine[1, 2] = 1.0  # the axes are longer, the volume is not
+    montage(tmp_path / "x.png", head(), affine, np.ones((40, 50, 60), bool), "q")
+    assert "outline: mask, 120.0 mL" in texts

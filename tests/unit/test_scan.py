@@ -551,6 +551,7 @@ def test_mixed_sizes_orientations_and_spacings_are_refused():
 def test_duplicate_and_missing_slices_are_refused():
     slices = series(6)
     slices.append(pydicom.dcmread(io.BytesIO(saved(slices[0]))))
+    slices[-1].SOPInstanceUID = generate_uid()
     refused(zipped(slices), "1 slices of 7", slices[0].SeriesInstanceUID, "one phase")
     slices = sorted(series(8), key=lambda d: d.ImagePositionPatient[2])
     refused(zipped(slices[:3] + slices[4:]), "missing", slices[0].SeriesInstanceUID, "5.000 mm", "2.500 mm")

@@ -28,7 +28,7 @@ def scan():
 def segmenter(tmp_path, models, scan):
     prepared = prepare(Scan(scan, AFFINE, "nifti"), SIZE, "mr")
     with StudyStore(tmp_path / "store", 50_000_000) as store:
-        store.add(HANDLE, {"geometry": prepared.geometry.to_dict()}, prepared.image)
+        store.add(HANDLE, {"geometry": prepared.geometry.to_dict(), "header": ""}, prepared.image)
         yield Segmenter(store, models)
 
 

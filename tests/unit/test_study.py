@@ -9,8 +9,10 @@ from engine.errors import InvalidInput, StudyNotFound, Unavailable
 from engine.runtime import study
 from engine.runtime.study import ScanRequest, Studies, segmentation_features
 from engine.runtime.study_store import StudyStore
+from engine.scan import read_scan
 from engine.scan.limits import Limits
-from engine.volume import prepare
+from engine.volume import Crop, prepare
+from engine.volume.geometry import Geometry
 from tests.locks import waiting_for
 from tests.unit.fake_models import SIZE, FakeModels, manifest
 
@@ -91,6 +93,39 @@ def test_scans_presets_affines_and_models_do_not_share_a_study(store, models):
     assert len(handles) == 5 == models.calls["vision_encoder"]
 
 
+def test_the_model_sees_the_crop_only_and_the_client_hears_which(studies, store):
+    scan = np.random.default_rng(0).integers(0, 900, (20, 30, 16)).astype(np.int16)
+    data, affine = bytes_of(scan), np.diag([-2, 1.5, 4, 1])
+    handle, info = studies.open(ScanRequest(data, affine, "mr", None, None, Crop.of("2:18,5:25,3:11")))
+    again, _ = studies.open(ScanRequest(data, affine, "mr", None, None, Crop.of((2, 5, 3, 18, 25, 11))))
+    assert handle == again
+    assert info["crop"] == [[2, 18], [5, 25], [3, 11]] and "2:18,5:25,3:11" in info["reason"]
+    assert info["shape"] == [20, 30, 16] and info["spacing_mm"] == [2, 1.5, 4]
+    _, alone = studies.open(ScanRequest(bytes_of(scan[2:18, 5:25, 3:11]), affine, "mr", None))
+    assert "crop" not in alone
+    image = prepare(read_scan(bytes_of(scan[2:18, 5:25, 3:11]), affine=affine), SIZE, "mr").image
+    np.testing.assert_array_equal(store.get(handle, "image"), image)
+    geometry = Geometry.from_dict(store.info(handle)["geometry"])
+    assert geometry.scan_shape == (20, 30, 16)
+    np.testing.assert_array_equal(geometry.affine, affine)
+
+
+def test_crops_do_not_share_a_study(studies, models):
+    scan, affine = np.random.default_rng(0).integers(0, 900, (20, 30, 16)).astype(np.int16), np.eye(4)
+    crops = [None, *map(Crop.of, ("0:20,0:30,0:16", "0:10,0:30,0:16", "0:10,0:30,0:16mm", "0:10,0:29,0:16"))]
+    requests = [ScanRequest(bytes_of(scan), affine, "mr", None, None, crop) for crop in crops]
+    with pytest.raises(InvalidInput, match="not within"):
+        studies.open(requests[3])  # 16 mm are half a voxel too many
+    handles = {studies.open(request)[0] for n, request in enumerate(requests) if n != 3}
+    assert len(handles) == 4 == models.calls["vision_encoder"]
+
+
+def test_a_crop_that_cannot_be_used_leaves_nothing_in_the_store(studies, store, models):
+    with pytest.raises(InvalidInput, match="not within the scan"):
+        studies.open(ScanRequest(bytes_of(volume()), None, None, None, None, Crop.of("0:1000,0:2,0:2")))
+    assert store.used_bytes == 0 and not models.calls
+
+
 def test_uploads_of_one_scan_at_the_same_time_prepare_and_encode_it_once(studies, store, models, monkeypatch):
     started, go, prepared = threading.Event(), threading.Event(), []
 
@@ -124,7 +159,11 @@ def test_a_request_names_its_scan_once(studies):
         ScanRequest(None, None, None, None)
     with pytest.raises(InvalidInput, match="both"):
         ScanRequest(bytes_of(volume()), None, None, "0" * 64)
-    for companion in ({"affine": np.eye(4), "preset": None}, {"affine": None, "preset": "ct"}):
+    for companion in (
+        {"affine": np.eye(4), "preset": None},
+        {"affine": None, "preset": "ct"},
+        {"affine": None, "preset": None, "crop": Crop.of("0:1,0:1,0:1")},
+    ):
         with pytest.raises(InvalidInput, match="belong to VOLUME"):
             ScanRequest(None, handle="0" * 64, **companion)
 

@@ -8,6 +8,7 @@ import pytest
 from engine.errors import ResourceExhausted, StudyNotFound
 from engine.runtime import study_store
 from engine.runtime.study_store import StudyStore, content_digest, study_handle
+from engine.volume import Crop
 from tests.locks import waiting_for
 
 MB = 1_000_000
@@ -53,6 +54,11 @@ def test_a_handle_depends_on_content_affine_preset_and_model():
         study_handle(content, None, "auto", "another model"),
     }
     assert len(handles) == 6 and all(len(handle) == 64 for handle in handles)
+    crops = [None, Crop.of("0:1,0:1,0:1"), Crop.of("0:1,0:1,0:2"), Crop.of("0:1,0:1,0:1mm")]
+    assert len({study_handle(content, affine, "ct", "m", crop) for crop in crops}) == 4
+    assert study_handle(content, affine, "ct", "m", crops[1]) == study_handle(
+        content, affine, "ct", "m", Crop.of((0, 0, 0, 1, 1, 1))
+    )
     assert study_handle(content, affine, "ct", "m") == study_handle(content, affine.astype(np.float32), "ct", "m")
 
 

@@ -424,6 +424,16 @@ def test_the_demo_s_clip_runs(scans, tmp_path):
     checkpoint.load_clip(run(pretrain_clip, values))
 
 
+def test_texts_longer_than_the_text_encoder_reads_are_refused(tmp_path):
+    encoder = toy.text_encoder(tmp_path / "bert")
+    values = demo("7_pretrain_clip", tmp_path, text_encoder=encoder, vision_tower=None)
+    del values["max_text_len"]  # 512 then, as the reference trains
+    for changes, length in (({}, 512), ({"max_text_len": 65}, 65)):
+        with pytest.raises(InvalidInput, match=f"max_text_len {length} is more than the text encoder's 64 positions"):
+            pretrain_clip.build(build(pretrain_clip.Settings, values | changes))
+    pretrain_clip.build(build(pretrain_clip.Settings, values | {"max_text_len": 64}))
+
+
 def test_a_packaged_text_encoder_that_was_not_trained_is_named_and_left_out(scans, tmp_path, monkeypatch):
     encoder = Path(toy.text_encoder(tmp_path / "bert"))
     monkeypatch.setattr("engine.packages.fetch", lambda package, version, files: {f: encoder / f for f in files})

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from engine.errors import CheckpointError, InvalidInput
-from engine.models import base, checkpoint
+from engine.models import base, checkpoint, layout
 from engine.prompt import Prompt
 from tests import m3d_data
 from tests import toy_models as toy
@@ -654,7 +654,7 @@ def test_the_merge_refuses_what_is_incomplete(tmp_path, tuned, file, change, nam
     [
         ([base.ADAPTER_WEIGHTS], "adapter_model.safetensors is not there"),
         ([base.ADAPTER_CONFIG], "adapter_config.json cannot be read"),
-        (checkpoint.TOKENIZER_FILES, "has no tokenizer"),
+        (layout.TOKENIZER_FILES, "has no tokenizer"),
     ],
 )
 def test_the_merge_refuses_a_folder_that_lacks_a_file(tmp_path, tuned, files, named):
@@ -831,12 +831,18 @@ def test_the_record_of_an_older_version_is_compared_by_what_it_holds(tmp_path, c
 
 
 def test_a_start_from_the_hub_is_recorded_by_its_commit(tmp_path, monkeypatch):
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    cached = {("owner/model", "config.json"): "hub/models--owner--model/snapshots/abc/config.json"}
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *name: cached.get(name))
-    settings = {"start": {"language_model": "owner/model", "vision_tower": "owner/other"}, "teacher": None}
-    assert started_from(settings) == {"start.language_model/commit": "abc"}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    refs = tmp_path / "models--owner--model" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("abc")
+    (refs / "v2").write_text("def")
+    settings = {
+        "start": {"language_model": "owner/model", "vision_tower": "owner/other", "seg_module": "owner/model/sub@v2"},
+        "teacher": None,
+    }
+    assert started_from(settings) == {"start.language_model/commit": "abc", "start.seg_module/commit": "def"}
 
 
 def test_a_merged_checkpoint_is_left_as_it_is_until_what_it_was_made_from_changes(tmp_path, tuned, monkeypatch, capsys):

@@ -20,9 +20,7 @@ from PIL import Image
 from scipy import sparse
 
 from engine.errors import InvalidInput
-from engine.scan import ARRAY_AFFINE, Scan, pack_scan, read_scan
-from engine.scan.limits import Limits
-from engine.scan.nifti import read_gzipped_nifti, read_nifti
+from engine.scan import ARRAY_AFFINE, Scan, pack_scan, read_scan, read_volume
 from engine.volume import Geometry, prepare
 from training.data.jobs import Job, LeftOut
 from training.data.reading import ABSENT, read_json
@@ -301,14 +299,14 @@ def _nifti_scan(path: Path) -> Scan:
 
 def _label_image(path: Path, scan: Scan) -> np.ndarray:
     """A label image on the scan's own grid. Unlike a scan it may be all zero."""
-    data = memoryview(pack_scan(path)[0])
-    labels, affine = (read_gzipped_nifti if bytes(data[:2]) == b"\x1f\x8b" else read_nifti)(data, Limits())
+    _, found = read_volume(memoryview(pack_scan(path)[0]))
+    labels = found.array
     if labels.shape != scan.array.shape:
         raise InvalidInput(
             f"{path.name} has shape {' x '.join(map(str, labels.shape))}, its image "
             f"{' x '.join(map(str, scan.array.shape))}"
         )
-    if not np.allclose(affine, scan.affine, atol=0.05):
+    if not np.allclose(found.affine, scan.affine, atol=0.05):
         raise InvalidInput(f"{path.name} lies elsewhere than its image: their affines differ")
     return labels
 

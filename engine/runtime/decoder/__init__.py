@@ -220,6 +220,6 @@ class Decoder:
 
 
 def _read_tokenizer(folder: Path):
-    from transformers import AutoTokenizer
+    from engine.models.checkpoint import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)

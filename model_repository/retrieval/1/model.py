@@ -3,6 +3,8 @@
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from engine.manifest import CLIP_TOKENIZER_FOLDER, Manifest
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk
@@ -31,5 +33,10 @@ class TritonPythonModel:
         self.store.close()
 
     def _scores(self, request):
-        scores = self.retriever.scores(triton_io.text(request, "STUDY"), triton_io.texts(request, "TEXTS"))
-        return triton_io.response(request.requested_output_names(), SCORES=scores)
+        scores, cut = self.retriever.rank(triton_io.text(request, "STUDY"), triton_io.texts(request, "TEXTS"))
+        return triton_io.response(
+            request.requested_output_names(),
+            SCORES=scores,
+            TEXT_CUT=cut,
+            TEXT_LIMIT=np.array([self.retriever.text_limit], np.int32),
+        )

@@ -46,5 +46,6 @@ def _response(request, mask):
         MASK=mask.packed,
         MASK_SHAPE=np.array(mask.shape, np.int64),
         MASK_AFFINE=mask.affine,
+        MASK_HEADER=np.frombuffer(mask.header, np.uint8),
         LOGITS=mask.logits,
     )

@@ -13,8 +13,9 @@ from engine.runtime.study import ScanRequest, Studies
 from engine.runtime.study_store import StudyStore, default_limit
 from engine.runtime.uploads import Uploads
 from engine.scan.limits import Limits
+from engine.volume.crop import Crop
 
-_WITH_THE_LAST_PART = ("AFFINE", "PRESET", "STUDY", "SEGMENT_HINT")
+_WITH_THE_LAST_PART = ("AFFINE", "PRESET", "CROP", "CROP_UNIT", "STUDY", "SEGMENT_HINT")
 
 
 class TritonPythonModel:
@@ -83,7 +84,16 @@ class TritonPythonModel:
             triton_io.text(request, "PRESET"),
             triton_io.text(request, "STUDY"),
             digest,
+            self._crop(request),
         )
+
+    def _crop(self, request):
+        box, unit = triton_io.array(request, "CROP"), triton_io.text(request, "CROP_UNIT")
+        if box is None:
+            if unit is not None:
+                raise InvalidInput("CROP_UNIT came without a CROP: give both")
+            return None
+        return Crop.of_numbers(box, unit)
 
     def _encode_early(self, handle):
         try:

@@ -1,0 +1,46 @@
+"""The commands that the documents show are commands that there are."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import typer.main
+
+from engine import cli
+from export import build_engines
+from tests.conftest import ROOT
+
+
+def commands(document: str) -> list[list[str]]:
+    """The words of each line of the document's sh blocks that runs `m3d` or the export."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in split if any(word.endswith(("/m3d", "build_engines.py")) for word in words)]
+
+
+@pytest.mark.parametrize("document, count", [("docs/checkpoints.md", 6), ("README.md", 10)])
+def test_the_commands_of_a_document_are_understood(document, count):
+    found = commands(document)
+    assert len(found) >= count
+    for words in found:
+        if "..." in words:
+            continue  # stands for what was said before
+        if "export/build_engines.py" in words:
+            build_engines._parser().parse_args(words[words.index("export/build_engines.py") + 1 :])
+            continue
+        group = typer.main.get_command(cli.app)
+        with group.make_context("m3d", words[1:], resilient_parsing=False) as context:
+            name, command, arguments = group.resolve_command(context, words[1:])
+            command.make_context(name, arguments, parent=context)
+
+
+@pytest.mark.parametrize("document", ["docs/checkpoints.md", "README.md"])
+def test_the_links_of_a_document_lead_to_files(document):
+    text = (ROOT / document).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert links
+    for link in links:
+        assert ((ROOT / document).parent / link).exists(), link
