@@ -22,26 +22,39 @@ MAX_PART_BYTES = 16 << 20  # taken in within some milliseconds, while other requ
 MAX_NAME_LENGTH = 64
 MOST = 1000  # uploads at a time, however small
 IDLE_S = 600.0  # as long as our client waits, unless it is told otherwise
-SLOW_S = 60.0  # between two parts of our client on a line of half a megabit per second
+SLOW_S = 90.0  # between two parts of our client on a line of half a megabit per second, and half as long again
+PROGRESS_BYTES = 1 << 20  # that an upload brings within SLOW_S, or others may have its memory
+DEADLINE_S = 7200.0  # of a whole upload; the largest scan takes it on a line of 2.4 megabit per second
 
 
 @dataclass
 class Upload:
-    """data: uint8 [size], of which the first `received` bytes are here. digest: of those."""
+    """data: uint8 [size], of which the first `received` bytes are here. digest: of those. started, last_part: times.
+    progress: how many bytes were here, and when, as PROGRESS_BYTES more had come for the last time.
+    """
 
     data: np.ndarray
     digest: blake3 = field(default_factory=new_digest)
     received: int = 0
+    started: float = 0.0
     last_part: float = 0.0
+    progress: tuple[int, float] = (0, 0.0)
+
+    def add(self, part: np.ndarray, now: float) -> None:
+        self.data[self.received : self.received + part.size] = part
+        self.digest.update(part.data)
+        self.received, self.last_part = self.received + part.size, now
+        if self.received - self.progress[0] >= PROGRESS_BYTES:
+            self.progress = (self.received, now)
 
 
 class Uploads:
     """The uploads in progress of one process, by name. One thread calls it.
 
-    Bounded: what has come of them, and the complete ones whose data somebody holds, may be twice as large as the
-    largest scan. What does not fit takes the place of uploads that have waited for a part for SLOW_S, if there are any,
-    and is refused otherwise. What is only announced takes no memory, and so nobody's place; but those in progress are
-    at most MOST in number, and of more the one gives way of which the least has come. clock: seconds.
+    What has come of them, and the complete ones whose data somebody holds, may be twice as large as the largest scan. A
+    part that does not fit takes the memory of uploads that have brought less than PROGRESS_BYTES within SLOW_S, if there
+    are any, and is refused otherwise. An upload takes memory as its parts arrive. At most MOST are in progress; beyond
+    that, the one with the fewest bytes is ended. clock: seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
@@ -65,8 +78,14 @@ class Uploads:
         if not 0 <= start < end <= size:
             raise InvalidInput(f"bytes {start:,} to {end:,} are no part of a file of {size:,} bytes")
         self.limits.check_bytes(size, "the file")
+        if start == 0 and upload is not None:
+            raise InvalidInput(
+                "an upload of this name is in progress; both are ended, since their parts could not be told apart: give "
+                "each upload a name of its own, such as a random one"
+            )
         if start == 0:
-            upload = Upload(_memory(size))
+            now = self.clock()
+            upload = Upload(_memory(size), started=now, progress=(0, now))
         elif upload is None:
             raise Unavailable(
                 "this server does not know the upload (any more): it waited too long for a part, or had "
@@ -78,9 +97,7 @@ class Uploads:
                 f"{upload.received:,} of {upload.data.size:,}: send its parts in their order"
             )
         self._make_room(end)
-        upload.data[start:end] = part
-        upload.digest.update(part.data)
-        upload.received, upload.last_part = end, self.clock()
+        upload.add(part, self.clock())
         if end < size:
             if len(self._uploads) == MOST:
                 del self._uploads[min(self._uploads, key=lambda name: self._uploads[name].received)]
@@ -91,11 +108,12 @@ class Uploads:
         return upload
 
     def forget_idle(self) -> None:
-        """Let go of the uploads that have waited for a part for IDLE_S."""
-        self._forget(lambda upload: self.clock() - upload.last_part > IDLE_S)
+        """End the uploads that have waited for a part for IDLE_S, or are not complete after DEADLINE_S."""
+        now = self.clock()
+        self._forget(lambda upload: now - upload.last_part > IDLE_S or now - upload.started > DEADLINE_S)
 
     def _make_room(self, size: int) -> None:
-        self._forget(lambda upload: self.clock() - upload.last_part > SLOW_S and not self._has_room(size))
+        self._forget(lambda upload: self.clock() - upload.progress[1] > SLOW_S and not self._has_room(size))
         if not self._has_room(size):
             raise ResourceExhausted("this server takes in as much as it has memory for: try again shortly")
 
@@ -105,9 +123,8 @@ class Uploads:
 
     def _forget(self, gives_way: Callable[[Upload], bool]) -> None:
         for name, upload in list(self._uploads.items()):
-            if not gives_way(upload):
-                break  # those behind it have waited less
-            del self._uploads[name]
+            if gives_way(upload):
+                del self._uploads[name]
 
 
 def _memory(size: int) -> np.ndarray:

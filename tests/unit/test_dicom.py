@@ -559,6 +559,7 @@ def test_a_frame_of_another_size_is_refused_before_it_is_decoded(uid, rows, colu
         decoded(compressed, None)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("uid", [BASELINE, LOSSLESS_SV1, JPEG_LS, JPEG_2000, RLELossless])
 def test_damaged_frames_never_escape_as_another_error(decoder, uid):
     random = np.random.default_rng(0)
@@ -638,9 +639,10 @@ def test_one_slice_is_no_series_whatever_it_is():
     refused(saved(report), "single DICOM file", "SR")
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_file_that_only_starts_as_dicom_does_is_refused():
     for content in (b"\x08\0\x05\0CS" + b"\xff" * 100, saved(enhanced())[132:400], b"\x02\0\0\0UL\x04\0"):
-        refused(content, "")
+        refused(content, "DICOM")
 
 
 def test_frames_without_places_of_their_own_are_refused():

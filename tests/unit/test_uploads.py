@@ -7,7 +7,7 @@ import pytest
 from engine.errors import InvalidInput, ResourceExhausted, Unavailable
 from engine.runtime import uploads as uploads_module
 from engine.runtime.study_store import content_digest
-from engine.runtime.uploads import IDLE_S, SLOW_S, Uploads
+from engine.runtime.uploads import DEADLINE_S, IDLE_S, SLOW_S, Uploads
 from engine.scan.limits import Limits
 
 FILE = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
@@ -91,9 +91,55 @@ def test_a_file_over_the_limit_is_refused_with_its_first_part(uploads):
         uploads.add("a", 0, FILE.size + 1, FILE[:10])
 
 
-def test_beginning_again_begins_anew(uploads):
-    uploads.add("a", 0, FILE.size, FILE[:10_000])
+def test_two_uploads_under_one_name_both_end_with_an_error(uploads):
+    """Else the one patient's first half and the other's second would become a study."""
+    uploads.add("a", 0, FILE.size, FILE[:50_000])
+    with pytest.raises(InvalidInput, match="both are ended"):
+        uploads.add("a", 0, FILE.size, FILE[::-1][:50_000].copy())
+    with pytest.raises(Unavailable, match="does not know the upload"):
+        uploads.add("a", 50_000, FILE.size, FILE[50_000:])
     np.testing.assert_array_equal(send(uploads, "a", 25_000).data, FILE)
+
+
+def test_uploads_that_bring_a_byte_now_and_then_give_way_to_a_new_one(uploads, clock, monkeypatch):
+    monkeypatch.setattr(uploads_module, "PROGRESS_BYTES", 1000)
+    most = FILE.size - 100
+    for name in "ab":
+        uploads.add(name, 0, FILE.size, FILE[:most])
+    for second in range(1, 10):
+        clock.now += SLOW_S / 8
+        for name in "ab":
+            start = most + second - 1
+            uploads.add(name, start, FILE.size, FILE[start : start + 1])
+    np.testing.assert_array_equal(send(uploads, "c", 10_000).data, FILE)
+
+
+def test_an_upload_that_keeps_its_pace_does_not_give_way(uploads, clock, monkeypatch):
+    monkeypatch.setattr(uploads_module, "PROGRESS_BYTES", 1000)
+    for name in "ab":
+        uploads.add(name, 0, FILE.size, FILE[:90_000])
+    for start in range(90_000, 99_000, 1000):
+        clock.now += SLOW_S / 2
+        for name in "ab":
+            uploads.add(name, start, FILE.size, FILE[start : start + 1000])
+    with pytest.raises(ResourceExhausted):
+        send(uploads, "c", 10_000)
+    for name in "ab":
+        np.testing.assert_array_equal(send(uploads, name, 500, start=99_000).data, FILE)
+
+
+def test_an_upload_has_a_deadline(uploads, clock):
+    uploads.add("a", 0, FILE.size, FILE[:10])
+    for start in range(10, 30):
+        clock.now += IDLE_S / 2
+        uploads.forget_idle()
+        if clock.now - 1000 > DEADLINE_S:
+            break
+        uploads.add("a", start, FILE.size, FILE[start : start + 1])
+    clock.now += DEADLINE_S
+    uploads.forget_idle()
+    with pytest.raises(Unavailable):
+        uploads.add("a", 30, FILE.size, FILE[30:])
 
 
 def test_a_part_or_a_name_that_is_too_large_is_refused(monkeypatch, uploads):
@@ -165,7 +211,6 @@ def test_of_too_many_uploads_the_one_gives_way_of_which_the_least_has_come(uploa
         uploads.add(name, 0, 20, FILE[:received])
     for name in "defgh":
         uploads.add(name, 0, 20, FILE[:1])
-        uploads.add("b", 0, 20, FILE[:1])  # begins anew, again and again
     np.testing.assert_array_equal(send(uploads, "a", 5, FILE[:20], start=10).data, FILE[:20])
     with pytest.raises(Unavailable, match="give way"):
         uploads.add("c", 1, 20, FILE[1:20])

@@ -1,4 +1,10 @@
-"""Decoding of compressed frames, in a process of its own."""
+"""Decoding of compressed frames, in a process of its own.
+
+imagecodecs decodes (libjpeg-turbo, CharLS, OpenJPEG), and pydicom does RLE. Not GDCM, pydicom's usual plugin: python-gdcm
+3.2.6 aborts or crashes on damaged frames and on valid ones of 7 bits; it has no JPEG Extended of 12 bits by pydicom; and
+its libraries replace zlib in every process that imports pydicom or nibabel (`import gdcm, gzip; gzip.compress(b"x")` ends
+in "double free or corruption").
+"""
 
 from __future__ import annotations
 
