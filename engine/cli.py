@@ -289,7 +289,9 @@ def sample(
 def inspect(
     checkpoint: Annotated[
         str,
-        typer.Argument(help="folder or Hugging Face id (owner/name[/subfolder][@revision]) of M3D-LaMed or M3D-CLIP"),
+        typer.Argument(
+            help="folder or Hugging Face id (owner/name\\[/subfolder]\\[@revision]) of M3D-LaMed or M3D-CLIP"
+        ),
     ],
     target: Annotated[str, typer.Option(help="what it shall be exported for: cpu or tensorrt")] = "cpu",
     precision: Annotated[str, typer.Option(help="of the export: fp32, bf16, fp16, or fp8 with tensorrt")] = "fp32",

@@ -180,10 +180,15 @@ def _other_version(path: Path, values: dict[str, Any], target: str) -> str:
     by = "another version of m3d-engine" if written in (None, here) else f"m3d-engine {written}"
     source = values.get("checkpoint")
     checkpoint = shlex.quote(source) if isinstance(source, str) else "CHECKPOINT"
+    more = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(values[name]))}"
+        for name in ("precision", "clip_checkpoint")
+        if values.get(name)
+    ]
     return (
         f"{path} was written by {by} (format {values.get('format')}); this is {here}, which reads format {FORMAT}: export "
         f"again, `python export/build_engines.py --checkpoint {checkpoint} --target {values.get('target', target)} "
-        f"--repository {shlex.quote(str(path.parent))}`"
+        f"{''.join(f'{option} ' for option in more)}--repository {shlex.quote(str(path.parent))}`"
     )
 
 

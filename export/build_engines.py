@@ -29,6 +29,7 @@ if __package__ in (None, ""):  # run as a script, from any folder, whose own mod
 from engine import contract, manifest
 from engine.errors import CheckpointError, InvalidInput, M3DError, RepositoryError
 from engine.manifest import CLIP_TOKENIZER_FOLDER, LLM_FOLDER, TENSORRT_CONFIG, Manifest
+from engine.models.hub_cache import size_text
 from engine.prompt import IMAGE_TOKEN, Prompt
 from export.build_settings import BUILDERS, RTX_CAPABILITIES, BuildSettings
 
@@ -96,21 +97,22 @@ def export(
 
     repository = Path(repository)
     _check_repository(repository)
+    quantize.check(quantization, len(calibration))
+    plans = _check_target(target, precision, settings, calibration, quantization)
+    named = {"checkpoint": checkpoint, "clip_checkpoint": clip_checkpoint}
+    given = {name: source for name, source in named.items() if source is not None}
+    if not force:
+        _refuse_before_download(given, repository, target, precision)
     # Located once: a branch on the hub may move while this runs.
-    sources = {
-        name: hub.locate(source, lambda text, name=name: _say(name, text))
-        for name, source in {"checkpoint": checkpoint, "clip_checkpoint": clip_checkpoint}.items()
-        if source is not None
-    }
+    sources = {name: hub.locate(source, lambda text, name=name: _say(name, text)) for name, source in given.items()}
     for name, located in sources.items():
         if located.commit is not None:
             _say(name, str(located))
-    needed = _needs(sources, target, precision)
+    read = sum(checkpoints.bytes_read(located.folder) for located in sources.values())
+    needed = _needs({name: located.folder for name, located in sources.items()}, read, target, precision)
     print(f"this export needs {needed}", flush=True)
     hashes = {f"{name}_sha256": checkpoints.sha256(located.folder) for name, located in sources.items()}
     commits = {f"{name}_commit": located.commit for name, located in sources.items()}
-    quantize.check(quantization, len(calibration))
-    plans = _check_target(target, precision, settings, calibration, quantization)
     llm_precision = "bf16" if precision == "fp8" else precision
     wanted = {**hashes, "target": target, "precision": llm_precision, "versions": _versions(), "plans": plans}
     quantized = {"scheme": quantization, "calibration": _hashes(calibration)} if quantization else {}
@@ -147,16 +149,34 @@ def export(
     return result
 
 
-def _needs(sources: dict, target: str, precision: str):
-    """What the export of the located checkpoints needs. Raises CheckpointError for a checkpoint of another kind."""
+def _needs(folders: dict[str, Path], read: int, target: str, precision: str):
+    """What the export of checkpoints with their config.json in these folders needs; read: bytes of their files.
+
+    Raises CheckpointError for a checkpoint of another kind.
+    """
     from engine.models import checkpoint as checkpoints
     from engine.models.config import ClipConfig, LamedConfig
     from engine.models.needs import needs, parts_of
 
-    configs = {name: checkpoints.read_config(located.folder) for name, located in sources.items()}
+    configs = {name: checkpoints.read_config(folder) for name, folder in folders.items()}
     clip = configs.get("clip_checkpoint")
     parts = parts_of(LamedConfig.from_dict(configs["checkpoint"]), clip and ClipConfig.from_dict(clip))
-    return needs(parts, sum(checkpoints.bytes_read(located.folder) for located in sources.values()), target, precision)
+    return needs(parts, read, target, precision)
+
+
+def _refuse_before_download(given: dict[str, str], repository: Path, target: str, precision: str) -> None:
+    """Refuse an export that does not fit before gigabytes are fetched for it. Raises ResourceExhausted."""
+    from engine.models.survey import survey
+
+    surveys = {name: survey(source) for name, source in given.items()}
+    if not any(found.absent for found in surveys.values()):
+        return  # nothing is fetched; whether anything is exported is not known yet
+    read = sum(found.sizes.get(file, 0) for found in surveys.values() for file in found.read)
+    needed = _needs({name: found.folder for name, found in surveys.items()}, read, target, precision)
+    print(
+        f"to fetch: {size_text(sum(size for found in surveys.values() for size in found.absent.values()))}", flush=True
+    )
+    needed.refuse(repository, freed=sum(_artifacts(repository).values()))
 
 
 def _open_lamed(checkpoint: Path) -> tuple:
@@ -213,7 +233,8 @@ def _export_lamed(
         graphs[graph.name] = _built(build, graph, repository, finish)
         del graph
         gc.collect()
-    ends = config.llm.get("eos_token_id", prompt.tokenizer.eos_token_id)
+    ends = config.llm.get("eos_token_id")
+    ends = prompt.tokenizer.eos_token_id if ends is None else ends
     values = {
         "image_size": config.vision.image_size,
         "patch_size": config.vision.patch_size,

@@ -153,6 +153,8 @@ class TextStream(Iterator[str]):
                 raise Unavailable("the server closed the stream before the answer was complete")
             text = self._collected.add(outputs)
             self.answer = self._collected.finished()
+            if self.answer:
+                self._responses.finish()
             if text:
                 return text
         raise StopIteration
@@ -237,6 +239,8 @@ class M3DClient:
         """
         from engine.scan import scan_pieces
 
+        if not isinstance(preset, str):
+            raise InvalidInput(f"a preset is named by a text, such as 'auto', not by {type(preset).__name__}")
         if crop is not None:
             from engine.volume.crop import Crop
 
@@ -333,6 +337,7 @@ class M3DClient:
             for outputs in responses:
                 collected.add(outputs)
                 if answer := collected.finished():
+                    responses.finish()
                     return answer, outputs
         finally:
             responses.close()
@@ -387,6 +392,10 @@ class _Asked(Iterator):
             outputs = next(self._responses)
         self._send_again = None
         return outputs
+
+    def finish(self) -> None:
+        """Read to the end of the stream, once the answer is whole."""
+        self._responses.finish()
 
     def close(self) -> None:
         self._closed = True

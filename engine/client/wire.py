@@ -6,6 +6,7 @@ so that streams are independent, cancelled one by one, and paused by HTTP/2's fl
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -234,7 +235,7 @@ class Connection:
         requests = [request_of(model, inputs) for inputs in parts]
         wanted, waiting = len(requests), iter(requests)
         del requests  # the iterator has them until the last is sent
-        responses = list(ResponseStream(self, self.stub.ModelStreamInfer(waiting, timeout=timeout)))
+        responses = list(ResponseStream(self, self.stub.ModelStreamInfer(waiting, timeout=timeout), alone=wanted == 1))
         if len(responses) < wanted:
             raise Unavailable(f"the server closed the stream after {len(responses)} of {wanted} responses; see its log")
         return responses[-1]
@@ -242,7 +243,8 @@ class Connection:
     def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> ResponseStream:
         """One request to a decoupled model, any number of responses. Sent at once."""
         self._check_open()
-        return ResponseStream(self, self.stub.ModelStreamInfer(iter((request_of(model, inputs),)), timeout=timeout))
+        call = self.stub.ModelStreamInfer(iter((request_of(model, inputs),)), timeout=timeout)
+        return ResponseStream(self, call, alone=True)
 
     def error(self, error: grpc.RpcError, cancelled: bool = False) -> M3DError:
         """The typed error that a failed call stands for. cancelled: whether this side cancelled it."""
@@ -269,10 +271,14 @@ class Connection:
 
 
 class ResponseStream(Iterator):
-    """The responses of one streaming call, as dicts of output name to array. Cancelled by `close`, or when dropped."""
+    """The responses of one streaming call, as dicts of output name to array. Cancelled by `close`, or when dropped.
 
-    def __init__(self, connection: Connection, call):
+    alone: that one request is all that is sent, so that an error is the last response.
+    """
+
+    def __init__(self, connection: Connection, call, alone: bool):
         self._connection = connection
+        self._alone = alone
         self._call = call
         self._cancelled = False
 
@@ -282,9 +288,18 @@ class ResponseStream(Iterator):
         except grpc.RpcError as error:
             raise self._connection.error(error, self._cancelled) from None
         if message.error_message:
-            self.close()
+            self.finish() if self._alone else self.close()
             raise server_error(message.error_message)
         return outputs_of(message.infer_response)
+
+    def finish(self) -> None:
+        """Read to the end of a stream whose last response has come, or failed.
+
+        Triton 2.51 keeps the socket of a call that is cancelled between its last response and its end.
+        """
+        with contextlib.suppress(grpc.RpcError):
+            for _ in self._call:
+                pass
 
     def close(self) -> None:
         self._cancelled = True

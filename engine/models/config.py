@@ -12,6 +12,7 @@ from engine.models.language_model import FAMILIES, context_length
 # What the published checkpoints leave unsaid: the reference hard-codes these sizes (multimodal_encoder/vit.py).
 PUBLISHED_VIT = {"hidden_size": 768, "mlp_dim": 3072, "num_layers": 12, "num_heads": 12}
 BERT_POSITIONS = 512  # BertConfig's default, which the published M3D-CLIP leaves as it is
+MOST_PATCHES = 1 << 17  # of a volume; the published one has 2,048
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class ViTConfig:
                 raise CheckpointError(f"{name} must be three positive whole numbers (D, H, W), not {value}")
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size)):
             raise CheckpointError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.num_patches > MOST_PATCHES:
+            raise CheckpointError(
+                f"image_size {self.image_size} is {self.num_patches:,} patches; {MOST_PATCHES:,} are read"
+            )
         _check_whole({name: getattr(self, name) for name in ("in_channels", *PUBLISHED_VIT)})
         if self.hidden_size % self.num_heads:
             raise CheckpointError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
@@ -156,6 +161,11 @@ class LamedConfig:
             raise CheckpointError(
                 f"proj_pooling_size {config.proj_pooling_size} leaves no visual token of the "
                 f"{' x '.join(map(str, vision.grid))} patches"
+            )
+        if config.context_length <= 1 + config.num_visual_tokens:
+            raise CheckpointError(
+                f"the language model has a context of {config.context_length} tokens, and a scan alone takes "
+                f"1 + {config.num_visual_tokens}: max_position_embeddings or the image size is wrong"
             )
         seg, vocabulary = config.seg_token_id, values["vocab_size"]
         if segmentation and seg is not None and not (isinstance(seg, int) and 0 <= seg < vocabulary):

@@ -240,7 +240,7 @@ def _cause(error: Exception, name: HubName, cache: HubCache) -> str:
     page = f"{constants.ENDPOINT}/{name.repository}"
     log_in = "run `hf auth login` or set HF_TOKEN"
     kept = cache.commit(name.revision)
-    copy = f" (HF_HUB_OFFLINE=1 uses the copy of commit {kept})" if kept else ""
+    copy = f" (HF_HUB_OFFLINE=1 uses the copy of commit {kept})" if kept and cache.found(kept) else ""
     if isinstance(error, errors.GatedRepoError):
         return f"access is restricted: ask for it on {page}, then {log_in}{copy}"
     if isinstance(error, errors.RepositoryNotFoundError):

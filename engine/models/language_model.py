@@ -92,4 +92,10 @@ def causal_lm(llm: dict) -> nn.Module:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = causal_lm_config(llm)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except (ValueError, TypeError, KeyError) as error:  # of a value that the configuration takes, and no layer
+        raise CheckpointError(
+            f"config.json does not describe a language model of type {llm['model_type']!r} "
+            f"({type(error).__name__}: {error})"
+        ) from None

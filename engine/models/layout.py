@@ -64,6 +64,8 @@ def tensor_files(names: Collection[str], path: Callable[[str], Path]) -> list[st
         shards = set(json.loads(path(name).read_text())["weight_map"].values())
         if others := [shard for shard in shards if not isinstance(shard, str)]:
             raise TypeError(f"{others[0]!r} is no file name")
+        if outside := [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]:
+            raise ValueError(f"{outside[0]!r} lies outside the folder")
         return sorted(shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

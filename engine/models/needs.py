@@ -14,6 +14,7 @@ from engine.errors import ResourceExhausted
 from engine.models.checkpoint import PARTS, lamed_shapes
 from engine.models.clip import M3DClip
 from engine.models.config import ClipConfig, LamedConfig
+from engine.models.hub_cache import size_text
 from engine.models.lamed import Lamed
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}  # of the language model; beside fp8 encoders it has bf16
@@ -53,7 +54,7 @@ class Needs:
     def __str__(self) -> str:
         minutes = max(1, round(self.seconds / 60))
         return (
-            f"{self.disk / 1e9:,.1f} GB of disk, {self.memory / 1e9:,.1f} GB of memory and about {minutes} "
+            f"{size_text(self.disk)} of disk, {size_text(self.memory)} of memory and about {minutes} "
             f"minute{'s' if minutes > 1 else ''}"
         )
 
@@ -67,12 +68,12 @@ class Needs:
         disk, memory = shutil.disk_usage(repository).free + freed, available_memory()
         if self.disk > disk:
             raise ResourceExhausted(
-                f"the export writes {self.disk / 1e9:,.1f} GB, and {disk / 1e9:,.1f} GB are free at {repository}: make "
+                f"the export writes {size_text(self.disk)}, and {size_text(disk)} are free at {repository}: make "
                 "room, or copy model_repository/ to a larger disk and name it with --repository (--force exports anyway)"
             )
         if self.memory > memory:
             raise ResourceExhausted(
-                f"the export needs {self.memory / 1e9:,.1f} GB of memory, and {memory / 1e9:,.1f} GB are available: end "
+                f"the export needs {size_text(self.memory)} of memory, and {size_text(memory)} are available: end "
                 "other programs, or use a larger machine (--force exports anyway)"
             )
 

@@ -48,7 +48,7 @@ class LeadingSpaceTokenizer(PreTrainedTokenizerFast):
         text = text.replace(SPACE, " ")
         if eager := [re.escape(token.content) for token in added if token.rstrip]:
             text = re.sub(rf"({'|'.join(eager)})\s+", r"\1", text)
-        ordinary = [token.content for token in added if not token.special]
+        ordinary = {token.content for token in added} - set(self.all_special_tokens)
         return f" {text}" if text.startswith((" ", *ordinary)) else text
 
 
@@ -72,7 +72,13 @@ def from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     path = folder / MODEL
     model = _read_model(path)
     config = _json(folder / "tokenizer_config.json")
-    names, added = _special_tokens(folder, config, [piece.piece for piece in model.pieces])
+    try:
+        names, extra, added = _special_tokens(folder, config, [piece.piece for piece in model.pieces])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: tokenizer_config.json, added_tokens.json or special_tokens_map.json is damaged "
+            f"({type(error).__name__}: {error}): get the checkpoint again"
+        ) from None
     legacy = config.get("legacy")
     legacy = True if legacy is None else bool(legacy)  # as transformers 4.39 has it where nothing is said
     backend = Tokenizer(_bpe(path, model, names["unk_token"]))
@@ -95,6 +101,7 @@ def from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=config.get("clean_up_tokenization_spaces", False),
         model_max_length=config.get("model_max_length"),
         padding_side=config.get("padding_side", "right"),
+        extra_special_tokens=extra,
         **{name: token for name, token in names.items() if token is not None},
     )
 
@@ -151,8 +158,9 @@ def _bpe(path: Path, model, unknown: str | None) -> BPE:
 
 def _special_tokens(
     folder: Path, config: dict, pieces: list[str]
-) -> tuple[dict[str, str | None], dict[int, dict[str, Any]]]:
-    """(name such as bos_token -> its text, id -> settings of every token that is found before text is merged)."""
+) -> tuple[dict[str, str | None], list[str], dict[int, dict[str, Any]]]:
+    """(name such as bos_token -> its text, the texts of further special tokens, id -> settings of every token that is
+    found before text is merged)."""
     mapped = _json(folder / "special_tokens_map.json")
     decoder = {int(token_id): dict(token) for token_id, token in config.get("added_tokens_decoder", {}).items()}
     # Where tokenizer_config.json has no added_tokens_decoder (before transformers 4.34), the map comes first.
@@ -161,7 +169,8 @@ def _special_tokens(
     names["unk_token"] = names["unk_token"] or "<unk>"
     names["bos_token"] = names["bos_token"] or "<s>"
     names["eos_token"] = names["eos_token"] or "</s>"
-    special = {*filter(None, names.values()), *map(_text, told.get("additional_special_tokens") or ())}
+    extra = [str(_text(token)) for token in told.get("additional_special_tokens") or ()]
+    special = {*filter(None, names.values()), *extra}
     for content, token_id in _json(folder / "added_tokens.json").items():
         decoder.setdefault(int(token_id), {"content": content, "special": content in special})
     known = {token["content"] for token in decoder.values()}
@@ -171,7 +180,7 @@ def _special_tokens(
                 raise CheckpointError(f"{folder}: the tokenizer's {name} {content!r} is none of its tokens")
             decoder[pieces.index(content)] = {"content": content, "special": True}
             known.add(content)
-    return names, dict(sorted(decoder.items()))
+    return names, extra, dict(sorted(decoder.items()))
 
 
 def _add(path: Path, backend: Tokenizer, added: dict[int, dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +12,7 @@ import numpy as np
 from isal import igzip
 
 from engine.errors import InvalidInput
-from engine.scan.nifti import header_class
+from engine.scan.nifti import header_class, millimetres, usable
 
 NIFTI1_AXIS = (1 << 15) - 1  # voxels along an axis of a NIfTI-1 file at most
 SCANNER = 1  # NIFTI_XFORM_SCANNER_ANAT
@@ -58,9 +59,21 @@ def save_mask(mask: np.ndarray, scan: Placed, path: str | os.PathLike) -> Path:
 
     Source: nifti1.h, nifti2.h.
     """
-    path, mask = Path(path), np.asarray(mask)
+    try:
+        path, mask = Path(path), np.asarray(mask)
+    except TypeError as error:
+        raise InvalidInput(f"a path to a .nii or .nii.gz file is wanted ({error})") from None
     if mask.ndim != 3:
         raise InvalidInput(f"a mask has the 3 axes of its scan, not {mask.ndim}")
+    if mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all():
+        raise InvalidInput("a mask holds 0 and 1 only: compare probabilities with their threshold first")
+    if not hasattr(scan, "affine") or not hasattr(scan, "header"):
+        raise InvalidInput(f"what `read_scan` returned for the mask's scan is wanted, not {type(scan).__name__}")
+    of_scan = getattr(scan, "array", mask).shape
+    if mask.shape != of_scan:
+        raise InvalidInput(
+            f"the mask has shape {mask.shape}, its scan {of_scan}: masks have the scan's axes in its order"
+        )
     if not path.name.endswith((".nii", ".nii.gz")):
         raise InvalidInput(f"a mask is saved as .nii or .nii.gz, not as {path.name!r}")
     header = mask_header(mask.shape, scan)
@@ -91,9 +104,25 @@ def mask_header(shape: tuple[int, ...], scan: Placed) -> nib.Nifti1Header:
     for name in (*PLACE, *ROWS):
         header[name] = source[name]
     header["pixdim"][4:] = 1
-    if not source["qform_code"] and source["sform_code"] and _is_sheared(source.get_sform()):
+    if source["sform_code"] and not usable(source.get_sform()):
+        # The scan's place is its qform's: an sform that puts voxels nowhere would put the mask there.
+        header.set_sform(_in_unit(scan.affine, source), int(source["sform_code"]))
+    elif not source["qform_code"] and source["sform_code"] and _is_sheared(source.get_sform()):
         header.set_qform(source.get_sform(), int(source["sform_code"]), strip_shears=True)
+    parts = [float(source[f"quatern_{name}"]) for name in "bcd"]
+    if source["qform_code"] and (length := math.hypot(*parts)) > 1:
+        # A rounding above unit length: nibabel refuses to read it. Beside an sform it is exact in every reader.
+        for name, part in zip("bcd", parts):
+            header[f"quatern_{name}"] = part / length
+        if not source["sform_code"]:
+            header.set_sform(_in_unit(scan.affine, source), int(source["qform_code"]))
     return header
+
+
+def _in_unit(affine: np.ndarray, source: nib.Nifti1Header) -> np.ndarray:
+    """An affine in mm in the header's unit of length."""
+    scale = 1 / millimetres(source)
+    return np.diag([scale, scale, scale, 1]) @ affine
 
 
 def _read(header: bytes) -> nib.Nifti1Header:

@@ -66,7 +66,12 @@ def own_affine(source: object) -> object | None:
 
     MONAI gives a tensor that was not read from a file the identity, which says nothing.
     """
-    affine = getattr(source, "affine", None)
+    try:
+        affine = getattr(source, "affine", None)
+    except Exception as error:  # a property of somebody else's class
+        raise InvalidInput(
+            f"the affine of the {type(source).__name__} cannot be read ({error}): give affine="
+        ) from None
     if affine is None or callable(affine):
         return None
     matrix = np.squeeze(np.asarray(_on_cpu(affine)))

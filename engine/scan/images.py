@@ -86,7 +86,7 @@ def _nifti_pieces(image: Any) -> Pieces:
 
 
 def _is_itk(source: object) -> bool:
-    return all(callable(getattr(source, name, None)) for name in _ITK)
+    return all(callable(getattr(type(source), name, None)) for name in _ITK)
 
 
 def _itk_pieces(image: Any) -> tuple[Pieces, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 from engine.errors import InvalidInput
 from engine.scan.affine import LPS_TO_RAS, affine_of
 from engine.scan.limits import Limits
-from engine.scan.npy import of_three_axes
+from engine.scan.npy import without_frames
 from engine.scan.parts import Volume
 from engine.scan.voxels import inflated_voxels, raw_voxels
 
@@ -83,7 +83,7 @@ def read_metaimage(data: memoryview, limits: Limits) -> Volume:
             f"the MetaImage header is damaged: DimSize is {keys.get('DimSize', '')[:80]!r}, NDims "
             f"{keys.get('NDims', '')[:20]!r}"
         )
-    shape = of_three_axes(sizes)
+    shape = without_frames(sizes)
     limits.check_shape(shape)
     if len(sizes) != 3:
         raise InvalidInput(f"the MetaImage has {len(sizes)} axes ({keys['DimSize'][:80]}): write it as a volume of 3")

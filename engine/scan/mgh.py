@@ -10,7 +10,7 @@ from nibabel.freesurfer.mghformat import DATA_OFFSET, MGHHeader, header_dtype
 from engine.errors import InvalidInput
 from engine.scan.limits import Limits
 from engine.scan.nifti import usable
-from engine.scan.npy import of_three_axes
+from engine.scan.npy import without_frames
 from engine.scan.parts import Volume
 from engine.scan.voxels import raw_voxels
 
@@ -58,7 +58,7 @@ def read_mgh(data: memoryview, limits: Limits) -> Volume:
 
 def _layout(head: bytes, limits: Limits) -> tuple[tuple[int, ...], np.dtype]:
     dims = np.frombuffer(head, ">i4", 6)[1:].tolist()
-    shape, code = of_three_axes(tuple(dims[:4])), dims[4]
+    shape, code = without_frames(tuple(dims[:4])), dims[4]
     if min(shape) < 0:
         raise InvalidInput(f"the MGH header has negative sizes {shape}: it is damaged")
     limits.check_shape(shape)

@@ -144,7 +144,7 @@ def orientation(header: nib.Nifti1Header) -> Orientation:
     Raises InvalidInput, with the cause, for an orientation that is set and cannot be read: it never becomes a default.
     Source: nifti1.h, methods 1 to 3.
     """
-    millimetres = _millimetres(header)
+    unit = millimetres(header)
     codes = {name: int(header[f"{name}_code"]) for name in ("sform", "qform")}
     if wrong := [f"{name}_code is {code}" for name, code in codes.items() if code < 0]:
         raise InvalidInput(f"the NIfTI header is damaged: {' and '.join(wrong)}; set the orientation before sending it")
@@ -152,7 +152,7 @@ def orientation(header: nib.Nifti1Header) -> Orientation:
     for name, read in (("sform", _sform), ("qform", _qform)):
         if codes[name]:
             try:
-                return Orientation(_scaled(read(header), millimetres))
+                return Orientation(_scaled(read(header), unit), _disputed(header) if name == "qform" else None)
             except ValueError as error:
                 causes.append(f"the {name} {error}")
     if causes:
@@ -167,13 +167,24 @@ def orientation(header: nib.Nifti1Header) -> Orientation:
             "with nibabel, before sending the scan"
         )
     return Orientation(
-        _scaled(base, millimetres),
+        _scaled(base, unit),
         "the file has no orientation (sform_code and qform_code are 0): that its axes run to the patient's left, front "
         "and head is a guess, left and right with it",
     )
 
 
-def _millimetres(header: nib.Nifti1Header) -> float:
+def _disputed(header: nib.Nifti1Header) -> str | None:
+    """What readers make different things of: nifti1.h forbids it, ITK turns the axis round, nibabel does not."""
+    qfac, *sizes = np.array(header["pixdim"][:4], float)
+    if min(sizes) >= 0 and (qfac >= 0 or qfac == -1):
+        return None
+    return (
+        f"the qform has {'a negative voxel size' if min(sizes) < 0 else f'qfac {qfac:g}'}, which readers take in different "
+        "ways: it is read as SimpleITK reads it, and which side is left is a guess"
+    )
+
+
+def millimetres(header: nib.Nifti1Header) -> float:
     """Millimetres in the header's unit of length; none given counts as mm, as everywhere."""
     unit = int(header["xyzt_units"]) & 7
     if unit not in _MILLIMETRES:
@@ -220,8 +231,8 @@ def _qform(header: nib.Nifti1Header) -> np.ndarray:
     return affine
 
 
-def _scaled(affine: np.ndarray, millimetres: float) -> np.ndarray:
-    return np.diag([millimetres, millimetres, millimetres, 1]) @ np.asarray(affine, float)
+def _scaled(affine: np.ndarray, unit: float) -> np.ndarray:
+    return np.diag([unit, unit, unit, 1]) @ np.asarray(affine, float)
 
 
 def geometry_header(header: nib.Nifti1Header) -> bytes:

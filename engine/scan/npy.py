@@ -50,6 +50,13 @@ def npy_pieces(array: np.ndarray) -> tuple[bytes, memoryview]:
     return header.getvalue(), (array.T if described["fortran_order"] else np.ascontiguousarray(array)).data
 
 
+def without_frames(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` without axes of length 1 behind three others, of formats whose first three axes are those of space."""
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
 def of_three_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """`shape` without axes of length 1 in front of three others (batch, channel) or behind them (time)."""
     while len(shape) > 3 and shape[0] == 1:

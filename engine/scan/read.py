@@ -62,7 +62,13 @@ def read_scan(
     Raises:
         InvalidInput: naming cause, limit and way out, for all that is not one finite, non-constant volume within limits.
     """
-    data = (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
+    try:
+        data = (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
+    except TypeError as error:
+        raise InvalidInput(
+            f"the bytes of a file are wanted, not {type(data).__name__} ({error}): `engine.scan.pack_scan` makes them of "
+            "paths, arrays and images"
+        ) from None
     limits.check_bytes(len(data), "the file")
     if affine is not None and not is_npy(bytes(data[:HEAD])):
         raise InvalidInput("an affine was given with a file that brings its own: give one with arrays and .npy only")

@@ -134,7 +134,10 @@ def _path_pieces(source: str | os.PathLike, limits: Limits) -> Pieces:
 
 
 def _path(source: str | os.PathLike) -> Path:
-    text = os.fspath(source)
+    try:
+        text = os.fspath(source)
+    except TypeError as error:
+        raise InvalidInput(f"the path cannot be told ({error}): give {SOURCES}") from None
     text = os.fsdecode(text) if isinstance(text, bytes) else text
     if not text.strip():
         raise InvalidInput(f"the path is empty: give {SOURCES}")

@@ -8,6 +8,8 @@ from scipy import ndimage
 from engine.errors import InvalidInput
 
 _LEVELS = 1 << 16  # steps of contrast that conversion to float32 keeps between the smallest and the largest value
+_SAMPLES = 1_000_000  # voxels that are looked at for an offset
+_BACKGROUND = 0.01  # share of the voxels that one value has, if it is the background
 _LARGEST = 1e30  # intensities beyond it overflow float32 on the way
 
 
@@ -20,16 +22,16 @@ def checked_values(array: np.ndarray) -> tuple[np.ndarray, float, tuple[str, ...
     Raises InvalidInput for any other value that is not finite, or too large, and for a constant volume.
     """
     notes: tuple[str, ...] = ()
-    offset = 0.0
+    offset: int | float = 0
     low, high = array.min(), array.max()
     if array.dtype.kind == "f" and not -_LARGEST < low <= high < _LARGEST:
         array, notes = _without_border(array)
         low, high = array.min(), array.max()
     small = array.dtype.kind in "iu" and array.dtype.itemsize <= 2
     if not small and array.dtype.kind != "b" and array.dtype != np.float32:
-        offset = _offset(float(low), float(high))
+        offset = _offset(array)
     if offset:
-        array = np.subtract(array, np.array(offset, array.dtype)).astype(np.float32)
+        array = _less(array, offset)
     wanted = array.dtype.newbyteorder("=") if small else np.uint8 if array.dtype.kind == "b" else np.float32
     converted = array.astype(wanted, order="K", copy=False)
     if offset or converted is not array:
@@ -37,7 +39,7 @@ def checked_values(array: np.ndarray) -> tuple[np.ndarray, float, tuple[str, ...
     if low == high:
         raise InvalidInput(f"every voxel of the scan is {low:g}: there is nothing to see; check the file or the export")
     converted.flags.writeable = False
-    return converted, offset, notes
+    return converted, float(offset), notes
 
 
 def _without_border(array: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -78,6 +80,26 @@ def _at_border(mask: np.ndarray) -> int:
     return int(np.count_nonzero(reaches[labels]))
 
 
-def _offset(low: float, high: float) -> float:
-    """What to take off wide values before they become float32: their minimum, if rounding would blur their contrast."""
-    return low if np.spacing(np.float32(max(abs(low), abs(high)))) > (high - low) / _LEVELS > 0 else 0.0
+def _offset(array: np.ndarray) -> int | float:
+    """What to take off wide values before they become float32; 0 unless rounding would blur their contrast.
+
+    It is the smallest value beside a background, which is one value that many voxels have: a background of 0 beside
+    values far from 0 does not count.
+    """
+    sample = array.ravel(order="K")[:: max(1, array.size // _SAMPLES)]
+    values, counts = np.unique(sample, return_counts=True)
+    if len(values) > 2 and counts.max() > _BACKGROUND * sample.size:
+        values = np.delete(values, counts.argmax())
+    low, high = values[0].item(), values[-1].item()
+    if float(np.spacing(np.float32(max(abs(low), abs(high))))) > (high - low) / _LEVELS > 0:
+        return low
+    return 0
+
+
+def _less(array: np.ndarray, offset: int | float) -> np.ndarray:
+    """array - offset as float32, slice by slice; whole numbers of 64 bits are exact in a long double, and do not wrap."""
+    exact = np.longdouble if array.dtype.kind in "iu" else array.dtype.type
+    found = np.empty_like(array, np.float32)
+    for target, part in zip(found, array):
+        target[...] = part.astype(exact) - exact(offset)
+    return found

@@ -130,9 +130,20 @@ class Crop:
             (max(0, math.ceil(low - _ROUNDING)), min(n, math.floor(high + _ROUNDING) + 1))
             for low, high, n in zip(voxels.min(0), voxels.max(0), shape)
         ]
-        if not all(start < stop for start, stop in box):
+        if not all(start < stop for start, stop in box) or not self._holds_a_centre(box, affine):
             raise InvalidInput(f"the crop {self} lies between the scan's voxels, or beside them: give a larger one")
         return tuple(box)
+
+    def _holds_a_centre(self, box: list[tuple[int, int]], affine: np.ndarray) -> bool:
+        """Whether a voxel of `box`, which encloses the crop on a grid that may be oblique, has its centre in the crop."""
+        i, j, k = (np.arange(start, stop, dtype=float) for start, stop in box)
+        plane = (affine[:3, 1, None, None] * j[:, None] + affine[:3, 2, None, None] * k) + affine[:3, 3, None, None]
+        low, high = (np.array(end)[:, None, None] for end in (self.low, self.high))
+        for index in i:  # a plane at a time
+            centres = plane + affine[:3, 0, None, None] * index
+            if ((centres >= low - _ROUNDING) & (centres <= high + _ROUNDING)).all(0).any():
+                return True
+        return False
 
 
 def _corners(numbers: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

@@ -1,12 +1,17 @@
-"""What a running server occupies, and what of it is left later: processes, shared memory, its run folder."""
+"""What a running server occupies, and what of it is left later: processes, shared memory, its run folder; and the memory
+that a command takes."""
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
 from engine.server import keeper
+from tests.conftest import ROOT
 
 
 def _started(pid: int) -> str | None:
@@ -57,3 +62,22 @@ class Footprint:
         shm = [name for name, inode in keeper.shared_memory().items() if inode in self.mapped or self._is_ours(name)]
         folder = [os.fsdecode(self.run_folder)] if os.path.exists(self.run_folder) else []
         return alive + shm + folder
+
+
+def run_watched(program: str, *arguments) -> tuple[str, int]:
+    """(what it said, its largest anonymous memory in bytes). Pages of files do not count: the system takes them back."""
+    command = [sys.executable, program, *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        said, peak = "", 0
+        while process.poll() is None:
+            try:
+                said, _ = process.communicate(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                peak = max(peak, _anonymous(process.pid))
+    assert process.returncode == 0, said
+    return said, peak
+
+
+def _anonymous(pid: int) -> int:
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) * 1024 if found else 0

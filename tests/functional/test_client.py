@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import queue
 import threading
 import time
@@ -12,9 +13,10 @@ from contextlib import ExitStack
 import pytest
 
 from engine import contract
-from engine.client import Study
+from engine.client import M3DClient, Study
 from engine.client.wire import Connection, text_of
 from engine.errors import Cancelled, DeadlineExceeded, M3DError, ResourceExhausted, StudyNotFound
+from tests.functional.footprint import Footprint
 from tests.tiny import QUESTION
 
 pytestmark = pytest.mark.integration
@@ -163,3 +165,18 @@ def test_a_mask_and_its_answer_are_those_of_a_plain_question(client, study):
     assert found.answer.token_ids == asked.token_ids
     assert "[SEG]" in asked.text and found.mask is not None
     assert list(found.mask.shape) == study.info["shape"]
+
+
+def test_clients_that_come_and_go_leave_triton_no_sockets(server, study):
+    """A cancelled call cost one for good: about 30 of these 100."""
+    triton = Footprint(server.keeper_pid).triton_pid
+
+    def ask(_):
+        with M3DClient(server.url, timeout=PATIENCE_S) as client:
+            assert client.ask(study, QUESTION, max_new_tokens=2).token_ids
+
+    with ThreadPoolExecutor(5) as threads:
+        list(threads.map(ask, range(20)))
+        before = len(os.listdir(f"/proc/{triton}/fd"))
+        list(threads.map(ask, range(100)))
+    assert len(os.listdir(f"/proc/{triton}/fd")) <= before + 8

@@ -4,10 +4,7 @@ reference does: numbers recorded from the reference's own `generate` on the same
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from engine.models.config import LamedConfig
 from engine.models.needs import needs, parts_of
 from engine.server import Server, free_ports
 from tests.conftest import ROOT, copy_repository
+from tests.functional.footprint import run_watched
 
 pytestmark = pytest.mark.integration
 
@@ -37,7 +35,7 @@ VOXELS = 5e-5  # of all voxels
 @dataclass(frozen=True)
 class Published:
     """One served checkpoint. case, recorded: the fixture's JSON and arrays. manifest: of its export. read: bytes of the
-    checkpoint. peak: memory of its export, bytes."""
+    checkpoint. peak: anonymous memory of its export, bytes."""
 
     kind: str
     precision: str
@@ -63,18 +61,14 @@ def served(request, tmp_path_factory):
     kind, precision = request.param
     folder = tmp_path_factory.mktemp(f"{kind}-{precision}")
     checkpoint, repository = write_published.write(kind, folder / "checkpoint"), copy_repository(folder)
-    command = [sys.executable, "export/build_engines.py", "--checkpoint", checkpoint, "--target", "cpu"]
-    command += ["--precision", precision, "--repository", repository]
-    exporting = subprocess.Popen(command, cwd=ROOT)
-    _, status, usage = os.wait4(exporting.pid, 0)
-    assert status == 0
+    arguments = ["--checkpoint", checkpoint, "--target", "cpu", "--precision", precision, "--repository", repository]
+    _, peak = run_watched("export/build_engines.py", *arguments)
     read = bytes_read(checkpoint)
     shutil.rmtree(checkpoint)  # the server needs nothing of it
     case = json.loads((FIXTURES / f"{kind}.json").read_text())
     volume = weights.volume(tuple(case["volume_shape"]), case["volume_seed"])[0]
     with Server(repository, **free_ports(), log=folder / "triton.log") as server, M3DClient(server.url, 300) as client:
         recorded, manifest = dict(np.load(FIXTURES / f"{kind}.npz")), Manifest.read(repository)
-        peak = usage.ru_maxrss * 1024
         yield Published(kind, precision, case, recorded, repository, manifest, client, volume, read, peak)
     shutil.rmtree(repository)
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +10,8 @@ from engine.manifest import Manifest
 from engine.models.checkpoint import bytes_read, read_config
 from engine.models.config import LamedConfig
 from engine.models.needs import needs, parts_of
-from tests.conftest import ROOT, copy_repository
+from tests.conftest import copy_repository
+from tests.functional.footprint import run_watched
 
 pytestmark = [pytest.mark.slow(group="sizes"), pytest.mark.timeout(1500)]
 
@@ -26,11 +23,11 @@ def test_a_7b_in_fp32_exports_within_the_memory_that_is_said(tmp_path):
     if free < DISK:
         pytest.skip(f"{DISK / 1e9:.0f} GB of disk are needed at {tmp_path}, {free / 1e9:.0f} are free")
     checkpoint, repository = tmp_path / "checkpoint", copy_repository(tmp_path)
-    _run("benchmarks/make_checkpoint.py", "--llm", "7b", "--fp32", checkpoint)
+    run_watched("benchmarks/make_checkpoint.py", "--llm", "7b", "--fp32", checkpoint)
     assert bytes_read(checkpoint) > 27e9
     parts = parts_of(LamedConfig.from_dict(read_config(checkpoint)))
     needed = needs(parts, bytes_read(checkpoint), "cpu", "bf16")
-    said, peak = _run(
+    said, peak = run_watched(
         "export/build_engines.py", "--checkpoint", checkpoint, "--precision", "bf16", "--repository", repository
     )
     assert f"this export needs {needed}" in said
@@ -42,22 +39,3 @@ def test_a_7b_in_fp32_exports_within_the_memory_that_is_said(tmp_path):
         < 1.1 * sum(Manifest.read(repository).files.values())
     )
     shutil.rmtree(tmp_path)
-
-
-def _run(program: str, *arguments) -> tuple[str, int]:
-    """(what it said, its largest anonymous memory in bytes). Pages of files do not count: the system takes them back."""
-    command = [sys.executable, program, *map(str, arguments)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        said, peak = "", 0
-        while process.poll() is None:
-            try:
-                said, _ = process.communicate(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                peak = max(peak, _anonymous(process.pid))
-    assert process.returncode == 0, said
-    return said, peak
-
-
-def _anonymous(pid: int) -> int:
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) * 1024 if found else 0

@@ -72,6 +72,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.sent = 0
         self.on_answer = lambda: None
         self.cancelled = threading.Event()
+        self.read_whole = threading.Semaphore(0)  # streams that the client read to their end
         self.may_answer = threading.Event()
         self.may_answer.set()
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", -1)])
@@ -129,6 +130,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         error = "in ensemble, NOT_FOUND: study is unknown" if self.evicted else self.stream_error
         if error:
             yield service_pb2.ModelStreamInferResponse(error_message=error)
+            self.read_whole.release()
             return
         if self.silent:
             context.add_callback(self.cancelled.set)
@@ -138,6 +140,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         for outputs in self._outputs(inputs):
             self.sent += 1
             yield service_pb2.ModelStreamInferResponse(infer_response=response(**outputs))
+        self.read_whole.release()  # not reached if the client cancels after the last response
 
     def _upload(self, requests, context):
         parts = []

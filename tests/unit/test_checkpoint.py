@@ -23,7 +23,8 @@ from engine.models.checkpoint import (
     sha256,
     write_lamed,
 )
-from engine.models.config import ClipConfig
+from engine.models.config import ClipConfig, LamedConfig
+from engine.models.lamed import Lamed
 from tests import tiny
 
 
@@ -318,3 +319,14 @@ def test_keys_that_later_monai_versions_add_are_left_out_and_named(tmp_path):
     added = [f"{block}{key}" for block in blocks for key in ("norm_cross_attn.weight", "cross_attn.qkv.weight")]
     weights = Weights({key: torch.zeros(1) for key in [*added, f"{blocks[0]}norm1.weight"]})
     assert list(weights) == [f"{blocks[0]}norm1.weight"] and weights.never_run == added
+
+
+def test_a_context_without_room_for_a_question_is_refused():
+    with pytest.raises(CheckpointError, match="context of 8 tokens, and a scan alone takes 1 \\+ 8"):
+        LamedConfig.from_dict({**tiny.LAMED, "max_position_embeddings": 8})
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "foo"}, {"rope_scaling": {"type": "nonsense"}}])
+def test_a_language_model_that_cannot_be_built_is_refused(changes):
+    with pytest.raises(CheckpointError, match="does not describe a language model"):
+        Lamed(LamedConfig.from_dict({**tiny.LAMED, **changes}))

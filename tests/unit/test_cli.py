@@ -238,3 +238,9 @@ def test_a_reader_that_has_enough_ends_the_request_quietly(scan, triton):
     _, err = process.communicate(timeout=60)
     assert "Traceback" not in err and "Exception" not in err
     assert triton.cancelled.wait(60)
+
+
+@pytest.mark.parametrize("command", ["", "ask", "segment", "rank", "serve", "doctor", "inspect", "sample"])
+def test_every_command_has_a_help_text(m3d, command):
+    code, out, _ = m3d(*filter(None, [command]), "--help")
+    assert code == 0 and "Usage" in out

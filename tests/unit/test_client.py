@@ -513,3 +513,30 @@ def test_a_server_of_another_version_is_named_as_such(client, triton, study, sai
 def test_a_response_without_an_output_of_the_contract_is_another_versions():
     with pytest.raises(errors.Unavailable, match="another version.*TEXT_CUT"):
         wire.outputs_of(service_pb2.ModelInferResponse())["TEXT_CUT"]
+
+
+def _asks(client, study):
+    client.ask(study, "What?")
+
+
+def _segments(client, study):
+    client.segment(study, "What?")
+
+
+def _streams(client, study):
+    with client.stream(study, "What?") as stream:
+        list(stream)
+
+
+def _fails(client, study):
+    with pytest.raises(errors.InvalidInput):
+        client.ask(study, "What?")
+
+
+@pytest.mark.parametrize("request_of_a_kind", [_asks, _segments, _streams, _fails], ids=lambda f: f.__name__)
+def test_an_answer_is_read_to_the_streams_end(client, triton, study, request_of_a_kind):
+    """Triton keeps the socket of a call that is cancelled between its last response and its end."""
+    if request_of_a_kind is _fails:
+        triton.stream_error = "INVALID_ARGUMENT: no"
+    request_of_a_kind(client, study)
+    assert triton.read_whole.acquire(timeout=PATIENCE_S)

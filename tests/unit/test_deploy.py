@@ -176,7 +176,7 @@ def test_the_images_environment_has_a_pip_of_its_own_though_python_has_no_ensure
 
 @pytest.mark.integration
 def test_the_package_installs_by_the_images_step(tmp_path):
-    assert "python3 -m pip install --no-deps ." in instructions("RUN")
+    assert "python3 -m pip install --no-deps --no-build-isolation ." in instructions("RUN")
     source = tmp_path / "src"
     for path in subprocess.run(
         ["git", "ls-files", "engine", "pyproject.toml", "README.md"],

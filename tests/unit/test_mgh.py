@@ -116,3 +116,10 @@ def test_a_bomb_stops_before_it_expands():
 
 def test_the_header_is_as_long_as_nibabels():
     assert MGHHeader._hdrdtype.itemsize == 90
+
+
+def test_frames_beside_one_slice_are_no_axis_of_space(tmp_path):
+    values = np.random.default_rng(0).random((1, 6, 7, 8)).astype(np.float32)
+    nib.MGHImage(values, np.diag([5.0, 1, 2, 1])).to_filename(tmp_path / "frames.mgz")
+    with pytest.raises(InvalidInput, match="1 x 6 x 7 x 8"):
+        read_scan((tmp_path / "frames.mgz").read_bytes())

@@ -34,7 +34,10 @@ def test_tied_embeddings_are_counted_once():
 
 @pytest.mark.parametrize(
     ("disk", "memory", "words"),
-    [(9, 99, r"writes 10\.0 GB, and 9\.0 GB are free.*--repository"), (99, 4, r"needs 5\.0 GB of memory, and 4\.0 GB")],
+    [
+        (9, 99, r"writes 10\.00 GB, and 9\.00 GB are free.*--repository"),
+        (99, 4, r"needs 5\.00 GB of memory, and 4\.00 GB"),
+    ],
 )
 def test_an_export_that_does_not_fit_is_refused_with_figures_and_a_way_out(monkeypatch, tmp_path, disk, memory, words):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk * GB))

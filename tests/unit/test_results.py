@@ -204,3 +204,33 @@ def test_a_nifti_2_and_a_big_endian_scan_keep_their_place(tmp_path):
 def test_what_cannot_be_saved_is_refused(tmp_path, mask, name, words):
     with pytest.raises(InvalidInput, match=words):
         save_mask(mask, Scan(np.zeros(SHAPE, np.int16), np.eye(4), "array"), tmp_path / name)
+
+
+@pytest.mark.parametrize("length", [1.0000004, 1.0004])
+def test_a_mask_of_a_quaternion_a_rounding_too_long_opens_in_nibabel_too(tmp_path, length):
+    parts = {"quatern_b": 0, "quatern_c": 0, "quatern_d": length}
+    scan, source, path = saved(nifti(affine_of(AXES[0]), 1, 0, **parts), tmp_path)
+    assert_lies_on(scan, source, path, readers=(in_itk,))
+    np.testing.assert_allclose(in_nibabel(path)[1], nib.affines.apply_affine(scan.affine, corners()), atol=0.01)
+
+
+@pytest.mark.parametrize("row", [dict.fromkeys(range(4), 0), {2: float("nan")}], ids=["flat", "nan"])
+def test_a_mask_beside_an_unusable_sform_lies_by_the_qform_that_counts(tmp_path, row):
+    scan, _, path = saved(nifti(affine_of(AXES[9], TURN), 1, 1, units=METRE, srow_x=row), tmp_path)
+    np.testing.assert_allclose(in_nibabel(path)[1], nib.affines.apply_affine(scan.affine, corners()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "scan", "path", "words"),
+    [
+        (mask_of().transpose(2, 1, 0), None, "m.nii", "its scan"),
+        (np.full(SHAPE, 0.1), None, "m.nii", "0 and 1 only"),
+        (np.full(SHAPE, np.nan), None, "m.nii", "0 and 1 only"),
+        (mask_of(), "a path", "m.nii", "what `read_scan` returned"),
+        (mask_of(), None, 5, "a path"),
+    ],
+)
+def test_a_mask_that_is_none_of_its_scan_is_refused(tmp_path, mask, scan, path, words):
+    scan = scan or Scan(np.zeros(SHAPE, np.int16), np.eye(4), "array")
+    with pytest.raises(InvalidInput, match=words):
+        save_mask(mask, scan, tmp_path / path if isinstance(path, str) else path)

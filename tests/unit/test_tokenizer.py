@@ -59,6 +59,9 @@ class Slow:
         self.sp = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
         config = json.loads((folder / "tokenizer_config.json").read_text())
         self.legacy = config.get("legacy", True) is not False
+        named = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
+        mapped = [*named, *config.get("additional_special_tokens", ())]
+        self.all_special = {token["content"] if isinstance(token, dict) else token for token in mapped}
         self.added = {token["content"]: (int(i), token) for i, token in config["added_tokens_decoder"].items()}
         self.split = re.compile("(" + "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) + ")")
         if not self.legacy:
@@ -75,7 +78,7 @@ class Slow:
                 parts[position + 1] = parts[position + 1].lstrip()
         ids = [[self.added[part][0]] if part in self.added else self._pieces(part) for part in parts if part]
         lone = self.sp.piece_to_id(SPACE)
-        if not self.legacy and len(parts) > 1 and ids[0] == [lone] and self.added[parts[1]][1]["special"]:
+        if not self.legacy and len(parts) > 1 and ids[0] == [lone] and parts[1] in self.all_special:
             ids = ids[1:]
         return [1, *(token for part in ids for token in part)]
 

@@ -6,7 +6,12 @@ import os
 from dataclasses import dataclass
 
 import pydicom
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+    SegmentationStorage,
+)
 
 from engine.errors import InvalidInput
 from engine.scan.dicom.damage import damage_named
@@ -17,6 +22,7 @@ _DEFLATED = b"1.2.840.10008.1.2.1.99"  # pydicom would inflate such a file whole
 _FIRST_GROUPS = (b"\x02\0", b"\x08\0")  # what a file without preamble starts with: its meta information or data set
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # Modalities of what archives keep beside a series. Some (SEG, RTDOSE) have pixels, but none of a scanner's.
+_SCANS = frozenset(("CT", "MR", "PT", "NM", "MG"))
 _BESIDE_A_SCAN = frozenset(
     ("SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "RTINTENT", "RTSEGANN", "REG", "FID", "RWV")
     + ("DOC", "AU", "ECG", "HD", "PLAN", "ANN", "ASMT", "STAIN", "TEXTUREMAP", "CTPROTOCOL", "MRPROTOCOL")
@@ -104,15 +110,18 @@ def _beside(name: str, dataset: pydicom.Dataset) -> Beside | None:
     modality = str(dataset.get("Modality") or "")
     if "SpectroscopyData" in dataset:
         return Beside("MR spectroscopy")
+    if not modality and dataset.get("SOPClassUID") == SegmentationStorage:
+        modality = "SEG"
     if modality in _BESIDE_A_SCAN:
         return Beside(modality[:16])
     if any(keyword in dataset for keyword in _PIXELS):
         return None
-    if "Rows" in dataset or "ImagePositionPatient" in dataset:
+    sop_class = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
+    is_image = sop_class is not None and sop_class.name.endswith("Image Storage")
+    if is_image or modality in _SCANS or "Rows" in dataset or "ImagePositionPatient" in dataset:
         raise InvalidInput(
             f"{name} is a {modality or 'DICOM'} image without pixels: it was cut off or stripped, export or copy it again"
         )
-    sop_class = dataset.get("SOPClassUID")
     return Beside(modality[:16] or (sop_class.name if sop_class else "DICOM file without pixels"))
 
 
