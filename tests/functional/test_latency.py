@@ -99,6 +99,7 @@ def test_it_measures_a_running_server_against_both_baselines_and_the_floor(
     assert (tmp_path / "waterfall.png").is_file() and (tmp_path / "load.png").is_file()
 
 
+@pytest.mark.slow(group="matrix")
 def test_it_exports_and_serves_a_checkpoint_by_itself(tmp_path, capsys):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     out = tmp_path / "latency.json"

@@ -92,7 +92,7 @@ def test_the_export_kept_within_what_it_said_that_it_needs(served):
     needed = needs(parts_of(config), served.read, "cpu", served.precision)
     written = sum(served.manifest.files.values())
     assert 0.9 * written < needed.disk < 1.1 * written
-    assert served.peak < needed.memory < 2 * served.peak
+    assert served.peak < needed.memory < served.peak + 2e9  # fp32 files are mapped, others are converted
 
 
 @pytest.mark.parametrize("name", write_published.QUESTIONS)
