@@ -12,7 +12,8 @@ import numpy as np
 from isal import igzip
 
 from engine.errors import InvalidInput
-from engine.scan.nifti import header_class, millimetres, usable
+from engine.scan.affine import usable
+from engine.scan.nifti import header_class, millimetres
 
 NIFTI1_AXIS = (1 << 15) - 1  # voxels along an axis of a NIfTI-1 file at most
 SCANNER = 1  # NIFTI_XFORM_SCANNER_ANAT

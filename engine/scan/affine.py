@@ -7,13 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.errors import InvalidInput
-from engine.scan.nifti import usable
 
 LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
 
 # Without an affine an array is taken as slices x rows x columns, 1 mm apart, as the model's own volumes are: from
 # inferior to superior, anterior to posterior, right to left.
 ARRAY_AFFINE = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], float)
+
+
+def usable(affine: np.ndarray) -> bool:
+    """Whether a 4x4 matrix maps voxels to millimetres: finite, affine, and not flat."""
+    if not (np.isfinite(affine).all() and np.array_equal(affine[3], [0, 0, 0, 1])):
+        return False
+    columns = affine[:3, :3]
+    lengths = np.linalg.norm(columns, axis=0)
+    return bool(lengths.min() > 1e-6 and abs(np.linalg.det(columns / lengths)) > 1e-3)
 
 
 def checked_affine(affine: object) -> np.ndarray:

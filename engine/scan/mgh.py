@@ -8,8 +8,8 @@ import numpy as np
 from nibabel.freesurfer.mghformat import DATA_OFFSET, MGHHeader, header_dtype
 
 from engine.errors import InvalidInput
+from engine.scan.affine import usable
 from engine.scan.limits import Limits
-from engine.scan.nifti import usable
 from engine.scan.npy import without_frames
 from engine.scan.parts import Volume
 from engine.scan.voxels import raw_voxels

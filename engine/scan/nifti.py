@@ -10,8 +10,11 @@ import nibabel as nib
 import numpy as np
 
 from engine.errors import InvalidInput
+from engine.scan.affine import usable
 from engine.scan.limits import Limits
+from engine.scan.npy import without_frames
 from engine.scan.parts import Volume
+from engine.scan.voxels import raw_voxels
 
 _MAX_HEADER = 16 << 20  # header and extensions in front of the voxels
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
@@ -51,14 +54,7 @@ def read_nifti(data: memoryview, limits: Limits) -> Volume:
             f"is wanted: convert colour or complex images to grey values first"
         )
     offset = _offset(header)
-    promised = math.prod(shape) * dtype.itemsize
-    if len(data) - offset < promised:
-        raise InvalidInput(
-            f"the NIfTI header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes from "
-            f"byte {offset}), but the file has only {max(0, len(data) - offset):,} bytes there: it is "
-            f"truncated or its header is damaged; copy the file again"
-        )
-    array = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape, order="F")
+    array = raw_voxels("NIfTI", data, offset, dtype, shape)
     slope, intercept = header.get_slope_inter()
     where = orientation(header)
     notes = (where.guess,) if where.guess else ()
@@ -108,11 +104,9 @@ def _header(head: bytes) -> nib.Nifti1Header:
 
 def _shape(header: nib.Nifti1Header, limits: Limits) -> tuple[int, ...]:
     try:
-        shape = tuple(int(n) for n in header.get_data_shape())
+        shape = without_frames(tuple(int(n) for n in header.get_data_shape()))
     except nib.spatialimages.HeaderDataError as error:
         raise InvalidInput(f"the NIfTI header is damaged ({error})") from None
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
     if any(n < 0 for n in shape):
         raise InvalidInput(f"the NIfTI header has negative sizes {shape}: it is damaged")
     limits.check_shape(shape)
@@ -242,12 +236,3 @@ def geometry_header(header: nib.Nifti1Header) -> bytes:
         if name in kept.template_dtype.names:  # NIfTI-2 has no db_name
             kept[name] = b""
     return bytes(kept.binaryblock)
-
-
-def usable(affine: np.ndarray) -> bool:
-    """Whether a 4x4 matrix maps voxels to millimetres: finite, affine, and not flat."""
-    if not (np.isfinite(affine).all() and np.array_equal(affine[3], [0, 0, 0, 1])):
-        return False
-    columns = affine[:3, :3]
-    lengths = np.linalg.norm(columns, axis=0)
-    return bool(lengths.min() > 1e-6 and abs(np.linalg.det(columns / lengths)) > 1e-3)

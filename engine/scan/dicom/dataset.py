@@ -21,8 +21,8 @@ CONVERT = "convert the series to Explicit VR Little Endian (dcmconv +te)"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # pydicom would inflate such a file whole, however large it gets
 _FIRST_GROUPS = (b"\x02\0", b"\x08\0")  # what a file without preamble starts with: its meta information or data set
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_SCANS = frozenset(("CT", "MR", "PT", "NM", "MG"))  # modalities whose files have pixels, or were cut off
 # Modalities of what archives keep beside a series. Some (SEG, RTDOSE) have pixels, but none of a scanner's.
-_SCANS = frozenset(("CT", "MR", "PT", "NM", "MG"))
 _BESIDE_A_SCAN = frozenset(
     ("SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "RTINTENT", "RTSEGANN", "REG", "FID", "RWV")
     + ("DOC", "AU", "ECG", "HD", "PLAN", "ANN", "ASMT", "STAIN", "TEXTUREMAP", "CTPROTOCOL", "MRPROTOCOL")

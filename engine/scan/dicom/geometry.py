@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from engine.errors import InvalidInput
+from engine.scan.affine import LPS_TO_RAS
 from engine.scan.dicom.plane import Plane
 
 MAX_DEVIATION_MM = 0.5
@@ -15,7 +16,6 @@ _ROUNDING_MM = 0.01  # what files lose of positions by writing few digits
 _SAME_MM = 1e-3
 _MISSING = 1.5  # a gap above this many usual distances has room for a slice
 _STEEPEST = 1.0  # in-plane shift per distance between slices; gantries tilt by 30 degrees (0.58) at most
-_LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
 
 
 def sorted_planes(planes: Sequence[Plane]) -> list[Plane]:
@@ -61,7 +61,7 @@ def fitted_affine(planes: Sequence[Plane]) -> np.ndarray:
     _check_axes(planes, edges, step, (columns, rows), tolerance)
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = np.column_stack([*edges, step]), origin
-    return _LPS_TO_RAS @ affine
+    return LPS_TO_RAS @ affine
 
 
 def _normal(planes: Sequence[Plane]) -> np.ndarray:
