@@ -9,8 +9,9 @@ import pytest
 
 from engine import samples
 from engine.errors import InvalidInput
-from engine.samples import SAMPLES, read_nrrd, write_sample
+from engine.samples import SAMPLES, write_sample
 from engine.scan import read_scan
+from engine.scan.read import read_volume
 
 DIRECTIONS = np.array([[0.57, 0, 0], [0, 0.57, 0], [0, 0, 5.0]])
 
@@ -34,16 +35,18 @@ def volume():
 @pytest.mark.parametrize("encoding", ["gzip", "raw"])
 def test_nrrd_is_read_as_pynrrd_does_and_placed_in_ras(tmp_path, encoding):
     path = write_nrrd(tmp_path / "a.nrrd", volume(), encoding)
-    array, affine = read_nrrd(path)
+    found = read_volume(memoryview(path.read_bytes()))[1]
+    array, affine = found.array, found.affine
     np.testing.assert_array_equal(array, nrrd.read(str(path))[0])
     np.testing.assert_allclose(affine, [[-0.57, 0, 0, 146], [0, -0.57, 0, 325], [0, 0, 5, -777.5], [0, 0, 0, 1]])
-    _, affine = read_nrrd(write_nrrd(tmp_path / "b.nrrd", volume(), encoding, "right-anterior-superior"))
+    other = write_nrrd(tmp_path / "b.nrrd", volume(), encoding, "right-anterior-superior")
+    affine = read_volume(memoryview(other.read_bytes()))[1].affine
     np.testing.assert_allclose(affine[0], [0.57, 0, 0, -146])
 
 
 def test_other_nrrd_files_are_refused(tmp_path):
     with pytest.raises(InvalidInput, match="NRRD"):
-        read_nrrd(write_nrrd(tmp_path / "a.nrrd", volume(), "bzip2"))
+        read_volume(memoryview(write_nrrd(tmp_path / "a.nrrd", volume(), "bzip2").read_bytes()))
 
 
 def test_every_sample_is_a_scan_of_a_package_that_carries_it(tmp_path, monkeypatch):

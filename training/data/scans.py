@@ -16,8 +16,8 @@ import numpy as np
 from scipy import ndimage
 
 from engine.packages import fetch
-from engine.samples import read_nrrd
 from engine.scan import Scan
+from engine.scan.read import read_volume
 from engine.volume import prepare
 
 Masks = dict[str, np.ndarray]
@@ -95,12 +95,18 @@ def _nearest(labels: np.ndarray, affine: np.ndarray, shape: tuple[int, ...], tar
     return ndimage.affine_transform(labels, matrix[:3, :3], matrix[:3, 3], output_shape=shape, order=0)
 
 
+def _volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(array as stored, affine) of a file; a mask may be constant."""
+    _, found = read_volume(memoryview(path.read_bytes()))
+    return found.array, found.affine
+
+
 # --- chest CT --------------------------------------------------------------------------------------------------------
 def _chest(number: int) -> tuple[Scan, Masks]:
     """Body, lungs and bones follow from thresholds and connected components; the tumour's mask comes with the scan."""
     members = [f"data/lung{number}_{what}.nrrd" for what in ("image", "label")]
     paths = fetch(*_PYRADIOMICS, members, sdist=True)
-    (hu, affine), (tumour, _) = (read_nrrd(paths[member]) for member in members)
+    (hu, affine), (tumour, _) = (_volume(paths[member]) for member in members)
     half = hu[::2, ::2]
     body = _slicewise(ndimage.binary_fill_holes, _largest(ndimage.binary_opening(half > -300, iterations=2)))
     left, right = _lungs((half < -400) & ndimage.binary_erosion(body, _IN_PLANE, iterations=2))
@@ -181,7 +187,7 @@ def _brain_with_tumour(number: int) -> tuple[Scan, Masks]:
     """A patient's head after contrast, thick slices; the mask marks the tumour."""
     members = [f"data/brain{number}_{what}.nrrd" for what in ("image", "label")]
     paths = fetch(*_PYRADIOMICS, members, sdist=True)
-    (image, affine), (tumour, _) = (read_nrrd(paths[member]) for member in members)
+    (image, affine), (tumour, _) = (_volume(paths[member]) for member in members)
     head = _largest(ndimage.binary_opening(image > image.max() * 0.05, _IN_PLANE))
     return Scan(image, affine, "nifti", "MR"), {
         "head": _slicewise(ndimage.binary_fill_holes, head),
