@@ -80,3 +80,8 @@ def from_wire(message: str) -> M3DError:
         return M3DError(message)
     position, code = min(found)
     return _BY_CODE[code](message[position + len(code) + 2 :])
+
+
+def one_line(error: Exception) -> str:
+    """What a foreign error says, in one short line; its class if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

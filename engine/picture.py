@@ -11,7 +11,7 @@ from typing import Literal
 import nibabel
 import numpy as np
 
-from engine.volume.modality import modality_of
+from engine.volume.modality import is_ct
 from engine.volume.views import counts, sampled
 
 BACKGROUND, TEXT, QUIET, MASK = "#0c1016", "#f2f4f7", "#9aa5b1", "#ff9f1c"
@@ -145,10 +145,8 @@ def window(
     values = values[np.isfinite(values)]
     if not values.size:
         return 0.0, 1.0
-    is_ct = modality == "CT" if modality else {"ct": True, "mr": False}.get(preset or "")
-    if is_ct is None:
-        is_ct = modality_of(scan, value_range=(float(values.min()), float(values.max()))).is_ct
-    if is_ct:
+    value_range = float(values.min()), float(values.max())
+    if is_ct(scan, modality=modality, preset=preset, value_range=value_range):
         inside = _median_inside(scan, mask) if mask is not None and mask.any() else 0.0
         return LUNG if inside < -300 else BONE if inside > 200 else SOFT_TISSUE
     present = values[values > values.min()]

@@ -172,9 +172,16 @@ def open_lamed(source: str | Path) -> tuple[LamedConfig, Weights, Path]:
     return config, weights, folder
 
 
+def tokenizer_file(folder: Path) -> str | None:
+    """The file that a checkpoint folder's tokenizer is read from; None without a tokenizer."""
+    return next(
+        (name for name in ("tokenizer.model", "tokenizer.json", "vocab.txt") if (folder / name).is_file()), None
+    )
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt"))
+    return tokenizer_file(folder) is not None
 
 
 def load_tokenizer(folder: Path):

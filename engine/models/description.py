@@ -17,6 +17,7 @@ from engine.models.checkpoint import (
     has_tokenizer,
     lamed_shapes,
     load_tokenizer,
+    tokenizer_file,
 )
 from engine.models.clip import M3DClip
 from engine.models.config import ClipConfig, LamedConfig, ViTConfig
@@ -24,7 +25,6 @@ from engine.models.lamed import Lamed
 from engine.models.needs import Parts, parts_of
 from engine.prompt import IMAGE_TOKEN, SEG_TOKEN, SPECIAL_TOKENS, Prompt
 
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.txt")  # in the order in which they are preferred
 _Shapes = dict[str, tuple[int, ...]]
 
 
@@ -140,7 +140,7 @@ def _lamed_tokenizer(
         tokenizer = load_tokenizer(folder)
     except CheckpointError as error:
         problems.append(str(error))
-        return Tokenizer(_file(folder), ends=tuple(ends or ()))
+        return Tokenizer(tokenizer_file(folder), ends=tuple(ends or ()))
     ids, eos = {name: _id(tokenizer, name) for name in (*SPECIAL_TOKENS, SEG_TOKEN)}, tokenizer.eos_token_id
     if ids[IMAGE_TOKEN] is None:
         problems.append(f"the tokenizer does not know {IMAGE_TOKEN}")
@@ -155,7 +155,9 @@ def _lamed_tokenizer(
     elif config.segmentation is not None and told is not None and told != known:
         notes.append(f"config.json's seg_token_id is {told}, the tokenizer's {SEG_TOKEN} is {known}")
     return Tokenizer(
-        _file(folder), {**ids, "bos": tokenizer.bos_token_id, "eos": eos}, tuple(ends or ([] if eos is None else [eos]))
+        tokenizer_file(folder),
+        {**ids, "bos": tokenizer.bos_token_id, "eos": eos},
+        tuple(ends or ([] if eos is None else [eos])),
     )
 
 
@@ -173,10 +175,12 @@ def _clip(folder: Path, values: dict) -> Description:
         package = f"{spec.get('package')} {spec.get('version')}"
         notes.append(f"text encoder and tokenizer are those of the package {package}")
     elif has_tokenizer(folder):
-        tokenizer = Tokenizer(_file(folder))
+        tokenizer = Tokenizer(tokenizer_file(folder))
         try:
             read = load_tokenizer(folder)
-            tokenizer = Tokenizer(_file(folder), {name: _id(read, name) for name in ("[CLS]", "[SEP]", "[PAD]")})
+            tokenizer = Tokenizer(
+                tokenizer_file(folder), {name: _id(read, name) for name in ("[CLS]", "[SEP]", "[PAD]")}
+            )
         except CheckpointError as error:
             problems.append(str(error))
     else:
@@ -201,10 +205,6 @@ def _clip(folder: Path, values: dict) -> Description:
 
 def _count(shapes: _Shapes, prefix: str) -> int:
     return sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(prefix))
-
-
-def _file(folder: Path) -> str | None:
-    return next((name for name in _TOKENIZERS if (folder / name).is_file()), None)
 
 
 def _id(tokenizer, token: str) -> int | None:

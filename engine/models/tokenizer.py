@@ -9,7 +9,6 @@ src/bpe_model.cc.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import CheckpointError
+from engine.models.layout import read_object
 
 MODEL = "tokenizer.model"
 SPACE = "▁"  # sentencepiece's sign for a space
@@ -71,7 +71,7 @@ def from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     """
     path = folder / MODEL
     model = _read_model(path)
-    config = _json(folder / "tokenizer_config.json")
+    config = _object(folder / "tokenizer_config.json")
     try:
         names, extra, added = _special_tokens(folder, config, [piece.piece for piece in model.pieces])
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -161,7 +161,7 @@ def _special_tokens(
 ) -> tuple[dict[str, str | None], list[str], dict[int, dict[str, Any]]]:
     """(name such as bos_token -> its text, the texts of further special tokens, id -> settings of every token that is
     found before text is merged)."""
-    mapped = _json(folder / "special_tokens_map.json")
+    mapped = _object(folder / "special_tokens_map.json")
     decoder = {int(token_id): dict(token) for token_id, token in config.get("added_tokens_decoder", {}).items()}
     # Where tokenizer_config.json has no added_tokens_decoder (before transformers 4.34), the map comes first.
     told = {**mapped, **config} if decoder else {**config, **mapped}
@@ -171,7 +171,7 @@ def _special_tokens(
     names["eos_token"] = names["eos_token"] or "</s>"
     extra = [str(_text(token)) for token in told.get("additional_special_tokens") or ()]
     special = {*filter(None, names.values()), *extra}
-    for content, token_id in _json(folder / "added_tokens.json").items():
+    for content, token_id in _object(folder / "added_tokens.json").items():
         decoder.setdefault(int(token_id), {"content": content, "special": content in special})
     known = {token["content"] for token in decoder.values()}
     for name, content in names.items():
@@ -206,17 +206,9 @@ def _ends(backend: Tokenizer, names: dict[str, str | None], config: dict) -> pro
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
 
 
-def _json(path: Path) -> dict:
+def _object(path: Path) -> dict:
     """A JSON object; empty if the folder has no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): get the checkpoint again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object: get the checkpoint again")
-    return values
+    return read_object(path) if path.is_file() else {}
 
 
 def _text(token: str | dict | None) -> str | None:

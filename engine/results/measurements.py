@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.errors import InvalidInput
 from engine.scan import Scan
-from engine.volume.modality import modality_of
+from engine.volume.modality import is_ct
 from engine.volume.views import counts
 
 _SLAB_VOXELS = 4 << 20
@@ -81,7 +81,10 @@ def measure(
     array = scan.array if isinstance(scan, Scan) else None if scan is None else np.asarray(scan)
     if array is not None and array.shape != mask.shape:
         raise InvalidInput(f"the mask has shape {mask.shape}, the scan has {array.shape}")
-    unit = None if scan is None or array is None else _unit(scan, array, preset)
+    offset, modality = getattr(scan, "offset", 0.0), getattr(scan, "modality", None)
+    unit = None
+    if array is not None:
+        unit = "HU" if is_ct(array, offset, modality=modality, preset=preset) else "arbitrary"
     # The mask's voxels along each axis: from these come box and centroid, without an index of each voxel.
     planes = counts(mask)
     number = int(planes[0].sum())
@@ -91,7 +94,7 @@ def measure(
     box = tuple(slice(int(indices[0]), int(indices[-1]) + 1) for indices in found)
     centre = [float(plane @ np.arange(plane.size)) / number for plane in planes]
     inside = mask[box]
-    intensities = {} if array is None else _intensities(array[box], inside, getattr(scan, "offset", 0.0))
+    intensities = {} if array is None else _intensities(array[box], inside, offset)
     return Measurements(
         number,
         number * abs(float(np.linalg.det(affine[:3, :3]))) / 1000,
@@ -101,15 +104,6 @@ def measure(
         **intensities,
         intensity_unit=unit,
     )
-
-
-def _unit(scan: Scan | np.ndarray, array: np.ndarray, preset: str | None) -> str:
-    modality = getattr(scan, "modality", None)
-    if not modality and preset in ("ct", "mr"):
-        is_ct = preset == "ct"
-    else:
-        is_ct = modality_of(array, getattr(scan, "offset", 0.0), modality).is_ct
-    return "HU" if is_ct else "arbitrary"
 
 
 def _world_box(inside: np.ndarray, start: list[int], affine: np.ndarray) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, one_line
 from engine.scan.affine import LPS_TO_RAS
 from engine.scan.npy import of_three_axes
 
@@ -34,7 +34,7 @@ def array_of(source: object) -> np.ndarray:
         raise
     except Exception as error:  # whatever a foreign class raises when it is asked for its values
         raise InvalidInput(
-            f"the values of the {what} cannot be read ({_words(error)}): hand over a NumPy array with its affine"
+            f"the values of the {what} cannot be read ({one_line(error)}): hand over a NumPy array with its affine"
         ) from None
     return real_volume(array, f"the array ({what})")
 
@@ -101,7 +101,3 @@ def _on_cpu(source: object) -> object:
     if tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
         tensor = tensor.float()
     return tensor.as_subclass(torch.Tensor).numpy()
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -10,7 +10,7 @@ import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import SpatialImage
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, one_line
 from engine.scan.affine import LPS_TO_RAS, affine_of, checked_affine
 from engine.scan.arrays import real_volume
 from engine.scan.nifti import geometry_header
@@ -44,8 +44,9 @@ def image_pieces(source: Any) -> tuple[Pieces, np.ndarray | None]:
     except InvalidInput:
         raise
     except Exception as error:  # the file behind it is gone, truncated or damaged, or its header was changed
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InvalidInput(f"the {_name(source)} cannot be read ({cause}): save it, and hand over the path") from None
+        raise InvalidInput(
+            f"the {_name(source)} cannot be read ({one_line(error)}): save it, and hand over the path"
+        ) from None
     affine = None if source.affine is None else checked_affine(source.affine)
     return npy_pieces(_one_volume(array, source)), affine
 

@@ -62,6 +62,25 @@ def modality_of(
     return Modality(is_ct, is_guess, f"{values}, {found}")
 
 
+def is_ct(
+    array: np.ndarray,
+    offset: float = 0.0,
+    *,
+    modality: str | None = None,
+    preset: str | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> bool:
+    """Whether a scan is a CT: by DICOM's modality, else by the preset (ct or mr) that the server chose, else by its values.
+
+    Args: as `modality_of` takes them; of presets, all but ct and mr decide nothing.
+    """
+    if modality:
+        return modality == "CT"
+    if preset in ("ct", "mr"):
+        return preset == "ct"
+    return modality_of(array, offset, value_range=value_range).is_ct
+
+
 def _by_values(sample: np.ndarray) -> tuple[bool, bool, str]:
     """(is_ct, is_guess, what was found) of values as they are in the file."""
     inside = _without_padding(sample)

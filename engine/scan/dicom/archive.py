@@ -8,8 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 
-from engine.errors import InvalidInput
-from engine.scan.dicom.damage import words
+from engine.errors import InvalidInput, one_line
 from engine.scan.limits import Limits
 
 _DAMAGE = (
@@ -48,5 +47,5 @@ def members(data: memoryview, limits: Limits) -> Iterator[tuple[str, bytes]]:
                 yield info.filename, content
     except _DAMAGE as error:
         raise InvalidInput(
-            f"the zip is damaged, encrypted or of an unknown kind ({words(error)}): zip the series again"
+            f"the zip is damaged, encrypted or of an unknown kind ({one_line(error)}): zip the series again"
         ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, one_line
 
 
 @contextmanager
@@ -16,9 +16,4 @@ def damage_named(name: str) -> Iterator[None]:
     except InvalidInput:
         raise
     except Exception as error:
-        raise InvalidInput(f"{name} is a damaged DICOM file ({words(error)}): export or copy it again") from None
-
-
-def words(error: Exception) -> str:
-    """An error in one short line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise InvalidInput(f"{name} is a damaged DICOM file ({one_line(error)}): export or copy it again") from None

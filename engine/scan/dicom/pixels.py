@@ -23,9 +23,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, one_line
 from engine.scan.dicom.codestream import jpeg2000_header, jpeg_header
-from engine.scan.dicom.damage import words
 from engine.scan.dicom.dataset import CONVERT
 from engine.scan.dicom.decoder import Decoder, DecodingFailed
 
@@ -103,7 +102,7 @@ def _native(name: str, dataset: pydicom.Dataset, frames: int) -> np.ndarray:
         return pixels.reshape(frames, dataset.Rows, dataset.Columns)
     except Exception as error:
         raise InvalidInput(
-            f"the pixels of {name} cannot be read ({words(error)}): the file is truncated or damaged, export or copy it "
+            f"the pixels of {name} cannot be read ({one_line(error)}): the file is truncated or damaged, export or copy it "
             f"again"
         ) from None
 
@@ -133,7 +132,7 @@ def _decoded(name: str, dataset: pydicom.Dataset, frames: int, decoder: Decoder)
     except (DecodingFailed, ValueError, IndexError) as error:
         raise InvalidInput(
             f"the pixels of {name} are compressed as {syntax.name}, and frame {count + 1} could not be decoded "
-            f"({words(error)}): copy the file again, or {_DECOMPRESS}"
+            f"({one_line(error)}): copy the file again, or {_DECOMPRESS}"
         ) from None
     return pixels
 
