@@ -15,6 +15,7 @@ from pathlib import Path
 from engine import gpu
 from engine.errors import M3DError
 from engine.manifest import Manifest
+from engine.memory import meminfo
 from engine.processor import has_bf16
 from engine.server import SHM_NEEDED, keeper
 from engine.server.triton import Triton
@@ -144,16 +145,11 @@ def _cores() -> Finding:
 
 
 def _memory() -> Finding:
-    available = _meminfo("MemAvailable")
-    detail = f"{available / (1 << 30):.1f} GiB available of {_meminfo('MemTotal') / (1 << 30):.1f}"
+    available = meminfo("MemAvailable")
+    detail = f"{available / (1 << 30):.1f} GiB available of {meminfo('MemTotal') / (1 << 30):.1f}"
     if available >= MEMORY_NEEDED:
         return Finding("ok", "memory", detail)
     return Finding("note", "memory", f"{detail}; the demo wants {MEMORY_NEEDED >> 30} GiB, M3D-LaMed-7B about 20")
-
-
-def _meminfo(key: str) -> int:
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1]) * 1024
 
 
 def _shared_memory() -> Finding:

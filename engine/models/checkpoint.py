@@ -140,7 +140,7 @@ def sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in sorted(layout.files_read(_names(folder), folder.joinpath)):
         file = folder / name
-        if file.is_file():  # a shard that is missing is told by Weights.open
+        if file.is_file():  # Weights.open reports missing shards
             digest.update(f"{name}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import ResourceExhausted
+from engine.memory import available_memory
 from engine.models.checkpoint import PARTS, lamed_shapes
 from engine.models.clip import M3DClip
 from engine.models.config import ClipConfig, LamedConfig
@@ -111,30 +111,3 @@ def needs(parts: Parts, read: int, target: str, precision: str) -> Needs:
         seconds=EXPORT_S_PER_PARAMETER * parts.encoders + (2 * read + llm) / BYTES_PER_S,
         serving=SERVING_BYTES + llm + graphs,
     )
-
-
-def available_memory() -> int:
-    """Bytes of memory that a new process may have: what the system has left, within the limit of this container."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    left = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (_cgroup(f"memory.{name}") for name in ("max", "current"))
-    if limit is not None and used is not None:
-        cache = next(
-            (int(line.split()[1]) for line in _cgroup_lines("memory.stat") if line.startswith("inactive_file ")), 0
-        )
-        left = min(left, limit - used + cache)
-    return max(0, left)
-
-
-def _cgroup(name: str) -> int | None:
-    """A value of this process's control group (version 2); None without a limit, or without such groups."""
-    lines = _cgroup_lines(name)
-    return int(lines[0]) if lines and lines[0].isdigit() else None
-
-
-def _cgroup_lines(name: str) -> list[str]:
-    group = next(
-        (line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/"
-    )
-    path = Path("/sys/fs/cgroup", group.lstrip("/"), name)
-    return path.read_text().splitlines() if os.access(path, os.R_OK) else []

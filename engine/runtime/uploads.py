@@ -51,8 +51,8 @@ class Upload:
 class Uploads:
     """The uploads in progress of one process, by name. One thread calls it.
 
-    What has come of them, and the complete ones whose data somebody holds, may be twice as large as the largest scan. A
-    part that does not fit takes the memory of uploads that have brought less than PROGRESS_BYTES within SLOW_S, if there
+    The parts that have arrived, and complete uploads until their data is released, may take twice the memory of the
+    largest scan. A part that does not fit takes the memory of uploads that have brought less than PROGRESS_BYTES within SLOW_S, if there
     are any, and is refused otherwise. An upload takes memory as its parts arrive. At most MOST are in progress; beyond
     that, the one with the fewest bytes is ended. clock: seconds.
     """

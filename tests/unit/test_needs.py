@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.make_checkpoint import PUBLISHED_CLIP, config_of
+from engine import memory as machine
 from engine.errors import ResourceExhausted
+from engine.memory import available_memory
 from engine.models import needs as module
 from engine.models.config import ClipConfig, LamedConfig
-from engine.models.needs import Needs, available_memory, needs, parts_of
+from engine.models.needs import Needs, needs, parts_of
 
 GB = 10**9
 
@@ -56,7 +58,7 @@ def test_available_memory_is_what_a_container_leaves(monkeypatch):
     whole = available_memory()
     assert whole > 0
     files = {"memory.max": ["3000"], "memory.current": ["2500"], "memory.stat": ["anon 1", "inactive_file 700"]}
-    monkeypatch.setattr(module, "_cgroup_lines", files.__getitem__)
+    monkeypatch.setattr(machine, "_cgroup_lines", files.__getitem__)
     assert available_memory() == 1200
-    monkeypatch.setattr(module, "_cgroup_lines", {**files, "memory.max": ["max"]}.__getitem__)
+    monkeypatch.setattr(machine, "_cgroup_lines", {**files, "memory.max": ["max"]}.__getitem__)
     assert available_memory() == pytest.approx(whole, rel=0.2)
