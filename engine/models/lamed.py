@@ -34,7 +34,7 @@ class Lamed(nn.Module):
     def __init__(self, config: LamedConfig, with_llm: bool = True):
         super().__init__()
         self.config = config
-        # Any for what may be None: whoever uses a part knows that it is there.
+        # Any, as a part may be None; its callers check that the checkpoint has it.
         self.llm: Any = causal_lm(config.llm) if with_llm else None
         self.vision_tower = VisionTower(config.vision)
         self.mm_projector = SpatialPoolingProjector(config)

@@ -52,9 +52,9 @@ class Uploads:
     """The uploads in progress of one process, by name. One thread calls it.
 
     The parts that have arrived, and complete uploads until their data is released, may take twice the memory of the
-    largest scan. A part that does not fit takes the memory of uploads that have brought less than PROGRESS_BYTES within SLOW_S, if there
-    are any, and is refused otherwise. An upload takes memory as its parts arrive. At most MOST are in progress; beyond
-    that, the one with the fewest bytes is ended. clock: seconds.
+    largest scan. A part that does not fit takes the memory of uploads that brought less than PROGRESS_BYTES within
+    SLOW_S, and is refused if there are none. An upload takes memory as its parts arrive. At most MOST are in progress;
+    beyond that, the one with the fewest bytes ends. clock: seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
