@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import weights
 import write_checkpoint
 
+from engine import cli
 from tests.conftest import ROOT
 from tests.unit.fake_triton import FakeTriton
 
@@ -21,6 +23,23 @@ def triton():
     triton = FakeTriton()
     yield triton
     triton.stop()
+
+
+@pytest.fixture
+def m3d(monkeypatch, capsys):
+    """m3d(*arguments) -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["m3d", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import nibabel
 import numpy as np
 import pytest
 
-from engine import cli
 from tests.conftest import ROOT
 from tests.unit.fake_triton import ANSWER
 
@@ -23,23 +22,6 @@ def scan(tmp_path):
     values = np.random.default_rng(0).integers(0, 500, (12, 13, 14)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(values, np.diag([1.0, 2, 3, 1])), path)
     return path
-
-
-@pytest.fixture
-def m3d(monkeypatch, capsys):
-    """m3d(*arguments) -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["m3d", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_ask_prints_the_answer_and_nothing_else_on_stdout(m3d, scan, triton):

@@ -18,6 +18,7 @@ from scipy import io as matlab
 from engine import cli
 from engine.errors import InvalidInput
 from engine.scan import FORMATS, pack_scan, read_scan
+from tests.unit.refusals import refused
 from tests.unit.test_metaimage import file as metaimage
 from tests.unit.test_mgh import mgh
 from tests.unit.test_nrrd import file as nrrd
@@ -48,13 +49,6 @@ def tar() -> bytes:
         for index, dataset in enumerate(series(3)):
             file.addfile(tarfile.TarInfo(f"{index}.dcm"), io.BytesIO(saved(dataset)))
     return buffer.getvalue()
-
-
-def refused(data, *words):
-    with pytest.raises(InvalidInput) as caught:
-        read_scan(data)
-    for word in words:
-        assert word in str(caught.value), f"{word!r} not in {caught.value}"
 
 
 @pytest.mark.parametrize(

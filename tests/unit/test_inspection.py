@@ -14,7 +14,7 @@ import pytest
 from published import write_published
 from safetensors.numpy import load_file, save, save_file
 
-from engine import cli, inspection
+from engine import inspection
 from engine.errors import CheckpointError, InvalidInput
 from engine.inspection import inspect
 from engine.inspection_table import rows, verdict
@@ -39,22 +39,10 @@ def folder(checkpoint, tmp_path):
     return shutil.copytree(checkpoint, tmp_path / "lamed")
 
 
-@pytest.fixture
-def m3d(monkeypatch, capsys):
-    """m3d(*arguments) -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["m3d", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "500")
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """So that no line of a table is broken."""
+    monkeypatch.setenv("COLUMNS", "500")
 
 
 def edit_config(folder, **values):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from engine.errors import InvalidInput
 from engine.scan import read_scan
 from engine.scan.limits import Limits
 from tests.unit.foreign import DIRECTIONS, DTYPES, assert_as_itk, itk_image, voxels
+from tests.unit.refusals import refused
 
 HEADER = {
     "ObjectType": "Image",
@@ -39,13 +39,6 @@ def file(data=None, newline="\n", equals=" = ", **keys) -> bytes:
 def by_itk(data, folder) -> sitk.Image:
     (folder / "itk.mha").write_bytes(data)
     return sitk.ReadImage(folder / "itk.mha")
-
-
-def refused(data, *words, **options):
-    with pytest.raises(InvalidInput) as caught:
-        read_scan(data, **options)
-    for word in words:
-        assert word in str(caught.value), f"{word!r} not in {caught.value}"
 
 
 @pytest.mark.parametrize("compressed", [False, True])

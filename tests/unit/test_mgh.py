@@ -15,6 +15,7 @@ from engine.errors import InvalidInput
 from engine.scan import read_scan
 from engine.scan.limits import Limits
 from tests.unit.foreign import DIRECTIONS, ORIGIN, SPACING, assert_as_nibabel, voxels
+from tests.unit.refusals import refused
 
 DIMS, FRAMES, TYPE, GOOD_RAS, DELTA, MDC, CENTRE = 4, 16, 20, 28, 30, 42, 78  # where the header has them
 
@@ -33,13 +34,6 @@ def changed(data: bytes, where: int, what: bytes) -> bytes:
 
 def number(value: int) -> bytes:
     return value.to_bytes(4, "big", signed=True)
-
-
-def refused(data, *words, **options):
-    with pytest.raises(InvalidInput) as caught:
-        read_scan(data, **options)
-    for word in words:
-        assert word in str(caught.value), f"{word!r} not in {caught.value}"
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])

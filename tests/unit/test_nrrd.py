@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from engine.errors import InvalidInput
 from engine.scan import read_scan
 from engine.scan.limits import Limits
 from tests.unit.foreign import DIRECTIONS, DTYPES, assert_as_itk, itk_image, voxels
+from tests.unit.refusals import refused
 
 HEADER = {
     "type": "int16",
@@ -33,13 +33,6 @@ def file(data=None, magic="NRRD0005", newline="\n", **fields) -> bytes:
     header = HEADER | {name.replace("_", " "): value for name, value in fields.items()}
     lines = [magic, *(f"{name}: {value}" for name, value in header.items() if value is not None), "", ""]
     return newline.join(lines).encode() + (voxels("<i2").tobytes("F") if data is None else data)
-
-
-def refused(data, *words, **options):
-    with pytest.raises(InvalidInput) as caught:
-        read_scan(data, **options)
-    for word in words:
-        assert word in str(caught.value), f"{word!r} not in {caught.value}"
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -12,6 +12,7 @@ import SimpleITK
 from engine.errors import InvalidInput
 from engine.results import save_mask
 from engine.scan import Scan, pack_scan, read_scan
+from tests.unit.foreign import STRAIGHT
 
 SHAPE = (7, 9, 11)
 SPACING = (0.7, 1.3, 5.0)
@@ -20,16 +21,7 @@ MICRON, METRE, MM = 3, 1, 2
 LPS = np.diag([-1.0, -1, 1])
 
 
-def orientations():
-    """The 48 ways in which an array's axes can run."""
-    for order in itertools.permutations(range(3)):
-        for signs in itertools.product((1, -1), repeat=3):
-            matrix = np.zeros((3, 3))
-            matrix[list(order), range(3)] = signs
-            yield matrix
-
-
-AXES = list(orientations())
+AXES = STRAIGHT  # the 48 ways in which axes can run
 TURN = nib.eulerangles.euler2mat(0.3, -0.2, 0.5)
 SHEAR = np.array([[1, 0.1, 0.0], [0, 1, 0.2], [0, 0, 1]])
 

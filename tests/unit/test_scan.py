@@ -19,6 +19,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless
 from engine.errors import InvalidInput
 from engine.scan import ARRAY_AFFINE, pack_scan, read_scan
 from engine.scan.limits import Limits
+from tests.unit.refusals import refused
 
 OBLIQUE = np.array([[-0.9, 0.1, 0.2, 12], [0.1, 1.4, -0.3, -80], [0.1, 0.2, 2.9, 7], [0, 0, 0, 1.0]])
 
@@ -42,13 +43,6 @@ def with_header(data, **fields):
     for name, value in fields.items():
         header[name] = value
     return header.binaryblock + data[348:]
-
-
-def refused(data, *words, **options):
-    with pytest.raises(InvalidInput) as caught:
-        read_scan(data, **options)
-    for word in words:
-        assert word in str(caught.value), f"{word!r} not in {caught.value}"
 
 
 # --- NIfTI -----------------------------------------------------------------------------------------------------------

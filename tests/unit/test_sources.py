@@ -24,6 +24,7 @@ from engine.errors import InvalidInput
 from engine.scan import ARRAY_AFFINE, pack_scan, read_scan, scan_pieces
 from engine.scan.limits import Limits
 from tests.unit.foreign import DIRECTIONS, DTYPES, ORIGIN, SPACING, assert_as_itk, assert_as_nibabel, itk_image, voxels
+from tests.unit.refusals import refused_source as refused
 from tests.unit.test_scan import nifti, saved, series, zipped
 
 AFFINE = nib.affines.from_matvec(DIRECTIONS[-1] * SPACING, ORIGIN)
@@ -33,13 +34,6 @@ def received(source, affine=None):
     """The scan as the server reads it."""
     data, affine = pack_scan(source, affine)
     return read_scan(data, affine=affine)
-
-
-def refused(source, *words, **options):
-    with pytest.raises(InvalidInput) as caught:
-        pack_scan(source, **options)
-    for word in words:
-        assert word in str(caught.value), f"{word!r} not in {caught.value}"
 
 
 @pytest.mark.parametrize(
