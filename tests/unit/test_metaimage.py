@@ -10,7 +10,7 @@ import SimpleITK as sitk
 
 from engine.scan import read_scan
 from engine.scan.limits import Limits
-from tests.unit.foreign import DIRECTIONS, DTYPES, assert_as_itk, itk_image, voxels
+from tests.unit.foreign import assert_as_itk, itk_image, voxels
 from tests.unit.refusals import refused
 
 HEADER = {
@@ -39,23 +39,6 @@ def file(data=None, newline="\n", equals=" = ", **keys) -> bytes:
 def by_itk(data, folder) -> sitk.Image:
     (folder / "itk.mha").write_bytes(data)
     return sitk.ReadImage(folder / "itk.mha")
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("direction", DIRECTIONS, ids=range(len(DIRECTIONS)))
-def test_what_itk_writes_lies_where_itk_has_it(tmp_path, direction, compressed):
-    image, path = itk_image(direction=direction), tmp_path / "a.mha"
-    sitk.WriteImage(image, path, compressed)
-    scan = read_scan(path.read_bytes())
-    assert_as_itk(scan, image)
-    assert scan.kind == "metaimage" and not scan.notes and scan.header is None
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_type_that_itk_writes_is_read(tmp_path, dtype):
-    image, path = itk_image(dtype), tmp_path / "a.mha"
-    sitk.WriteImage(image, path, True)
-    assert_as_itk(read_scan(path.read_bytes()), image)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from engine.scan import read_scan
 from engine.scan.limits import Limits
-from tests.unit.foreign import DIRECTIONS, DTYPES, assert_as_itk, itk_image, voxels
+from tests.unit.foreign import DIRECTIONS, assert_as_itk, itk_image, voxels
 from tests.unit.refusals import refused
 
 HEADER = {
@@ -33,23 +33,6 @@ def file(data=None, magic="NRRD0005", newline="\n", **fields) -> bytes:
     header = HEADER | {name.replace("_", " "): value for name, value in fields.items()}
     lines = [magic, *(f"{name}: {value}" for name, value in header.items() if value is not None), "", ""]
     return newline.join(lines).encode() + (voxels("<i2").tobytes("F") if data is None else data)
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("direction", DIRECTIONS, ids=range(len(DIRECTIONS)))
-def test_what_itk_writes_lies_where_itk_has_it(tmp_path, direction, compressed):
-    image, path = itk_image(direction=direction), tmp_path / "a.nrrd"
-    sitk.WriteImage(image, path, compressed)
-    scan = read_scan(path.read_bytes())
-    assert_as_itk(scan, image)
-    assert scan.kind == "nrrd" and not scan.notes and scan.header is None
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_type_that_itk_writes_is_read(tmp_path, dtype):
-    image, path = itk_image(dtype), tmp_path / "a.nrrd"
-    sitk.WriteImage(image, path, True)
-    assert_as_itk(read_scan(path.read_bytes()), image)
 
 
 @pytest.mark.parametrize("space", ["right-anterior-superior", "RAS", "left-anterior-superior", "LAS", "LPS"])
