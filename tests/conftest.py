@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,11 @@ GROUPS = {
     "faults": "processes that are killed, in many ways",
     "releases": "newer releases of what is locked, and known flaws",
 }
+
+
+def pytest_configure(config):
+    if (asked := re.search(r"group='(\w*)'", config.option.markexpr)) and asked[1] not in GROUPS:
+        raise pytest.UsageError(f"GROUP={asked[1]}: it is one of {', '.join(GROUPS)}")
 
 
 def pytest_collection_modifyitems(items):
