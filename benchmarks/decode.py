@@ -44,7 +44,10 @@ RESULT = "result: "  # before what a process has measured, as vLLM may print, to
 
 @dataclass(frozen=True)
 class Way:
-    """A way to decode: what differs from the configuration. environment: of vLLM's process. furthest: through layers."""
+    """A way to decode: what differs from the configuration.
+
+    environment: of vLLM's process. furthest: through layers.
+    """
 
     settings: dict = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)

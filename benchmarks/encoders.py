@@ -5,11 +5,11 @@
     python benchmarks/encoders.py --target tensorrt --checkpoint DIR   # what a GPU's precisions change, without one
 
 On a CPU fp32 is ONNX Runtime's, bf16 OpenVINO's, int8 ONNX Runtime's with weights and activations quantised (weights by
-channel, activations by tensor at run time). For target tensorrt the typed graphs of which plans are made are computed in
-fp32 with the roundings that they have on a GPU (fp8 calibrated on the scans); their times mean nothing. Every pair of a
-vision and a segmentation encoder answers the questions, greedily in fp32 PyTorch, and draws its mask; the fp32 pair is
-what the others are compared with, on the checkpoint and on the recorded fixture of tests/fixtures. Within bounds: the
-same tokens, and a Dice of 0.999 or more, everywhere.
+channel, activations by tensor at run time). For target tensorrt the typed graphs of which plans are made are computed
+in fp32 with the roundings that they have on a GPU (fp8 calibrated on the scans); their times mean nothing. Every pair
+of a vision and a segmentation encoder answers the questions, greedily in fp32 PyTorch, and draws its mask; the fp32
+pair is what the others are compared with, on the checkpoint and on the recorded fixture of tests/fixtures. Within
+bounds: the same tokens, and a Dice of 0.999 or more, everywhere.
 """
 
 from __future__ import annotations

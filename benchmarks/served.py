@@ -59,7 +59,7 @@ class Served:
         ), study
 
     def follow_up(self, study: Study, question: str, tokens: int) -> Sample:
-        """Another question, and nobody else's beside it: if the server has to encode the scan again, its parts say so."""
+        """Another question, with none beside it: if the server has to encode the scan again, its parts say so."""
         before = self._compute_s()
         asked = self.ask(study, question, tokens)
         return replace(asked, parts={**asked.parts, **self._since(before)})

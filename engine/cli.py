@@ -13,8 +13,8 @@ from rich.markup import escape
 
 from engine.errors import InvalidInput, M3DError, Unavailable
 
-# Everything else is imported by the command that needs it, so that help comes at once. What help says of a command is an
-# argument and no docstring: python -OO has none of those.
+# Everything else is imported by the command that needs it, so that help comes at once. What help says of a command is
+# an argument and no docstring: python -OO has none of those.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,8 +50,8 @@ Preset = Annotated[str, typer.Option(help="preprocessing: auto, ct, mr, m3d-cap,
 Crop = Annotated[
     str | None,
     typer.Option(
-        help="region that the model sees: i0:i1,j0:j1,k0:k1 in voxels of the array's axes, or x0:x1,y0:y1,z0:z1mm in mm "
-        "(RAS+); default all",
+        help="region that the model sees: i0:i1,j0:j1,k0:k1 in voxels of the array's axes, or x0:x1,y0:y1,z0:z1mm in "
+        "mm (RAS+); default all",
         callback=_crop,
     ),
 ]
@@ -374,7 +374,8 @@ def _note_answer(answer) -> None:
 def _note_measurements(measured, voxels: int) -> None:
     """voxels: of the whole scan."""
     notes.print(
-        f"{measured.volume_ml:,.3f} mL, {measured.voxel_count:,} voxels ({measured.voxel_count / voxels:.2%} of the scan)"
+        f"{measured.volume_ml:,.3f} mL, {measured.voxel_count:,} voxels "
+        f"({measured.voxel_count / voxels:.2%} of the scan)"
     )
     if measured.centroid_ras_mm is not None:
         x, y, z = measured.centroid_ras_mm

@@ -188,7 +188,7 @@ MODELS: dict[str, Model] = {
         ),
         Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
         Model("segmentation_encoder", (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
-        # Triton wants all inputs of the step behind a decoupled model to come from it: STUDY and RETURN_LOGITS pass through.
+        # In Triton the step behind a decoupled model must get all inputs from it: STUDY and RETURN_LOGITS pass through.
         Model(
             "decoder",
             (STUDY, QUESTION, SAMPLING, STREAM, RETURN_LOGITS),

@@ -55,8 +55,8 @@ class Need:
 class Inspection:
     """What is known of a checkpoint.
 
-    kind: config.json's model_type. visual_tokens: that one volume becomes. parameters: numbers by part. stored: bytes of
-    tensors by precision; empty where no header could be read. read, unread: bytes by file. to_fetch: bytes that are
+    kind: config.json's model_type. visual_tokens: that one volume becomes. parameters: numbers by part. stored: bytes
+    of tensors by precision; empty where no header could be read. read, unread: bytes by file. to_fetch: bytes that are
     still to be downloaded, by file. export_s: seconds, about. notes: what is worth knowing. problems: why it cannot be
     exported anywhere.
     """

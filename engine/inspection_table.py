@@ -29,7 +29,8 @@ def rows(found: Inspection) -> list[tuple[str, str, str]]:
         (
             "",
             "text encoder" if is_clip else "language model",
-            f"{llm.family}: {llm.layers} layers, width {llm.width:,}, {llm.heads} heads, vocabulary {llm.vocabulary:,}; "
+            f"{llm.family}: {llm.layers} layers, width {llm.width:,}, {llm.heads} heads, "
+            f"vocabulary {llm.vocabulary:,}; "
             + (f"reads {llm.context:,} tokens of a text" if is_clip else f"context {llm.context:,} tokens"),
         ),
         ("", "vision", _vision(found)),

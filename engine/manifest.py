@@ -186,9 +186,10 @@ def _other_version(path: Path, values: dict[str, Any], target: str) -> str:
         if values.get(name)
     ]
     return (
-        f"{path} was written by {by} (format {values.get('format')}); this is {here}, which reads format {FORMAT}: export "
-        f"again, `python export/build_engines.py --checkpoint {checkpoint} --target {values.get('target', target)} "
-        f"{''.join(f'{option} ' for option in more)}--repository {shlex.quote(str(path.parent))}`"
+        f"{path} was written by {by} (format {values.get('format')}); this is {here}, which reads format {FORMAT}: "
+        f"export again, `python export/build_engines.py --checkpoint {checkpoint} --target "
+        f"{values.get('target', target)} {''.join(f'{option} ' for option in more)}--repository "
+        f"{shlex.quote(str(path.parent))}`"
     )
 
 

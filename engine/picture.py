@@ -37,9 +37,9 @@ def montage(
 ) -> Path:
     """Write a PNG with an axial, a coronal and a sagittal slice, in radiological view (patient's right on the left).
 
-    Each plane lies where the mask is largest, or halfway through the scan. All planes have one scale, unless the scan is
-    much longer along one axis than along another (MOST_ELONGATED). The picture's size, and the memory and time that it
-    takes beside one pass over the mask, do not depend on the scan's size.
+    Each plane lies where the mask is largest, or halfway through the scan. All planes have one scale, unless the scan
+    is much longer along one axis than along another (MOST_ELONGATED). The picture's size, and the memory and time that
+    it takes beside one pass over the mask, do not depend on the scan's size.
 
     Args:
         path: of the PNG.

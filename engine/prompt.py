@@ -57,9 +57,9 @@ class Prompt:
             ids = ids[:-1]
         if len(ids) >= self.context_length:
             raise InvalidInput(
-                f"the question has {len(ids) - len(self._prefix)} tokens; with 1 + {self.num_visual_tokens} tokens before "
-                f"it, it may have at most {self.context_length - len(self._prefix) - 1} to leave room for an answer "
-                f"(context length {self.context_length}): shorten it"
+                f"the question has {len(ids) - len(self._prefix)} tokens; with 1 + {self.num_visual_tokens} tokens "
+                f"before it, it may have at most {self.context_length - len(self._prefix) - 1} to leave room for an "
+                f"answer (context length {self.context_length}): shorten it"
             )
         return ids
 

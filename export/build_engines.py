@@ -127,7 +127,8 @@ def export(
     clip = None if clip_checkpoint is None else checkpoints.load_clip(sources["clip_checkpoint"].folder)
     scans = _Calibration(calibration)
     scans.volumes(lamed[0][0].vision.image_size)
-    # A checkpoint that does not load, or a scan that is none, has been refused by now: what lies here is still good then.
+    # A checkpoint that does not load, or a scan that is none, has been refused by now. In that case what lies here is
+    # still good.
     (repository / manifest.FILE_NAME).unlink(missing_ok=True)
     _remove_artifacts(repository)
     finish = _Planner(repository, precision, settings, scans).finish if settings is not None else None

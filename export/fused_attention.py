@@ -1,8 +1,8 @@
 """Attention as one operator of ONNX Runtime's, for the graphs that it computes on a CPU.
 
-ONNX has attention as products and a softmax between them: 200 MB of scores in each block of a 32x256x256 volume, written
-and read three times. ONNX Runtime's own operator computes it block by block in the processor's cache, and OpenVINO reads
-it, too. TensorRT does not: its plans start from plain ONNX, in which it finds attention by itself.
+ONNX has attention as products and a softmax between them: 200 MB of scores in each block of a 32x256x256 volume,
+written and read three times. ONNX Runtime's own operator computes it block by block in the processor's cache, and
+OpenVINO reads it, too. TensorRT does not: its plans start from plain ONNX, in which it finds attention by itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _attention = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), _SCH
 
 
 def translation_table() -> dict:
-    """For torch.onnx.export: how F.scaled_dot_product_attention is written, without mask, dropout or scale of its own."""
+    """For torch.onnx.export: how F.scaled_dot_product_attention without mask, dropout or own scale is written."""
     return {torch.ops.aten.scaled_dot_product_attention.default: _translated}
 
 

@@ -1,8 +1,9 @@
 """TensorRT: a typed ONNX graph becomes a plan, with a report of what was built beside it.
 
 The only module that speaks to TensorRT. `tensorrt` (10.x and 11.x) builds for the GPU it runs on, and Triton serves its
-plans. `rtx`, TensorRT for RTX, builds ahead of time on any machine, without a GPU: it proves that the graphs parse, type
-and compile for an architecture; Triton's TensorRT backend does not load its plans. Both are used through the same calls.
+plans. `rtx`, TensorRT for RTX, builds ahead of time on any machine, without a GPU: it proves that the graphs parse,
+type and compile for an architecture; Triton's TensorRT backend does not load its plans. Both are used through the same
+calls.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def can_run() -> bool:
 
 
 def structure_key(graph: onnx.ModelProto, settings: BuildSettings) -> str:
-    """SHA-256 of all that a stripped plan depends on: the graph without its weights, settings, TensorRT, and the GPU."""
+    """SHA-256 of all that a stripped plan depends on: settings, TensorRT, the GPU, and the graph without weights."""
     bare = onnx.ModelProto()
     bare.CopyFrom(graph)
     for tensor in bare.graph.initializer:

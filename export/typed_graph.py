@@ -1,4 +1,4 @@
-"""Precision, written into the ONNX graph: TensorRT's strongly typed networks compute each node in the types it has there.
+"""Precision, written into the ONNX graph: TensorRT's strongly typed networks compute each node in its types there.
 
 Matrix products, and what merely moves or scales their operands and results, become fp16 or bf16; what loses accuracy
 there stays in fp32: layer norms, softmax, the residual stream, the patch embedding (which would round the voxels), and
@@ -106,13 +106,13 @@ def plain_attention(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fp8_inputs(model: onnx.ModelProto) -> list[str]:
-    """The tensors that calibration has to watch: activations that enter quantised products, in the order of the graph."""
+    """The tensors that calibration has to watch: activations that enter quantised products, in the graph's order."""
     constants = {tensor.name for tensor in model.graph.initializer}
     return list(dict.fromkeys(node.input[0] for node in model.graph.node if _is_quantised(node, constants)))
 
 
 def module_of(node: NodeProto) -> str:
-    """The PyTorch module that a node comes from, e.g. `vision_tower.blocks.0.attn.qkv`; empty if the graph does not say."""
+    """The PyTorch module a node comes from, e.g. `vision_tower.blocks.0.attn.qkv`; empty if the graph does not say."""
     properties = {entry.key: entry.value for entry in node.metadata_props}
     try:
         scopes = ast.literal_eval(properties.get("pkg.torch.onnx.name_scopes", "[]"))
@@ -292,10 +292,10 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
 
 
 def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The typed graph `model` for machines without kernels of its types: fp32 arithmetic, each result rounded to its type.
+    """The typed `model` for machines without kernels of its types: fp32 arithmetic, each result rounded to its type.
 
-    That is what a GPU's tensor cores do, up to the order of sums: operands in reduced precision, sums in fp32, the result
-    rounded. ONNX Runtime on a CPU knows no bf16 products and skips roundings in fp16.
+    That is what a GPU's tensor cores do, up to the order of sums: operands in reduced precision, sums in fp32, the
+    result rounded. ONNX Runtime on a CPU knows no bf16 products and skips roundings in fp16.
     """
     copied = onnx.ModelProto()
     copied.CopyFrom(model)

@@ -148,7 +148,7 @@ def write_tiny_clip(folder: Path, seed: str = "tiny") -> Path:
 
 @torch.inference_mode()
 def clip_scores(folder: Path, texts: list[str], padding: bool | str = False) -> list[float]:
-    """Cosine similarities of `volume()` and each of `texts` alone, cut to 512 tokens, as the reference evaluates an M3D-CLIP.
+    """Cosine similarities of `volume()` and each text alone, cut to 512 tokens, as the reference evaluates an M3D-CLIP.
 
     padding: as transformers' tokenizer takes it.
     """

@@ -38,7 +38,7 @@ _SHOWN = 4
 class Settings(StageSettings):
     """text_encoder: a BERT, as folder, Hugging Face id or files of a package. train_text_encoder: else it stays as it
     is, and that of a package is left out of the checkpoint, which names it. vision_tower: a ViT to start from.
-    max_text_len: most tokens of a text that are read, at most the text encoder's positions; 512 as the reference trains.
+    max_text_len: most tokens of a text to read, at most the text encoder's positions; 512 as the reference trains.
     """
 
     text_encoder: str | PackageFiles

@@ -75,8 +75,8 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm. header:
-    of the scan's NIfTI file, without free text; None for other scans.
+    """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm.
+    header: of the scan's NIfTI file, without free text; None for other scans.
 
     logits: float32 D x H x W in model space if they were asked for, else None. source, preset: of its study.
     """
@@ -93,8 +93,8 @@ class Segmentation:
     def measurements(self) -> Measurements | None:
         """Volume, place and intensities, see `engine.results.measurements`; None without a mask.
 
-        The intensities are the source's, which is read when this is first asked for. They are None if the study was known
-        by its handle only, or if the source has changed since it was sent.
+        The intensities are the source's, which is read when this is first asked for. They are None if the study was
+        known by its handle only, or if the source has changed since it was sent.
         """
         from engine.results.measurements import measure
 
@@ -229,9 +229,9 @@ class M3DClient:
                 size. See `engine.scan.scan_pieces`.
             affine: of an array, 4 x 4, voxel to world, RAS+ mm; files bring theirs.
             preset: one of engine.volume.PRESETS.
-            crop: the region that the model is to see: "i0:i1,j0:j1,k0:k1" in voxels of the scan's array axes, half-open;
-                "x0:x1,y0:y1,z0:z1mm" in mm (RAS+); or six numbers in voxels, as `Answer.boxes` has them. Masks and boxes
-                come back in the whole scan's space all the same.
+            crop: the region that the model is to see: "i0:i1,j0:j1,k0:k1" in voxels of the scan's array axes,
+                half-open; "x0:x1,y0:y1,z0:z1mm" in mm (RAS+); or six numbers in voxels, as `Answer.boxes` has them.
+                Masks and boxes come back in the whole scan's space all the same.
             timeout: seconds, see the class.
 
         Raises:

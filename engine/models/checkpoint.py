@@ -1,8 +1,8 @@
 """Reading and writing checkpoints in the published layout, strictly.
 
 A checkpoint is a folder (or a Hugging Face id, see `hub`) with config.json, weights as .safetensors or .bin, sharded or
-not, and a tokenizer; `layout` says which files are read. A folder whose config.json names a `base_model` holds only what
-was trained on top of it: see `base`.
+not, and a tokenizer; `layout` says which files are read. A folder whose config.json names a `base_model` holds only
+what was trained on top of it: see `base`.
 """
 
 from __future__ import annotations

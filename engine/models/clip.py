@@ -35,6 +35,6 @@ class M3DClip(nn.Module):
         return F.normalize(self.mm_language_proj(hidden), dim=-1)
 
     def logits_per_image(self, image_BCDHW: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Similarities [B_image, B_text] times `logit_scale` (multiplied as it is, without exp, as in the reference)."""
+        """Similarities [B_image, B_text] times `logit_scale` (as it is, without exp, as in the reference)."""
         image = self.encode_image(image_BCDHW)[:, 0]
         return self.logit_scale * image @ self.encode_text(input_ids, attention_mask)[:, 0].T

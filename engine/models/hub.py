@@ -130,7 +130,8 @@ def list_files(name: HubName, cache: HubCache, say: Say) -> Listing:
     if cached is None:
         raise CheckpointError(
             f"{name} is no folder here, {unreachable}, and {cache.root} has no copy of its revision {name.revision}: "
-            "run this once with network (HF_ENDPOINT, if set, must name a hub), or copy HF_HOME from a machine that has it"
+            "run this once with network (HF_ENDPOINT, if set, must name a hub), or copy HF_HOME "
+            "from a machine that has it"
         )
     if cached != name.revision:
         say(f"{name}: {unreachable}; {name.revision} is taken to be commit {cached}, as when it was fetched last")

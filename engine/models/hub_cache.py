@@ -1,8 +1,8 @@
 """The local copy of a repository of the Hugging Face hub, in the hub library's own cache (`HF_HOME`).
 
 The library begins a file anew when a download broke off in an earlier process, hf_xet too. Large files are therefore
-fetched here, over plain HTTP: what has arrived stays in the cache as `<SHA-256>.incomplete`, the next run goes on there,
-and the whole is checked by its SHA-256. Other programs find the files where the library would have put them.
+fetched here, over plain HTTP: what has arrived stays in the cache as `<SHA-256>.incomplete`, the next run goes on
+there, and the whole is checked by its SHA-256. Other programs find the files where the library would have put them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an export of a checkpoint needs, and what serving it will need: disk, memory and time, before any of it starts."""
+"""What exporting and serving a checkpoint will need: disk, memory and time, before any of it starts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from engine.models.lamed import Lamed
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}  # of the language model; beside fp8 encoders it has bf16
 SHARD_BYTES = 2_000_000_000  # of the language model, converted and written at a time
-# Measured on 2 cores (Zen 5, 30 November 2026): an export's process beside the weights; a ViT of 88 M parameters exported
-# and compared with PyTorch in 25 to 30 s; a checkpoint hashed, converted and written at 300 MB/s.
+# Measured on 2 cores (Zen 5, 30 November 2026): an export's process beside the weights; a ViT of 88 M parameters
+# exported and compared with PyTorch in 25 to 30 s; a checkpoint hashed, converted and written at 300 MB/s.
 EXPORT_BYTES = 1_200_000_000
 EXPORT_S_PER_PARAMETER = 3e-7
 BYTES_PER_S = 300e6
@@ -43,8 +43,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class Needs:
-    """disk: bytes that the export writes. memory: bytes that its process holds at most. seconds: on this machine, about.
-    serving: bytes of memory of the CPU server; on a GPU `m3d doctor` says what it needs."""
+    """disk: bytes that the export writes. memory: bytes that its process holds at most. seconds: on this machine,
+    about. serving: bytes of memory of the CPU server; on a GPU `m3d doctor` says what it needs."""
 
     disk: int
     memory: int
@@ -69,7 +69,8 @@ class Needs:
         if self.disk > disk:
             raise ResourceExhausted(
                 f"the export writes {size_text(self.disk)}, and {size_text(disk)} are free at {repository}: make "
-                "room, or copy model_repository/ to a larger disk and name it with --repository (--force exports anyway)"
+                "room, or copy model_repository/ to a larger disk and name it with --repository "
+                "(--force exports anyway)"
             )
         if self.memory > memory:
             raise ResourceExhausted(

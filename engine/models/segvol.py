@@ -205,7 +205,10 @@ class MaskDecoder(nn.Module):
 
 
 class SegVol(nn.Module):
-    """encode: [B, 1, D, H, W] -> features [B, E, d, h, w]; decode: features and prompts [B, E] -> logits [B, 1, D, H, W]."""
+    """encode: [B, 1, D, H, W] -> features [B, E, d, h, w].
+
+    decode: features and prompts [B, E] -> logits [B, 1, D, H, W].
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What can be known of a checkpoint before its weights are read or downloaded: its files, and the headers of its tensors."""
+"""What can be known of a checkpoint before its weights are read or downloaded: its files and tensor headers."""
 
 from __future__ import annotations
 

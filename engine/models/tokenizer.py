@@ -1,8 +1,8 @@
 """The tokenizer of a published checkpoint: a bare sentencepiece model, read as the reference's slow tokenizer reads it.
 
-The published M3D-LaMed folders hold `tokenizer.model` and no `tokenizer.json`. transformers' own conversion orders merges
-by id, which gives other ids for runs of spaces, and knows one of the two ways in which the reference puts the leading
-space. This one orders merges by the pieces' scores, as sentencepiece merges.
+The published M3D-LaMed folders hold `tokenizer.model` and no `tokenizer.json`. transformers' own conversion orders
+merges by id, which gives other ids for runs of spaces, and knows one of the two ways in which the reference puts the
+leading space. This one orders merges by the pieces' scores, as sentencepiece merges.
 Source: transformers 4.39.1, models/llama/tokenization_llama.py (`legacy`), which the reference pins; sentencepiece,
 src/bpe_model.cc.
 """
@@ -144,7 +144,8 @@ def _bpe(path: Path, model, unknown: str | None) -> BPE:
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED, UNUSED)}
     if lost := sorted({character for piece in scores for character in piece if character not in scores}):
         raise CheckpointError(
-            f"{path} has pieces of characters that are no pieces themselves ({' '.join(lost[:5])}): it cannot be read exactly"
+            f"{path} has pieces of characters that are no pieces themselves ({' '.join(lost[:5])}): it cannot be read "
+            "exactly"
         )
     merges = [
         (-score, -len(piece), -cut, piece)

@@ -52,8 +52,8 @@ def save_mask(mask: np.ndarray, scan: Placed, path: str | os.PathLike) -> Path:
 
     Returns:
         The path. The file has the qform, sform, codes, units and voxel sizes of the scan's NIfTI header. For a scan
-        without one (DICOM, arrays) the sform is its affine, and the qform the nearest one without shear, so that readers
-        of ITK open the mask of a tilted series. An axis over 32,767 voxels makes it a NIfTI-2 file.
+        without one (DICOM, arrays) the sform is its affine, and the qform the nearest one without shear, so that
+        readers of ITK open the mask of a tilted series. An axis over 32,767 voxels makes it a NIfTI-2 file.
 
     Raises:
         InvalidInput: the mask has not 3 axes, or the path another ending, or cannot be written.

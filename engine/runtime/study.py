@@ -63,7 +63,7 @@ class Studies:
         return self.store.get(handle, "visual_tokens") is not None
 
     def info(self, handle: str, cached: bool) -> dict:
-        """What the client hears: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model; crop if given."""
+        """For the client: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model; crop if given."""
         info = self.store.info(handle)
         del info["geometry"], info["header"]
         return {**info, "cached": cached, "model": self.manifest.model}

@@ -1,9 +1,9 @@
 """Everything known about a scan, computed once and kept in shared memory for all Python processes of one server.
 
-A study is a folder named by its handle, which is a BLAKE3 of the scan's content, its affine, the preset, the crop and the
-exported model: two patients never share an entry, and no entry outlives its model. The folder holds `info.json` and one
-`.npy` file per piece; readers map the files (a `.npy` header keeps the data 64-byte aligned), so a piece is read by any
-number of processes without a copy and stays valid for a reader even after its eviction.
+A study is a folder named by its handle, which is a BLAKE3 of the scan's content, its affine, the preset, the crop and
+the exported model: two patients never share an entry, and no entry outlives its model. The folder holds `info.json` and
+one `.npy` file per piece; readers map the files (a `.npy` header keeps the data 64-byte aligned), so a piece is read by
+any number of processes without a copy and stays valid for a reader even after its eviction.
 
 Bounded in bytes: the least recently used studies go first, never one whose pieces are locked, that is, being computed.
 Locks are open-file-description locks on byte ranges of one file: they hold between threads and processes alike, and
@@ -59,7 +59,7 @@ def content_digest(data) -> str:
 
 
 def study_handle(content: str, affine: np.ndarray | None, preset: str, model: str, crop: Crop | None = None) -> str:
-    """The handle of a scan: BLAKE3 in hex over its `content_digest`, affine (4 x 4 or None), preset, manifest and crop."""
+    """A scan's handle: BLAKE3 in hex over its `content_digest`, affine (4 x 4 or None), preset, manifest and crop."""
     space = None if affine is None else np.asarray(affine, np.float64).ravel().tolist()
     region = [] if crop is None else [crop.box, crop.unit]
     return blake3(json.dumps([content, space, preset, model, *region]).encode()).hexdigest()

@@ -80,8 +80,8 @@ class Uploads:
         self.limits.check_bytes(size, "the file")
         if start == 0 and upload is not None:
             raise InvalidInput(
-                "an upload of this name is in progress; both are ended, since their parts could not be told apart: give "
-                "each upload a name of its own, such as a random one"
+                "an upload of this name is in progress; both are ended, since their parts could not be told apart: "
+                "give each upload a name of its own, such as a random one"
             )
         if start == 0:
             now = self.clock()

@@ -1,4 +1,4 @@
-"""A scan: an array of 3 axes with the affine that says where its voxels lie; reading one, and packing one to be sent."""
+"""A scan: an array of 3 axes and the affine that says where its voxels lie; how to read one and pack one to send."""
 
 from engine.scan.affine import ARRAY_AFFINE
 from engine.scan.formats import FORMATS

@@ -94,7 +94,8 @@ def _itk_pieces(image: Any) -> tuple[Pieces, np.ndarray]:
     sitk = sys.modules.get("SimpleITK")
     if sitk is None or not isinstance(image, sitk.Image):
         raise InvalidInput(
-            f"a {_name(image)} is not read here: write it to a file and hand over the path, or hand over a SimpleITK image"
+            f"a {_name(image)} is not read here: write it to a file and hand over the path, or hand over a SimpleITK "
+            "image"
         )
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise InvalidInput(
@@ -105,8 +106,8 @@ def _itk_pieces(image: Any) -> tuple[Pieces, np.ndarray]:
     if image.GetPixelID() not in (getattr(sitk, name, None) for name in _ITK_NUMBERS):
         # Asked for the values of a label map, SimpleITK ends the process.
         raise InvalidInput(
-            f"the {_name(image)} holds {image.GetPixelIDTypeAsString()} values; real numbers are wanted: convert it, for "
-            f"example with SimpleITK.Cast or SimpleITK.LabelMapToLabel"
+            f"the {_name(image)} holds {image.GetPixelIDTypeAsString()} values; real numbers are wanted: convert it, "
+            f"for example with SimpleITK.Cast or SimpleITK.LabelMapToLabel"
         )
     array = sitk.GetArrayFromImage(image)  # a copy: a view would not keep the image's memory alive
     array = real_volume(array, f"the {_name(image)}").T

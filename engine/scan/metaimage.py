@@ -22,8 +22,8 @@ _MAX_HEADER = 1 << 16
 # What a header can begin with: MetaObject's keys, and MetaImage's own.
 _BEGINS = re.compile(
     rb"\s*(Object(Type|SubType)|NDims|Comment|Name|ID|ParentID|Color|AcquisitionDate|BinaryData(ByteOrderMSB)?|DimSize|"
-    rb"CompressedData(Size)?|TransformMatrix|Rotation|Orientation|Offset|Position|Origin|CenterOfRotation|DistanceUnits|"
-    rb"AnatomicalOrientation|HeaderSize|Modality|SequenceID|Element\w+)[ \t]*="
+    rb"CompressedData(Size)?|TransformMatrix|Rotation|Orientation|Offset|Position|Origin|CenterOfRotation|"
+    rb"DistanceUnits|AnatomicalOrientation|HeaderSize|Modality|SequenceID|Element\w+)[ \t]*="
 )
 _DTYPES = {
     "MET_CHAR": "i1",
@@ -69,13 +69,13 @@ def read_metaimage(data: memoryview, limits: Limits) -> Volume:
     for key, plain in _PLAIN.items():
         if (value := keys.get(key, plain[0])) not in plain and not _same_number(value, plain[0]):
             raise InvalidInput(
-                f"the MetaImage header has {key} = {value[:40]}, which is not read here ({plain[0]} is): write the file "
-                f"anew, {_WAY_OUT}"
+                f"the MetaImage header has {key} = {value[:40]}, which is not read here ({plain[0]} is): write the "
+                f"file anew, {_WAY_OUT}"
             )
     if (where := keys["ElementDataFile"]).lower() != "local":
         raise InvalidInput(
-            f"the MetaImage header's voxels are in another file ({where[:80]}), which cannot be followed here: send one "
-            f".mha with the voxels inside, {_WAY_OUT}"
+            f"the MetaImage header's voxels are in another file ({where[:80]}), which cannot be followed here: send "
+            f"one .mha with the voxels inside, {_WAY_OUT}"
         )
     sizes = tuple(_numbers(keys, "DimSize", int))
     if min(sizes, default=-1) < 0 or keys.get("NDims") != str(len(sizes)):
@@ -153,8 +153,8 @@ def _placed(keys: Mapping[str, str]) -> tuple[np.ndarray, tuple[str, ...]]:
     if not matrix:
         if (sides := keys.get("AnatomicalOrientation", "???")) not in ("RAI", "???", ""):
             raise InvalidInput(
-                f"the MetaImage header has AnatomicalOrientation = {sides[:20]} and no TransformMatrix, without which ITK "
-                f"reads it as RAI: set TransformMatrix before sending the scan"
+                f"the MetaImage header has AnatomicalOrientation = {sides[:20]} and no TransformMatrix, without which "
+                f"ITK reads it as RAI: set TransformMatrix before sending the scan"
             )
         matrix = np.eye(3).ravel().tolist()
         notes.append(

@@ -62,7 +62,10 @@ def read_nifti(data: memoryview, limits: Limits) -> Volume:
 
 
 def rescale(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """slope * array + intercept. Whole numbers stay whole where they fit 16 bits; else float32, or float64 where it rounds."""
+    """slope * array + intercept.
+
+    Whole numbers stay whole where they fit 16 bits; else float32, or float64 where it rounds.
+    """
     if not (math.isfinite(slope) and math.isfinite(intercept)):
         raise InvalidInput(f"the intensity scaling (slope {slope}, intercept {intercept}) is not finite")
     if (slope, intercept) == (1, 0):
@@ -133,7 +136,7 @@ class Orientation:
 
 
 def orientation(header: nib.Nifti1Header) -> Orientation:
-    """The sform if it is set and usable, else the qform, in mm; voxel sizes alone, said to be a guess, if neither is set.
+    """The sform if set and usable, else the qform, in mm; voxel sizes alone, said to be a guess, if neither is set.
 
     Raises InvalidInput, with the cause, for an orientation that is set and cannot be read: it never becomes a default.
     Source: nifti1.h, methods 1 to 3.
@@ -151,8 +154,8 @@ def orientation(header: nib.Nifti1Header) -> Orientation:
                 causes.append(f"the {name} {error}")
     if causes:
         raise InvalidInput(
-            f"the NIfTI header has an orientation that cannot be read: {', and '.join(causes)}; set it anew, for example "
-            "with nibabel's set_sform, before sending the scan"
+            f"the NIfTI header has an orientation that cannot be read: {', and '.join(causes)}; set it anew, for "
+            "example with nibabel's set_sform, before sending the scan"
         )
     base = header.get_base_affine()
     if not usable(base):
@@ -173,8 +176,8 @@ def _disputed(header: nib.Nifti1Header) -> str | None:
     if min(sizes) >= 0 and (qfac >= 0 or qfac == -1):
         return None
     return (
-        f"the qform has {'a negative voxel size' if min(sizes) < 0 else f'qfac {qfac:g}'}, which readers take in different "
-        "ways: it is read as SimpleITK reads it, and which side is left is a guess"
+        f"the qform has {'a negative voxel size' if min(sizes) < 0 else f'qfac {qfac:g}'}, which readers take in "
+        "different ways: it is read as SimpleITK reads it, and which side is left is a guess"
     )
 
 
@@ -195,8 +198,8 @@ def _sform(header: nib.Nifti1Header) -> np.ndarray:
 
 
 def _qform(header: nib.Nifti1Header) -> np.ndarray:
-    """As nifti1.h and SimpleITK read it: qfac is -1 below 0, else 1; a rounding above unit length has a = 0; an axis with
-    a negative voxel size runs backwards. Raises ValueError for what is no rotation, or has no voxel sizes.
+    """As nifti1.h and SimpleITK read it: qfac is -1 below 0, else 1; a rounding above unit length has a = 0; an axis
+    with a negative voxel size runs backwards. Raises ValueError for what is no rotation, or has no voxel sizes.
     """
     quaternion = np.array([header[f"quatern_{name}"] for name in "bcd"], float)
     offset = np.array([header[f"qoffset_{name}"] for name in "xyz"], float)

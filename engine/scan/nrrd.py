@@ -57,7 +57,7 @@ _WAY_OUT = "for example with SimpleITK: WriteImage(ReadImage('in.nhdr'), 'out.nr
 
 @dataclass(frozen=True)
 class _Axis:
-    """One axis as the header has it. step: from a sample to the next in the file's space; None if it is not of space."""
+    """One axis as the header has it. step: from a sample to the next in the file's space; None if not of space."""
 
     size: int
     kind: str
@@ -69,7 +69,7 @@ def is_nrrd(head: bytes) -> bool:
 
 
 def read_nrrd(data: memoryview, limits: Limits) -> Volume:
-    """The volume in a file, in RAS+ mm. A space that is missing is taken as LPS, as ITK does, and said to be a guess."""
+    """The volume in a file, in RAS+ mm. A missing space is taken as LPS, as ITK does, and said to be a guess."""
     fields, start = _fields(data)
     if "datafile" in fields:
         raise InvalidInput(
@@ -212,7 +212,7 @@ def _millimetres(fields: Mapping[str, str], name: str, count: int) -> list[float
 
 
 def _spatial(axes: Sequence[_Axis]) -> list[_Axis]:
-    """The axes along which voxels follow each other in space. Raises InvalidInput if there is another one beside them."""
+    """The axes along which voxels follow each other in space. Raises InvalidInput if there is another beside them."""
     is_spatial = [axis.kind in _SPATIAL and axis.step is not None for axis in axes]
     spatial = [axis for axis, yes in zip(axes, is_spatial) if yes]
     if others := [axis for axis, yes in zip(axes, is_spatial) if not yes and axis.size != 1]:
@@ -239,15 +239,15 @@ def _placed(fields: Mapping[str, str], axes: Sequence[_Axis]) -> tuple[np.ndarra
         steps = [tuple(row) for row in np.diag([1.0 if math.isnan(x) else x for x in spacings])]
         sides = "right" if space[0, 0] > 0 else "left", "front" if space[1, 1] > 0 else "back"
         notes.append(
-            f"the NRRD file has no space directions: that its axes run to the patient's {sides[0]}, {sides[1]} and head "
-            f"is a guess, left and right with it"
+            f"the NRRD file has no space directions: that its axes run to the patient's {sides[0]}, {sides[1]} and "
+            f"head is a guess, left and right with it"
         )
         if any(map(math.isnan, spacings)):
             notes.append("the NRRD file has no voxel sizes: that they are 1 mm is a guess")
     elif name not in _SPACES:
         notes.append(
-            "the NRRD file does not name its space: that this is the patient's left, back and head (LPS), as ITK has it, "
-            "is a guess, left and right with it"
+            "the NRRD file does not name its space: that this is the patient's left, back and head (LPS), as ITK has "
+            "it, is a guess, left and right with it"
         )
     origin = _vectors(fields, "spaceorigin") if "spaceorigin" in fields else [(0.0, 0.0, 0.0)]
     if len(axes) != 3 or len(origin) != 1 or any(step is None or len(step) != 3 for step in (*steps, *origin)):

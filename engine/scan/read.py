@@ -60,14 +60,14 @@ def read_scan(
         limits: what the file may weigh. Beside `data`, at most 3 times the scan's size is in use.
 
     Raises:
-        InvalidInput: naming cause, limit and way out, for all that is not one finite, non-constant volume within limits.
+        InvalidInput: naming cause, limit and way out, for all but one finite, non-constant volume within limits.
     """
     try:
         data = (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
     except TypeError as error:
         raise InvalidInput(
-            f"the bytes of a file are wanted, not {type(data).__name__} ({error}): `engine.scan.pack_scan` makes them of "
-            "paths, arrays and images"
+            f"the bytes of a file are wanted, not {type(data).__name__} ({error}): `engine.scan.pack_scan` makes them "
+            "of paths, arrays and images"
         ) from None
     limits.check_bytes(len(data), "the file")
     if affine is not None and not is_npy(bytes(data[:HEAD])):

@@ -17,8 +17,8 @@ class Scan:
     kind: nifti, nrrd, metaimage, mgh, dicom, array (with an affine) or npy (without, see ARRAY_AFFINE).
     modality: DICOM's modality, for example CT or MR; None where the format does not say.
     offset: what was taken off the values so that float32 keeps their contrast; the file's value is array + offset.
-    header: of a NIfTI file, its 348 or 540 bytes without free text: a mask is written with it, so that it lies where the
-    scan does in every reader. None for other formats.
+    header: of a NIfTI file, its 348 or 540 bytes without free text: a mask is written with it, so that it lies where
+    the scan does in every reader. None for other formats.
     notes: what a user has to know, sentences without a full stop: guesses, and what was left aside or replaced.
     """
 

@@ -1,4 +1,4 @@
-"""What a client sends of the scan that a user hands over: a path, bytes, a file, an array or another library's image."""
+"""What a client sends of the scan that a user hands over: a path, bytes, a file, an array or a library's image."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from engine.scan.read import is_recognised
 
 Pieces = tuple[bytes | memoryview, ...]
 SOURCES = (
-    f"the path of a file ({FORMATS}), a folder with one DICOM series or a list of its files' paths, a file's bytes or a "
-    "binary file object, an array (NumPy, PyTorch) with its affine, or an image of nibabel or SimpleITK"
+    f"the path of a file ({FORMATS}), a folder with one DICOM series or a list of its files' paths, a file's bytes or "
+    "a binary file object, an array (NumPy, PyTorch) with its affine, or an image of nibabel or SimpleITK"
 )
 _HALVES = {".img": ".hdr", ".raw": ".mhd", ".zraw": ".mhd", ".rec": ".par", ".brik": ".head"}  # voxels: their header
 
@@ -127,8 +127,8 @@ def _path_pieces(source: str | os.PathLike, limits: Limits) -> Pieces:
     header = _HALVES.get(os.path.splitext(name)[1])
     if header and not is_recognised(content):
         raise InvalidInput(
-            f"{path} holds voxels only, and its header is another file ({header}): convert the two to one .nii or .mha, for "
-            f"example with nibabel or SimpleITK, or load them there and hand over the image"
+            f"{path} holds voxels only, and its header is another file ({header}): convert the two to one .nii or "
+            f".mha, for example with nibabel or SimpleITK, or load them there and hand over the image"
         )
     return (content,)
 
@@ -168,8 +168,8 @@ def _zip_paths(source: Sequence, limits: Limits) -> bytes:
     if others := [item for item in source if not isinstance(item, (str, os.PathLike))]:
         stack = ", arrays of slices as one array (numpy.stack) with its affine" if any(map(is_array, others)) else ""
         raise InvalidInput(
-            f"a {type(source).__name__} of {len(source)} with {_given(others[0])} in it is no scan: lists hold the paths of "
-            f"one DICOM series' files{stack}; else give {SOURCES}"
+            f"a {type(source).__name__} of {len(source)} with {_given(others[0])} in it is no scan: lists hold the "
+            f"paths of one DICOM series' files{stack}; else give {SOURCES}"
         )
     paths = [Path(os.path.abspath(_path(item))) for item in source]
     size = 0
@@ -180,8 +180,8 @@ def _zip_paths(source: Sequence, limits: Limits) -> bytes:
             size += path.stat().st_size
         except (OSError, ValueError) as error:
             raise InvalidInput(
-                f"{str(path)[:300]} cannot be read: {getattr(error, 'strerror', None) or error}; a list holds the paths of "
-                f"one DICOM series' files, and their folder alone will do as well"
+                f"{str(path)[:300]} cannot be read: {getattr(error, 'strerror', None) or error}; a list holds the "
+                f"paths of one DICOM series' files, and their folder alone will do as well"
             ) from None
         _check_series("the list", number, size, limits)
     return _zipped(dict.fromkeys(paths), Path(os.path.commonpath([path.parent for path in paths])))

@@ -97,7 +97,7 @@ def _offset(array: np.ndarray) -> int | float:
 
 
 def _less(array: np.ndarray, offset: int | float) -> np.ndarray:
-    """array - offset as float32, slice by slice; whole numbers of 64 bits are exact in a long double, and do not wrap."""
+    """array - offset as float32, slice by slice; 64-bit whole numbers are exact in a long double, and do not wrap."""
     exact = np.longdouble if array.dtype.kind in "iu" else array.dtype.type
     found = np.empty_like(array, np.float32)
     for target, part in zip(found, array):

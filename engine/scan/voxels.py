@@ -20,7 +20,8 @@ def raw_voxels(
     if there < (promised := _promised(dtype, shape)):
         raise InvalidInput(
             f"the {name} header promises {' x '.join(map(str, shape))} voxels ({promised:,} bytes from byte {start}), "
-            f"but the file has only {there:,} bytes there: it is truncated or its header is damaged; copy the file again"
+            f"but the file has only {there:,} bytes there: it is truncated or its header is damaged; copy the file "
+            "again"
         )
     voxels = np.frombuffer(data, dtype, math.prod(shape), start)
     return voxels.reshape(shape, order="F" if order == "F" else "C")

@@ -115,8 +115,8 @@ class Keeper:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.status: int | None = None
         self.childless = False
-        # Should the keeper itself be killed, the command at least gets a SIGTERM. The object is kept: at its end it would
-        # collect the exit status of a command that has ended already.
+        # Should the keeper itself be killed, the command at least gets a SIGTERM. The object is kept: at its end it
+        # would collect the exit status of a command that has ended already.
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         )
@@ -172,8 +172,8 @@ class Keeper:
                 continue  # it ended meanwhile
 
     def _end_without(self, dead: list[tuple[int, str]]) -> None:
-        """Vital processes ended. If the command does not end by itself then, whoever waits for them would wait for ever,
-        and so would the command when it is asked to stop."""
+        """Vital processes ended. If the command does not end by itself then, whoever waits for them would wait for
+        ever, and so would the command when it is asked to stop."""
         self._wait(self.orphans_grace_s, lambda: self.status is not None)
         if self.status is None and not self.stop_asked:
             for pid, words in dead:

@@ -1,6 +1,6 @@
 """From a scan to the model's volume: named preprocessing presets, each a documented contract.
 
-The way back (masks and boxes into the scan's own space) is `engine.volume.geometry.Geometry`, which every preset returns.
+The way back (masks and boxes into the scan's space) is `engine.volume.geometry.Geometry`, which every preset returns.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Prepared:
     """A scan as the model sees it.
 
     image: float32 [1, D, H, W] in 0..1. geometry: how it lies in the scan. preset: the one that was used, never auto.
-    reason: why that one, a sentence for the user. region: (start, stop) in voxels along each array axis, of the crop that
-    was asked for; None for the whole scan.
+    reason: why that one, a sentence for the user. region: (start, stop) in voxels along each array axis, of the crop
+    that was asked for; None for the whole scan.
     """
 
     image: np.ndarray
@@ -96,7 +96,8 @@ def _region_of(scan: Scan, region: tuple[tuple[int, int], ...]) -> Scan:
     array = scan.array[tuple(slice(*part) for part in region)]
     if array.min() == array.max():
         raise InvalidInput(
-            f"every voxel of the crop {_text_of(region)} is {float(array.flat[0]) + scan.offset:g}: there is nothing to see"
+            f"every voxel of the crop {_text_of(region)} is {float(array.flat[0]) + scan.offset:g}: there is nothing "
+            "to see"
         )
     affine = scan.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ [start for start, _ in region]

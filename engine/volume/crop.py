@@ -135,7 +135,7 @@ class Crop:
         return tuple(box)
 
     def _holds_a_centre(self, box: list[tuple[int, int]], affine: np.ndarray) -> bool:
-        """Whether a voxel of `box`, which encloses the crop on a grid that may be oblique, has its centre in the crop."""
+        """Whether a voxel of `box`, which encloses the crop on a possibly oblique grid, has its centre in the crop."""
         i, j, k = (np.arange(start, stop, dtype=float) for start, stop in box)
         plane = (affine[:3, 1, None, None] * j[:, None] + affine[:3, 2, None, None] * k) + affine[:3, 3, None, None]
         low, high = (np.array(end)[:, None, None] for end in (self.low, self.high))

@@ -59,7 +59,9 @@ class Geometry:
         """This geometry of a region as one of the whole scan, which the model sees the region of.
 
         Args:
-            region: (start, stop) in voxels along each array axis. scan_shape: of the whole scan. affine: its own, [4, 4].
+            region: (start, stop) in voxels along each array axis.
+            scan_shape: of the whole scan.
+            affine: its own, [4, 4].
         """
         crop = tuple(
             (start + region[axis][0], stop + region[axis][0]) for (start, stop), axis in zip(self.crop, self.axes)

@@ -70,7 +70,7 @@ def is_ct(
     preset: str | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> bool:
-    """Whether a scan is a CT: by DICOM's modality, else by the preset (ct or mr) that the server chose, else by its values.
+    """Whether a scan is a CT: by DICOM's modality, else the preset (ct or mr) that the server chose, else its values.
 
     Args: as `modality_of` takes them; of presets, all but ct and mr decide nothing.
     """

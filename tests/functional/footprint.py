@@ -1,5 +1,5 @@
-"""What a running server occupies, and what of it is left later: processes, shared memory, its run folder; and the memory
-that a command takes."""
+"""What a running server occupies, and what of it is left later: processes, shared memory, its run folder; and the
+memory that a command takes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Footprint:
 
 
 def run_watched(program: str, *arguments) -> tuple[str, int]:
-    """(what it said, its largest anonymous memory in bytes). Pages of files do not count: the system takes them back."""
+    """(what it said, its largest anonymous memory in bytes). File pages do not count: the system takes them back."""
     command = [sys.executable, program, *map(str, arguments)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         said, peak = "", 0

@@ -1,4 +1,4 @@
-"""A real vLLM on a tiny random LLaMA, and on a Phi-3, answers exactly as transformers does, however many ask at once."""
+"""A real vLLM on a tiny random LLaMA and on a Phi-3 answers exactly as transformers, however many ask at once."""
 
 from __future__ import annotations
 

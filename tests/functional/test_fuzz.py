@@ -39,7 +39,8 @@ def archive(slices: list[bytes]) -> bytes:
 
 
 SERIES = [saved(dataset) for dataset in series(3)]
-# name: (what is damaged, how it becomes the file that is sent). An archive is damaged within: its checksum would hide the rest.
+# name: (what is damaged, how it becomes the file that is sent). An archive is damaged within: its checksum would
+# hide the rest.
 FILES = {
     "nifti": (nifti(), bytes),
     "nifti of floats": (nifti(values(dtype=np.float32)), bytes),

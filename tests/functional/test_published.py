@@ -107,7 +107,7 @@ def test_an_answer_has_the_references_tokens(served, name):
     ended = asked["output_ids"][-1] in ENDS[served.kind]
     assert list(answer.token_ids) == asked["output_ids"]
     assert answer.finish_reason == ("stop" if ended else "length")
-    # Slow tokenizers put spaces around added tokens, ours has none that the ids do not say: spaces apart, it is the text.
+    # Slow tokenizers put spaces around added tokens, ours has only those in the ids: spaces apart, it is the text.
     said = asked["text"]
     for special in ("<|end|>", "<|end_of_text|>", "<|eot_id|>"):
         said = said.replace(special, "")

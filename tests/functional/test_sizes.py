@@ -1,4 +1,4 @@
-"""A checkpoint of the published size, 28 GB in fp32, exports on a machine of 24 GB, within what is said before it starts."""
+"""A checkpoint of the published size, 28 GB in fp32, exports on a 24 GB machine, within what is said beforehand."""
 
 from __future__ import annotations
 

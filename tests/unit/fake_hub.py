@@ -29,8 +29,8 @@ REFUSALS = {
 
 
 class FakeHub:
-    """Serves repositories from memory in threads of this process. Large files lie on a storage server of another origin,
-    to which the hub redirects.
+    """Serves repositories from memory in threads of this process. Large files lie on a storage server of another
+    origin, to which the hub redirects.
 
     requests: "METHOD path" of each, in order, with the range if one is asked for. Paths on the storage: /storage/...
     tokens: what "hub" and "storage" were given as Authorization.

@@ -47,10 +47,10 @@ def piece(text: str, ids: list[int], finish: str = "", boxes=np.zeros((0, 6)), i
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """`stream_error` fails each question; `evicted` makes handles unknown until the next upload; `endless` streams until
-    the client cancels, and `sent` counts what was handed to gRPC; `on_answer` is called before each answer; uploads are
-    answered when `may_answer` is set, and their part number `refused_part` with an error. `parts` has all that came of
-    uploads, `uploads` the whole."""
+    """`stream_error` fails each question; `evicted` makes handles unknown until the next upload; `endless` streams
+    until the client cancels, and `sent` counts what was handed to gRPC; `on_answer` is called before each answer;
+    uploads are answered when `may_answer` is set, and their part number `refused_part` with an error. `parts` has all
+    that came of uploads, `uploads` the whole."""
 
     def __init__(self):
         self.uploads: list[dict] = []

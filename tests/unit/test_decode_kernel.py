@@ -29,8 +29,8 @@ def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 class Model:
-    """Random weights in `dtype`, the kernel with them, and the states by PyTorch in fp32, where only what attention sees
-    is rounded."""
+    """Random weights in `dtype`, the kernel with them, and the states by PyTorch in fp32, where only what attention
+    sees is rounded."""
 
     def __init__(self, dtype: torch.dtype, seed: int = 0):
         self.geometry = g = replace(GEOMETRY, dtype=dtype)

@@ -180,7 +180,8 @@ def test_a_repository_built_on_this_gpu_fits_it():
             planned(compute_capability="12.0", hardware_compatible=True),
             [T4],
             "11.4.0",
-            "compute capability 8.0 or later, NVIDIA T4 (GPU 2) has 7.5: export again on this machine, without --hardware",
+            "compute capability 8.0 or later, NVIDIA T4 (GPU 2) has 7.5: export again on this machine, without "
+            "--hardware",
         ),
         (planned(tensorrt="11.3.0.1"), [L4], "11.4.0", "built by TensorRT 11.3.0.1, here is 11.4.0"),
         (planned(tensorrt="11.5.0.1", version_compatible=True), [L4], "11.4.0", "built by TensorRT 11.5.0.1"),
@@ -203,7 +204,8 @@ def test_a_repository_built_on_this_gpu_fits_it():
             planned(compute_capability="12.0"),
             [L4, RTX_5090, T4],
             "11.4.0",
-            "NVIDIA L4 (GPU 0) has 8.9, NVIDIA T4 (GPU 2) has 7.5: leave out what does not fit, by CUDA_VISIBLE_DEVICES=1",
+            "NVIDIA L4 (GPU 0) has 8.9, NVIDIA T4 (GPU 2) has 7.5: leave out what does not fit, by "
+            "CUDA_VISIBLE_DEVICES=1",
         ),
         (planned(hardware_compatible=True), [L4, RTX_5090, T4], "11.4.0", "CUDA_VISIBLE_DEVICES=0,1"),
         (

@@ -1,4 +1,4 @@
-"""Checkpoints on the hub: what is fetched, how a download goes on, what happens without the hub, and what errors say."""
+"""Checkpoints on the hub: what is fetched, how a download goes on, what happens without the hub, what errors say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Left is left: a NIfTI's orientation is read as SimpleITK reads it, or refused with its cause, or said to be a guess."""
+"""Left is left: a NIfTI's orientation is read as SimpleITK reads it, refused with its cause, or said to be a guess."""
 
 from __future__ import annotations
 

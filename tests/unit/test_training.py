@@ -621,7 +621,8 @@ def test_the_committed_demo_holds_what_its_config_promises_and_is_small():
         shapes = checkpoint.lamed_shapes(Lamed(LamedConfig.from_dict(config)))
     ours = {key: shape for key, shape in shapes.items() if key.startswith(tuple(checkpoint.PARTS))}
     with safe_open(DEMO / "model.safetensors", "pt") as file:
-        held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 safe_open is not iterable
+        # safe_open is not iterable
+        held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     added = held.pop(base.ADDED_TOKENS)
     assert held == ours and added[1] == config["hidden_size"]
     with safe_open(DEMO / "adapter_model.safetensors", "pt") as file:

@@ -98,7 +98,8 @@ assert run(whole) == [0, 0]
 trainer.StageTrainer.training_step = die_before_step
 assert run(torn)[killed] == -signal.SIGKILL
 kept = sorted(path.name for path in config.read(finetune.Settings, torn).out.glob("checkpoint-*"))
-assert kept[-1] == f"checkpoint-{number - 1}" and not (config.read(finetune.Settings, torn).out / "final").exists(), kept
+assert kept[-1] == f"checkpoint-{number - 1}" and not (config.read(finetune.Settings, torn).out / "final").exists(), \
+kept
 trainer.StageTrainer.training_step = step
 assert run(torn) == [0, 0]
 """

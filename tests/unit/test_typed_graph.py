@@ -1,4 +1,4 @@
-"""Precision is written into the graph: what is reduced, what stays in fp32, and that the CPU shows what a GPU rounds."""
+"""Precision written into the graph: what is reduced, what stays in fp32, and that the CPU shows what a GPU rounds."""
 
 from __future__ import annotations
 

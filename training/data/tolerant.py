@@ -40,9 +40,9 @@ class BrokenFile:
 class Tolerant(Dataset):
     """A set whose broken samples are None, for a collator that leaves them out (`present`).
 
-    dataset: a TrainingSet or Mixture, which raises BrokenSample. record: a file to which each broken sample is appended as one
-    JSON line; processes may share it. limit: share of the samples read that may be broken, counted over `minimum`
-    samples at least, so that the first few do not stop a run.
+    dataset: a TrainingSet or Mixture, which raises BrokenSample. record: a file to which each broken sample is appended
+    as one JSON line; processes may share it. limit: share of the samples read that may be broken, counted over
+    `minimum` samples at least, so that the first few do not stop a run.
 
     Reading only counts, in memory shared with the DataLoader's workers; `check` judges. It must be called by all ranks
     alike, as it sums over them, so that they stop together; training/data/watch.py does so for a Trainer.

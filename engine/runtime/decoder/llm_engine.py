@@ -30,7 +30,7 @@ FURTHEST_PASS = Pass.DECODE_KERNEL  # on a CPU
 class LlmEngine:
     """One AsyncLLM at a time, used from one asyncio loop.
 
-    folder: an exported language model. context_length: rows of prompt and answer. padding_id: a token id that no answer has.
+    folder: an exported language model. context_length: rows of prompt and answer. padding_id: a token id no answer has.
 
     An engine that dies fails the answers in progress with Unavailable and is restarted in the background, at most
     `settings.restarts` times an hour; `health` says where it stands ("ready", or words for the client), `layers` how

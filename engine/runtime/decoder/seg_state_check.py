@@ -54,8 +54,8 @@ async def check_seg_states(folder: Path, dtype: torch.dtype, generate: Generate,
 
 
 async def check_same_states(before: Checked, generate: Generate, take: Take) -> Checked:
-    """Compare with what the engine answered `before` it computed in another way, as far as it says the same; all it says
-    must be what its states predict.
+    """Compare with what the engine answered `before` it computed in another way, as far as it says the same; all it
+    says must be what its states predict.
 
     Raises RepositoryError if the states are off.
     """

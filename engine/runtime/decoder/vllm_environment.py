@@ -32,7 +32,7 @@ _ON_CPU = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
 _DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
-# Our server keeps freed memory, for scans. An engine that did so would hold much of a model twice once it has loaded it.
+# Our server keeps freed memory, for scans. An engine that did so would hold much of a model twice after loading it.
 _NOT_INHERITED = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 

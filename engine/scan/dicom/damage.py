@@ -10,7 +10,7 @@ from engine.errors import InvalidInput, one_line
 
 @contextmanager
 def damage_named(name: str) -> Iterator[None]:
-    """pydicom converts an element only when it is asked for, and raises whatever a damaged one makes it stumble over."""
+    """pydicom converts an element only when asked for it, and raises whatever a damaged one makes it stumble over."""
     try:
         yield
     except InvalidInput:

@@ -120,7 +120,8 @@ def _beside(name: str, dataset: pydicom.Dataset) -> Beside | None:
     is_image = sop_class is not None and sop_class.name.endswith("Image Storage")
     if is_image or modality in _SCANS or "Rows" in dataset or "ImagePositionPatient" in dataset:
         raise InvalidInput(
-            f"{name} is a {modality or 'DICOM'} image without pixels: it was cut off or stripped, export or copy it again"
+            f"{name} is a {modality or 'DICOM'} image without pixels: it was cut off or stripped, export or copy it "
+            "again"
         )
     return Beside(modality[:16] or (sop_class.name if sop_class else "DICOM file without pixels"))
 

@@ -1,9 +1,9 @@
 """Decoding of compressed frames, in a process of its own.
 
-imagecodecs decodes (libjpeg-turbo, CharLS, OpenJPEG), and pydicom does RLE. Not GDCM, pydicom's usual plugin: python-gdcm
-3.2.6 aborts or crashes on damaged frames and on valid ones of 7 bits; it has no JPEG Extended of 12 bits by pydicom; and
-its libraries replace zlib in every process that imports pydicom or nibabel (`import gdcm, gzip; gzip.compress(b"x")` ends
-in "double free or corruption").
+imagecodecs decodes (libjpeg-turbo, CharLS, OpenJPEG), and pydicom does RLE. Not GDCM, pydicom's usual plugin:
+python-gdcm 3.2.6 aborts or crashes on damaged frames and on valid ones of 7 bits; it has no JPEG Extended of 12 bits by
+pydicom; and its libraries replace zlib in every process that imports pydicom or nibabel
+(`import gdcm, gzip; gzip.compress(b"x")` ends in "double free or corruption").
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DecodingFailed(Exception):
 class Decoder:
     """Decodes frames one at a time; a context manager, whose process starts with the first frame.
 
-    Decoders are native code, and damaged frames make them abort or run off their memory: no upload may do that to a server.
+    Decoders are native code. Damaged frames make them abort or overrun memory: no upload may do that to a server.
 
     seconds: for one frame; then the process is killed.
     """

@@ -1,7 +1,7 @@
 """The process that decodes compressed frames. `Decoder` runs this file as a script; the engine does not import it.
 
-Messages in and out are those of decoder.py: in a JSON object (the frame's family, rows, columns, bits_allocated) and the
-frame, out a JSON object (dtype, or error) and the pixels.
+Messages in and out are those of decoder.py: in a JSON object (the frame's family, rows, columns, bits_allocated) and
+the frame, out a JSON object (dtype, or error) and the pixels.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ def _check_apart(planes: Sequence[Plane]) -> None:
     if heights[-1] - heights[0] < _SAME_MM:
         where = "at one and the same position" if spread < _SAME_MM else "beside each other in one plane"
         raise InvalidInput(
-            f"series {series}: all {len(planes)} slices lie {where} (ImagePositionPatient), so they are no volume: send a "
-            f"series of slices that lie one behind the other; distances are not taken from other elements"
+            f"series {series}: all {len(planes)} slices lie {where} (ImagePositionPatient), so they are no volume: "
+            f"send a series of slices that lie one behind the other; distances are not taken from other elements"
         )
     gaps = np.diff(heights)
     usual = float(np.median(gaps))
@@ -120,15 +120,15 @@ def _irregular(planes: Sequence[Plane], deviations: np.ndarray, tolerance: float
         f"{'' if corner == 0 else ', at its farthest corner'}"
     )
     limit = (
-        f"(ImagePositionPatient, ImageOrientationPatient and PixelSpacing of every slice may differ by {tolerance:.2f} mm "
-        f"from one grid)"
+        f"(ImagePositionPatient, ImageOrientationPatient and PixelSpacing of every slice may differ by "
+        f"{tolerance:.2f} mm from one grid)"
     )
     if (holes := np.flatnonzero(gaps > _MISSING * usual)).size:
         hole = holes[0]
         return (
             f"series {series}: slices are missing at {len(holes)} places (usual distance {usual:.3f} mm; "
-            f"{gaps[hole]:.3f} mm between {planes[hole].name} and {planes[hole + 1].name}); {off} {limit}: send the whole "
-            f"series"
+            f"{gaps[hole]:.3f} mm between {planes[hole].name} and {planes[hole + 1].name}); {off} {limit}: send the "
+            f"whole series"
         )
     uneven = (
         f"; the distances between slices run from {gaps.min():.3f} to {gaps.max():.3f} mm"
@@ -145,8 +145,8 @@ def _irregular(planes: Sequence[Plane], deviations: np.ndarray, tolerance: float
 def _check_axes(
     planes: Sequence[Plane], edges: np.ndarray, step: np.ndarray, size: tuple[int, int], tolerance: float
 ) -> None:
-    """Refuse directions that are not of length 1 or not at a right angle, where that moves the far corner of a slice; and
-    slices that are shifted too steeply for a tilted gantry."""
+    """Refuse directions that are not of length 1 or not at a right angle, where that moves the far corner of a slice;
+    and slices that are shifted too steeply for a tilted gantry."""
     plane = planes[0]
     lengths = np.linalg.norm([plane.along_row, plane.along_column], axis=1)
     extents = np.linalg.norm(edges, axis=1) * (np.array(size) - 1)
@@ -154,16 +154,16 @@ def _check_axes(
     skewed = abs(float(plane.along_row @ plane.along_column)) * float(extents.min())
     if not max(stretched, skewed) <= tolerance:
         raise InvalidInput(
-            f"{plane.name} has an ImageOrientationPatient whose directions are not of length 1 or not at a right angle: its "
-            f"far corner is uncertain by {max(stretched, skewed):.2f} mm, {tolerance:.2f} mm are allowed; export the "
-            f"series again with more digits"
+            f"{plane.name} has an ImageOrientationPatient whose directions are not of length 1 or not at a right "
+            f"angle: its far corner is uncertain by {max(stretched, skewed):.2f} mm, {tolerance:.2f} mm are allowed; "
+            f"export the series again with more digits"
         )
     normal = _normal(planes)
     distance = float(step @ normal)
     shift = float(np.linalg.norm(step - distance * normal))
     if not shift <= _STEEPEST * distance:
         raise InvalidInput(
-            f"series {plane.series}: each slice is shifted by {shift:.2f} mm sideways and lies {distance:.2f} mm behind the "
-            f"one before it, more than a tilted gantry does: its ImagePositionPatient and ImageOrientationPatient do not "
-            f"fit each other; export the series again"
+            f"series {plane.series}: each slice is shifted by {shift:.2f} mm sideways and lies {distance:.2f} mm "
+            f"behind the one before it, more than a tilted gantry does: its ImagePositionPatient and "
+            f"ImageOrientationPatient do not fit each other; export the series again"
         )

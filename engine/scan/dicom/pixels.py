@@ -102,8 +102,8 @@ def _native(name: str, dataset: pydicom.Dataset, frames: int) -> np.ndarray:
         return pixels.reshape(frames, dataset.Rows, dataset.Columns)
     except Exception as error:
         raise InvalidInput(
-            f"the pixels of {name} cannot be read ({one_line(error)}): the file is truncated or damaged, export or copy it "
-            f"again"
+            f"the pixels of {name} cannot be read ({one_line(error)}): the file is truncated or damaged, export or "
+            f"copy it again"
         ) from None
 
 
@@ -112,8 +112,8 @@ def _decoded(name: str, dataset: pydicom.Dataset, frames: int, decoder: Decoder)
     signed = bool(dataset.PixelRepresentation)
     if signed and syntax in _LOSSY_JPEG:
         raise InvalidInput(
-            f"{name} has signed pixels compressed as {syntax.name}, which knows unsigned ones only (PS3.5 8.2.1): values "
-            f"around 0 would be torn apart; send the series as it was before that compression"
+            f"{name} has signed pixels compressed as {syntax.name}, which knows unsigned ones only (PS3.5 8.2.1): "
+            f"values around 0 would be torn apart; send the series as it was before that compression"
         )
     pixels = np.empty((frames, dataset.Rows, dataset.Columns), f"{'i' if signed else 'u'}{allocated // 8}")
     count = 0
@@ -166,7 +166,7 @@ def _checked_precision(syntax: str, frame: bytes, dataset: pydicom.Dataset) -> i
 
 
 def _cells(samples: np.ndarray, precision: int, allocated: int, signed: bool) -> np.ndarray:
-    """Decoded samples in the data set's cells: JPEG and JPEG-LS know no sign, so its bit is the highest of `precision`."""
+    """Decoded samples in the data set's cells. JPEG and JPEG-LS know no sign: it is the top bit of `precision`."""
     if samples.dtype.kind == "i":
         if not signed and samples.min() < 0:
             raise ValueError("its samples are signed, while PixelRepresentation says that they are not")
@@ -193,8 +193,8 @@ def _stored_bits(name: str, dataset: pydicom.Dataset, pixels: np.ndarray) -> np.
     if zeros.all() or _has_overlay_in_pixels(dataset):
         return values
     raise InvalidInput(
-        f"{name} has values beyond its {dataset.BitsStored} stored bits (BitsStored), such as {pixels[above][0]}: either "
-        f"the values or BitsStored are wrong; export the series again"
+        f"{name} has values beyond its {dataset.BitsStored} stored bits (BitsStored), such as {pixels[above][0]}: "
+        f"either the values or BitsStored are wrong; export the series again"
     )
 
 

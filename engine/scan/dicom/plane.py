@@ -36,9 +36,9 @@ Value = Callable[[str, str], Any]
 class Plane:
     """One image plane; lengths in mm, directions and positions in LPS+.
 
-    name: for messages. series, frame_of_reference: UIDs. pixels: [rows, columns], with the rescale applied. position: of
-    the first pixel's centre. along_row, along_column: direction of growing column and row index. rescaled: whether the
-    data set has RescaleSlope or RescaleIntercept. labels: its values of LABELS, empty where it has none.
+    name: for messages. series, frame_of_reference: UIDs. pixels: [rows, columns], with the rescale applied. position:
+    of the first pixel's centre. along_row, along_column: direction of growing column and row index. rescaled: whether
+    the data set has RescaleSlope or RescaleIntercept. labels: its values of LABELS, empty where it has none.
     """
 
     name: str
@@ -72,8 +72,8 @@ def planes_of(name: str, dataset: pydicom.Dataset, pixels: np.ndarray) -> list[P
     frames, per_frame = len(pixels), dataset.get("PerFrameFunctionalGroupsSequence") or ()
     if frames > 1 and len(per_frame) != frames:
         raise InvalidInput(
-            f"{name} has {frames} frames, and says where {len(per_frame)} of them lie (PerFrameFunctionalGroupsSequence): "
-            f"export it as an enhanced multi-frame image, or as single slices"
+            f"{name} has {frames} frames, and says where {len(per_frame)} of them lie "
+            f"(PerFrameFunctionalGroupsSequence): export it as an enhanced multi-frame image, or as single slices"
         )
     return [_plane(name, dataset, pixels[index], index, frames) for index in range(frames)]
 
@@ -91,8 +91,8 @@ def _plane(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, 
     if not (np.abs(lengths - 1) < 0.01).all() or not abs(skew) < 0.01:
         raise InvalidInput(
             f"{name} has an ImageOrientationPatient {_listed(orientation)} that is not two directions of length 1 at a "
-            f"right angle (lengths {lengths[0]:.4g} and {lengths[1]:.4g}, cosine {skew:.4g}), so where its pixels lie is "
-            f"unknown: {_SEND}, exported again"
+            f"right angle (lengths {lengths[0]:.4g} and {lengths[1]:.4g}, cosine {skew:.4g}), so where its pixels lie "
+            f"is unknown: {_SEND}, exported again"
         )
     slope, intercept, rescaled = _scaling(name, value)
     return Plane(
@@ -112,7 +112,7 @@ def _plane(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, 
 
 
 def _values(dataset: pydicom.Dataset, index: int) -> Value:
-    """Looks an attribute up: in the frame's functional groups, else the shared ones, else the data set; None if empty."""
+    """Looks an attribute up in the frame's functional groups, the shared ones, then the data set; None if empty."""
     groups = [dataset]
     for sequence, item in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", index)):
         if len(found := dataset.get(sequence) or ()) > item:

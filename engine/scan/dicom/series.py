@@ -162,8 +162,8 @@ class _Images:
             )
         if plane.modality == "CT" and not plane.rescaled:
             notes.append(
-                "the CT slices have neither RescaleSlope nor RescaleIntercept: that their values are Hounsfield units is a "
-                "guess"
+                "the CT slices have neither RescaleSlope nor RescaleIntercept: that their values are Hounsfield units "
+                "is a guess"
             )
         return tuple(notes)
 
