@@ -66,7 +66,7 @@ def save_mask(mask: np.ndarray, scan: Placed, path: str | os.PathLike) -> Path:
         raise InvalidInput(f"a path to a .nii or .nii.gz file is wanted ({error})") from None
     if mask.ndim != 3:
         raise InvalidInput(f"a mask has the 3 axes of its scan, not {mask.ndim}")
-    if mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all():
+    if mask.dtype != bool and (mask.dtype.kind not in "iuf" or not ((mask == 0) | (mask == 1)).all()):
         raise InvalidInput("a mask holds 0 and 1 only: compare probabilities with their threshold first")
     if not hasattr(scan, "affine") or not hasattr(scan, "header"):
         raise InvalidInput(f"what `read_scan` returned for the mask's scan is wanted, not {type(scan).__name__}")
