@@ -59,7 +59,7 @@ Timeout = Annotated[float, typer.Option(help="seconds until the request is given
 ScanPath = Annotated[Path, typer.Argument(metavar="SCAN", help=_SCAN)]
 Question = Annotated[str, typer.Argument(help="what to ask", callback=_asked)]
 MaxNewTokens = Annotated[int | None, typer.Option(help="tokens of the answer at most (default 256)")]
-Temperature = Annotated[float | None, typer.Option(help="0 (default) is greedy; up to 2")]
+Temperature = Annotated[float | None, typer.Option(help="0 (default) is greedy; else 0.01 to 2")]
 TopP = Annotated[float | None, typer.Option(help="sample from the likeliest tokens that sum up to this")]
 TopK = Annotated[int | None, typer.Option(help="sample from this many likeliest tokens; 0 is all")]
 Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable")]
@@ -81,11 +81,13 @@ def serve(
     repository: Annotated[Path, typer.Option(help="exported model repository")] = Path("model_repository"),
     target: Annotated[str, typer.Option(help="what it was exported for: cpu or tensorrt")] = "cpu",
     host: Annotated[
-        str, typer.Option(help="address to listen on; 0.0.0.0 lets anybody on the network in")
+        str, typer.Option(help="address that clients come to; 0.0.0.0 lets anybody on the network in, without a key")
     ] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(help="port of the client protocol")] = 8001,
-    http_port: Annotated[int, typer.Option(help="port of Triton's HTTP protocol and health checks")] = 8000,
-    metrics_port: Annotated[int, typer.Option(help="port of Prometheus metrics")] = 8002,
+    metrics_host: Annotated[str, typer.Option(help="address of metrics and health checks")] = "127.0.0.1",
+    metrics_port: Annotated[
+        int, typer.Option(help="port of /metrics (Prometheus), /health/live and /health/ready, over HTTP")
+    ] = 8002,
     log: Annotated[Path | None, typer.Option(help="file for Triton's log (default: in the cache folder)")] = None,
     start_timeout: Annotated[float, typer.Option(help="seconds until all models must be ready")] = 900.0,
 ) -> None:
@@ -97,18 +99,18 @@ def serve(
         repository,
         target=target,
         host=host,
+        metrics_host=metrics_host,
         grpc_port=grpc_port,
-        http_port=http_port,
         metrics_port=metrics_port,
         log=log,
         start_timeout=start_timeout,
         on_progress=_progress,
     )
+    _warn_of_the_network(host, grpc_port, metrics_host, metrics_port)
     try:
         server.start()
         notes.print(
-            f"[green]ready[/] on {server.url} (gRPC), {server.http_url}, {server.metrics_url}; "
-            f"log: {escape(str(server.log))}"
+            f"[green]ready[/] on {server.url} (gRPC), metrics on {server.metrics_url}; log: {escape(str(server.log))}"
         )
         notes.print(f'try: m3d ask SCAN "Describe the scan." --server {server.url}   (stop with Ctrl-C)')
         server.wait()
@@ -337,6 +339,31 @@ def doctor(
     where = {"cpu": "on the CPU", "tensorrt": "on the GPU"}[target]
     print(f"{len(missing)} missing for serving {where}" if missing else f"ready to serve {where}")
     raise typer.Exit(1 if missing else 0)
+
+
+def _warn_of_the_network(host: str, grpc_port: int, metrics_host: str, metrics_port: int) -> None:
+    """Say who can do what, if others than this machine's users can reach a port."""
+    if not _is_loopback(host):
+        notes.print(
+            f"[yellow]warning:[/] --host {escape(host)}: whoever can reach port {grpc_port} can upload scans, ask, "
+            "segment and rank, use any study whose handle he has, and take all of the machine's capacity. Nobody needs "
+            "a key, and the traffic is not encrypted. Put a gateway or a firewall before it."
+        )
+    if not _is_loopback(metrics_host):
+        notes.print(
+            f"[yellow]warning:[/] --metrics-host {escape(metrics_host)}: whoever can reach port {metrics_port} can "
+            "read counts, timings and whether the server is ready, without a key. No scan and no answer is there."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`. Of names only localhost is known to be so."""
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _print_table(rows: list[tuple[str, str, str]]) -> None:

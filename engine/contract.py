@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_PART_BYTES = 16 << 20  # of a scan in one request: taken in within some milliseconds, while other requests wait
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -26,7 +28,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the repository. `max_batch_size` 0 means that there is no batch axis."""
+    """One model of the repository. `max_batch_size` 0 means that there is no batch axis.
+
+    public: clients may call it.
+    """
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -35,6 +40,7 @@ class Model:
     max_batch_size: int = 0
     decoupled: bool = False
     ensemble: bool = False
+    public: bool = False
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -68,8 +74,8 @@ UPLOAD = Tensor(
     "BYTES",
     (1,),
     "name of a scan that comes in several requests, of which VOLUME is the next part, "
-    "at most 16 MiB; 1 to 64 characters, random, so that nobody else can add to it; the other inputs come with "
-    "the last part",
+    "at most 16 MiB; 1 to 64 characters, random, so that nobody else has it; all parts come over one connection, "
+    "the other inputs with the last part",
     optional=True,
 )
 UPLOAD_RANGE = Tensor(
@@ -80,8 +86,8 @@ STUDY = Tensor(
     "STUDY",
     "BYTES",
     (1,),
-    "study handle: 64 hex digits, BLAKE3 of content, affine, preset, crop and model; empty after a part "
-    "of an upload that is not the last",
+    "study handle: 64 hex digits, BLAKE3 of content, affine, preset, crop and model with a key of this server's; empty "
+    "after a part of an upload that is not the last",
 )
 # An ensemble's tensors share one name space, so its output cannot be called as its input.
 STUDY_HANDLE = Tensor("STUDY_HANDLE", "BYTES", (1,), "STUDY as an ensemble returns it")
@@ -162,6 +168,7 @@ MODELS: dict[str, Model] = {
             (*_SCAN, UPLOAD, UPLOAD_RANGE, SEGMENT_HINT),
             (STUDY, STUDY_INFO),
             "decode, preprocess and encode a scan once",
+            public=True,
         ),
         Model(
             "m3d_chat",
@@ -170,6 +177,7 @@ MODELS: dict[str, Model] = {
             "answer a question about a scan, streaming",
             decoupled=True,
             ensemble=True,
+            public=True,
         ),
         Model(
             "m3d_segment",
@@ -178,6 +186,7 @@ MODELS: dict[str, Model] = {
             "answer a question and draw the mask it asks for",
             decoupled=True,
             ensemble=True,
+            public=True,
         ),
         Model(
             "m3d_retrieve",
@@ -185,6 +194,7 @@ MODELS: dict[str, Model] = {
             (SCORES, TEXT_CUT, TEXT_LIMIT, STUDY_HANDLE, STUDY_INFO),
             "rank texts against a scan",
             ensemble=True,
+            public=True,
         ),
         Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
         Model("segmentation_encoder", (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
@@ -195,12 +205,14 @@ MODELS: dict[str, Model] = {
             (*_ANSWER, SEG_STATES, STUDY, RETURN_LOGITS),
             "the language model, vLLM",
             decoupled=True,
+            public=True,
         ),
         Model(
             "segmentation",
             (STUDY, SEG_STATES, RETURN_LOGITS),
             (MASK, MASK_SHAPE, MASK_AFFINE, MASK_HEADER, LOGITS),
             "nothing without a [SEG]; else head, then the mask in the scan's own space",
+            public=True,
         ),
         Model(
             "segmentation_head",

@@ -17,7 +17,7 @@ from engine.errors import M3DError
 from engine.manifest import Manifest
 from engine.memory import meminfo
 from engine.processor import has_bf16
-from engine.server import SHM_NEEDED, keeper
+from engine.server import SHM_NEEDED, flaws, keeper
 from engine.server.triton import Triton
 
 PYTHONS = ((3, 11), (3, 12))
@@ -57,7 +57,7 @@ class Finding:
 
 def examine(repository: Path, target: str) -> list[Finding]:
     """What stands for and against serving `repository` on this machine for `target`, cpu or tensorrt."""
-    findings = [_python(), *_packages(target), _triton(target), _cores(), _memory(), _shared_memory()]
+    findings = [_python(), *_packages(target), *_triton(target), _cores(), _memory(), _shared_memory()]
     if target == "tensorrt":
         return [*findings, *_gpus(), _tensorrt(), _compiler(), *_repository(repository, target)]
     return [*findings, _decode_kernel(), *_repository(repository, target), _gpu_beside_the_cpu()]
@@ -101,13 +101,36 @@ def _packages(target: str) -> list[Finding]:
     return findings
 
 
-def _triton(target: str) -> Finding:
+def _triton(target: str) -> list[Finding]:
     try:
         triton = Triton.find(target)
     except M3DError as error:
-        return Finding("missing", "Triton", str(error))
+        return [Finding("missing", "Triton", str(error))]
     package = "nvidia-pytriton" if triton.wheel else "release"
-    return Finding("ok", "Triton", f"{triton.binary} ({package} {triton.version})")
+    return [Finding("ok", "Triton", f"{triton.binary} ({package} {triton.version})"), *_flaws(triton)]
+
+
+def _flaws(triton: Triton) -> list[Finding]:
+    """A line for each published flaw of this Triton, those first that clients may reach."""
+    version = flaws.version_of(triton)
+    if not version:
+        return [Finding("note", "Triton's flaws", "cannot be told: this Triton's own version is not known")]
+    name, found = ".".join(map(str, version)), flaws.flaws_of(version)
+    if not found:
+        return [Finding("ok", "Triton's flaws", f"none of {name} was known on {flaws.READ}")]
+    still = sum(not flaw.closed for flaw in found)
+    summary = (
+        f"{name} has those below, of what was known on {flaws.READ}: {still} open; {len(found) - still} closed by the "
+        "way `m3d serve` starts it. A `tritonserver` that was started without it has all of them"
+    )
+    return [Finding("note", "Triton's flaws", summary), *map(_flaw, found)]
+
+
+def _flaw(flaw: flaws.Flaw) -> Finding:
+    detail = f"{', '.join(flaw.numbers) or flaw.source}: {flaw.does}; mended in Triton {flaw.mended}"
+    if flaw.closed:
+        return Finding("note", "closed flaw", f"{detail}. Closed: {flaw.closed}")
+    return Finding("note", "open flaw", detail)
 
 
 def _compiler() -> Finding:

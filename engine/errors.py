@@ -82,6 +82,15 @@ def from_wire(message: str) -> M3DError:
     return _BY_CODE[code](message[position + len(code) + 2 :])
 
 
+def shortened(value: object, limit: int = 80) -> str:
+    """What somebody gave, as a message may echo it: its `repr`, of at most `limit` characters."""
+    try:
+        said = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        said = f"a very long {type(value).__name__}"
+    return said if len(said) <= limit else said[: limit - 3] + "..."
+
+
 def one_line(error: Exception) -> str:
     """What a foreign error says, in one short line; its class if it says nothing."""
     return " ".join(str(error).split())[:200] or type(error).__name__

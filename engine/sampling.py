@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, shortened
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
+# vLLM takes a lower temperature for this one.
+MIN_TEMPERATURE = 0.01
+# The scores of repeated tokens are divided by it: by a tiny one they leave the range of floats.
+MIN_REPETITION_PENALTY = 0.01
+MAX_NAMED = 5  # unknown settings in a message
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,9 @@ class Sampling:
     """Sampling settings; the defaults are greedy, as the exactness tests use them.
 
     max_new_tokens: 1 or more; the server also refuses what does not fit the context beside the prompt.
-    temperature: 0 (greedy) to 2. top_p: above 0 to 1. top_k: 0 (off) or more.
+    temperature: 0 (greedy), or from 0.01 to 2. top_p: above 0 to 1. top_k: 0 (off) or more.
     stop: texts that end the answer (at most 16, not part of it). seed: 0 to 2**63-1, or None.
-    repetition_penalty: above 0 to 2; 1 is off.
+    repetition_penalty: from 0.01 to 2; 1 is off.
     """
 
     max_new_tokens: int = 256
@@ -39,15 +44,15 @@ class Sampling:
                 object.__setattr__(self, name, value.item())
         stop = self.stop or ()
         if not isinstance(stop, (str, list, tuple)):
-            raise InvalidInput(f"stop must be a text or a list of texts, not {stop!r}")
+            raise InvalidInput(f"stop must be a text or a list of texts, not {shortened(stop)}")
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         self._integer("max_new_tokens", 1, 1 << 20)
-        self._number("temperature", 0.0, 2.0)
+        self._number("temperature", MIN_TEMPERATURE, 2.0, or_zero=True)
         self._number("top_p", 0.0, 1.0, exclusive=True)
         self._integer("top_k", 0, 1 << 30)
         if self.seed is not None:
             self._integer("seed", 0, (1 << 63) - 1)
-        self._number("repetition_penalty", 0.0, 2.0, exclusive=True)
+        self._number("repetition_penalty", MIN_REPETITION_PENALTY, 2.0)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidInput(f"stop: {len(self.stop)} strings given, at most {MAX_STOP_STRINGS} are allowed")
         for text in self.stop:
@@ -59,15 +64,17 @@ class Sampling:
     def _integer(self, name, low, high):
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise InvalidInput(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+            raise InvalidInput(f"{name} must be a whole number from {low} to {high}, not {shortened(value)}")
 
-    def _number(self, name, low, high, exclusive=False):
+    def _number(self, name, low, high, exclusive=False, or_zero=False):
         value = getattr(self, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and or_zero and value == 0:
+            return
         # NaN is in no range; a whole number too long for a float still compares.
         if not number or not low <= value <= high or exclusive and value == low:
-            edge = "above" if exclusive else "from"
-            raise InvalidInput(f"{name} must be a number {edge} {low:g} to {high:g}, not {repr(value)[:40]}")
+            edge = ("0 or " if or_zero else "") + ("a number above" if exclusive else "a number from")
+            raise InvalidInput(f"{name} must be {edge} {low:g} to {high:g}, not {shortened(value)}")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -77,7 +84,9 @@ class Sampling:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise InvalidInput(f"unknown sampling setting {', '.join(unknown)}; known are {', '.join(known)}")
+            named = ", ".join(shortened(name, 20) for name in unknown[:MAX_NAMED])
+            more = f" and {len(unknown) - MAX_NAMED} more" if len(unknown) > MAX_NAMED else ""
+            raise InvalidInput(f"unknown sampling setting {named}{more}; known are {', '.join(known)}")
         return cls(**values)
 
     @classmethod

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from tritonclient.grpc import service_pb2
@@ -347,17 +347,24 @@ class M3DClient:
         return study if isinstance(study, Study) else self.upload(study, timeout=timeout)
 
     def _send_again(self, study: Study, timeout: float | None, evicted: StudyNotFound) -> Study:
-        """Upload an evicted study again, from where it came."""
+        """Upload an evicted study again, from where it came.
+
+        A server that was started anew gives it another handle, which the study has from then on.
+        """
         if study.source is None:
             raise evicted
         source = study.source
         again = self.upload(source.scan, source.affine, source.preset, crop=source.crop, timeout=timeout)
-        if again.handle != study.handle:
+        is_same_scan = cast(Source, again.source).content == source.content
+        # The affine has no part in the content; the server tells what follows from it.
+        told = ("model", "shape", "spacing_mm", "orientation")
+        if not is_same_scan or any(again.info.get(name) != study.info[name] for name in told if name in study.info):
             raise InvalidInput(
                 f"the server does not hold {study} any more, and now the scan at its source, or the "
                 "server's model, is another: upload it again to ask about what is there now"
             )
-        return again
+        object.__setattr__(study, "handle", again.handle)  # else each question to come would send the scan again
+        return study
 
     def _model_ready(self, name: str) -> bool:
         try:

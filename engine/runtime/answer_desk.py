@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -24,6 +24,7 @@ from engine.volume.geometry import Geometry
 
 CANCEL_INTERVAL_S = 0.05
 SENDING_THREADS = 4
+LAST_ANSWERS_S = 5.0  # for the answers in work to fail, when the language model is broken
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,47 @@ class Asked:
         sampling = triton_io.text(request, "SAMPLING")
         return cls(
             tuple(request.requested_output_names()),
-            triton_io.text(request, "STUDY") or "",
-            triton_io.text(request, "QUESTION") or "",
+            triton_io.needed_text(request, "STUDY"),
+            triton_io.needed_text(request, "QUESTION"),
             Sampling.from_json(sampling) if sampling else Sampling(),
             triton_io.flag(request, "STREAM"),
             triton_io.flag(request, "RETURN_LOGITS"),
         )
 
 
+@dataclass(frozen=True)
+class _Open:
+    """An answer in work: where its responses go, and what the front calls its request."""
+
+    sender: Any
+    id_: str
+
+
 class AnswerDesk:
     """Serves the requests of one Triton model instance; many at a time.
 
     The next delta is fetched when the last one was sent, so that a client that cannot follow makes the decoder join
-    tokens instead of filling a queue. Whether a client has cancelled is asked again and again, as Triton does not tell.
+    tokens instead of filling a queue. Whether a client has cancelled is asked again and again, as nobody tells.
+
+    on_health: is told, on the desk's thread, how the language model is, see `LlmEngine`. on_broken: is told there,
+    once, that it will not come back, when the answers in work have failed (after LAST_ANSWERS_S at the latest).
     """
 
-    def __init__(self, decoder: Decoder, store: StudyStore):
+    def __init__(
+        self,
+        decoder: Decoder,
+        store: StudyStore,
+        on_health: Callable[[str], None] = lambda words: None,
+        on_broken: Callable[[str], None] = lambda words: None,
+    ):
         self.decoder = decoder
         self.store = store
-        self._open: dict[asyncio.Task, object] = {}  # answers in work and their response senders
+        self._on_health = on_health
+        self._on_broken = on_broken
+        self._cancellations = triton_io.Cancellations()
+        self._ending: asyncio.Task | None = None
+        self._serving: set[asyncio.Task] = set()
+        self._open: dict[asyncio.Task, _Open] = {}  # of those, the ones whose last response is not on its way
         # Triton frees an answer's state with its last response; asking about it then, or meanwhile, is a segfault.
         self._last_or_asking = threading.Lock()
         self._threads = ThreadPoolExecutor(SENDING_THREADS, "send-answers")
@@ -71,7 +94,7 @@ class AnswerDesk:
         """Returns when the decoder is ready; raises what `Decoder.start` raises."""
         self._thread.start()
         try:
-            self._run(self.decoder.start())
+            self._run(self.decoder.start(self._on_health, self._end_broken))
         except BaseException:
             self._end_loop()
             raise
@@ -82,11 +105,11 @@ class AnswerDesk:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                asked = Asked.of(request)
+                asked, id_ = Asked.of(request), self._cancellations.id_of(request)
             except Exception as error:
                 triton_io.send(sender, triton_io.error_response(error))
                 continue
-            asyncio.run_coroutine_threadsafe(self._serve(asked, sender), self._loop)
+            asyncio.run_coroutine_threadsafe(self._serve(asked, _Open(sender, id_)), self._loop)
 
     def close(self) -> None:
         """Cancel what is in work and end the decoder with its processes."""
@@ -96,18 +119,20 @@ class AnswerDesk:
         self._end_loop()
 
     # --- one answer --------------------------------------------------------------------------------------------------
-    async def _serve(self, asked: Asked, sender) -> None:
+    async def _serve(self, asked: Asked, answer: _Open) -> None:
         task = cast(asyncio.Task, asyncio.current_task())
-        self._open[task] = sender
+        self._open[task] = answer
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         try:
-            last = await self._answer(asked, sender)
+            last = await self._answer(asked, answer.sender)
         except asyncio.CancelledError:
             last = triton_io.error_response(Cancelled("the request was cancelled by its client, or the server stops"))
         except Exception as error:
             last = triton_io.error_response(error)
         finally:
             self._open.pop(task)
-        await self._in_thread(self._send_last, sender, last)
+        await self._in_thread(self._send_last, answer.sender, last)
 
     async def _answer(self, asked: Asked, sender):
         """Sends all responses but the last one, which it returns."""
@@ -161,19 +186,29 @@ class AnswerDesk:
             for task in await self._loop.run_in_executor(self._threads, self._cancelled, list(self._open.items())):
                 task.cancel()
 
-    def _cancelled(self, answers: list) -> list[asyncio.Task]:
-        found = []
-        for task, sender in answers:
+    def _cancelled(self, answers: list[tuple[asyncio.Task, _Open]]) -> list[asyncio.Task]:
+        found, is_cancelled = [], self._cancellations.look()
+        for task, answer in answers:
             with self._last_or_asking:
-                if task in self._open and sender.is_cancelled():
+                if task in self._open and is_cancelled(answer.id_, answer.sender):
                     found.append(task)
         return found
 
     async def _cancel_all(self) -> None:
-        tasks = list(self._open)
-        for task in tasks:
+        if self._ending is not None:
+            self._ending.cancel()
+        for task in list(self._open):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    def _end_broken(self, words: str) -> None:
+        """The language model calls this in the middle of an answer that it fails."""
+        self._ending = self._loop.create_task(self._end_when_answered(words))
+
+    async def _end_when_answered(self, words: str) -> None:
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=LAST_ANSWERS_S)
+        self._on_broken(words)
 
     def _run(self, work: Coroutine):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -27,6 +27,7 @@ class Desk:
         self.places = threading.BoundedSemaphore(threads + waiting)
         self.capacity = threads + waiting
         self.pool = ThreadPoolExecutor(threads, "slow-requests")
+        self.cancellations = triton_io.Cancellations()
 
     def execute(self, requests) -> None:
         """Triton's `execute`: returns nothing, the senders answer."""
@@ -54,14 +55,13 @@ class Desk:
 
     def _work(self, later: Callable, request, sender) -> None:
         try:
-            triton_io.send(sender, triton_io.answer(_unless_cancelled, later, request))
+            triton_io.send(sender, triton_io.answer(self._unless_cancelled, later, request))
         except Exception as error:  # nobody looks at this thread's result
             triton_io.log_error("a response could not be sent", error)
         finally:
             self.places.release()
 
-
-def _unless_cancelled(later: Callable, request):
-    if request.is_cancelled():
-        raise Cancelled("the request was cancelled before its turn came")
-    return later()
+    def _unless_cancelled(self, later: Callable, request):
+        if self.cancellations.look()(self.cancellations.id_of(request), request):
+            raise Cancelled("the request was cancelled before its turn came")
+        return later()

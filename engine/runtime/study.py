@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.errors import InvalidInput, Unavailable
 from engine.manifest import Manifest
-from engine.runtime.study_store import StudyStore, content_digest, study_handle
+from engine.runtime.study_store import StudyStore, content_digest
 from engine.scan import read_scan
 from engine.scan.limits import Limits
 from engine.volume import Crop, prepare
@@ -86,7 +86,7 @@ class Studies:
     def _add(self, scan: ScanRequest) -> tuple[str, bool]:
         preset = scan.preset or "auto"
         content = scan.digest or content_digest(scan.data)
-        handle = study_handle(content, scan.affine, preset, self.manifest.identity, scan.crop)
+        handle = self.store.handle_of(content, scan.affine, preset, self.manifest.identity, scan.crop)
         if handle in self.store:
             return handle, True
         with self.store.lock(handle, "image"):

@@ -1,13 +1,14 @@
 """Everything known about a scan, computed once and kept in shared memory for all Python processes of one server.
 
 A study is a folder named by its handle, which is a BLAKE3 of the scan's content, its affine, the preset, the crop and
-the exported model: two patients never share an entry, and no entry outlives its model. The folder holds `info.json` and
-one `.npy` file per piece; readers map the files (a `.npy` header keeps the data 64-byte aligned), so a piece is read by
-any number of processes without a copy and stays valid for a reader even after its eviction.
+the exported model: two patients never share an entry, and no entry outlives its model. The BLAKE3 has a key that only
+this server knows: who does not have the handle cannot compute it, not even from the scan. The folder holds `info.json`
+and one `.npy` file per piece; readers map the files (a `.npy` header keeps the data 64-byte aligned), so a piece is
+read by any number of processes without a copy and stays valid for a reader even after its eviction.
 
-Bounded in bytes: the least recently used studies go first, never one whose pieces are locked, that is, being computed.
-Locks are open-file-description locks on byte ranges of one file: they hold between threads and processes alike, and
-the kernel frees them when their process dies.
+Bounded in bytes, and by what the file system has left for it: the least recently used studies go first, never one whose
+pieces are locked, that is, being computed. Locks are open-file-description locks on byte ranges of one file: they hold
+between threads and processes alike, and the kernel frees them when their process dies.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import struct
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from blake3 import blake3
 
-from engine.errors import ResourceExhausted, StudyNotFound
+from engine.errors import ResourceExhausted, StudyNotFound, shortened
 from engine.runtime.server_folder import ServerFolder
 
 if TYPE_CHECKING:  # it would bring SciPy into every process that only looks for studies
@@ -39,7 +41,7 @@ SMALLEST_LIMIT_BYTES = 1 << 20
 
 _HANDLE = re.compile(r"[0-9a-f]{64}")
 _INFO = "info.json"
-_LOCKS, _LIMIT = ".locks", ".limit"
+_LOCKS, _LIMIT, _KEY = ".locks", ".limit", ".key"
 _UNFINISHED = ".unfinished"
 _BYTES_PER_STUDY = 16  # of the lock file: one per piece, with room for more pieces
 _WHOLE_STORE = 0
@@ -58,13 +60,6 @@ def content_digest(data) -> str:
     return new_digest().update(data).hexdigest()
 
 
-def study_handle(content: str, affine: np.ndarray | None, preset: str, model: str, crop: Crop | None = None) -> str:
-    """A scan's handle: BLAKE3 in hex over its `content_digest`, affine (4 x 4 or None), preset, manifest and crop."""
-    space = None if affine is None else np.asarray(affine, np.float64).ravel().tolist()
-    region = [] if crop is None else [crop.box, crop.unit]
-    return blake3(json.dumps([content, space, preset, model, *region]).encode()).hexdigest()
-
-
 class StudyStore:
     """A folder of studies, shared by processes, bounded to `limit_bytes`.
 
@@ -79,6 +74,7 @@ class StudyStore:
             _check_limit(self.root, limit_bytes)
             with self._locked(_WHOLE_STORE, 1):
                 _write_atomically(self.root / _LIMIT, str(limit_bytes).encode())
+        self._key = self._common_key()
 
     @classmethod
     def of_server(cls, limit_bytes: int | None = None) -> StudyStore:
@@ -105,6 +101,25 @@ class StudyStore:
     @property
     def used_bytes(self) -> int:
         return sum(_size(folder) for folder in self._studies())
+
+    def handle_of(
+        self, content: str, affine: np.ndarray | None, preset: str, model: str, crop: Crop | None = None
+    ) -> str:
+        """A scan's handle in this store, the same whenever it comes; in another store it has another.
+
+        Args:
+            content: its `content_digest`.
+            affine: 4 x 4, or None.
+            preset: as it was asked for.
+            model: the manifest's identity.
+            crop: the region that the model is to see, or None.
+
+        Returns:
+            BLAKE3 in hex over all of them, with the store's key.
+        """
+        space = None if affine is None else np.asarray(affine, np.float64).ravel().tolist()
+        region = [] if crop is None else [crop.box, crop.unit]
+        return blake3(json.dumps([content, space, preset, model, *region]).encode(), key=self._key).hexdigest()
 
     # --- reading -----------------------------------------------------------------------------------------------------
     def __contains__(self, handle: str) -> bool:
@@ -135,22 +150,28 @@ class StudyStore:
         if not _HANDLE.fullmatch(handle):
             raise ValueError(f"a study handle has 64 hex digits, not {handle!r}")
         document = json.dumps(info).encode()
-        with self._room_for(handle, len(document) + _stored_size(image)) as unfinished:
+
+        def write(unfinished: Path) -> None:
             unfinished.mkdir(mode=0o700)
             _write(unfinished / _INFO, document)
             _write_array(unfinished / _file_name("image"), image)
             if handle not in self:
                 unfinished.rename(self.root / handle)
 
+        self._make_room_and(write, handle, len(document) + _stored_size(image))
+
     def put(self, handle: str, piece: str, array: np.ndarray) -> None:
         """Add a piece to a study. Raises StudyNotFound if the study is gone, ResourceExhausted if it does not fit."""
         folder = self._folder(handle)
-        with self._room_for(handle, _stored_size(array)) as unfinished:
+
+        def write(unfinished: Path) -> None:
             _write_array(unfinished, array)
             try:
                 unfinished.rename(folder / _file_name(piece))
             except FileNotFoundError:
                 raise _not_found(handle) from None
+
+        self._make_room_and(write, handle, _stored_size(array))
 
     def computed(self, handle: str, piece: str, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """A piece, made by `compute(image)` unless it is there; by one process only, however many ask at the same time.
@@ -188,11 +209,28 @@ class StudyStore:
     def _studies(self) -> list[Path]:
         return [Path(entry.path) for entry in os.scandir(self.root) if _HANDLE.fullmatch(entry.name)]
 
-    @contextmanager
-    def _room_for(self, handle: str, size: int):
-        """Evict until `size` more bytes fit, then yield the path for unfinished work; one writer at a time.
+    def _common_key(self) -> bytes:
+        """32 random bytes, made by the first process of this server that opens the store; the same in all of them."""
+        path = self.root / _KEY
+        with self._locked(_WHOLE_STORE, 1):
+            if not path.exists():
+                _write_atomically(path, secrets.token_bytes(32))
+            return path.read_bytes()
 
-        So the bound holds exactly, and whatever lies at that path when the lock is ours was left by a killed process.
+    def _make_room_and(self, write: Callable[[Path], None], handle: str, size: int) -> None:
+        """Evict until `size` more bytes of the study fit, then write; one writer at a time.
+
+        So the bound holds exactly, and whatever lies at the path for unfinished work when the lock is ours was left by
+        a killed process.
+
+        Args:
+            write: does the work at the path that it is given, and moves it from there. It is called again, after an
+                eviction, when the file system is full: others use it, too.
+            handle: of the study, which is not evicted.
+            size: bytes that it gains.
+
+        Raises:
+            ResourceExhausted: if the study does not fit.
         """
         limit = self.limit_bytes
         own = _size(self.root / handle)
@@ -205,31 +243,42 @@ class StudyStore:
             unfinished = self.root / _UNFINISHED
             _remove(unfinished)
             self._evict_until(limit - size, keep=handle)
-            try:
-                yield unfinished
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                raise ResourceExhausted(
-                    f"no space left in {self.root.parent}: give it more (docker --shm-size), or lower the parameter "
-                    f"study_store_mb of the model 'study'"
-                ) from None
-            finally:
-                _remove(unfinished)
+            while True:
+                try:
+                    write(unfinished)
+                    return
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                finally:
+                    _remove(unfinished)
+                if self._evict_oldest(keep=handle) is None:
+                    raise ResourceExhausted(
+                        f"no space left in {self.root.parent}: give it more (docker --shm-size), or lower the "
+                        f"parameter study_store_mb of the model 'study'"
+                    )
 
     def _evict_until(self, wanted: int, keep: str) -> None:
-        sizes = {folder: _size(folder) for folder in self._studies()}
-        used = sum(sizes.values())
-        for folder in sorted(sizes, key=_last_use):
-            if used <= wanted:
-                return
-            if folder.name != keep and self._evict(folder):
-                used -= sizes[folder]
+        used = self.used_bytes
+        while used > wanted and (freed := self._evict_oldest(keep)) is not None:
+            used -= freed
         if used > wanted:
             raise ResourceExhausted(
                 f"the study store ({_mb(self.limit_bytes)}) is full of studies that are being encoded: try again "
                 f"shortly, or raise the parameter study_store_mb of the model 'study'"
             )
+
+    def _evict_oldest(self, keep: str) -> int | None:
+        """Evict the least recently used study but `keep` and those that are being computed.
+
+        Returns:
+            Its bytes, or None if there is nothing to evict.
+        """
+        for folder in sorted(self._studies(), key=_last_use):
+            size = _size(folder)
+            if folder.name != keep and self._evict(folder):
+                return size
+        return None
 
     def _evict(self, folder: Path) -> bool:
         try:
@@ -268,8 +317,9 @@ def _check_limit(root: Path, limit: int) -> None:
 
 
 def _not_found(handle: str) -> StudyNotFound:
-    name = handle if len(handle) <= 64 else handle[:61] + "..."
-    return StudyNotFound(f"unknown study {name!r}: this server never had it or has evicted it, upload the scan again")
+    return StudyNotFound(
+        f"unknown study {shortened(handle)}: this server never had it or has evicted it, upload the scan again"
+    )
 
 
 def _first_byte(handle: str) -> int:

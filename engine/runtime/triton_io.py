@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from engine.contract import MODELS
 from engine.errors import InvalidInput, M3DError, RepositoryError, Unavailable, from_wire
+from engine.runtime.run_folder import RunFolder
 
 # Names only: the stub completes `pb_utils` after it has imported the model's module.
 _CODES = {
@@ -32,6 +34,14 @@ def array(request, name: str) -> np.ndarray | None:
     return None if tensor is None else tensor.as_numpy()
 
 
+def needed_array(request, name: str) -> np.ndarray:
+    """An input as Triton holds it. Raises InvalidInput if it was not given."""
+    found = array(request, name)
+    if found is None:
+        raise InvalidInput(f"the request has no {name}, without which it cannot be answered: give one")
+    return found
+
+
 def texts(request, name: str) -> list[str]:
     """A BYTES input as texts; empty if it was not given."""
     values = array(request, name)
@@ -46,9 +56,24 @@ def text(request, name: str) -> str | None:
     return (texts(request, name) or [""])[0] or None
 
 
+def needed_text(request, name: str) -> str:
+    """A BYTES input of one element. Raises InvalidInput if it was not given; it may be empty."""
+    needed_array(request, name)
+    return text(request, name) or ""
+
+
 def flag(request, name: str) -> bool:
     values = array(request, name)
     return values is not None and bool(values.any())
+
+
+def told(request, name: str) -> str:
+    """A text among the request's parameters, such as the front appends; empty if there is none."""
+    try:
+        value = json.loads(request.parameters()).get(name)
+    except (AttributeError, TypeError, ValueError):  # Triton gives "" for none; clients name theirs as they like
+        return ""
+    return value if isinstance(value, str) else ""
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -81,6 +106,25 @@ def answer(function, *arguments) -> pb_utils.InferenceResponse:
 def send(sender, answered: pb_utils.InferenceResponse) -> None:
     """The one and only response of a request that is answered through its sender."""
     sender.send(answered, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+class Cancellations:
+    """Which requests nobody waits for any more.
+
+    The front puts the ids that it gave them into the run folder. Where there is no front, Triton is asked.
+    """
+
+    def __init__(self) -> None:
+        self._folder = RunFolder.of_server()
+
+    def id_of(self, request) -> str:
+        """What the front calls the request; empty if it did not come through a front."""
+        return request.request_id() if self._folder else ""
+
+    def look(self) -> Callable[[str, Any], bool]:
+        """Whether a request is cancelled now, as a function of its `id_of` and of what Triton is asked by."""
+        gone = self._folder.cancelled() if self._folder else set()
+        return lambda id_, asked: id_ in gone if id_ else asked.is_cancelled()
 
 
 def log_error(what: str, error: Exception) -> None:

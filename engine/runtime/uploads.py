@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from blake3 import blake3
 
+from engine.contract import MAX_PART_BYTES
 from engine.errors import InvalidInput, ResourceExhausted, Unavailable
 from engine.runtime.study_store import new_digest
 from engine.scan.limits import Limits
 
-MAX_PART_BYTES = 16 << 20  # taken in within some milliseconds, while other requests wait
 MAX_NAME_LENGTH = 64
 MOST = 1000  # uploads at a time, however small
+MOST_OF_PEER = 100
 IDLE_S = 600.0  # as long as our client waits, unless it is told otherwise
 SLOW_S = 90.0  # between two parts of our client on a line of half a megabit per second, and half as long again
 PROGRESS_BYTES = 1 << 20  # that an upload brings within SLOW_S, or others may have its memory
@@ -29,11 +30,13 @@ DEADLINE_S = 7200.0  # of a whole upload; the largest scan takes it on a line of
 
 @dataclass
 class Upload:
-    """data: uint8 [size], of which the first `received` bytes are here. digest: of those. started, last_part: times.
-    progress: how many bytes were here, and when, as PROGRESS_BYTES more had come for the last time.
+    """data: uint8 [size], of which the first `received` bytes are here. peer: whose it is. digest: of those bytes.
+    started, last_part: times. progress: how many bytes were here, and when, as PROGRESS_BYTES more had come for the
+    last time.
     """
 
     data: np.ndarray
+    peer: str = ""
     digest: blake3 = field(default_factory=new_digest)
     received: int = 0
     started: float = 0.0
@@ -52,23 +55,37 @@ class Uploads:
     """The uploads in progress of one process, by name. One thread calls it.
 
     The parts that have arrived, and complete uploads until their data is released, may take twice the memory of the
-    largest scan. A part that does not fit takes the memory of uploads that brought less than PROGRESS_BYTES within
-    SLOW_S, and is refused if there are none. An upload takes memory as its parts arrive. At most MOST are in progress;
-    beyond that, the one with the fewest bytes ends. clock: seconds.
+    largest scan; those of one peer, a client's connection, half of that, so that it cannot shut the others out. A part
+    that does not fit takes the memory of uploads that brought less than PROGRESS_BYTES within SLOW_S, and is refused if
+    there are none. An upload takes memory as its parts arrive. At most MOST are in progress, and MOST_OF_PEER of one
+    peer; beyond that, the one with the fewest bytes ends. clock: seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
         self.limits = limits
         self.clock = clock
         self._uploads: dict[str, Upload] = {}  # the one that waits longest comes first
-        self._held: dict[int, int] = {}  # bytes of complete ones, until their data is let go, by any thread
+        # Peers and bytes of complete ones, until their data is let go, by any thread.
+        self._held: dict[int, tuple[str, int]] = {}
 
-    def add(self, name: str, start: int, size: int, part: np.ndarray) -> Upload | None:
-        """Add `part` (uint8), whose place in a file of `size` bytes begins at `start`. The upload, once it is complete.
+    def add(self, name: str, start: int, size: int, part: np.ndarray, peer: str = "") -> Upload | None:
+        """Add a part to the upload of its name.
 
-        Raises InvalidInput for a part that is not the next one, or for a part, a file or a name that is too large;
-        Unavailable for a part of an upload that gave way, ResourceExhausted for one that finds no room. Each ends the
-        upload.
+        Args:
+            name: of the upload; all peers share the names.
+            start: where the part begins in the file.
+            size: bytes of the file.
+            part: uint8.
+            peer: the connection that it came over; "" if that is not known, to which no share applies.
+
+        Returns:
+            The upload, once it is complete; None before.
+
+        Raises:
+            InvalidInput: for a part that is not the next one or comes from another peer, and for a part, a file or a
+                name that is too large.
+            Unavailable: for a part of an upload that gave way.
+            ResourceExhausted: for a part that finds no room. Each of them ends the upload.
         """
         end, upload = start + part.size, self._uploads.pop(name, None)
         if len(name) > MAX_NAME_LENGTH:
@@ -85,25 +102,30 @@ class Uploads:
             )
         if start == 0:
             now = self.clock()
-            upload = Upload(_memory(size), started=now, progress=(0, now))
+            upload = Upload(_memory(size), peer, started=now, progress=(0, now))
         elif upload is None:
             raise Unavailable(
-                "this server does not know the upload (any more): it waited too long for a part, or had "
-                "to give way to others; upload the scan again"
+                "this server does not know the upload (any more): it waited too long for a part, had to give way to "
+                "others, or was ended by a part under its name that was not its own; upload the scan again"
+            )
+        elif upload.peer != peer:
+            raise InvalidInput(
+                "an upload of this name is in progress over another connection; it is ended, since the part may be "
+                "another scan's: send all parts of an upload over one connection, under a name of its own, such as a "
+                "random one"
             )
         if (start, size) != (upload.received, upload.data.size):
             raise InvalidInput(
                 f"bytes {start:,} to {end:,} of {size:,} are not the next part of an upload that has "
                 f"{upload.received:,} of {upload.data.size:,}: send its parts in their order"
             )
-        self._make_room(end)
+        self._make_room(end, peer)
         upload.add(part, self.clock())
         if end < size:
-            if len(self._uploads) == MOST:
-                del self._uploads[min(self._uploads, key=lambda name: self._uploads[name].received)]
+            self._make_place(peer)
             self._uploads[name] = upload
             return None
-        self._held[id(upload.data)] = size
+        self._held[id(upload.data)] = peer, size
         weakref.finalize(upload.data, self._held.pop, id(upload.data))
         return upload
 
@@ -112,14 +134,40 @@ class Uploads:
         now = self.clock()
         self._forget(lambda upload: now - upload.last_part > IDLE_S or now - upload.started > DEADLINE_S)
 
-    def _make_room(self, size: int) -> None:
-        self._forget(lambda upload: self.clock() - upload.progress[1] > SLOW_S and not self._has_room(size))
+    def _make_room(self, size: int, peer: str) -> None:
+        """For an upload of which `size` bytes are here then. Raises ResourceExhausted."""
+
+        def is_slow(upload: Upload) -> bool:
+            return self.clock() - upload.progress[1] > SLOW_S
+
+        self._forget(lambda upload: upload.peer == peer and is_slow(upload) and not self._has_share(size, peer))
+        if not self._has_share(size, peer):
+            raise ResourceExhausted(
+                f"the uploads over this connection take the memory that one may have, {self.limits.max_bytes:,} bytes: "
+                "try again when they are done"
+            )
+        self._forget(lambda upload: is_slow(upload) and not self._has_room(size))
         if not self._has_room(size):
             raise ResourceExhausted("this server takes in as much as it has memory for: try again shortly")
 
+    def _has_share(self, size: int, peer: str) -> bool:
+        here = sum(bytes_here for whose, bytes_here in self._here() if whose == peer)
+        return not peer or here + size <= self.limits.max_bytes
+
     def _has_room(self, size: int) -> bool:
-        here = sum(upload.received for upload in self._uploads.values()) + sum(list(self._held.values()))
-        return here + size <= 2 * self.limits.max_bytes
+        return sum(bytes_here for _, bytes_here in self._here()) + size <= 2 * self.limits.max_bytes
+
+    def _here(self) -> list[tuple[str, int]]:
+        """Whose bytes are here, and how many, of each upload."""
+        return [(upload.peer, upload.received) for upload in self._uploads.values()] + list(self._held.values())
+
+    def _make_place(self, peer: str) -> None:
+        """For one more upload in progress."""
+        of_peer = [name for name, upload in self._uploads.items() if peer and upload.peer == peer]
+        for names, most in ((of_peer, MOST_OF_PEER), (list(self._uploads), MOST)):
+            if len(names) == most:
+                del self._uploads[min(names, key=lambda name: self._uploads[name].received)]
+                return
 
     def _forget(self, gives_way: Callable[[Upload], bool]) -> None:
         for name, upload in list(self._uploads.items()):

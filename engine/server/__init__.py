@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import random
 import re
 import shutil
@@ -18,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, cast
 
@@ -27,9 +30,12 @@ from engine.manifest import Manifest
 from engine.packages import cache_folder
 from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
 from engine.server import keeper
-from engine.server.triton import TARGETS, Triton
+from engine.server.settings import FrontSettings, address
+from engine.server.triton import TARGETS, Sockets, Triton
 
 EXIT_TIMEOUT_S = 10  # Triton's own limit for finishing requests and unloading models
+RUN_LOCK = "lock"  # in that folder, held while the run lasts
+RUN_PREFIX = "m3d-"  # of the folder of one run, in the folder for temporary files
 GRACE_S = 30  # after this all that is left gets killed
 ORPHANS_GRACE_S = 5  # for processes that outlive Triton, such as those that tidy up after killed ones
 START_ATTEMPTS = 3
@@ -39,16 +45,19 @@ SHM_NEEDED = 256 << 20  # requests, answers and studies travel through shared me
 _LOADING = re.compile(r"loading: (\w+):")
 _LOADED = re.compile(r"successfully loaded '(\w+)'")
 _ENDED = re.compile(re.escape(keeper.VITAL_ENDED) + r"\d+: .*/(\w+)/\d+/model\.py")
+_FRONT_ENDED = re.compile(re.escape(keeper.VITAL_ENDED) + r"\d+: .* -m engine\.server\.front ")
+_BROKEN = re.compile(r"^decoder: (the language model is .*)", re.M)  # in model_repository/decoder/1/model.py
 _FAILED = re.compile(r"failed to load '(\w+)' version \d+: (?:[A-Z][\w ]*?: )?(.*)")
 
 
 class Server:
     """A Triton process tree on one repository.
 
-    target: cpu (the Triton of nvidia-pytriton) or tensorrt (`tritonserver` on PATH). host: address to listen on; other
-    machines are kept out unless it says otherwise. log: file for Triton's own words, by default one per gRPC port in
-    the cache folder. trace: files for the timestamps of all requests; Triton appends .0, .1, ... to the name.
-    start_timeout: seconds until all models must be ready. on_progress: is told what loads.
+    target: cpu (the Triton of nvidia-pytriton) or tensorrt (`tritonserver` on PATH). host, metrics_host: addresses to
+    listen on, for gRPC, and for metrics and health over HTTP; other machines are kept out unless they say otherwise.
+    log: file for the words of Triton and its models, by default one per gRPC port in the cache folder. trace: files for
+    the timestamps of all requests; Triton appends .0, .1, ... to the name. start_timeout: seconds until all models must
+    be ready. on_progress: is told what loads.
     """
 
     def __init__(
@@ -57,8 +66,8 @@ class Server:
         *,
         target: str = "cpu",
         host: str = "127.0.0.1",
+        metrics_host: str = "127.0.0.1",
         grpc_port: int = 8001,
-        http_port: int = 8000,
         metrics_port: int = 8002,
         log: Path | str | None = None,
         trace: Path | str | None = None,
@@ -68,33 +77,37 @@ class Server:
         self.repository = Path(repository).resolve()
         self.target = target
         self.host = host
-        self.ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+        self.metrics_host = metrics_host
+        self.ports = {"grpc": grpc_port, "metrics": metrics_port}
         self.log = Path(log) if log else cache_folder() / "logs" / f"triton-{grpc_port}.log"
         self.trace = Path(trace).resolve() if trace else None
         self.start_timeout = start_timeout
         self.on_progress = on_progress
         self._keeper: subprocess.Popen | None = None
+        self._sockets: Sockets | None = None
 
     @property
     def url(self) -> str:
-        return f"{self._reachable_host}:{self.ports['grpc']}"
+        """Where clients come."""
+        return address(_reachable(self.host), self.ports["grpc"])
 
     @property
-    def http_url(self) -> str:
-        return f"http://{self._reachable_host}:{self.ports['http']}"
+    def inside_url(self) -> str:
+        """Triton's own gRPC address, behind the front: for this user alone, to look at the models inside."""
+        return cast(Sockets, self._sockets).grpc_url
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{self._reachable_host}:{self.ports['metrics']}/metrics"
+        return f"{self._pages}/metrics"
+
+    @property
+    def _pages(self) -> str:
+        return f"http://{address(_reachable(self.metrics_host), self.ports['metrics'])}"
 
     @property
     def keeper_pid(self) -> int | None:
         """Process id of the keeper above Triton and all that it starts; None before the start."""
         return self._keeper.pid if self._keeper else None
-
-    @property
-    def _reachable_host(self) -> str:
-        return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
 
     def __enter__(self) -> Server:
         self.start()
@@ -113,6 +126,8 @@ class Server:
             raise InvalidInput("this server was started already; make a new Server to start another")
         manifest = self._check()
         triton = Triton.find(self.target)
+        if self.log.is_dir():
+            raise InvalidInput(f"the log {self.log} is a folder: name a file")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
@@ -125,35 +140,54 @@ class Server:
                 self.on_progress("the machine is too busy for Triton's start-up checks, starting again")
 
     def _launch(self, triton: Triton, manifest: Manifest) -> None:
-        run_folder = Path(tempfile.mkdtemp(prefix="m3d-"))
+        sweep()
+        run_folder = Path(tempfile.mkdtemp(prefix=RUN_PREFIX))
+        if self.log.is_file():  # an earlier run's words are not this one's, nor others' to read
+            self.log.replace(f"{self.log}.1").chmod(0o600)
         try:
             backends = triton.assemble_backends(run_folder) if triton.wheel else None
             shm_prefix = f"{run_folder.name}-"
+            self._sockets = Sockets(run_folder)
             # Triton, its stubs and vLLM each trip over some paths: spaces, brackets, letters beyond ASCII.
             repository = run_folder / "model_repository"
             repository.symlink_to(self.repository)
             command = triton.command(
-                repository, manifest, self.host, self.ports, backends, shm_prefix, EXIT_TIMEOUT_S, self.trace
+                repository, manifest, self._sockets, backends, shm_prefix, EXIT_TIMEOUT_S, self.trace
             )
-            spec = json.dumps(
-                {
-                    "command": command,
-                    "grace_s": GRACE_S,
-                    "orphans_grace_s": ORPHANS_GRACE_S,
-                    "remove": [str(run_folder)],
-                    "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"],
-                    "vital": STUB,
-                }
+            front = FrontSettings(
+                host=self.host,
+                grpc_port=self.ports["grpc"],
+                metrics_host=self.metrics_host,
+                metrics_port=self.ports["metrics"],
+                inside=self._sockets.grpc_url,
+                inside_metrics=self._sockets.metrics,
+                models=manifest.models,
+                folder=str(run_folder),
             )
-            with open(self.log, "wb") as log:
+            spec = {
+                "command": command,
+                "companion": [sys.executable, "-m", "engine.server.front", json.dumps(asdict(front))],
+                "grace_s": GRACE_S,
+                "orphans_grace_s": ORPHANS_GRACE_S,
+                "remove": [str(run_folder)],
+                "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"],
+                "vital": STUB,
+                "log": str(self.log),
+            }
+            with open(run_folder / RUN_LOCK, "wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the keeper has it, too, and so holds it until it ends
                 self._keeper = subprocess.Popen(
-                    [sys.executable, "-I", "-S", keeper.__file__, spec],
+                    [sys.executable, "-I", "-S", keeper.__file__],
                     stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
                     env=triton.environment(run_folder),
                     start_new_session=True,
+                    pass_fds=[lock.fileno()],
                 )
+            pipe = cast(IO[bytes], self._keeper.stdin)
+            pipe.write(json.dumps(spec).encode() + b"\n")
+            pipe.flush()
         except BaseException:
             shutil.rmtree(run_folder, ignore_errors=True)
             raise
@@ -161,7 +195,7 @@ class Server:
     def is_ready(self) -> bool:
         """Whether the server and all its models answer now."""
         try:
-            with urllib.request.urlopen(f"{self.http_url}/v2/health/ready", timeout=5) as response:
+            with urllib.request.urlopen(f"{self._pages}/health/ready", timeout=5) as response:
                 return response.status == 200
         except (urllib.error.URLError, OSError):
             return False
@@ -195,9 +229,9 @@ class Server:
             raise RepositoryError(f"{self.repository} does not fit this machine: {'; '.join(wrong)}")
         manifest.check(self.repository)
         if len(set(self.ports.values())) < len(self.ports):
-            raise InvalidInput(f"the gRPC, HTTP and metrics ports must differ: {self.ports}")
-        for name, port in self.ports.items():
-            _check_port(self.host, name, port)
+            raise InvalidInput(f"the gRPC and metrics ports must differ: {self.ports}")
+        for name, host in (("grpc", self.host), ("metrics", self.metrics_host)):
+            _check_port(host, name, self.ports[name])
         free = shutil.disk_usage(keeper.SHM).free
         if free < SHM_NEEDED:
             raise Unavailable(
@@ -231,7 +265,7 @@ class Server:
         loading = [m for m in dict.fromkeys(_LOADING.findall(text)) if m not in loaded]
         if loading:
             return f"loading {', '.join(loading)} ({len(loaded)} of {len(models)} ready)"
-        return "opening the ports" if loaded else "starting Triton"
+        return "getting ready" if loaded else "starting Triton"
 
     def _was_starved(self) -> bool:
         """Triton 2.51 gives up a Python process that does not stir for a second while it loads, and aborts on the way.
@@ -243,7 +277,10 @@ class Server:
         return "lock_exception" in self._log_text()
 
     def _log_text(self) -> str:
-        return self.log.read_text(errors="replace")
+        try:
+            return self.log.read_text(errors="replace")
+        except FileNotFoundError:  # the keeper has not begun it yet
+            return ""
 
     def _cause(self) -> str:
         """Why Triton ended, the first cause first, from its log."""
@@ -251,6 +288,10 @@ class Server:
         # Triton escapes line ends in its log; where in the Python code it was stands there, too.
         if self._was_starved():
             return f"the machine is too busy for Triton's start-up checks; try again in a while\n(log: {self.log})"
+        if _FRONT_ENDED.search(text):
+            return f"the front ended, killed or crashed (see engine/server/front.py)\n(log: {self.log})"
+        if broken := _BROKEN.findall(text):
+            return f"{broken[-1]}\n(log: {self.log})"
         if keeper.VITAL_ENDED in text:  # one that ended in its first moments left no model's name
             ended = sorted(set(_ENDED.findall(text))) or ["a Python model"]
             return (
@@ -276,6 +317,19 @@ class Server:
         return "\n".join((wrong or every)[-lines:])
 
 
+def sweep() -> None:
+    """Remove this user's run folders whose keeper was killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{RUN_PREFIX}*"):
+        try:
+            with open(folder / RUN_LOCK, "rb") as lock:
+                if os.fstat(lock.fileno()).st_uid != os.geteuid():
+                    continue
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # it is in use, another program's, or gone
+
+
 def free_ports(host: str = "127.0.0.1") -> dict[str, int]:
     """Ports that nobody listens on now, as Server's arguments of the same names.
 
@@ -283,26 +337,36 @@ def free_ports(host: str = "127.0.0.1") -> dict[str, int]:
     """
     handed_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     found: list[int] = []
-    while len(found) < 3:
+    while len(found) < 2:
         port = random.randrange(LOWEST_FREE_PORT, handed_out)
         if port not in found and _can_listen(host, port):
             found.append(port)
-    return dict(zip(("grpc_port", "http_port", "metrics_port"), found))
+    return dict(zip(("grpc_port", "metrics_port"), found))
+
+
+def _reachable(host: str) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def _can_listen(host: str, port: int) -> bool:
     try:
-        socket.create_server((host, port)).close()
+        _listen(host, port)
     except OSError:
         return False
     return True
+
+
+def _listen(host: str, port: int) -> None:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    socket.create_server((host, port), family=family).close()
 
 
 def _check_port(host: str, name: str, port: int) -> None:
     if not 0 < port < 65536:
         raise InvalidInput(f"--{name}-port must be from 1 to 65535, not {port}")
     try:
-        socket.create_server((host, port)).close()
+        _listen(host, port)
     except OSError as error:
         raise Unavailable(
             f"the {name} port {port} on {host} cannot be used ({error.strerror or error}): stop what "

@@ -5,21 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import secrets
 import shutil
 import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 from engine.errors import InvalidInput, Unavailable
 from engine.manifest import Manifest
+from engine.runtime.run_folder import VARIABLE as RUN_FOLDER
 
 TARGETS = ("cpu", "tensorrt")
 WHEEL = "nvidia-pytriton"
-# Loading a model with a configuration of the client's own runs code: nobody but the command line may.
-ADMIN_PROTOCOLS = "model-repository,shared-memory,trace,logging"
+LONGEST_SOCKET = 107  # bytes of a Unix socket's path
 # Tensors of requests on their way to a GPU and back: eight volumes of 8.4 MB, and as much again for what they become.
 CUDA_POOL_BYTES = PINNED_POOL_BYTES = 256 << 20
 TRACES_A_FILE = 10  # few, as what is not written when Triton ends may be lost
@@ -34,9 +33,32 @@ QUIET = {
     "DO_NOT_TRACK": "1",
 }
 
-# A scan is put together in a buffer of its size, and glibc gives blocks of over 32 MB back to the system when they are
-# freed: the next scan's would be touched for the first time again, which takes longer than filling it.
-KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
+
+@dataclass(frozen=True)
+class Sockets:
+    """Triton's own sockets, in the private folder of one run. Raises Unavailable if its path is too long for them."""
+
+    folder: Path
+    GRPC_PORT: ClassVar[int] = 8001  # which Triton puts behind the address, whatever that is
+
+    def __post_init__(self):
+        if max(len(os.fsencode(path)) for path in (self.grpc_url.removeprefix("unix:"), self.metrics)) > LONGEST_SOCKET:
+            raise Unavailable(
+                f"the path of the folder for temporary files is too long for a Unix socket ({self.folder}): "
+                f"give a shorter one by TMPDIR"
+            )
+
+    @property
+    def grpc_address(self) -> str:
+        return f"unix:{self.folder / 'grpc'}"
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{self.grpc_address}:{self.GRPC_PORT}"
+
+    @property
+    def metrics(self) -> str:
+        return str(self.folder / "metrics")
 
 
 @dataclass(frozen=True)
@@ -108,15 +130,13 @@ class Triton:
         self,
         repository: Path,
         manifest: Manifest,
-        host: str,
-        ports: dict[str, int],
+        sockets: Sockets,
         backends: Path | None,
         shm_prefix: str,
         exit_timeout_s: int,
         trace: Path | None = None,
     ) -> list[str]:
-        """Triton's command line, which loads the manifest's models alone. ports: {"grpc", "http", "metrics"}."""
-        secret = f"{ADMIN_PROTOCOLS}:m3d-admin={secrets.token_hex(16)}"
+        """Triton's command line, which loads the manifest's models alone."""
         command = [
             str(self.binary),
             "--model-repository",
@@ -124,15 +144,16 @@ class Triton:
             "--model-control-mode",
             "explicit",
             *(part for model in manifest.models for part in ("--load-model", model)),
-            *(
-                part
-                for name, port in ports.items()
-                for part in (f"--{name}-port", str(port), f"--{name}-address", host)
-            ),
-            "--http-restricted-api",
-            secret,
-            "--grpc-restricted-protocol",
-            secret,
+            # Only the front talks to it. Whoever else could would load models of his own, which is to run code.
+            "--grpc-address",
+            sockets.grpc_address,
+            "--grpc-port",
+            str(sockets.GRPC_PORT),
+            "--metrics-address",
+            f"unix:{sockets.metrics}",
+            # 2.51's HTTP ends the server at a body of many small chunks.
+            "--allow-http",
+            "false",
             # The configurations are complete: to complete them, Triton would start every Python model twice.
             "--disable-auto-complete-config",
             # More at a time only compete: starting a model is all work and no waiting.
@@ -177,11 +198,11 @@ class Triton:
         """This process's environment, as the Python backend needs it."""
         # What is left in the folder for temporary files goes with the run folder.
         environment = {
-            **KEPT_MEMORY,
             **os.environ,
             **QUIET,
             "VLLM_RPC_BASE_PATH": str(run_folder),
             "TMPDIR": str(run_folder),
+            RUN_FOLDER: str(run_folder),
         }
         # Numbers in CUDA_VISIBLE_DEVICES are nvidia-smi's then, as `engine.gpu` takes them; else the fastest GPU is 0.
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"

@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 from scipy import ndimage
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, shortened
 from engine.scan import Scan
 from engine.volume.crop import Crop
 from engine.volume.geometry import Geometry, canonical_axes, oriented
@@ -77,7 +77,7 @@ def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto",
             holds one value only.
     """
     if preset not in PRESETS:
-        raise InvalidInput(f"there is no preset {preset!r:.60}: choose one of {', '.join(PRESETS)}")
+        raise InvalidInput(f"there is no preset {shortened(preset)}: choose one of {', '.join(PRESETS)}")
     image_size = cast(Size, tuple(int(n) for n in image_size))
     region = None if crop is None else crop.region(scan.array.shape, scan.affine)
     seen = scan if region is None else _region_of(scan, region)

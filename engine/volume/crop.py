@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, shortened
 
 UNITS = ("voxels", "mm")
 SYNTAX = "i0:i1,j0:j1,k0:k1 in voxels of the array's axes, or x0:x1,y0:y1,z0:z1mm in mm (RAS+)"
@@ -31,7 +31,7 @@ class Crop:
 
     def __post_init__(self):
         if self.unit not in UNITS:
-            raise InvalidInput(f"a crop is in voxels or mm, not in {self.unit!r:.60}")
+            raise InvalidInput(f"a crop is in voxels or mm, not in {shortened(self.unit)}")
         if not all(map(math.isfinite, (*self.low, *self.high))):
             raise InvalidInput(f"the crop {self} is not finite: give {SYNTAX}")
         if not all(low < high for low, high in zip(self.low, self.high)):
@@ -76,7 +76,7 @@ class Crop:
             numbers = numbers.T.ravel()
         if numbers.shape != (6,):
             raise InvalidInput(
-                f"a crop is a text, {SYNTAX}, or six numbers (i0, j0, k0, i1, j1, k1) in voxels, not {given!r:.100}"
+                f"a crop is a text, {SYNTAX}, or six numbers (i0, j0, k0, i1, j1, k1) in voxels, not {shortened(given)}"
             )
         return cls(*_corners(numbers))
 
@@ -93,7 +93,7 @@ class Crop:
         except ValueError:
             numbers = None
         if found is None or numbers is None:
-            raise InvalidInput(f"the crop {text!r:.100} cannot be read: give {SYNTAX}")
+            raise InvalidInput(f"the crop {shortened(text)} cannot be read: give {SYNTAX}")
         low, high = _corners(numbers.reshape(3, 2).T.ravel())
         crop = cls(low, high, "mm" if found[7] else "voxels")
         if not crop.in_mm and not all(number.is_integer() for number in crop.box):

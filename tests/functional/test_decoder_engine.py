@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from engine.errors import InvalidInput, ResourceExhausted, Unavailable
 from engine.processor import has_bf16
-from engine.runtime.decoder import AnswerInfo, Decoder, decode_kernel
+from engine.runtime.decoder import AnswerInfo, Decoder, decode_kernel, llm_engine
 from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.settings import DecoderSettings
 from engine.sampling import Sampling
@@ -53,13 +53,14 @@ class Answer:
 
 
 class Running:
-    """A decoder on a loop of its own thread, asked from the test's thread."""
+    """A decoder on a loop of its own thread, asked from the test's thread. broken: what was told of a broken one."""
 
     def __init__(self, repository):
         self.decoder = Decoder(repository, SETTINGS)
+        self.health, self.broken = [], []
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.run(self.decoder.start())
+        self.run(self.decoder.start(self.health.append, self.broken.append))
 
     def run(self, work):
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
@@ -109,9 +110,11 @@ def running(tiny):
 def started(tiny):
     running = Running(tiny.repository)
     yield running
-    pids = running.decoder.engine.process_ids
+    processes = llm_engine._processes(running.decoder.engine._llm)
     running.run(running.decoder.stop())
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not any(psutil.pid_exists(process.pid) for process in processes)
+    # None had to be killed, but by a test.
+    assert {process.exitcode for process in processes} <= {0, -signal.SIGKILL}
 
 
 def case(i: int):
@@ -385,8 +388,11 @@ def test_an_engine_that_dies_fails_its_answers_and_comes_back_once(running, expe
     os.kill(running.decoder.engine.process_ids[0], signal.SIGKILL)
     while running.decoder.health == "ready":  # noticed without a request
         running.run(asyncio.sleep(0.05))
-    with pytest.raises(Unavailable, match="out of order .it stopped 2 times"):
+    with pytest.raises(Unavailable, match="out of order .it stopped 2 times.*the server must be started again"):
         running.ask(*case(0))
+    (broken,) = running.broken
+    assert "out of order (it stopped 2 times" in broken
+    assert running.health[:-1] == ["ready", "restarting", "ready"] and running.health[-1] in broken
 
 
 def test_phi3_answers_like_transformers_with_a_sliding_window_and_long_rope(tmp_path):

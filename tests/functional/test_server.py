@@ -134,7 +134,7 @@ def test_a_triton_killed_in_the_middle_of_an_answer_is_a_clear_error_and_leaves_
         stream = client.stream(scans[0], QUESTION, max_new_tokens=480)
         next(stream)
         os.kill(footprint.triton_pid, signal.SIGKILL)
-        with pytest.raises(Unavailable, match=f"{server.url} went away"):
+        with pytest.raises(Unavailable, match=f"has ended|{server.url} went away"):
             list(stream)
         with pytest.raises(Unavailable, match="signal 9"):
             server.wait()
@@ -184,12 +184,12 @@ def test_free_ports_are_none_that_the_system_hands_out_to_others():
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for _ in range(20):
         ports = list(free_ports().values())
-        assert len(set(ports)) == 3 and all(1024 < port < low for port in ports)
+        assert len(set(ports)) == 2 and all(1024 < port < low for port in ports)
 
 
 def test_equal_ports_are_refused(light_repository, log):
     with pytest.raises(InvalidInput, match="must differ"):
-        Server(light_repository, grpc_port=9001, http_port=9001, metrics_port=9002, log=log).start()
+        Server(light_repository, grpc_port=9001, metrics_port=9001, log=log).start()
 
 
 def test_a_model_that_does_not_load_is_named_with_its_own_words_and_nothing_is_left(light_repository, tmp_path, log):
@@ -235,9 +235,9 @@ def test_it_listens_on_this_machine_only(server):
 def test_clients_cannot_load_models(server):
     """A model configuration from a client may carry code."""
     client = InferenceServerClient(server.url)
-    with pytest.raises(InferenceServerException, match="restricted"):
+    with pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
         client.load_model("study")
-    with pytest.raises(InferenceServerException, match="restricted"):
+    with pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
         client.unload_model("decoder")
     client.close()
 

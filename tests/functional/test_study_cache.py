@@ -9,6 +9,7 @@ import shutil
 import stat
 import threading
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from engine.client import Study, wire
 from engine.client.wire import Connection, text_of
 from engine.errors import DeadlineExceeded, InvalidInput, StudyNotFound
 from engine.manifest import Manifest
-from engine.runtime.study_store import StudyStore, content_digest, study_handle
+from engine.runtime.study_store import StudyStore, content_digest
 from tests.functional.footprint import Footprint, stub_of
 from tests.locks import waiting_for
 from tests.tiny import IMAGE_SIZE, QUESTION
@@ -86,12 +87,18 @@ def chat(triton: Connection, study: Study) -> dict[str, np.ndarray]:
     return next(triton.stream("m3d_chat", {contract.STUDY_IN: study.handle, contract.QUESTION: QUESTION}, 60))
 
 
-def folder_of(study: Study) -> Path:
-    (folder,) = Path("/dev/shm").glob(f"m3d-studies-*/{study.handle}")
+def folder_in(server, study: Study) -> Path:
+    """Where the server keeps the study, in its own shared memory."""
+    (folder,) = Path(f"/proc/{server.keeper_pid}/root/dev/shm").glob(f"m3d-studies-*/{study.handle}")
     return folder
 
 
-def test_a_second_question_runs_neither_preprocessing_nor_the_vision_encoder(client, triton, statistics):
+@pytest.fixture(scope="module")
+def folder_of(server):
+    return partial(folder_in, server)
+
+
+def test_a_second_question_runs_neither_preprocessing_nor_the_vision_encoder(client, triton, statistics, folder_of):
     before = statistics()
     study = client.upload(new_scan(0))
     uploaded = statistics()
@@ -166,9 +173,9 @@ def occupied(server, client, seeds, known: Study):
     cold = [npy(new_scan(seed)) for seed in seeds]
     model = Manifest.read(server.repository).identity
     uploads = [threading.Thread(target=client.upload, args=(np.load(io.BytesIO(data)),)) for data in cold]
-    with StudyStore(folder_of(known).parent) as store, ExitStack() as held:
+    with StudyStore(folder_in(server, known).parent) as store, ExitStack() as held:
         for data in cold:  # as if they took very long to prepare
-            held.enter_context(store.lock(study_handle(content_digest(data), None, "auto", model), "image"))
+            held.enter_context(store.lock(store.handle_of(content_digest(data), None, "auto", model), "image"))
         for upload in uploads:
             upload.start()
         while waiting_for(store) < WORKED_ON:
@@ -220,7 +227,7 @@ def test_an_unknown_handle_is_an_error_at_once(triton, statistics, handle):
     assert ran(before, statistics(), (*ENCODERS, "decoder", "segmentation", "retrieval")) == {}
 
 
-def test_an_evicted_study_is_not_found_by_handle_and_sent_again_by_the_client(client, triton, statistics):
+def test_an_evicted_study_is_not_found_by_handle_and_sent_again_by_the_client(client, triton, statistics, folder_of):
     study = client.upload(new_scan(6))
     expected = client.ask(study, QUESTION, max_new_tokens=4)
     shutil.rmtree(folder_of(study))
@@ -289,7 +296,7 @@ def test_the_ensembles_take_a_crop(client, triton):
     assert text_of(ranked["STUDY_HANDLE"]) == handle
 
 
-def test_an_evicted_cropped_study_is_sent_again_with_its_crop(client):
+def test_an_evicted_cropped_study_is_sent_again_with_its_crop(client, folder_of):
     study = client.upload(larger_scan(3), GRID, crop=CROP)
     expected = client.segment(study, QUESTION, max_new_tokens=24)
     shutil.rmtree(folder_of(study))
@@ -298,13 +305,13 @@ def test_an_evicted_cropped_study_is_sent_again_with_its_crop(client):
     assert found.answer.token_ids == expected.answer.token_ids
 
 
-def test_only_the_servers_user_can_read_studies(client):
+def test_only_the_servers_user_can_read_studies(client, folder_of):
     folder = folder_of(client.upload(new_scan(7)))
     assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
 
 
-def test_chatting_never_encodes_for_segmentation_and_a_hint_does_it_once(client, triton, statistics):
+def test_chatting_never_encodes_for_segmentation_and_a_hint_does_it_once(client, triton, statistics, folder_of):
     before = statistics()
     study = client.upload(new_scan(8))
     client.ask(study, QUESTION, max_new_tokens=4)
@@ -328,7 +335,7 @@ def _llm_width(folder: Path) -> int:
     return np.load(folder / "visual_tokens.npy", mmap_mode="r").shape[1]
 
 
-def test_an_answer_without_a_seg_token_draws_no_mask_and_runs_no_head(client, triton, statistics):
+def test_an_answer_without_a_seg_token_draws_no_mask_and_runs_no_head(client, triton, statistics, folder_of):
     study = client.upload(new_scan(9))
     before = statistics()
     states = np.zeros((0, _llm_width(folder_of(study))), np.float32)
@@ -337,7 +344,7 @@ def test_an_answer_without_a_seg_token_draws_no_mask_and_runs_no_head(client, tr
     assert ran(before, statistics(), (*ENCODERS, "segmentation_head")) == {}
 
 
-def test_logits_come_only_if_asked_for_and_agree_with_the_mask(client, triton):
+def test_logits_come_only_if_asked_for_and_agree_with_the_mask(client, triton, folder_of):
     study = client.upload(new_scan(10))
     states = np.random.default_rng(0).normal(size=(2, _llm_width(folder_of(study)))).astype(np.float32)
     inputs = {contract.STUDY: study.handle, contract.SEG_STATES: states}

@@ -1,11 +1,14 @@
-"""A gRPC server that speaks Triton's protocol and answers as a test tells it, for tests of the client."""
+"""gRPC servers that speak Triton's protocol and answer as a test tells them, for tests of the client and the front."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -176,3 +179,184 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             ids = [i] if streams else list(range(len(ANSWER)))
             outputs = piece(text, ids, "stop", box, info) if last else piece(text, ids)
             yield outputs | {"SEG_STATES": np.ones((int(last and self.mask.any()), 4), np.float32)}
+
+
+class HeldTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Triton as the front meets it: on the Unix socket at `path`, with ids and final responses as 2.51 has them.
+
+    answers: the responses to a request, one after the other; a text is an error, and a tuple of status and text ends
+    the call; what it waits for holds the answer. A stream's requests are answered in turn, when `at_once` have come. Of a
+    decoupled model's responses, the last one may be `final`; else an empty one follows, for those who ask. `requests`
+    has all that came; `count` how many arrived, responses sent, calls begun, and of those the ones that this side ended
+    as whole, the others as cancelled.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.answers: Callable[[service_pb2.ModelInferRequest], Iterable] = self.echo
+        self.at_once = 1
+        self.is_ready = True
+        self.requests: list[service_pb2.ModelInferRequest] = []
+        self.asked: list = []  # requests of the methods that tell of models
+        self.on_asked: Callable = lambda context: None  # called by the methods that tell of the server and its models
+        self.count: Counter[str] = Counter()
+        self.gate = threading.Event()
+        self._changed = threading.Condition()
+        self._threads = ThreadPoolExecutor(32)
+        self.start()
+
+    def start(self) -> None:
+        self._server = grpc.server(self._threads, options=[("grpc.max_receive_message_length", -1)])
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
+        self._server.add_insecure_port(self.address)
+        self._server.start()
+
+    def die(self) -> None:
+        """What is in work ends with an error, and the socket is gone."""
+        self._server.stop(None).wait()
+        self.path.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        self.gate.set()
+        self.die()
+        self._threads.shutdown()
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self.path}"
+
+    def counts(self, **more: int) -> None:
+        with self._changed:
+            self.count.update(more)
+            self._changed.notify_all()
+
+    def wait_for(self, **count: int) -> None:
+        """Until `count` is at least that."""
+        with self._changed:
+            reached = self._changed.wait_for(lambda: all(self.count[k] >= n for k, n in count.items()), PATIENCE_S)
+        assert reached, f"waited for {count}, Triton has {dict(self.count)}"
+
+    @staticmethod
+    def echo(request) -> Iterable[service_pb2.ModelInferResponse]:
+        """One response, by which a test knows its request: the first input comes back as STUDY."""
+        yield response(STUDY=request.raw_input_contents[0][4:])
+
+    def held(self, request) -> Iterable[service_pb2.ModelInferResponse]:
+        """`echo`, when the gate is open."""
+        assert self.gate.wait(PATIENCE_S)
+        yield from self.echo(request)
+
+    # --- Triton's methods --------------------------------------------------------------------------------------------
+    def ServerLive(self, request, context):
+        return self._told(context, service_pb2.ServerLiveResponse(live=True))
+
+    def ServerReady(self, request, context):
+        return self._told(context, service_pb2.ServerReadyResponse(ready=self.is_ready))
+
+    def ServerMetadata(self, request, context):
+        return self._told(context, service_pb2.ServerMetadataResponse(name="triton", version="0.0-fake"))
+
+    def ModelReady(self, request, context):
+        return self._told(context, service_pb2.ModelReadyResponse(ready=self.is_ready), request)
+
+    def ModelMetadata(self, request, context):
+        return self._told(context, service_pb2.ModelMetadataResponse(name=request.name, platform="fake"), request)
+
+    def ModelConfig(self, request, context):
+        message = service_pb2.ModelConfigResponse()
+        message.config.name = request.name
+        return self._told(context, message, request)
+
+    def ModelStatistics(self, request, context):
+        message = service_pb2.ModelStatisticsResponse()
+        message.model_stats.add(name=request.name, inference_count=7)
+        return self._told(context, message, request)
+
+    def _told(self, context, answered, about=None):
+        """about: the request of a method that tells of models."""
+        call = _Call(self, context)
+        if about is not None:
+            self.asked.append(about)
+        self.on_asked(context)
+        call.is_whole = True
+        return answered
+
+    def ModelInfer(self, request, context):
+        call = _Call(self, context)
+        self._arrived(request)
+        answered = next(iter(self.answers(request)))
+        call.is_whole = True
+        if isinstance(answered, tuple):
+            context.abort(*answered)
+        return _of(request, answered)
+
+    def ModelStreamInfer(self, request_iterator, context):
+        call, waiting = _Call(self, context), []
+        for request in request_iterator:
+            self._arrived(request)
+            waiting.append(request)
+            if len(waiting) == self.at_once:
+                for one in waiting:
+                    yield from self._answered(one, context, call)
+                waiting = []
+        call.is_whole = True
+
+    def _answered(self, request, context, call: _Call):
+        wants_end = request.parameters["triton_enable_empty_final_response"].bool_param
+        is_last = False
+        for answered in self.answers(request):
+            if isinstance(answered, tuple):
+                call.is_whole = True
+                context.abort(*answered)
+            message = _in_stream(request, answered)
+            is_last = message.infer_response.parameters[FINAL].bool_param
+            yield message
+            self.counts(sent=1)
+        if not is_last and wants_end:
+            yield _in_stream(request, final(service_pb2.ModelInferResponse()))
+
+    def _arrived(self, request) -> None:
+        self.requests.append(request)
+        self.counts(arrived=1)
+
+
+class _Call:
+    """Counts a call of HeldTriton's when gRPC says that it is over."""
+
+    def __init__(self, triton: HeldTriton, context):
+        self.is_whole = False
+        self._triton = triton
+        triton.counts(begun=1)
+        if not context.add_callback(self._over):
+            self._over()
+
+    def _over(self) -> None:
+        self._triton.counts(**{"whole" if self.is_whole else "cancelled": 1})
+
+
+FINAL = "triton_final_response"
+
+
+def final(message: service_pb2.ModelInferResponse) -> service_pb2.ModelInferResponse:
+    """Marked as the last response to its request."""
+    message.parameters[FINAL].bool_param = True
+    return message
+
+
+def _in_stream(request, answered) -> service_pb2.ModelStreamInferResponse:
+    """answered: a response, an error's words, or a whole message."""
+    if isinstance(answered, str):
+        answered = service_pb2.ModelStreamInferResponse(error_message=answered)
+        final(answered.infer_response)
+    elif isinstance(answered, service_pb2.ModelInferResponse):
+        answered = service_pb2.ModelStreamInferResponse(infer_response=answered)
+        if not contract.MODELS[request.model_name].decoupled:
+            final(answered.infer_response)
+    is_last = _of(request, answered.infer_response).parameters[FINAL]
+    is_last.bool_param = is_last.bool_param  # false is said, too
+    return answered
+
+
+def _of(request, answered: service_pb2.ModelInferResponse) -> service_pb2.ModelInferResponse:
+    answered.id, answered.model_name, answered.model_version = request.id, request.model_name, "1"
+    return answered

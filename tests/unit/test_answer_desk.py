@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import sys
 import threading
 import types
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from engine.contract import MODELS
-from engine.errors import ResourceExhausted
+from engine.errors import ResourceExhausted, Unavailable
 from engine.runtime.decoder import AnswerInfo, Delta
+from engine.runtime.run_folder import VARIABLE, RunFolder
 from engine.runtime.study_store import StudyStore
 from engine.scan import Scan
 from engine.volume import prepare
@@ -78,8 +80,9 @@ class Sender:
 
 
 class Request:
-    def __init__(self, sender, wanted, **inputs):
+    def __init__(self, sender, wanted, id_="", **inputs):
         self.sender, self.wanted = sender, wanted
+        self.request_id = lambda: id_
         self.inputs = {
             name: value if isinstance(value, np.ndarray) else np.array([value.encode()], object)
             for name, value in inputs.items()
@@ -100,8 +103,9 @@ class FakeDecoder:
     def __init__(self):
         self.script, self.closed, self.asked, self.stopped = [], threading.Event(), 0, False
 
-    async def start(self):
-        pass
+    async def start(self, on_health, on_broken):
+        self.on_health, self.on_broken = on_health, on_broken
+        on_health("ready")
 
     async def stop(self):
         self.stopped = True
@@ -118,6 +122,15 @@ class FakeDecoder:
                 yield item
         finally:
             self.closed.set()
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """As if this process belonged to a server with a front."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setenv(VARIABLE, str(folder))
+    return RunFolder(folder)
 
 
 @pytest.fixture
@@ -139,7 +152,9 @@ def desk(tmp_path, monkeypatch):
     prepared = prepare(Scan(array[0], np.eye(4), "npy", None), (4, 8, 8), "raw")
     store.add(STUDY, {"geometry": prepared.geometry.to_dict()}, prepared.image)
     store.put(STUDY, "visual_tokens", np.ones((3, 4), np.float32))
-    desk = AnswerDesk(FakeDecoder(), store)
+    told, broken = [], queue.Queue()
+    desk = AnswerDesk(FakeDecoder(), store, told.append, broken.put)
+    desk.told, desk.broken = told, broken
     desk.start()
     yield desk
     if not desk.decoder.stopped:
@@ -147,9 +162,11 @@ def desk(tmp_path, monkeypatch):
     store.close()
 
 
-def ask(desk, sender=None, wanted=MODELS["decoder"].output_names, **inputs):
+def ask(desk, sender=None, wanted=MODELS["decoder"].output_names, id_="", **inputs):
     sender = sender or Sender()
-    desk.execute([Request(sender, wanted, **{"STUDY": STUDY, "QUESTION": "where?", **inputs})])
+    inputs = {"STUDY": STUDY, "QUESTION": "where?", **inputs}
+    given = {name: value for name, value in inputs.items() if value is not None}
+    desk.execute([Request(sender, wanted, id_, **given)])
     return sender
 
 
@@ -192,6 +209,8 @@ def test_responses_hold_what_was_asked_for_only(desk):
         ({"STUDY": "cd" * 32}, "NOT_FOUND", "NOT_FOUND: unknown study"),
         ({"SAMPLING": '{"temperature": 9}'}, "INVALID_ARG", "INVALID_ARGUMENT: temperature must be"),
         ({"SAMPLING": "{"}, "INVALID_ARG", "INVALID_ARGUMENT: SAMPLING is not JSON"),
+        ({"QUESTION": None}, "INVALID_ARG", "INVALID_ARGUMENT: the request has no QUESTION"),
+        ({"STUDY": None}, "INVALID_ARG", "INVALID_ARGUMENT: the request has no STUDY"),
     ],
 )
 def test_a_bad_request_gets_its_error_and_the_next_one_its_answer(desk, inputs, code, words):
@@ -218,6 +237,81 @@ def test_a_cancelled_request_stops_decoding_also_before_its_first_token(desk, sc
     sender.cancelled.set()
     assert sender.responses()[-1].error.code == "CANCELLED"
     assert desk.decoder.closed.is_set()
+
+
+class Unasked(Sender):
+    """Of a request with an id of the front's, about which Triton is not to be asked: it may have freed the answer."""
+
+    def is_cancelled(self):
+        raise AssertionError("Triton was asked")
+
+
+def test_a_request_that_the_front_gives_up_is_cancelled_and_no_other(run_folder, desk):
+    desk.decoder.script = ["wait"]
+    gone, other = (ask(desk, Unasked(), id_=id_) for id_ in "12")
+    past_the_front = ask(desk)
+    run_folder.cancel("1")
+    assert gone.responses()[-1].error.code == "CANCELLED"
+    past_the_front.cancelled.set()
+    assert past_the_front.responses()[-1].error.code == "CANCELLED"
+    assert not other.ended.is_set()
+    run_folder.cancel("2")
+    assert other.responses()[-1].error.code == "CANCELLED"
+
+
+def test_without_a_front_triton_is_asked_about_a_request_with_an_id(desk):
+    desk.decoder.script = ["wait"]
+    sender = ask(desk, id_="1")
+    sender.cancelled.set()
+    assert sender.responses()[-1].error.code == "CANCELLED"
+
+
+# --- a language model that is broken ---------------------------------------------------------------------------------
+BROKEN = "the language model is out of order"
+
+
+def break_down(desk):
+    """As the engine does it: on the desk's loop, when the model has died."""
+    desk._loop.call_soon_threadsafe(desk.decoder.on_broken, BROKEN)
+
+
+def test_health_is_told_as_it_changes(desk):
+    desk._loop.call_soon_threadsafe(desk.decoder.on_health, "restarting")
+    desk.close()
+    assert desk.told == ["ready", "restarting"]
+
+
+def test_a_broken_model_is_told_when_its_answers_have_failed(desk, monkeypatch):
+    gate = threading.Semaphore(0)
+    desk.decoder.script = [ANSWER[0], Unavailable("the language model stopped")]
+    sender = ask(desk, Sender(gate), STREAM=STREAM)
+    break_down(desk)
+    ask(desk, STUDY="cd" * 32).responses()  # the loop has had its turns
+    assert desk.broken.empty()
+    gate.release(2)
+    assert desk.broken.get(timeout=30) == BROKEN
+    assert str(sender.sent[-1].error) == "UNAVAILABLE: the language model stopped"
+
+
+def test_a_broken_model_is_told_though_an_answer_does_not_end(desk, monkeypatch):
+    monkeypatch.setattr(sys.modules["engine.runtime.answer_desk"], "LAST_ANSWERS_S", 0.01)
+    desk.decoder.script = ["wait"]
+    ask(desk)
+    break_down(desk)
+    assert desk.broken.get(timeout=30) == BROKEN
+
+
+def test_a_broken_model_without_answers_is_told_at_once(desk):
+    break_down(desk)
+    assert desk.broken.get(timeout=30) == BROKEN
+
+
+def test_a_desk_that_closes_tells_of_no_broken_model_any_more(desk):
+    desk.decoder.script = ["wait"]
+    sender = ask(desk)
+    break_down(desk)
+    desk.close()
+    assert sender.responses()[-1].error.code == "CANCELLED" and desk.broken.empty()
 
 
 def test_a_client_that_does_not_follow_holds_the_decoder_up(desk):

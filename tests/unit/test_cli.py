@@ -184,6 +184,63 @@ def test_a_mistake_gives_its_cause_and_no_traceback(m3d, scan, triton, tmp_path,
         assert word in err
 
 
+class Served:
+    """In the place of engine.server.Server: ends at once, as by Ctrl-C."""
+
+    url, metrics_url, log = "127.0.0.1:8001", "http://127.0.0.1:8002/metrics", "triton.log"
+
+    def __init__(self, *_, **arguments):
+        self.arguments = arguments
+
+    def start(self):
+        print("starting", file=sys.stderr)
+
+    def wait(self):
+        raise KeyboardInterrupt
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What `m3d serve` makes: a list of servers that never start."""
+    made = []
+    monkeypatch.setattr("engine.server.Server", lambda *_, **arguments: made.append(Served(**arguments)) or made[-1])
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the tests' own stay
+    return made
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "gpu-1.hospital.example"])
+def test_serve_says_before_it_starts_what_others_can_do_at_a_port_they_reach(m3d, served, host):
+    code, out, err = m3d("serve", "--host", host, "--grpc-port", 9001)
+    assert (code, out) == (0, "") and served[0].arguments["host"] == host
+    warning, _, rest = err.partition("\n")
+    assert warning.startswith(f"warning: --host {host}: ") and "starting" in rest and "warning" not in rest
+    for word in ("9001", "upload", "ask", "segment", "rank", "handle", "capacity", "key", "not encrypted", "gateway"):
+        assert word in warning
+
+
+def test_serve_says_what_others_can_read_of_metrics(m3d, served):
+    _, _, err = m3d("serve", "--metrics-host", "0.0.0.0", "--metrics-port", 9002)
+    assert served[0].arguments["metrics_host"] == "0.0.0.0" and served[0].arguments["host"] == "127.0.0.1"
+    warning, _, rest = err.partition("\n")
+    assert warning.startswith("warning: --metrics-host 0.0.0.0: ") and "starting" in rest and "warning" not in rest
+    assert "9002" in warning and "counts, timings" in warning and "upload" not in warning
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.1.1", "::1", "localhost"])
+def test_serve_warns_of_nothing_where_only_this_machine_reaches_it(m3d, served, host):
+    _, _, err = m3d("serve", "--host", host, "--metrics-host", host)
+    assert "warning" not in err and served[0].arguments["metrics_host"] == host
+
+
+def test_serve_keeps_metrics_on_this_machine_unless_told_otherwise(m3d, served):
+    m3d("serve", "--host", "0.0.0.0")
+    assert served[0].arguments["metrics_host"] == "127.0.0.1" and "http_port" not in served[0].arguments
+    assert m3d("serve", "--http-port", 8000)[0] == 2
+
+
 def test_doctor_names_what_is_missing_and_how_to_get_it(m3d, tmp_path):
     code, out, _ = m3d("doctor", "--repository", tmp_path)
     assert code == 1

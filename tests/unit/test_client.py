@@ -489,11 +489,55 @@ def test_a_bare_handle_cannot_be_sent_again(client, triton):
         client.ask(Study(HANDLE, {}), "What?")
 
 
-def test_a_source_that_changed_is_not_taken_for_the_evicted_study(client, triton, study):
+@pytest.mark.parametrize("segments", [False, True], ids=["ask", "segment"])
+def test_a_server_that_was_started_anew_gets_the_study_once_and_knows_it_by_its_new_handle(client, triton, segments):
+    triton.study_info = {"preset": "ct", "model": {"manifest_sha256": "1"}, "spacing_mm": [1, 2, 3]}
+    triton.mask[:] = True
+    study = client.upload(VOLUME)
+    triton.evicted, triton.handle = True, "cd" * 32
+    triton.study_info = {**triton.study_info, "prepare_s": 1.0}
+    for _ in range(2):
+        assert client.segment(study, "What?").mask.all() if segments else client.ask(study, "What?").text
+    assert len(triton.uploads) == 2 and study.handle == triton.handle
+    asked = [(model, inputs["STUDY"][0].decode()) for model, inputs in triton.asked]
+    after = ["decoder", "segmentation"] if segments else ["decoder"]
+    assert asked == [("decoder", HANDLE), *((model, triton.handle) for model in after * 2)]
+
+
+def test_a_study_that_is_lost_between_answer_and_mask_has_its_new_handle_for_the_mask(client, triton, study):
+    triton.mask[:] = True
+
+    def start_anew():
+        triton.evicted, triton.handle = True, "cd" * 32
+
+    triton.on_answer = start_anew
+    assert client.segment(study, "What?").mask.all()
+    models = [(model, inputs["STUDY"][0].decode()) for model, inputs in triton.asked]
+    assert models == [("decoder", HANDLE), ("segmentation", HANDLE), ("segmentation", "cd" * 32)]
+
+
+def test_a_source_that_changed_is_not_taken_for_the_evicted_study(client, triton):
+    scan = VOLUME.copy()
+    study = client.upload(scan)
+    scan[0, 0, 0, 0] = 0.5
     triton.evicted = True
-    triton.handle = "cd" * 32
-    with pytest.raises(errors.InvalidInput, match="another"):
+    with pytest.raises(errors.InvalidInput, match="is another: upload it again"):
         client.ask(study, "What?")
+    assert study.handle == HANDLE
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"model": {"manifest_sha256": "2"}}, {"spacing_mm": [1, 2, 4]}, {"orientation": "LPS"}, {"shape": [1, 2, 3]}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_another_model_or_space_is_not_taken_for_that_of_the_evicted_study(client, triton, changed):
+    triton.study_info = {"model": {"manifest_sha256": "1"}, "spacing_mm": [1, 2, 3], "orientation": "RAS", "shape": [3]}
+    study = client.upload(VOLUME)
+    triton.evicted, triton.handle, triton.study_info = True, "cd" * 32, triton.study_info | changed
+    with pytest.raises(errors.InvalidInput, match="server's model, is another"):
+        client.ask(study, "What?")
+    assert study.handle == HANDLE
 
 
 @pytest.mark.parametrize(

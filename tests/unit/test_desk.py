@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import runpy
 import sys
 import threading
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidInput, StudyNotFound, Unavailable
+from engine.runtime.run_folder import VARIABLE, RunFolder
 from engine.runtime.uploads import Uploads
 from engine.scan.limits import Limits
 from tests.conftest import ROOT
@@ -29,9 +31,13 @@ class Tensor(SimpleNamespace):
 
 
 class Request:
-    def __init__(self, cancelled=False, **inputs):
+    """parameters: JSON, as Triton gives them."""
+
+    def __init__(self, cancelled=False, parameters="", id_="", **inputs):
         self.inputs = inputs
         self.cancelled = cancelled
+        self.parameters = lambda: parameters
+        self.request_id = lambda: id_
         self.answers = []
         self.answered = threading.Event()
 
@@ -137,6 +143,44 @@ def test_a_request_cancelled_while_it_waited_is_not_worked_on(triton):
     desk.close()
 
 
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """As if this process belonged to a server with a front."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    return RunFolder(tmp_path)
+
+
+def test_a_request_that_the_front_gave_up_while_it_waited_is_not_worked_on(triton, run_folder):
+    worked, go = [], threading.Event()
+
+    def later(request):
+        assert go.wait(30)
+        worked.append(request)
+
+    def never_asked():
+        raise AssertionError("Triton is not to be asked about a request of the front")
+
+    desk = triton.Desk(lambda request: partial(later, request), threads=1, waiting=4)
+    first, gone, other = (Request(id_=id_) for id_ in "123")
+    for request in (first, gone, other):
+        request.is_cancelled = never_asked
+    direct = Request(cancelled=True)  # came past the front
+    desk.execute([first, gone, other, direct])
+    run_folder.cancel("2")
+    go.set()
+    assert gone.answer().error.code == direct.answer().error.code == "CANCELLED"
+    assert other.answer() is None and worked == [first, other]
+    desk.close()
+
+
+def test_without_a_front_triton_is_asked_about_a_request_with_an_id(triton):
+    desk = triton.Desk(lambda request: lambda: "done", threads=1, waiting=1)
+    request = Request(cancelled=True, id_="1")
+    desk.execute([request])
+    assert request.answer().error.code == "CANCELLED"
+    desk.close()
+
+
 @pytest.mark.parametrize(
     "error, code, text",
     [
@@ -181,6 +225,51 @@ def test_inputs_are_optional_and_texts_must_be_utf8(triton):
     assert not io.flag(request, "NO") and not io.flag(request, "absent") and io.array(request, "absent") is None
     with pytest.raises(InvalidInput, match="BAD must be UTF-8"):
         io.text(request, "BAD")
+
+
+@pytest.mark.parametrize(
+    "parameters, said",
+    [
+        ('{"m3d_peer": "ipv4:127.0.0.1:5", "other": 3}', "ipv4:127.0.0.1:5"),
+        ('{"other": "x"}', ""),
+        ('{"m3d_peer": 3}', ""),
+        ('["m3d_peer"]', ""),
+        ("", ""),
+        ("{", ""),
+        (None, ""),
+    ],
+)
+def test_a_requests_parameter_is_told_where_there_is_one(triton, parameters, said):
+    assert triton.io.told(Request(parameters=parameters), "m3d_peer") == said
+    assert triton.io.told(SimpleNamespace(), "m3d_peer") == ""  # of another Triton
+
+
+def test_an_input_that_is_needed_and_missing_is_named(triton):
+    request = Request(STUDY=Tensor("STUDY", np.array([b""], object)))
+    assert triton.io.needed_text(request, "STUDY") == ""
+    for needed in (triton.io.needed_array, triton.io.needed_text):
+        with pytest.raises(InvalidInput, match="no QUESTION"):
+            needed(request, "QUESTION")
+
+
+@pytest.mark.parametrize(
+    "name, given, missing",
+    [
+        ("segmentation", (), "SEG_STATES"),
+        ("segmentation", ("SEG_STATES",), "STUDY"),
+        ("retrieval", ("STUDY",), "TEXTS"),
+        ("retrieval", ("TEXTS",), "STUDY"),
+    ],
+)
+def test_a_model_without_an_input_says_so(triton, name, given, missing):
+    model = runpy.run_path(str(ROOT / f"model_repository/{name}/1/model.py"))["TritonPythonModel"]()
+    model.segmenter = model.retriever = SimpleNamespace(mask=None, rank=None)  # not reached
+    values = {"SEG_STATES": np.ones((1, 4), np.float32), "STUDY": np.array([b"a"], object)}
+    values["TEXTS"] = values["STUDY"]
+    request = Request(**{input_: Tensor(input_, values[input_]) for input_ in given})
+    with pytest.raises(InvalidInput, match=f"no {missing}"):
+        answer = model._scores(request) if name == "retrieval" else model._answer(request)
+        answer()
 
 
 def test_another_models_answer_is_copied_out_of_tritons_memory(triton):
@@ -228,12 +317,15 @@ def test_a_scan_is_decoded_where_it_was_put_together(triton, part_bytes):
     add = model.uploads.add
     model.uploads.add = lambda *part: added.append(add(*part)) or added[-1]
     model.studies = SimpleNamespace(open=lambda scan: opened.append(scan) or ("handle", {}))
+    parameters = json.dumps({"m3d_peer": "a client's connection"})
     file = np.arange(1000).astype(np.uint8)
     for start in range(0, file.size, part_bytes):
         inputs = {"VOLUME": file[start : start + part_bytes]}
         if part_bytes < file.size:
             inputs |= {"UPLOAD": np.array([b"name"], object), "UPLOAD_RANGE": np.array([start, file.size])}
-        answer = model._answer(Request(**{name: Tensor(name, array) for name, array in inputs.items()}))
+        tensors = {name: Tensor(name, array) for name, array in inputs.items()}
+        answer = model._answer(Request(parameters=parameters, **tensors))
     assert answer().outputs["STUDY"] == np.array([b"handle"], object)
     assert opened[0].data is (added[-1].data if added else inputs["VOLUME"])
+    assert all(upload.peer == "a client's connection" for upload in added[-1:])
     np.testing.assert_array_equal(opened[0].data, file)

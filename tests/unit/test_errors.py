@@ -35,3 +35,24 @@ def test_a_message_without_a_kind_is_a_plain_error_and_keeps_its_words():
     received = errors.from_wire("inference failed")
     assert type(received) is errors.M3DError
     assert str(received) == "inference failed"
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ("x-ray", "'x-ray'"),
+        ("\0\n\u202e", r"'\x00\n\u202e'"),
+        ("x" * 1_000_000, "'" + "x" * 76 + "..."),
+        (["x" * 1_000_000] * 3, "['" + "x" * 75 + "..."),
+        (10**5000, "a very long int"),
+        (None, "None"),
+    ],
+    ids=lambda value: str(type(value)),
+)
+def test_what_a_message_echoes_is_short_and_printable(value, said):
+    assert errors.shortened(value) == said and len(said) <= 80
+
+
+def test_how_much_a_message_echoes_can_be_chosen():
+    assert errors.shortened("abcdefgh", 8) == "'abcd..."
+    assert errors.shortened("abcdef", 8) == "'abcdef'"

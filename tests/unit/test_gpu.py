@@ -16,7 +16,7 @@ from engine.errors import RepositoryError, Unavailable
 from engine.gpu import Gpu
 from engine.manifest import Manifest
 from engine.server import Server, free_ports
-from engine.server.triton import Triton
+from engine.server.triton import Sockets, Triton
 from tests.conftest import ROOT
 
 L4 = Gpu("NVIDIA L4", "580.95.05", "8.9", 24 << 30, 22 << 30)
@@ -316,9 +316,8 @@ def test_the_doctor_names_a_damaged_manifest(exported, here, values):
 
 @pytest.mark.parametrize("compatible", [False, True])
 def test_triton_runs_version_compatible_plans_as_they_want_it(compatible):
-    command = TRITON.command(
-        Path("/models"), planned(version_compatible=compatible), "127.0.0.1", {"grpc": 8001}, None, "m3d-", 10
-    )
+    planned_for = planned(version_compatible=compatible)
+    command = TRITON.command(Path("/models"), planned_for, Sockets(Path("/run")), None, "m3d-", 10)
     options = [value for option, value in zip(command, command[1:]) if option == "--backend-config"]
     assert ("tensorrt,version-compatible=true" in options) == compatible
     assert command[command.index("--load-model") + 1] == "study"

@@ -148,6 +148,13 @@ def test_bad_texts_and_handles_are_refused_before_anything_runs(retriever, model
     assert not models.calls
 
 
+def test_a_request_ranks_no_more_texts_than_take_a_minute(retriever):
+    texts = ["lung"] * retrieval.MAX_TEXTS
+    assert len(texts) == 256 and len(retriever.rank(HANDLE, texts)[0]) == 256
+    with pytest.raises(InvalidInput, match="257 texts.*1 to 256.*send them in parts"):
+        retriever.rank(HANDLE, [*texts, "lung"])
+
+
 def test_an_export_that_cannot_rank_says_so(retriever, tokenizer, models, tmp_path):
     for settings, folder, cause in (
         (manifest(clip_text_length=None), tokenizer, "--clip-checkpoint"),

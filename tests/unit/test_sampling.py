@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import InvalidInput
-from engine.sampling import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, Sampling
+from engine.sampling import (
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MIN_REPETITION_PENALTY,
+    MIN_TEMPERATURE,
+    Sampling,
+)
 
 
 @given(
     st.builds(
         Sampling,
         max_new_tokens=st.integers(1, 1 << 20),
-        temperature=st.floats(0, 2),
+        temperature=st.just(0.0) | st.floats(MIN_TEMPERATURE, 2),
         top_p=st.floats(0, 1, exclude_min=True),
         top_k=st.integers(0, 1 << 30),
         stop=st.lists(st.text(min_size=1, max_size=MAX_STOP_CHARACTERS), max_size=MAX_STOP_STRINGS),
         seed=st.none() | st.integers(0, (1 << 63) - 1),
-        repetition_penalty=st.floats(0, 2, exclude_min=True),
+        repetition_penalty=st.floats(MIN_REPETITION_PENALTY, 2),
     )
 )
 def test_settings_survive_the_wire(sampling):
@@ -43,12 +51,18 @@ def test_default_is_greedy():
         ("temperature", float("nan")),
         ("temperature", "hot"),
         ("temperature", 10**30),
+        ("temperature", 5e-324),
+        ("temperature", 0.0099),
+        ("temperature", False),
+        ("temperature", []),
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_k", -1),
         ("seed", -1),
         ("seed", 1 << 63),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 0.0099),
         ("repetition_penalty", float("inf")),
     ],
 )
@@ -56,6 +70,41 @@ def test_a_value_out_of_range_is_refused_by_name_with_its_value(name, value):
     with pytest.raises(InvalidInput, match=name) as refusal:
         Sampling(**{name: value})
     assert repr(value) in str(refusal.value)
+
+
+def test_the_refused_gap_between_greedy_and_the_lowest_temperature_is_named():
+    with pytest.raises(InvalidInput, match="temperature must be 0 or a number from 0.01 to 2, not 0.001"):
+        Sampling(temperature=0.001)
+    assert Sampling(temperature=0.01).temperature == 0.01 and Sampling(temperature=0).temperature == 0
+
+
+MEGABYTE = "x" * (1 << 20)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": MEGABYTE},
+        {"temperature": MEGABYTE},
+        {"top_p": [MEGABYTE]},
+        {"top_k": {MEGABYTE: MEGABYTE}},
+        {"stop": {MEGABYTE: 1}},
+        {"stop": [MEGABYTE]},
+        {MEGABYTE: 1},
+        {f"{i} {MEGABYTE}": 1 for i in range(100)},
+        {str(i): 1 for i in range(10_000)},
+    ],
+    ids=lambda settings: f"{len(settings)} {next(iter(settings))[:14]}",
+)
+def test_a_refusal_echoes_little_of_what_was_sent(settings):
+    with pytest.raises(InvalidInput) as refusal:
+        Sampling.from_json(json.dumps(settings))
+    assert len(str(refusal.value)) < 350
+
+
+def test_of_many_unknown_settings_a_few_are_named_and_the_others_counted():
+    with pytest.raises(InvalidInput, match="unknown sampling setting 'u0', 'u1', 'u2', 'u3', 'u4' and 3 more; known"):
+        Sampling.from_dict({f"u{i}": 1 for i in range(8)})
 
 
 @pytest.mark.parametrize(

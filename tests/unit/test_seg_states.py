@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from engine.runtime.decoder import seg_states
 from engine.runtime.decoder.seg_states import Request, SegStates, Step
 
 SEG = 7
@@ -102,3 +106,16 @@ def test_nothing_is_left_after_a_thousand_requests_however_they_end():
     counts = states.counts()
     assert counts["running"] == counts["pending"] == 0
     assert counts["requests"] == 8, "finished requests that nobody asks for are bounded"
+
+
+@pytest.mark.parametrize("workers, at_once", [(1, True), (2, False)])
+def test_an_engine_that_is_one_process_ends_at_once(monkeypatch, workers, at_once):
+    """One with workers clears them away."""
+    done = []
+    monkeypatch.setattr(seg_states.engine_process, "end_with", lambda owner: done.append(owner))
+    monkeypatch.setattr(seg_states.engine_process, "end_at_once_when_asked", lambda: done.append("at once"))
+    worker = seg_states.SegStateExtension()
+    worker.model_runner = SimpleNamespace(execute_model=None, sample_tokens=None)
+    worker.parallel_config = SimpleNamespace(world_size=workers)
+    worker.watch_seg_states(7)
+    assert done == [7, "at once"][: 1 + at_once]

@@ -1,13 +1,16 @@
+import errno
 import multiprocessing
 import os
+import shutil
 import stat
+import subprocess
 
 import numpy as np
 import pytest
 
 from engine.errors import ResourceExhausted, StudyNotFound
 from engine.runtime import study_store
-from engine.runtime.study_store import StudyStore, content_digest, study_handle
+from engine.runtime.study_store import StudyStore, content_digest
 from engine.volume import Crop
 from tests.locks import waiting_for
 
@@ -16,7 +19,7 @@ spawn = multiprocessing.get_context("spawn")
 
 
 def handle_of(name: str) -> str:
-    return study_handle(content_digest(name.encode()), None, "auto", "model")
+    return content_digest(name.encode())
 
 
 def image_of(megabytes: float) -> np.ndarray:
@@ -42,24 +45,45 @@ def test_a_piece_comes_back_as_it_was_stored_read_only_and_mapped(store):
     assert store.info(handle) == {"preset": "ct"}
 
 
-def test_a_handle_depends_on_content_affine_preset_and_model():
+def test_a_handle_depends_on_content_affine_preset_and_model(store):
     content = content_digest(b"scan")
     affine = np.diag([1.0, 2.0, 3.0, 1.0])
     handles = {
-        study_handle(content, None, "auto", "model"),
-        study_handle(content_digest(b"another scan"), None, "auto", "model"),
-        study_handle(content, affine, "auto", "model"),
-        study_handle(content, affine + 1e-9, "auto", "model"),
-        study_handle(content, None, "ct", "model"),
-        study_handle(content, None, "auto", "another model"),
+        store.handle_of(content, None, "auto", "model"),
+        store.handle_of(content_digest(b"another scan"), None, "auto", "model"),
+        store.handle_of(content, affine, "auto", "model"),
+        store.handle_of(content, affine + 1e-9, "auto", "model"),
+        store.handle_of(content, None, "ct", "model"),
+        store.handle_of(content, None, "auto", "another model"),
     }
     assert len(handles) == 6 and all(len(handle) == 64 for handle in handles)
     crops = [None, Crop.of("0:1,0:1,0:1"), Crop.of("0:1,0:1,0:2"), Crop.of("0:1,0:1,0:1mm")]
-    assert len({study_handle(content, affine, "ct", "m", crop) for crop in crops}) == 4
-    assert study_handle(content, affine, "ct", "m", crops[1]) == study_handle(
+    assert len({store.handle_of(content, affine, "ct", "m", crop) for crop in crops}) == 4
+    assert store.handle_of(content, affine, "ct", "m", crops[1]) == store.handle_of(
         content, affine, "ct", "m", Crop.of((0, 0, 0, 1, 1, 1))
     )
-    assert study_handle(content, affine, "ct", "m") == study_handle(content, affine.astype(np.float32), "ct", "m")
+    assert store.handle_of(content, affine, "ct", "m") == store.handle_of(content, affine.astype(np.float32), "ct", "m")
+
+
+def _handle(root, handles):
+    handles.put(StudyStore(root).handle_of("content", None, "auto", "model"))
+
+
+def test_a_handle_is_the_same_in_all_processes_of_a_server_and_nowhere_else(tmp_path):
+    """Else who knows a scan, or its digest, could ask about what others have uploaded."""
+    handles = spawn.SimpleQueue()
+    root = tmp_path / "store"
+    with StudyStore(tmp_path / "other") as other:
+        workers = [spawn.Process(target=_handle, args=(root, handles)) for _ in range(3)]
+        with StudyStore(root):  # so that it outlives each of them
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            ours = {handles.get() for _ in workers}
+        assert len(ours) == 1 and other.handle_of("content", None, "auto", "model") not in ours
+    with StudyStore(root) as again:
+        assert again.handle_of("content", None, "auto", "model") not in ours
 
 
 @pytest.mark.parametrize(
@@ -126,21 +150,101 @@ def test_a_study_larger_than_the_store_is_refused_and_evicts_nothing(store):
     assert a in store
 
 
-def test_a_full_file_system_is_a_clear_error_and_leaves_nothing_behind(store, monkeypatch):
-    handle = handle_of("a")
+def studies_of(store) -> set[str]:
+    return {entry.name for entry in store.root.iterdir() if not entry.name.startswith(".")}
 
-    def full(path, array):
-        path.touch()
-        raise OSError(28, "No space left on device")
 
-    store.add(handle, {}, image_of(1))
-    monkeypatch.setattr(study_store, "_write_array", full)
-    with pytest.raises(ResourceExhausted, match="shm-size"):
-        store.put(handle, "visual_tokens", image_of(1))
-    with pytest.raises(ResourceExhausted, match="shm-size"):
-        store.add(handle_of("b"), {}, image_of(1))
-    assert [entry.name for entry in store.root.iterdir() if not entry.name.startswith(".")] == [handle]
+@pytest.fixture
+def full(store, monkeypatch):
+    """Makes the file system full for all arrays, until so many studies are left."""
+    write = study_store._write_array
+
+    def make_full(until: int):
+        def write_if_there_is_room(path, array):
+            write(path, array)
+            if len(studies_of(store)) > until:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(study_store, "_write_array", write_if_there_is_room)
+
+    return make_full
+
+
+def used_in_turn(store, names: str) -> list[str]:
+    """Adds studies, of which the first was not used for the longest time."""
+    handles = [handle_of(name) for name in names]
+    for n, handle in enumerate(handles):
+        store.add(handle, {}, image_of(1))
+        os.utime(store.root / handle / "info.json", ns=(n, n))
+    return handles
+
+
+def test_a_full_file_system_evicts_the_least_recently_used_until_there_is_room(store, full):
+    a, b, c, d = used_in_turn(store, "abcd")
+    full(until=2)
+    store.add(handle_of("e"), {}, image_of(1))
+    assert studies_of(store) == {c, d, handle_of("e")}
+    assert (store.get(handle_of("e"), "image") == image_of(1)).all()
+
+
+def test_a_full_file_system_evicts_no_study_that_is_being_computed(store, full):
+    a, b, c = used_in_turn(store, "abc")
+    full(until=2)
+    with store.lock(b, "visual_tokens"):
+        store.put(a, "visual_tokens", image_of(1))
+    assert studies_of(store) == {a, b} and store.get(a, "visual_tokens") is not None
+
+
+def test_a_full_file_system_without_anything_to_evict_is_a_clear_error_and_leaves_nothing_behind(store, full):
+    a, b = used_in_turn(store, "ab")
+    full(until=0)
+    with store.lock(b, "visual_tokens"):
+        with pytest.raises(ResourceExhausted, match="shm-size"):
+            store.put(a, "visual_tokens", image_of(1))
+        assert studies_of(store) == {a, b}
+        with pytest.raises(ResourceExhausted, match="shm-size"):
+            store.add(handle_of("c"), {}, image_of(1))
+    assert studies_of(store) == {b}
     assert not (store.root / ".unfinished").exists()
+
+
+def test_another_error_than_a_full_file_system_evicts_nothing(store, monkeypatch):
+    handles = used_in_turn(store, "ab")
+
+    def broken(path, array):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(study_store, "_write_array", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        store.add(handle_of("c"), {}, image_of(1))
+    assert studies_of(store) == set(handles)
+
+
+@pytest.fixture
+def small_file_system(tmp_path):
+    """A file system of 10 MB in memory, as /dev/shm is one."""
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=10M", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # a map of a piece may be left
+
+
+def test_what_others_put_into_shared_memory_costs_studies_and_not_the_next_scan(small_file_system):
+    with StudyStore(small_file_system / "store", 10 * MB) as store:
+        a, b = used_in_turn(store, "ab")
+        (small_file_system / "a giant message").write_bytes(bytes(shutil.disk_usage(small_file_system).free - 1000))
+        image = np.random.default_rng(0).random((1, 1, 1, MB // 4), np.float32)
+        store.add(handle_of("c"), {}, image)
+        assert studies_of(store) == {b, handle_of("c")}
+        np.testing.assert_array_equal(store.get(handle_of("c"), "image"), image)
+        with pytest.raises(ResourceExhausted, match="shm-size"):
+            store.put(b, "visual_tokens", image_of(4))
+        assert studies_of(store) == {b}
 
 
 @pytest.mark.parametrize("limit", [0, MB // 2, 1 << 60])
@@ -195,10 +299,14 @@ def test_a_piece_that_could_not_be_computed_is_computed_by_the_next_who_asks(sto
 
 def _hold(root, handle, held):
     store = StudyStore(root)
-    with store.lock(handle, "visual_tokens"), store._room_for(handle, 1) as unfinished:
+
+    def write(unfinished):
         unfinished.write_bytes(b"half a piece")
         held.send(None)
         held.recv()
+
+    with store.lock(handle, "visual_tokens"):
+        store._make_room_and(write, handle, 1)
 
 
 def test_a_killed_process_frees_its_locks_and_its_half_written_piece_is_removed(store):

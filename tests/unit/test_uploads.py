@@ -31,10 +31,10 @@ def uploads(clock):
     return Uploads(Limits(max_bytes=FILE.size), clock)
 
 
-def send(uploads, name: str, part_bytes: int, file=FILE, start=0):
+def send(uploads, name: str, part_bytes: int, file=FILE, start=0, peer=""):
     """Send the rest of a file from `start` on; what the last part gave. The ones before must give nothing."""
     for begin in range(start, file.size, part_bytes):
-        whole = uploads.add(name, begin, file.size, file[begin : begin + part_bytes])
+        whole = uploads.add(name, begin, file.size, file[begin : begin + part_bytes], peer)
         assert (whole is None) == (begin + part_bytes < file.size)
     return whole
 
@@ -112,6 +112,83 @@ def test_uploads_that_bring_a_byte_now_and_then_give_way_to_a_new_one(uploads, c
             start = most + second - 1
             uploads.add(name, start, FILE.size, FILE[start : start + 1])
     np.testing.assert_array_equal(send(uploads, "c", 10_000).data, FILE)
+
+
+def test_three_slow_uploads_do_not_shut_everybody_out(clock, monkeypatch):
+    """As somebody tried it: two scans of 2 GiB but for 16 MiB, a third of 31 MiB, then a byte of each every 12 s. Here
+    a MiB is 40 bytes."""
+    mib = 40
+    monkeypatch.setattr(uploads_module, "PROGRESS_BYTES", mib)
+    uploads, started = Uploads(Limits(max_bytes=2048 * mib), clock), clock.now
+    slow = {"a": 2032 * mib, "b": 2032 * mib, "c": 31 * mib}
+    newcomer = FILE[: 13 * mib]
+
+    def another_byte():
+        clock.now += 12
+        for name in slow:
+            uploads.add(name, slow[name], 2048 * mib, FILE[:1], peer=f"of {name}")
+            slow[name] += 1
+
+    for name, here in slow.items():
+        uploads.add(name, 0, 2048 * mib, FILE[:here], peer=f"of {name}")
+    while clock.now + 12 <= started + SLOW_S:
+        another_byte()
+        with pytest.raises(ResourceExhausted, match="try again"):
+            send(uploads, "new", 4 * mib, newcomer, peer="of new")
+    another_byte()
+    np.testing.assert_array_equal(send(uploads, "new", 4 * mib, newcomer, peer="of new").data, newcomer)
+
+
+def test_one_connection_takes_half_of_the_memory_at_most_and_another_the_rest(uploads):
+    most = FILE.size - 1
+    uploads.add("a", 0, FILE.size, FILE[:most], peer="greedy")
+    uploads.add("b", 0, FILE.size, FILE[:1], peer="greedy")
+    for start, part in ((1, FILE[1:2]), (0, FILE[:2])):
+        with pytest.raises(ResourceExhausted, match="over this connection.*100,000 bytes"):
+            uploads.add("b", start, FILE.size, part, peer="greedy")
+    np.testing.assert_array_equal(send(uploads, "c", 10_000, peer="other").data, FILE)
+    np.testing.assert_array_equal(send(uploads, "a", 1, start=most, peer="greedy").data, FILE)
+
+
+def test_a_complete_upload_counts_for_its_connection_until_its_data_is_let_go(uploads):
+    held = [send(uploads, "a", 50_000, peer="greedy").data[10:]]
+    with pytest.raises(ResourceExhausted, match="over this connection"):
+        uploads.add("b", 0, FILE.size, FILE[:1], peer="greedy")
+    held.pop()
+    np.testing.assert_array_equal(send(uploads, "b", 50_000, peer="greedy").data, FILE)
+
+
+def test_a_connections_own_slow_upload_gives_way_to_its_next_one(uploads, clock):
+    """Else a client whose upload broke off could not send a large scan again before IDLE_S."""
+    uploads.add("a", 0, FILE.size, FILE[:-1], peer="client")
+    uploads.add("b", 0, FILE.size, FILE[:-1], peer="other")
+    clock.now += SLOW_S + 1
+    np.testing.assert_array_equal(send(uploads, "c", 50_000, peer="client").data, FILE)
+    np.testing.assert_array_equal(send(uploads, "b", 1, start=FILE.size - 1, peer="other").data, FILE)
+    with pytest.raises(Unavailable, match="give way"):
+        uploads.add("a", FILE.size - 1, FILE.size, FILE[-1:], peer="client")
+
+
+def test_of_too_many_uploads_over_one_connection_one_of_its_own_gives_way(uploads, monkeypatch):
+    monkeypatch.setattr(uploads_module, "MOST_OF_PEER", 3)
+    uploads.add("small", 0, 20, FILE[:1], peer="other")
+    for name, received in (("a", 10), ("b", 2), ("c", 3)):
+        uploads.add(name, 0, 20, FILE[:received], peer="greedy")
+    for name in "de":
+        uploads.add(name, 0, 20, FILE[:4], peer="greedy")
+    for name in "bc":
+        with pytest.raises(Unavailable, match="give way"):
+            uploads.add(name, 5, 20, FILE[5:20], peer="greedy")
+    for name, start, peer in (("small", 1, "other"), ("a", 10, "greedy"), ("d", 4, "greedy"), ("e", 4, "greedy")):
+        np.testing.assert_array_equal(send(uploads, name, 5, FILE[:20], start, peer).data, FILE[:20])
+
+
+def test_a_part_over_another_connection_ends_the_upload(uploads):
+    uploads.add("a", 0, FILE.size, FILE[:50_000], peer="client")
+    with pytest.raises(InvalidInput, match="another connection.*it is ended"):
+        uploads.add("a", 50_000, FILE.size, FILE[50_000:], peer="other")
+    with pytest.raises(Unavailable, match="not its own"):
+        uploads.add("a", 50_000, FILE.size, FILE[50_000:], peer="client")
 
 
 def test_an_upload_that_keeps_its_pace_does_not_give_way(uploads, clock, monkeypatch):

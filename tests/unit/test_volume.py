@@ -430,6 +430,12 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
         prepare(phantom(), SIZE, "xray")
 
 
+def test_a_refusal_echoes_little_of_a_preset():
+    with pytest.raises(InvalidInput, match="no preset .xxx.*xxx\\.\\.\\.: choose") as refusal:
+        prepare(phantom(), SIZE, "x" * (1 << 20))
+    assert len(str(refusal.value)) < 250
+
+
 def test_every_preset_has_a_documented_contract():
     assert {"auto", "ct", "mr", "m3d-cap", "m3d-seg", "m3d-refseg", "raw"} == set(PRESETS)
     assert all(len(preset.doc) > 80 for preset in PRESETS.values())

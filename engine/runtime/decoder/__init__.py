@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,14 +91,20 @@ class Decoder:
         # A prompt finds cached blocks under its own salt only: tenants, and runs of the server, share none.
         self._salt = secrets.token_hex(16)
 
-    async def start(self) -> None:
-        """Load the language model and check it; `health` is "ready" then."""
+    async def start(
+        self,
+        on_health: Callable[[str], None] = lambda words: None,
+        on_broken: Callable[[str], None] = lambda words: None,
+    ) -> None:
+        """Load the language model and check it; `health` is "ready" then. on_health, on_broken: see `LlmEngine`."""
         vllm_environment.prepare(self.settings.threads)
         self._tokenizer = await asyncio.to_thread(_read_tokenizer, self.folder)
         self._prompt = Prompt(self._tokenizer, self.manifest.num_visual_tokens, self.context_length)
         self._bos = self._tokenizer.bos_token_id
         # BOS as padding: it is in the prompt anyway, and no answer misses it when a repetition penalty is asked for.
-        self.engine = LlmEngine(self.folder, self.dtype, self.context_length, self._bos, self.settings)
+        self.engine = LlmEngine(
+            self.folder, self.dtype, self.context_length, self._bos, self.settings, on_health, on_broken
+        )
         await self.engine.start()
 
     async def stop(self) -> None:

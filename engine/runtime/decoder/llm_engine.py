@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.errors import InvalidInput, M3DError, Unavailable
+from engine.errors import InvalidInput, M3DError, Unavailable, one_line
 from engine.runtime.decoder import seg_states, vllm_environment, worker_extension
 from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
 from engine.runtime.decoder.settings import DecoderSettings
+from engine.runtime.run_folder import READY
 
 RESTART_WINDOW_S = 3600
 WATCH_INTERVAL_S = 1.0
 SHUTDOWN_S = 10.0  # until an engine that does not end by itself is killed
 FURTHEST_PASS = Pass.DECODE_KERNEL  # on a CPU
+STARTING, RESTARTING, STOPPED = "starting", "restarting", "stopped"
 
 
 class LlmEngine:
@@ -33,24 +35,42 @@ class LlmEngine:
     folder: an exported language model. context_length: rows of prompt and answer. padding_id: a token id no answer has.
 
     An engine that dies fails the answers in progress with Unavailable and is restarted in the background, at most
-    `settings.restarts` times an hour; `health` says where it stands ("ready", or words for the client), `layers` how
-    the layers are computed.
+    `settings.restarts` times an hour; `health` says where it stands (READY, or words for the client), `layers` how the
+    layers are computed. on_health: is told `health` whenever it changes. on_broken: is told, once, what happened when
+    the engine has died too often or does not start again; it never comes back then. Both are called on the loop.
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, context_length: int, padding_id: int, settings: DecoderSettings
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        context_length: int,
+        padding_id: int,
+        settings: DecoderSettings,
+        on_health: Callable[[str], None] = lambda words: None,
+        on_broken: Callable[[str], None] = lambda words: None,
     ):
         self.folder = folder
         self.dtype = dtype
         self.context_length = context_length
         self.padding_id = padding_id
         self.settings = settings
-        self.health = "starting"
+        self._on_health = on_health
+        self._on_broken = on_broken
+        self._health = STARTING
         self.layers = Pass.VLLM
         self._llm: Any = None  # an AsyncLLM, while one runs
         self._deaths: deque[float] = deque()
         self._tasks: set[asyncio.Task] = set()
         self._restart_task: asyncio.Task | None = None
+
+    @property
+    def health(self) -> str:
+        return self._health
+
+    def _become(self, health: str) -> None:
+        self._health = health
+        self._on_health(health)
 
     # --- life --------------------------------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -73,12 +93,12 @@ class LlmEngine:
             self._llm = None
             await _end(llm)
             raise
-        self.health = "ready"
+        self._become(READY)
         self._spawn(self._watch(llm))
 
     async def stop(self) -> None:
         """End the engine and its process; answers in progress fail with Unavailable."""
-        self.health = "stopped"
+        self._become(STOPPED)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -103,10 +123,10 @@ class LlmEngine:
         key: unique, names the states. salt: prompts share cached blocks only under the same one.
         Raises Unavailable when the engine is not ready or dies, InvalidInput for what vLLM refuses.
         """
-        if self.health == "ready" and self._llm.errored:
+        if self.health == READY and self._llm.errored:
             self._died(self._llm)
-        if self.health != "ready":
-            raise self._unavailable()
+        if self.health != READY:
+            raise Unavailable(f"the language model is {self.health}: {self._way_out()}")
         async with aclosing(self._outputs(rows, params, key, salt)) as outputs:
             async for output in outputs:
                 yield output
@@ -148,13 +168,13 @@ class LlmEngine:
                         )
                     yield output
         except (VLLMClientError, ValueError) as error:
-            raise InvalidInput(f"the language model refuses this request: {error}") from error
+            raise InvalidInput(f"the language model refuses this request: {one_line(error)}") from error
         except (EngineDeadError, EngineGenerateError) as error:
             if not llm.errored:
                 raise
             self._died(llm)
             raise Unavailable(
-                f"the language model stopped while it answered; it is {self.health} now: try again in a minute"
+                f"the language model stopped while it answered; it is {self.health} now: {self._way_out()}"
             ) from error
 
     async def _greedy(self, rows: torch.Tensor, length: int, key: str, watched: list[int]) -> list[int]:
@@ -215,26 +235,28 @@ class LlmEngine:
         self._died(llm)
 
     def _died(self, llm) -> None:
-        if llm is not self._llm or self.health != "ready":
+        if llm is not self._llm or self.health != READY:
             return
         now = time.monotonic()
         self._deaths.append(now)
         while self._deaths[0] < now - RESTART_WINDOW_S:
             self._deaths.popleft()
         if len(self._deaths) > self.settings.restarts:
-            self.health = (
-                f"out of order (it stopped {len(self._deaths)} times within an hour; the server's log says why)"
-            )
+            self._break(f"it stopped {len(self._deaths)} times within an hour; the server's log says why")
         else:
-            self.health = "restarting"
+            self._become(RESTARTING)
             self._restart_task = self._spawn(self._restart(llm))
 
     async def _restart(self, dead) -> None:
-        await _end(dead)
         try:
+            await _end(dead)
             await self.start()
         except Exception as error:
-            self.health = f"out of order (it did not start again: {error})"
+            self._break(f"it did not start again: {one_line(error)}")
+
+    def _break(self, why: str) -> None:
+        self._become(f"out of order ({why})")
+        self._on_broken(f"the language model is {self.health}")
 
     def _spawn(self, work: Coroutine) -> asyncio.Task:
         task = asyncio.get_running_loop().create_task(work)
@@ -246,8 +268,9 @@ class LlmEngine:
         self._tasks.discard(task)
         task.cancelled() or task.exception()  # a dead engine is noticed by the watch, not here
 
-    def _unavailable(self) -> Unavailable:
-        return Unavailable(f"the language model is {self.health}: try again in a minute")
+    def _way_out(self) -> str:
+        """For a client, when it is not ready."""
+        return "try again in a minute" if self.health in (STARTING, RESTARTING) else "the server must be started again"
 
 
 def _processes(llm) -> list:

@@ -135,10 +135,13 @@ class SegStateExtension:
     """The part of vLLM's worker that keeps states (see worker_extension)."""
 
     model_runner: Any  # the worker's
+    parallel_config: Any
 
     def watch_seg_states(self, owner: int) -> None:
         """Start to keep states, once, after the engine has started. owner: the process that the engine serves."""
         engine_process.end_with(owner)
+        if self.parallel_config.world_size == 1:
+            engine_process.end_at_once_when_asked()
         runner = self.model_runner
         self.seg_states = states = SegStates()
         is_v2 = type(runner).__module__.startswith(("vllm.v1.worker.gpu.", "vllm.v1.worker.cpu."))

@@ -32,8 +32,6 @@ _ON_CPU = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
 _DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
-# Our server keeps freed memory, for scans. An engine that did so would hold much of a model twice after loading it.
-_NOT_INHERITED = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 def prepare(threads: int) -> None:
@@ -42,8 +40,6 @@ def prepare(threads: int) -> None:
     os.environ.update(_ALWAYS)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    for name in _NOT_INHERITED:
-        os.environ.pop(name, None)
     if not torch.cuda.is_available():
         os.environ.update(_ON_CPU)
         os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))

@@ -33,7 +33,8 @@ class TritonPythonModel:
         self.store.close()
 
     def _scores(self, request):
-        scores, cut = self.retriever.rank(triton_io.text(request, "STUDY"), triton_io.texts(request, "TEXTS"))
+        triton_io.needed_array(request, "TEXTS")
+        scores, cut = self.retriever.rank(triton_io.needed_text(request, "STUDY"), triton_io.texts(request, "TEXTS"))
         return triton_io.response(
             request.requested_output_names(),
             SCORES=scores,

@@ -28,13 +28,13 @@ class TritonPythonModel:
         self.store.close()
 
     def _answer(self, request):
-        nothing_to_do = not len(triton_io.array(request, "SEG_STATES"))
+        nothing_to_do = not len(triton_io.needed_array(request, "SEG_STATES"))
         return _response(request, NO_MASK) if nothing_to_do else partial(self._mask, request)
 
     def _mask(self, request):
         mask = self.segmenter.mask(
-            triton_io.text(request, "STUDY"),
-            triton_io.array(request, "SEG_STATES"),
+            triton_io.needed_text(request, "STUDY"),
+            triton_io.needed_array(request, "SEG_STATES"),
             triton_io.flag(request, "RETURN_LOGITS"),
         )
         return _response(request, mask)

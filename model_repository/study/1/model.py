@@ -8,6 +8,7 @@ from engine.errors import InvalidInput
 from engine.manifest import Manifest
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk
+from engine.runtime.run_folder import PEER
 from engine.runtime.server_folder import SHARED_MEMORY
 from engine.runtime.study import ScanRequest, Studies
 from engine.runtime.study_store import StudyStore, default_limit
@@ -74,7 +75,7 @@ class TritonPythonModel:
             for name in _WITH_THE_LAST_PART if start + data.size < size else ():
                 if triton_io.array(request, name) is not None:
                     raise InvalidInput(f"{name} came with a part of an upload that is not its last: give it with that")
-            whole = self.uploads.add(upload, start, size, data)
+            whole = self.uploads.add(upload, start, size, data, triton_io.told(request, PEER))
             if whole is None:
                 return None
             data, digest = whole.data, whole.digest.hexdigest()

@@ -1,0 +1,57 @@
+"""What a server's front and its models tell each other: files in the private folder of one `m3d serve`.
+
+The front cancels no call of Triton's: 2.51 loses a call that is cancelled between its last response and its end, with
+its socket. The front gives each request an id of its own instead, and puts the id here when the client has gone; the
+models look, and end the answer as any other. A Triton that was started without `m3d serve` has no such folder.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLE = "M3D_RUN_FOLDER"
+PEER = "m3d_peer"  # the request parameter that names the client's connection
+READY = "ready"
+_CANCELLED, _HEALTH = "cancelled", "health"
+
+
+class RunFolder:
+    """The files in the folder at `path`, which must exist and be private."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self._cancelled = self.path / _CANCELLED
+        self._cancelled.mkdir(exist_ok=True)
+
+    @classmethod
+    def of_server(cls) -> RunFolder | None:
+        """The folder of the server that this process belongs to; None if it has none."""
+        path = os.environ.get(VARIABLE)
+        return cls(path) if path else None
+
+    def cancel(self, request_id: str) -> None:
+        """Say that nobody waits for the request any more."""
+        (self._cancelled / request_id).touch()
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended."""
+        (self._cancelled / request_id).unlink(missing_ok=True)
+
+    def cancelled(self) -> set[str]:
+        """The ids of the requests that nobody waits for."""
+        return set(os.listdir(self._cancelled))
+
+    @property
+    def health(self) -> str:
+        """What the language model says of itself: READY, or words for clients."""
+        try:
+            return (self.path / _HEALTH).read_text()
+        except FileNotFoundError:
+            return "starting"
+
+    @health.setter
+    def health(self, words: str) -> None:
+        new = self.path / f"{_HEALTH}-new"
+        new.write_text(words)
+        new.rename(self.path / _HEALTH)
