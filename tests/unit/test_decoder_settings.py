@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +41,24 @@ def test_the_parameters_of_the_model_repository_are_valid(path):
     text = (ROOT / "model_repository" / "decoder" / path).read_text()
     found = dict(re.findall(r'key: "(\w+)" value \{ string_value: "([^"]*)" \}', text))
     assert found and DecoderSettings.from_parameters(found)
+
+
+@pytest.mark.integration
+def test_on_a_gpu_the_engine_is_spawned_and_computes_what_it_says_without_a_compiler(tmp_path):
+    """In a process of its own, in which PyTorch says that there is a GPU; the first finding of the GPU audit."""
+    program = """
+import os
+import torch
+asked = []
+torch.cuda.is_available = lambda: asked.append(os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")) or True
+from engine.runtime.decoder import vllm_environment
+vllm_environment.prepare(0)
+from vllm.utils.system_utils import get_mp_context
+from vllm import envs
+floats = os.environ["TRITON_F32_DEFAULT"]
+print(asked, get_mp_context().get_start_method(), envs.VLLM_USE_FLASHINFER_SAMPLER, floats)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.splitlines()[-1] == "['1'] spawn False ieee"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.errors import RepositoryError
 from engine.runtime.decoder import seg_state_check
@@ -103,3 +105,45 @@ def test_tokens_that_the_states_do_not_predict_fail_the_start(tiny):
     """A wrong output layer says another token first, after which no state can be compared."""
     with pytest.raises(RepositoryError, match="predict"):
         check_again(tiny, check(tiny), shift=1)
+
+
+class Undecided:
+    """An engine whose answers take turns: tokens 4 and 5 have the same row, so that either is right."""
+
+    def __init__(self, *answers):
+        self.answers = itertools.cycle(answers)
+        self.kept = {}
+
+    async def generate(self, rows, length, key, watched):
+        said = next(self.answers)
+        self.kept[key] = [token in watched for token in said]
+        return list(said)
+
+    async def take(self, key, positions):
+        assert all(self.kept[key][position] for position in positions)
+        return np.stack([table_of_a_tie()[4].numpy()] * len(positions))
+
+
+def table_of_a_tie() -> torch.Tensor:
+    table = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    table[5] = table[4]
+    return table
+
+
+@pytest.mark.parametrize("answers", [[(4, 4, 4), (4, 5, 4)], [(4, 4, 4), (5, 4, 4), (4, 5, 5), (4, 4, 5)]])
+def test_a_tie_between_two_tokens_does_not_fail_the_start(tmp_path, monkeypatch, answers):
+    monkeypatch.setattr(seg_state_check, "SMALL_MODEL_BYTES", 0)
+    table = table_of_a_tie().bfloat16()
+    save_file({"model.embed_tokens.weight": table, "lm_head.weight": table.clone()}, tmp_path / "model.safetensors")
+    engine = Undecided(*answers)
+    checked = asyncio.run(check_seg_states(tmp_path, torch.bfloat16, engine.generate, engine.take))
+    assert set(checked.said) <= {4, 5} and checked.difference < 0.01
+
+
+def test_an_engine_that_never_says_the_same_fails_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(seg_state_check, "SMALL_MODEL_BYTES", 0)
+    table = table_of_a_tie().bfloat16()
+    save_file({"model.embed_tokens.weight": table, "lm_head.weight": table.clone()}, tmp_path / "model.safetensors")
+    engine = Undecided(*((n, n + 1, n + 2) for n in range(0, 60, 3)))
+    with pytest.raises(RepositoryError, match="another answer each time"):
+        asyncio.run(check_seg_states(tmp_path, torch.bfloat16, engine.generate, engine.take))

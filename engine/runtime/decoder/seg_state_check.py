@@ -14,6 +14,7 @@ from engine.errors import RepositoryError
 from engine.runtime.decoder.embedding_table import EmbeddingTable
 
 PROMPT_LENGTH, ANSWER_LENGTH = 24, 3
+RUNS = 4  # until an answer has watched tokens only
 SMALL_MODEL_BYTES = 1 << 30
 # Largest difference, relative to the largest value: what rounding explains, far below what a wrong row gives (about 1).
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -69,14 +70,20 @@ async def check_same_states(before: Checked, generate: Generate, take: Take) -> 
 
 
 async def _answer(rows: torch.Tensor, generate: Generate, take: Take) -> tuple[list[int], torch.Tensor]:
-    """The tokens after the prompt `rows`, and the states they came from."""
+    """The tokens after the prompt `rows`, and the states they came from.
+
+    The states of watched tokens are kept, so the answer must be known before. Another run may say another token of the
+    same logit, as the cached prompt's is computed in other shapes: that is watched, too, in the next run.
+    """
     said = await generate(rows, ANSWER_LENGTH, uuid.uuid4().hex, [])
-    key = uuid.uuid4().hex
-    again = await generate(rows, ANSWER_LENGTH, key, sorted(set(said)))
-    states = torch.from_numpy(await take(key, list(range(ANSWER_LENGTH))))
-    if again != said:
-        raise _wrong(f"the same prompt gave {said}, then {again}")
-    return said, states
+    watched = set(said)
+    for _ in range(RUNS):
+        key = uuid.uuid4().hex
+        said = await generate(rows, ANSWER_LENGTH, key, sorted(watched))
+        if watched.issuperset(said):
+            return said, torch.from_numpy(await take(key, list(range(ANSWER_LENGTH))))
+        watched.update(said)
+    raise _wrong(f"the same prompt gave another answer each time: tokens {sorted(watched)}")
 
 
 def _check_predictions(said: list[int], states: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> float:

@@ -22,6 +22,14 @@ _ALWAYS = {
     "GOMP_SPINCOUNT": "5000",
     # A Triton stub starts in the C locale; the engine's process inherits this.
     "LC_ALL": "C.UTF-8",
+    # To ask PyTorch for a GPU makes a fork of this process useless to CUDA, unless PyTorch asks the driver's NVML. vLLM
+    # would fork its engine all the same, and a stub has many threads: the engine starts as a program of its own.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # FlashInfer's sampler would be compiled by nvcc at every start; vLLM's own one needs no compiler but gcc.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # OpenAI's Triton would compute products of fp32 in TF32: an export in fp32 is fp32.
+    "TRITON_F32_DEFAULT": "ieee",
 }
 _ON_CPU = {
     # The worker lives in the engine's process, as on one GPU: one import of torch and vLLM less to wait for and to keep
