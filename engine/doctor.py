@@ -245,15 +245,23 @@ def _gpus() -> list[Finding]:
                 "NVIDIA's driver, and start containers with --gpus all",
             )
         ]
-    return [
+    cuda = gpu.cuda_version()
+    driver = f"CUDA {cuda or 'unknown'}"
+    found = [
         Finding(
             "ok",
             "GPU",
-            f"{g}, compute capability {g.compute_capability}, {_memory_of(g)}; driver {g.driver}, "
-            f"CUDA {gpu.cuda_version()}",
+            f"{g}, compute capability {g.compute_capability}, {_memory_of(g)}; driver {g.driver}, {driver}",
         )
         for g in gpus
     ]
+    needed = f"CUDA {'.'.join(map(str, gpu.CUDA_NEEDED))} or later, which is driver {gpu.DRIVER_NEEDED} or later"
+    if cuda is None:
+        found.append(Finding("note", "driver", f"nvidia-smi does not say which CUDA it supports; needed is {needed}"))
+    elif gpu.release(cuda) < gpu.CUDA_NEEDED:
+        words = f"it supports CUDA {cuda}; needed is {needed}: install a later driver, else no GPU is seen by PyTorch"
+        found.append(Finding("missing", "driver", words))
+    return found
 
 
 def _memory_of(g: gpu.Gpu) -> str:

@@ -15,6 +15,7 @@ from engine.manifest import LLM_FOLDER, Manifest
 
 _QUERY = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.total", "memory.free")
 _TENSORRT_MAJORS = (11, 10)
+CUDA_NEEDED, DRIVER_NEEDED = (13, 0), 580  # of the PyTorch that vLLM 0.32 brings (locks/image.txt: torch 2.13)
 _AMPERE = (8, 0)  # the oldest that hardware compatible plans run on
 # Beside weights: activations of vLLM and of the plans, CUDA contexts, and a KV cache for a few answers.
 WORKING_BYTES = 6 << 30
@@ -76,8 +77,8 @@ def _visible(gpus: dict[str, Gpu], chosen: str | None) -> list[Gpu]:
 
 
 def cuda_version() -> str | None:
-    """The CUDA version that the driver supports."""
-    found = re.search(r"CUDA Version:\s*([\d.]+)", _nvidia_smi())
+    """The CUDA version that the driver supports. Drivers from 610 on write "CUDA UMD Version"."""
+    found = re.search(r"CUDA(?: UMD)? Version:\s*([\d.]+)", _nvidia_smi())
     return found and found[1]
 
 

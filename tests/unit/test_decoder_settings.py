@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from engine.errors import RepositoryError
+from engine.errors import RepositoryError, Unavailable
+from engine.runtime import decoder
 from engine.runtime.decoder.settings import DecoderSettings
 from tests.conftest import ROOT
 
@@ -62,3 +64,9 @@ print(asked, get_mp_context().get_start_method(), envs.VLLM_USE_FLASHINFER_SAMPL
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert said.stdout.splitlines()[-1] == "['1'] spawn False ieee"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine where PyTorch sees no GPU")
+def test_an_export_for_a_gpu_that_pytorch_does_not_see_is_refused_with_pytorchs_reason():
+    with pytest.raises(Unavailable, match=r"PyTorch .* sees none \(.*(CUDA|NVIDIA).*\).*driver 580"):
+        decoder.check_cuda()

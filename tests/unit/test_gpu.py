@@ -124,6 +124,24 @@ def test_gpus_are_what_the_driver_says(nvidia_smi):
 
 
 @pytest.mark.parametrize(
+    ("driver", "says", "cuda", "state"),
+    [
+        ("550.163.01", "CUDA Version: 12.4", "12.4", "missing"),
+        ("580.95.05", "CUDA Version: 13.0", "13.0", None),
+        ("610.43.02", "CUDA UMD Version: 13.4", "13.4", None),
+        ("610.43.02", "", None, "note"),
+    ],
+)
+def test_a_driver_that_pytorch_cannot_use_is_missing(nvidia_smi, tmp_path, driver, says, cuda, state):
+    banner = f"| NVIDIA-SMI {driver}   Driver Version: {driver}   {says}  |"
+    nvidia_smi.write_text(re.sub(r"\| NVIDIA-SMI.*\|", banner, nvidia_smi.read_text()))
+    assert gpu.cuda_version() == cuda
+    found = examined(tmp_path)["driver"]
+    assert [finding.state for finding in found] == ([state] if state else [])
+    assert all("driver 580 or later" in finding.detail for finding in found)
+
+
+@pytest.mark.parametrize(
     ("chosen", "numbers"),
     [
         ("0", [0]),

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.errors import InvalidInput, RepositoryError, ResourceExhausted
+from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable, one_line
+from engine.gpu import DRIVER_NEEDED
 from engine.manifest import LLM_FOLDER, Manifest
 from engine.prompt import Prompt
 from engine.runtime.decoder import seg_states, vllm_environment
@@ -96,8 +97,13 @@ class Decoder:
         on_health: Callable[[str], None] = lambda words: None,
         on_broken: Callable[[str], None] = lambda words: None,
     ) -> None:
-        """Load the language model and check it; `health` is "ready" then. on_health, on_broken: see `LlmEngine`."""
+        """Load the language model and check it; `health` is "ready" then. on_health, on_broken: see `LlmEngine`.
+
+        Raises Unavailable if the export is for a GPU and PyTorch sees none, RepositoryError for what cannot be used.
+        """
         vllm_environment.prepare(self.settings.threads)
+        if self.manifest.target == "tensorrt":
+            check_cuda()
         self._tokenizer = await asyncio.to_thread(_read_tokenizer, self.folder)
         self._prompt = Prompt(self._tokenizer, self.manifest.num_visual_tokens, self.context_length)
         self._bos = self._tokenizer.bos_token_id
@@ -229,3 +235,16 @@ def _read_tokenizer(folder: Path):
     from engine.models.checkpoint import load_tokenizer
 
     return load_tokenizer(folder)
+
+
+def check_cuda() -> None:
+    """Raises Unavailable with PyTorch's reason if it sees no GPU: vLLM would end with words about something else."""
+    if torch.cuda.is_available():  # which takes none of its memory
+        return
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        raise Unavailable(
+            f"this export is for a GPU, and PyTorch {torch.__version__} sees none ({one_line(error)}): it needs "
+            f"NVIDIA's driver {DRIVER_NEEDED} or later; `m3d doctor --target tensorrt` says what is here"
+        ) from None
