@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import logging
 import secrets
 import signal
 import sys
@@ -31,11 +32,12 @@ from typing import Any
 import aiohttp
 import grpc
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from engine.contract import MAX_PART_BYTES, MODELS
-from engine.errors import M3DError, ResourceExhausted, Unavailable, from_wire
+from engine.errors import InvalidInput, M3DError, ResourceExhausted, Unavailable, from_wire
 from engine.runtime.run_folder import PEER, READY, RunFolder
 from engine.server.requests import Refused, read, unknown_model
 from engine.server.settings import FrontSettings, address
@@ -209,7 +211,8 @@ class Front:
         try:
             name = service_pb2.ModelReadyRequest.FromString(request).name
         except DecodeError:
-            return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "these bytes are no message of this method")
+            error = InvalidInput("these bytes are no message of this method")
+            return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.to_wire())
         if name and name not in self.served:
             await context.abort(*unknown_model(name))
         return name
@@ -260,9 +263,8 @@ class Front:
                 await context.write(response)
         except grpc.aio.AioRpcError as error:
             await self._abort(error, context)
-        except BaseException:
+        finally:
             stream.abandon()
-            raise
 
     def _spawn(self, work: Coroutine) -> asyncio.Task:
         """Work that goes on when its client has gone: cancelling a task that waits for Triton cancels Triton's call."""
@@ -399,16 +401,22 @@ class _Stream(_Work):
         except Exception as error:
             await self._answer(error)
         finally:
-            if call is not None and receiving is not None:
-                with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-                    await call.done_writing()
-                await receiving
-            await self.end()
-            await self._answer(None)
+            try:
+                if call is not None and receiving is not None:
+                    with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+                        await call.done_writing()
+                    await receiving
+            finally:
+                await self.end()
+                await self._answer(None)
 
     def abandon(self) -> None:
         super().abandon()
-        while not self.answers.empty():  # the response that waits for a place has one now, and goes nowhere
+        self._drop_answers()
+
+    def _drop_answers(self) -> None:
+        """What waits for a place has one now, and goes nowhere."""
+        while not self.answers.empty():
             self.answers.get_nowait()
 
     async def _receive(self, call) -> None:
@@ -423,6 +431,8 @@ class _Stream(_Work):
     async def _answer(self, response: bytes | Exception | None) -> None:
         if not self.abandoned:
             await self.answers.put(response)
+        if self.abandoned:  # while this waited, and something else may wait behind it
+            self._drop_answers()
 
 
 def _no_room() -> Refused:
@@ -445,8 +455,18 @@ def _refusal(message: bytes, refused: Refused) -> bytes:
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
+def keep_log_short() -> None:
+    """Leave out of the log what clients could fill it with: that they went in the middle, or do not speak HTTP."""
+    theirs = (grpc.aio.InternalError, HttpProcessingError, web.RequestPayloadError)
+    for name in ("grpc._cython.cygrpc", "aiohttp.server"):
+        logging.getLogger(name).addFilter(
+            lambda record: not (record.exc_info and isinstance(record.exc_info[1], theirs))
+        )
+
+
 async def serve(settings: FrontSettings) -> None:
     """Serve until SIGTERM."""
+    keep_log_short()
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

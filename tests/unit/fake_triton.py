@@ -185,10 +185,10 @@ class HeldTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Triton as the front meets it: on the Unix socket at `path`, with ids and final responses as 2.51 has them.
 
     answers: the responses to a request, one after the other; a text is an error, and a tuple of status and text ends
-    the call; what it waits for holds the answer. A stream's requests are answered in turn, when `at_once` have come. Of a
-    decoupled model's responses, the last one may be `final`; else an empty one follows, for those who ask. `requests`
-    has all that came; `count` how many arrived, responses sent, calls begun, and of those the ones that this side ended
-    as whole, the others as cancelled.
+    the call; what it waits for holds the answer. A stream's requests are answered in turn, when `at_once` have come.
+    Of a decoupled model's responses, the last one may be `final`; else an empty one follows, for those who ask.
+    `requests` has all that came; `count` how many arrived, responses sent in streams, calls begun, and of those the
+    ones that this side ended as whole, the others as cancelled.
     """
 
     def __init__(self, path: Path):

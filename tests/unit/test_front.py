@@ -1,28 +1,44 @@
 """The front between clients and a Triton that the tests hold: what passes, whose it is, and what is left behind.
 
-Each test ends with the promise of `Running.stop`: no task, no id and no room of the front's is taken any more.
+Each test ends with the promise of `running`: no task, no id and no room of the front's is taken any more, and nothing
+went wrong that only its log tells.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import json
+import logging
 import queue
 import re
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler
 
 import grpc
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from engine import contract
+from engine import contract, server
 from engine.client import wire
-from engine.errors import Unavailable, from_wire
+from engine.errors import InvalidInput, ResourceExhausted, Unavailable, from_wire
 from engine.runtime.run_folder import READY, RunFolder
 from engine.server import front
+from engine.server.requests import Refused
+from engine.server.settings import FrontSettings
+from tests.conftest import ROOT
 from tests.unit.fake_triton import FINAL, HeldTriton, final, response
 
 PATIENCE_S = 30
@@ -81,7 +97,7 @@ class WatchedRoom(front.Room):
 
     @property
     def is_whole(self) -> bool:
-        return self._left == self.total and not self._of_peer
+        return self._left == self.total and not self._of_peer and not self._waiting
 
 
 class Running:
@@ -127,15 +143,30 @@ class Running:
             self.settle()
             assert self.front._tasks == set() and self.folder.cancelled() == set() and self.room.is_whole
         finally:
-            self.run(self._end())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            try:
+                self.run(self._end())
+            finally:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
 
     async def _end(self) -> None:
         await self._server.stop(0)
         await self._http.cleanup()
         await self.front.close()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}  # as asyncio.run does at its end
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+
+def run(work) -> None:
+    """`asyncio.run`, which does not wait for what hangs."""
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(asyncio.wait_for(work, PATIENCE_S))
+    finally:
+        loop.close()
 
 
 async def _ended(of: front.Front) -> None:
@@ -245,13 +276,31 @@ def held(tmp_path):
     triton.stop()
 
 
+front.keep_log_short()
+
+
+class Log(logging.Handler):
+    """What goes wrong in the front, and nobody else hears of."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.words: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.words.append(self.format(record))
+
+
 @pytest.fixture
 def running(tmp_path, held):
+    log = Log()
+    logging.getLogger().addHandler(log)
     running = Running(held.address, WatchedFolder(tmp_path), str(tmp_path / "metrics"))
     running.folder.health = READY
     yield running
     held.gate.set()
     running.stop()
+    logging.getLogger().removeHandler(log)
+    assert log.words == []
 
 
 @pytest.fixture
@@ -527,10 +576,10 @@ def test_of_a_client_whose_deadline_passes_the_models_are_told(new_client, runni
 
 def test_each_unanswered_request_of_a_stream_that_goes_is_named_to_the_models(client, running, held):
     stream = client.stream()
-    stream.send(study("a"))
+    stream.send(chat("a"))
     stream.receive()
     held.answers, held.at_once = held.held, 3
-    stream.send(study("b"), study("c"), study("d"))
+    stream.send(chat("b"), chat("c"), chat("d"))
     held.wait_for(arrived=4)
     stream.call.cancel()
     running.folder.wait_for({request.id for request in held.requests[1:]})
@@ -558,12 +607,13 @@ def test_an_answer_in_many_responses_is_read_to_its_end_when_its_client_has_gone
     running.folder.wait_for(set())
 
 
-def test_a_client_that_goes_without_reading_leaves_nothing(client, running, held):
+@pytest.mark.parametrize("sent", [1, 4, 8])
+def test_a_client_that_goes_without_reading_leaves_nothing(client, running, held, sent):
     """The responses that wait for it go nowhere, and those that come after them."""
     held.answers = lambda request: [response(TEXT="x" * (1 << 20)) for _ in range(100)]
     stream = client.stream()
     stream.send(chat())
-    held.wait_for(sent=1)
+    held.wait_for(sent=sent)
     stream.call.cancel()
     held.wait_for(sent=100, whole=1)
     assert held.count["cancelled"] == 0
@@ -637,3 +687,795 @@ def test_a_client_may_take_half_of_the_room(new_client, running, held):
     held.wait_for(arrived=4)  # while the third waits
     held.gate.set()
     held.wait_for(arrived=5)
+
+
+def test_room_comes_back_with_the_first_response(client, running, held):
+    """The stream stays open, and has room for one message at a time."""
+    running.make_room(2 * SLOT)
+    stream = client.stream()
+    for handle in "abcd":
+        stream.send(study(handle, size=LARGE))
+        assert handle_of(stream.receive().infer_response) == handle
+
+
+def test_a_stream_uploads_far_more_than_the_room_in_parts(client, running, held):
+    running.make_room(4 * SLOT)
+    stream = client.stream()
+    stream.send(*(study(str(n), size=LARGE) for n in range(40)))
+    assert [handle_of(r.infer_response) for r in stream.rest()] == [str(n) for n in range(40)]
+
+
+@pytest.mark.parametrize("answer", ["INTERNAL: no", (grpc.StatusCode.INTERNAL, "no")], ids=["error", "broken call"])
+@pytest.mark.parametrize("streams", [False, True], ids=["unary", "stream"])
+def test_room_comes_back_when_triton_refuses_or_breaks_a_call(client, running, held, answer, streams):
+    room = running.make_room(2 * SLOT)
+    held.answers = lambda request: [answer if streams else (grpc.StatusCode.INTERNAL, "no")]
+    (call,) = start(client, streams, study(size=LARGE))
+    with contextlib.suppress(grpc.RpcError):
+        assert next(call).error_message if streams else call.result()
+    held.answers = held.echo
+    assert handle_of(client.infer(study("b", size=LARGE))) == "b"
+    call.cancel()
+    running.settle()
+    assert room.is_whole
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["unary", "stream"])
+def test_what_gets_no_room_is_refused_as_too_much(client, running, held, monkeypatch, streams):
+    monkeypatch.setattr(front, "ROOM_S", 0.0)
+    running.make_room(2 * SLOT)
+    held.answers = held.held
+    (first,) = start(client, False, study("a", size=LARGE))
+    held.wait_for(arrived=1)
+    (second,) = start(client, streams, study("b", size=LARGE))
+    if streams:
+        response = next(second)
+        error = from_wire(response.error_message)
+        assert response.infer_response.id == "mine"
+    else:
+        with pytest.raises(grpc.RpcError) as caught:
+            second.result()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        error = from_wire(caught.value.details())
+    assert isinstance(error, ResourceExhausted) and "try again" in str(error)
+    held.gate.set()
+    assert handle_of(first.result()) == "a"
+    assert held.count["arrived"] == 1
+
+
+SIZES = st.integers(LARGE, 4 * LARGE)
+PEERS = st.sampled_from("abc")
+STEPS = st.integers(0, 9)
+
+
+@given(st.lists(st.tuples(PEERS, SIZES, STEPS, STEPS), max_size=20))
+def test_room_is_never_overdrawn_and_all_of_it_comes_back(messages):
+    """Whoever takes it, for how long, and whether they give up meanwhile. The last two of a message: after how many
+    steps its taker gives up, and how many it keeps its room."""
+    total = 8 * LARGE
+
+    async def take(room: front.Room, used: dict, peer: str, size: int, kept: int) -> None:
+        try:
+            taken = await room.take(peer, size)
+        except Refused:
+            return
+        used[peer] = used.get(peer, 0) + taken
+        try:
+            assert sum(used.values()) <= total and used[peer] <= total // 2
+            for _ in range(kept):
+                await asyncio.sleep(0)
+        finally:
+            used[peer] -= taken
+            await room.give_back(peer, taken)
+
+    async def give_up(taking: asyncio.Task, patience: int) -> None:
+        for _ in range(patience):
+            await asyncio.sleep(0)
+        taking.cancel()
+
+    async def all_of_them() -> None:
+        room, used = WatchedRoom(total), {}
+        taking = [asyncio.ensure_future(take(room, used, peer, size, kept)) for peer, size, _, kept in messages]
+        giving_up = [
+            give_up(task, patience) for task, (_, _, patience, _) in zip(taking, messages) if patience % 3 == 0
+        ]
+        ended = await asyncio.gather(*giving_up, *taking, return_exceptions=True)
+        assert not [end for end in ended if isinstance(end, Exception)]
+        assert room.is_whole
+
+    run(all_of_them())
+
+
+def test_what_waits_for_room_is_bounded_and_a_client_may_have_half_of_it():
+    """It is in memory, too: twice the room, in all."""
+
+    async def check() -> None:
+        size, room, taking = 2 * LARGE, WatchedRoom(8 * LARGE), []
+
+        async def send(peer: str, count: int) -> None:
+            taking.extend(asyncio.ensure_future(room.take(peer, size)) for _ in range(count))
+            await steps()
+
+        await send("a", 2)  # its half of the room
+        await send("a", 4)
+        await send("b", 2)
+        await send("b", 4)
+        assert [task.done() for task in taking] == [True, True, *[False] * 4, True, True, *[False] * 4]
+        for peer in "ac":
+            with pytest.raises(Refused, match="RESOURCE_EXHAUSTED: .*try again"):
+                await room.take(peer, size)
+        while taking:
+            await room.give_back("a" if len(taking) > 6 else "b", await taking.pop(0))
+        assert room.is_whole
+
+    run(check())
+
+
+def test_small_messages_take_no_room():
+    async def check() -> None:
+        assert await front.Room(0).take("a", front.LARGE_BYTES) == 0
+
+    run(check())
+
+
+# --- readers that are slow -------------------------------------------------------------------------------------------
+def test_a_slow_reader_holds_up_its_own_stream_alone(new_client, held):
+    megabyte, most = "x" * (1 << 20), 400
+    held.answers = lambda r: (
+        [response(TEXT=megabyte) for _ in range(most)] if r.model_name == "m3d_chat" else held.echo(r)
+    )
+    slow, other = new_client(), new_client()
+    stream = slow.stream()
+    stream.send(chat())
+    held.wait_for(sent=1)
+    quick = slow.stream()  # on the same connection
+    for n in range(100):
+        assert handle_of(other.infer(study(str(n)))) == str(n)
+        quick.send(study(str(n)))
+        assert handle_of(quick.receive().infer_response) == str(n)
+    assert held.count["sent"] - 100 < most / 4
+    texts = [wire.text_of(wire.outputs_of(r.infer_response)["TEXT"]) for r in stream.rest()]
+    assert len(texts) == most and set(texts) == {megabyte}
+
+
+class Context:
+    """A client's call, whose `write` takes nothing before `reads` is set."""
+
+    def __init__(self):
+        self.reads = asyncio.Event()
+        self.written: list[service_pb2.ModelStreamInferResponse] = []
+
+    def peer(self) -> str:
+        return "a peer"
+
+    async def write(self, message: bytes) -> None:
+        await self.reads.wait()
+        self.written.append(service_pb2.ModelStreamInferResponse.FromString(message))
+
+    async def abort(self, status: grpc.StatusCode, words: str) -> None:
+        raise grpc.aio.AbortError(f"{status.name} {words}")
+
+
+class Call:
+    """A stream of Triton's that answers its first request without end, until it is told to `end_with` something."""
+
+    def __init__(self):
+        self.taken = 0
+        self.end_with: type | None = None
+        self._ids: list[str] = []
+        self._written = asyncio.Event()
+
+    async def write(self, message: bytes) -> None:
+        self._ids.append(service_pb2.ModelInferRequest.FromString(message).id)
+        self._written.set()
+
+    async def done_writing(self) -> None:
+        pass
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self) -> bytes:
+        await self._written.wait()
+        await asyncio.sleep(0)
+        if self.end_with is not None:
+            raise self.end_with
+        self.taken += 1
+        answered = service_pb2.ModelStreamInferResponse(infer_response=response(TEXT=str(self.taken)))
+        answered.infer_response.id = self._ids[0]
+        return answered.SerializeToString()
+
+
+async def steps() -> None:
+    """All that can go on without anybody's doing has gone on."""
+    for _ in range(200):
+        await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def streaming(folder, *messages: service_pb2.ModelInferRequest):
+    """A stream of the front's, as (context, Triton's call, the handler's task, front), whose client goes on."""
+
+    async def sent() -> AsyncIterator[bytes]:
+        for message in messages:
+            yield message.SerializeToString()
+        await asyncio.Event().wait()
+
+    async def sent_until(handled: asyncio.Task) -> AsyncIterator[bytes]:
+        """As gRPC does: without a message any more when the call is over."""
+        requests = sent()
+        while True:
+            following = asyncio.ensure_future(anext(requests))
+            await asyncio.wait({following, handled}, return_when=asyncio.FIRST_COMPLETED)
+            if handled.done():
+                following.cancel()
+                return
+            yield following.result()
+
+    passing = front.Front("unix:/nowhere", RunFolder(folder), contract.MODELS)
+    context, call = Context(), Call()
+    passing.open_stream = lambda: call
+    handled: asyncio.Task = asyncio.ensure_future(_handle(passing, context, lambda: sent_until(handled)))
+    await steps()
+    yield context, call, handled, passing
+    await asyncio.wait({handled}, timeout=PATIENCE_S)
+    await _ended(passing)
+    assert passing.folder.cancelled() == set()
+    await passing.close()
+
+
+async def _handle(passing: front.Front, context: Context, messages: Callable) -> None:
+    await passing._stream(messages(), context)
+
+
+def test_of_a_stream_that_nobody_reads_next_to_nothing_is_taken_from_triton_and_all_of_it_comes_in_order(tmp_path):
+    async def check() -> None:
+        async with streaming(tmp_path, chat()) as (context, call, handled, _):
+            assert 1 <= call.taken <= 3 and not context.written
+            context.reads.set()
+            await steps()
+            assert call.taken > 10 and len(context.written) <= call.taken <= len(context.written) + 3
+            texts = [wire.text_of(wire.outputs_of(r.infer_response)["TEXT"]) for r in context.written]
+            assert texts == [str(n + 1) for n in range(len(texts))]
+            call.end_with = StopAsyncIteration
+            handled.cancel()
+
+    run(check())
+
+
+def test_a_client_that_goes_while_refusals_and_responses_wait_for_it_leaves_nothing(tmp_path):
+    async def check() -> None:
+        async with streaming(tmp_path, chat(), *(ask_wrong() for _ in range(5))) as (context, call, handled, passing):
+            handled.cancel()
+            await steps()
+            assert len(passing.folder.cancelled()) == 1 and call.taken > 10  # read on, although nobody is there
+            call.end_with = StopAsyncIteration
+
+    run(check())
+
+
+def test_a_stream_that_breaks_while_refusals_wait_for_the_client_leaves_nothing(tmp_path):
+    class Broken(grpc.aio.AioRpcError):
+        def __init__(self):
+            nothing = grpc.aio.Metadata()
+            super().__init__(grpc.StatusCode.UNAVAILABLE, nothing, nothing, "Socket closed")
+
+    async def check() -> None:
+        async with streaming(tmp_path, chat(), *(ask_wrong() for _ in range(5))) as (context, call, handled, _):
+            call.end_with = Broken
+            context.reads.set()
+            with pytest.raises(grpc.aio.AbortError, match="UNAVAILABLE: the server does not answer"):
+                await asyncio.shield(handled)
+
+    run(check())
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+def ask_wrong(id_: str = "wrong") -> service_pb2.ModelInferRequest:
+    request = study(id_=id_)
+    request.outputs.add(name="STUDY").parameters["classification"].int64_param = 2
+    return request
+
+
+@pytest.mark.parametrize(
+    "wrong", [ask_wrong("2"), b"\x0a\x05ab"], ids=["a parameter of an output", "bytes that are no request"]
+)
+def test_a_refused_request_is_answered_in_the_stream_and_those_around_it_too(client, held, wrong):
+    stream = client.stream()
+    stream.send(study("a", "1"), wrong, study("c", "3"))
+    answered = dict(said(r) for r in stream.rest())
+    error = from_wire(answered.pop("" if isinstance(wrong, bytes) else "2"))
+    assert type(error) is InvalidInput and answered == {"1": "a", "3": "c"}
+    assert [r.raw_input_contents[0][4:] for r in held.requests] == [b"a", b"c"]
+
+
+def test_a_stream_of_refused_requests_alone_never_reaches_triton(client, held):
+    stream = client.stream()
+    stream.send(*(ask_wrong(str(n)) for n in range(5)))
+    assert [r.infer_response.id for r in stream.rest()] == list("01234")
+    assert held.count["begun"] == 0
+
+
+@pytest.mark.parametrize("message", [ask_wrong().SerializeToString(), b"\x0a\x05ab"], ids=["parameter", "no request"])
+def test_a_refused_unary_request_never_reaches_triton(client, held, message):
+    with fails_as(grpc.StatusCode.INVALID_ARGUMENT, "", InvalidInput):
+        client.send("ModelInfer", message)
+    assert held.count["begun"] == 0
+
+
+@pytest.mark.parametrize("method", ["ModelReady", "ModelConfig", "ModelMetadata", "ModelStatistics"])
+def test_bytes_that_are_no_request_about_a_model_are_refused(client, held, method):
+    with fails_as(grpc.StatusCode.INVALID_ARGUMENT, "", InvalidInput):
+        client.send(method, b"\x0a\x05ab")
+    assert held.count["begun"] == 0
+
+
+def test_an_unknown_model_is_refused_with_the_status_of_an_unknown_one(client, held):
+    request = study()
+    request.model_name = "vision_encoder"
+    with fails_as(grpc.StatusCode.NOT_FOUND, "^unknown model: 'vision_encoder' is not found$"):
+        client.infer(request)
+    assert held.count["begun"] == 0
+
+
+# --- messages that are too large -------------------------------------------------------------------------------------
+def test_the_largest_part_of_a_scan_passes(client, held):
+    assert handle_of(client.infer(study("a", size=contract.MAX_PART_BYTES))) == "a"
+    assert len(held.requests[0].raw_input_contents[1]) == contract.MAX_PART_BYTES
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip], ids=["plain", "gzip"])
+@pytest.mark.parametrize("streams", [False, True], ids=["unary", "stream"])
+def test_a_message_that_is_too_large_is_refused_and_triton_sees_nothing_of_it(client, held, streams, compression):
+    """However small it is before it is unpacked."""
+    request = study("a", size=front.MAX_MESSAGE_BYTES)
+    with fails_as(grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max"):
+        if streams:
+            list(client.stub.ModelStreamInfer(iter([request]), timeout=PATIENCE_S, compression=compression))
+        else:
+            client.stub.ModelInfer(request, timeout=PATIENCE_S, compression=compression)
+    assert held.count["begun"] == 0
+    assert handle_of(client.infer(study("b"))) == "b"
+
+
+def test_a_compressed_message_of_allowed_size_passes(client):
+    request = study("a", size=1 << 20)
+    answered = client.stub.ModelInfer(request, timeout=PATIENCE_S, compression=grpc.Compression.Gzip)
+    assert handle_of(answered) == "a"
+
+
+def test_a_message_that_is_too_large_in_a_stream_ends_it_and_leaves_nothing(client, running, held):
+    held.answers = held.held
+    stream = client.stream()
+    stream.send(study("a"))
+    held.wait_for(arrived=1)
+    stream.send(study("b", size=front.MAX_MESSAGE_BYTES))
+    with fails_as(grpc.StatusCode.RESOURCE_EXHAUSTED):
+        stream.receive()
+    running.folder.wait_for({held.requests[0].id})
+    held.gate.set()
+    held.wait_for(whole=1)
+    running.folder.wait_for(set())
+
+
+# --- Triton's end ----------------------------------------------------------------------------------------------------
+def ready(client: Client) -> bool:
+    return client.stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=PATIENCE_S).ready
+
+
+def test_when_triton_dies_all_its_clients_are_told(new_client, running, held):
+    idle = new_client().stream()
+    idle.send(study("a"))
+    idle.receive()
+    held.answers = held.held
+    (unary,) = start(new_client(), False, study("b"))
+    (stream,) = start(new_client(), True, chat("c"))
+    held.wait_for(arrived=3)
+    held.die()
+    unavailable = grpc.StatusCode.UNAVAILABLE, "^UNAVAILABLE: the server does not answer", Unavailable
+    with fails_as(*unavailable):
+        unary.result()
+    with fails_as(*unavailable):
+        next(stream)
+    with fails_as(*unavailable):
+        idle.receive()
+    client = new_client()
+    with fails_as(*unavailable):
+        client.infer(study())
+    late = client.stream()
+    late.send(study())
+    with fails_as(*unavailable):
+        late.receive()
+    with fails_as(*unavailable):
+        client.stub.ModelConfig(service_pb2.ModelConfigRequest(name="study"), timeout=PATIENCE_S)
+    assert not ready(client)
+
+
+def test_a_stream_without_a_request_outlives_triton_and_its_first_one_is_refused(client, running, held):
+    stream = client.stream()
+    stream.send(ask_wrong())
+    assert stream.receive().error_message
+    held.die()
+    stream.send(study())
+    with fails_as(grpc.StatusCode.UNAVAILABLE, "the server does not answer", Unavailable):
+        stream.receive()
+
+
+def test_a_triton_that_is_killed_is_unavailable(tmp_path):
+    """Another process, whose sockets close without a word."""
+    plays = """
+import sys, pathlib, threading
+from tests.unit.fake_triton import HeldTriton
+triton = HeldTriton(pathlib.Path(sys.argv[1]))
+triton.answers = lambda request: threading.Event().wait()
+triton.wait_for(arrived=2)
+print("here", flush=True)
+threading.Event().wait()
+"""
+    path = tmp_path / "grpc"
+    command = [sys.executable, "-c", plays, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as triton:
+        running = Running(f"unix:{path}", WatchedFolder(tmp_path))
+        client = Client(running.url)
+        try:
+            running.run(running.front._channel.channel_ready())
+            (unary,) = start(client, False, study())
+            (stream,) = start(client, True, chat())
+            assert triton.stdout.readline() == b"here\n"
+            triton.kill()
+            with fails_as(grpc.StatusCode.UNAVAILABLE, "the server does not answer", Unavailable):
+                unary.result()
+            with fails_as(grpc.StatusCode.UNAVAILABLE, "the server does not answer", Unavailable):
+                next(stream)
+        finally:
+            triton.kill()
+            client.close()
+            running.stop()
+
+
+def test_a_triton_that_is_there_again_is_found_again(client, running, held):
+    held.die()
+    assert not ready(client)
+    held.start()
+    running.run(running.front._channel.channel_ready())
+    assert ready(client) and handle_of(client.infer(study("a"))) == "a"
+
+
+# --- whether it works ------------------------------------------------------------------------------------------------
+def page(running: Running, path: str) -> tuple[int, str]:
+    """Status and words of a page."""
+    connection = http.client.HTTPConnection(*running.pages, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def model_ready(client: Client, name: str) -> bool:
+    return client.stub.ModelReady(service_pb2.ModelReadyRequest(name=name), timeout=PATIENCE_S).ready
+
+
+def serving(client: Client, request: bytes = b"") -> bytes:
+    """A grpc.health.v1.HealthCheckResponse."""
+    return client.channel.unary_unary("/grpc.health.v1.Health/Check")(request, timeout=PATIENCE_S)
+
+
+SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"
+OF_THE_DECODER, OTHERS = ("decoder", "m3d_chat", "m3d_segment"), ("study", "segmentation", "m3d_retrieve")
+
+
+def test_all_is_ready_when_triton_and_the_language_model_are(client, running):
+    assert ready(client) and serving(client) == SERVING
+    assert all(model_ready(client, name) for name in (*OF_THE_DECODER, *OTHERS))
+    assert page(running, "/health/ready") == (200, "ready\n")
+    assert page(running, "/health/live") == (200, "live\n")
+
+
+@pytest.mark.parametrize("words", ["out of order", "starting", None])
+def test_without_its_language_model_a_server_is_live_and_not_ready(client, running, words):
+    (running.folder.path / "health").unlink()  # which is so until the language model says something
+    if words:
+        running.folder.health = words
+    assert not ready(client) and serving(client) == NOT_SERVING
+    assert not any(model_ready(client, name) for name in OF_THE_DECODER)
+    assert all(model_ready(client, name) for name in OTHERS)
+    assert page(running, "/health/ready") == (503, f"the language model is {words or 'starting'}\n")
+    assert page(running, "/health/live") == (200, "live\n")
+
+
+def test_a_repository_without_a_decoder_is_ready_without_one(tmp_path, held):
+    served = [name for name in contract.MODELS if name not in OF_THE_DECODER]
+    running = Running(held.address, WatchedFolder(tmp_path), served=served)
+    client = Client(running.url)
+    try:
+        assert ready(client) and serving(client) == SERVING and model_ready(client, "m3d_retrieve")
+        assert page(running, "/health/ready") == (200, "ready\n")
+        with fails_as(grpc.StatusCode.NOT_FOUND, "unknown model: 'm3d_chat' is not found"):
+            model_ready(client, "m3d_chat")
+    finally:
+        client.close()
+        running.stop()
+
+
+def test_a_triton_that_still_loads_is_live_and_not_ready(client, running, held):
+    held.is_ready = False
+    assert not ready(client) and serving(client) == NOT_SERVING
+    assert not model_ready(client, "m3d_chat") and not model_ready(client, "study")
+    assert page(running, "/health/ready") == (503, "Triton is starting\n")
+    assert page(running, "/health/live") == (200, "live\n")
+
+
+def test_without_triton_nothing_is_live(client, running, held):
+    held.die()
+    assert not ready(client) and not model_ready(client, "study") and serving(client) == NOT_SERVING
+    assert page(running, "/health/ready")[0] == 503
+    assert page(running, "/health/live") == (503, "Triton does not answer\n")
+    with fails_as(grpc.StatusCode.UNAVAILABLE, "the server does not answer", Unavailable):
+        client.stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=PATIENCE_S)
+
+
+def test_a_server_that_stops_is_not_ready(client, running, held):
+    running.front.stopping = True
+    assert not ready(client) and serving(client) == NOT_SERVING and not model_ready(client, "study")
+    assert page(running, "/health/ready") == (503, "the server is stopping\n")
+    with fails_as(grpc.StatusCode.UNAVAILABLE, "the server is stopping", Unavailable):
+        client.infer(study())
+    assert held.count["arrived"] == 0
+
+
+def test_health_is_that_of_the_server_whatever_service_is_asked_about(client):
+    assert serving(client, b"\x0a\x05other") == SERVING
+
+
+# --- Triton's other methods ------------------------------------------------------------------------------------------
+PUBLIC_METHODS = {
+    "ServerLive",
+    "ServerReady",
+    "ServerMetadata",
+    "ModelReady",
+    "ModelMetadata",
+    "ModelConfig",
+    "ModelStatistics",
+    "ModelInfer",
+    "ModelStreamInfer",
+}
+METHODS = {method.name for method in service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS - PUBLIC_METHODS))
+def test_methods_that_change_triton_are_unknown(client, held, method):
+    """With the secret header that a Triton could ask for, too."""
+    call = client.channel.unary_unary(f"/{SERVICE}/{method}")
+    with fails_as(grpc.StatusCode.UNIMPLEMENTED):
+        call(b"", timeout=PATIENCE_S, metadata=[("triton-grpc-protocol-m3d-admin", "secret")])
+    assert held.count["begun"] == 0
+
+
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig", "ModelStatistics"])
+def test_what_triton_tells_of_a_served_model_passes(client, held, method):
+    request = getattr(service_pb2, f"{method}Request")(name="vision_encoder", version="1")
+    told = getattr(client.stub, method)(request, timeout=PATIENCE_S)
+    assert "vision_encoder" in str(told)
+    assert held.asked == [request]
+
+
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig", "ModelStatistics", "ModelReady"])
+def test_of_other_models_nothing_is_told(client, held, method):
+    request = getattr(service_pb2, f"{method}Request")(name="another", version="1")
+    with fails_as(grpc.StatusCode.NOT_FOUND, "^unknown model: 'another' is not found$"):
+        getattr(client.stub, method)(request, timeout=PATIENCE_S)
+    assert held.count["begun"] == 0
+
+
+def test_statistics_of_all_models_pass(client, held):
+    client.stub.ModelStatistics(service_pb2.ModelStatisticsRequest(), timeout=PATIENCE_S)
+    assert held.asked == [service_pb2.ModelStatisticsRequest()]
+
+
+def test_what_the_server_is_passes(client):
+    told = client.stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=PATIENCE_S)
+    assert (told.name, told.version) == ("triton", "0.0-fake")
+    assert client.stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=PATIENCE_S).live
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+METRICS = "# HELP nv_inference_request_success Number of successful requests\nnv_inference_request_success 7\n"
+
+
+class Metrics(BaseHTTPRequestHandler):
+    """Triton's, as libevent serves them."""
+
+    def do_GET(self):
+        content = METRICS.encode() if self.path == "/metrics" else b""
+        self.send_response(200 if content else 404)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_words):
+        pass
+
+
+@contextlib.contextmanager
+def serving_metrics(folder, handler: type[socketserver.BaseRequestHandler]):
+    with socketserver.ThreadingUnixStreamServer(str(folder / "metrics"), handler) as served:
+        thread = threading.Thread(target=served.serve_forever, args=(0.01,))
+        thread.start()
+        yield
+        served.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    with serving_metrics(tmp_path, Metrics):
+        yield
+
+
+def test_metrics_are_tritons(running, metrics):
+    assert page(running, "/metrics") == (200, METRICS)
+    assert page(running, "/metrics") == (200, METRICS)
+
+
+def test_without_triton_there_are_no_metrics(running):
+    assert page(running, "/metrics") == (503, "Triton does not answer\n")
+
+
+def test_a_triton_that_breaks_off_its_metrics_has_none(running, tmp_path):
+    with serving_metrics(tmp_path, socketserver.BaseRequestHandler):
+        assert page(running, "/metrics") == (503, "Triton does not answer\n")
+
+
+def test_other_pages_are_not_there(running):
+    assert page(running, "/v2/health/ready")[0] == 404 and page(running, "/")[0] == 404
+
+
+BODIES = {
+    "large": b"Content-Length: 10000000000\r\n\r\n" + bytes(1 << 16),
+    "chunked": b"Transfer-Encoding: chunked\r\n\r\n10000\r\n" + bytes(1 << 16) + b"\r\n10000\r\n",
+    "packed": b"Content-Encoding: deflate\r\nContent-Length: 100000\r\n\r\n" + bytes(1 << 10),
+    "endless headers": b"A: " + b"a" * (1 << 16),
+}
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/health/ready", "/health/live"])
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_a_page_takes_no_body(running, metrics, path, body):
+    with socket.create_connection(running.pages, timeout=PATIENCE_S) as connection:
+        connection.sendall(b"POST " + path.encode() + b" HTTP/1.1\r\nHost: here\r\n" + body)
+        status = connection.recv(1 << 10).split(b"\r\n")[0]
+    assert status in (b"HTTP/1.1 405 Method Not Allowed", b"HTTP/1.1 400 Bad Request", b"HTTP/1.0 400 Bad Request")
+    assert page(running, path)[0] == 200
+
+
+@pytest.mark.parametrize("body", list(BODIES.values())[:3], ids=list(BODIES)[:3])
+def test_a_page_is_read_without_the_body_that_comes_with_it(running, metrics, body):
+    with socket.create_connection(running.pages, timeout=PATIENCE_S) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: here\r\n" + body)
+        assert connection.recv(1 << 10).startswith(b"HTTP/1.1 200 OK")
+    assert page(running, "/metrics") == (200, METRICS)
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+class Process:
+    """`python -m engine.server.front` between `url` and Triton."""
+
+    def __init__(self, inside: str, folder, **settings):
+        ports = server.free_ports()
+        of_all = {
+            "host": "127.0.0.1",
+            "metrics_host": "127.0.0.1",
+            "inside": inside,
+            "inside_metrics": str(folder / "metrics"),
+            "models": tuple(contract.MODELS),
+            "folder": str(folder),
+        }
+        self.settings = FrontSettings(**(of_all | ports | settings))
+        self.url = f"127.0.0.1:{self.settings.grpc_port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "engine.server.front", json.dumps(asdict(self.settings))],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait(self) -> tuple[int, str]:
+        """How it ends, and what it said."""
+        words = self.process.communicate(timeout=PATIENCE_S)[0]
+        return self.process.returncode, words
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def process(tmp_path, held):
+    process = Process(held.address, tmp_path)
+    yield process
+    held.gate.set()
+    process.stop()
+
+
+@pytest.fixture
+def of_process(process):
+    client = Client(process.url)
+    grpc.channel_ready_future(client.channel).result(PATIENCE_S)
+    yield client
+    client.close()
+
+
+@pytest.mark.integration
+def test_a_front_that_is_told_to_stop_finishes_what_is_in_work_and_takes_nothing_new(process, of_process, held):
+    held.answers = lambda r: held.held(r) if b"held" in r.raw_input_contents[0] else held.echo(r)
+    (unary,) = start(of_process, False, study("held 1"))
+    running, going_on = of_process.stream(), of_process.stream()
+    running.send(chat("held 2"))
+    held.wait_for(arrived=2)
+    going_on.send(study("before"))
+    assert handle_of(going_on.receive().infer_response) == "before"
+    process.process.send_signal(signal.SIGTERM)
+    while True:  # the signal takes effect some time
+        going_on.send(study("after"))
+        answered = going_on.receive()
+        if answered.error_message:
+            break
+    error = from_wire(answered.error_message)
+    assert isinstance(error, Unavailable) and "the server is stopping" in str(error)
+    assert answered.infer_response.id == "mine"
+    with fails_as(grpc.StatusCode.UNAVAILABLE):
+        of_process.infer(study("new"))
+    assert process.process.poll() is None
+    held.gate.set()
+    assert handle_of(unary.result()) == "held 1"
+    assert [handle_of(r.infer_response) for r in running.rest()] == ["held 2"]
+    assert going_on.rest() == []
+    assert process.wait() == (0, "")
+    assert not [r for r in held.requests if b"new" in r.raw_input_contents[0]]
+
+
+@pytest.mark.integration
+def test_a_front_without_work_ends_when_it_is_told_to(process, of_process):
+    of_process.infer(study())
+    process.process.send_signal(signal.SIGTERM)
+    assert process.wait() == (0, "")
+
+
+@pytest.mark.integration
+def test_clients_that_go_or_do_not_speak_http_write_nothing_into_the_log(process, of_process, held):
+    """They could fill it."""
+    held.answers = lambda request: [response(TEXT="x" * (1 << 20)) for _ in range(50)]
+    for n in range(1, 9):
+        stream = of_process.stream()
+        stream.send(chat())
+        held.wait_for(sent=50 * (n - 1) + n)
+        stream.call.cancel()
+        held.wait_for(whole=n)
+    for body in BODIES.values():
+        with socket.create_connection(("127.0.0.1", process.settings.metrics_port), timeout=PATIENCE_S) as connection:
+            connection.sendall(b"POST /metrics HTTP/1.1\r\nHost: here\r\n" + body)
+            assert connection.recv(1 << 10)
+    process.process.send_signal(signal.SIGTERM)
+    assert process.wait() == (0, "")
+
+
+def test_a_front_that_ends_while_triton_works_leaves_nothing(new_client, running, held):
+    held.answers = held.held
+    start(new_client(), False, study("a", size=LARGE))
+    start(new_client(), True, chat("b"))
+    held.wait_for(arrived=2)
+    running.run(running._end())
+
+
+@pytest.mark.integration
+def test_two_fronts_do_not_share_a_port(tmp_path, process, of_process, held):
+    """Clients would come to either."""
+    second = Process(held.address, tmp_path, grpc_port=process.settings.grpc_port)
+    try:
+        code, words = second.wait()
+        assert code != 0 and "address already in use" in words.lower()
+    finally:
+        second.stop()
+    assert handle_of(of_process.infer(study("a"))) == "a"
