@@ -249,7 +249,6 @@ def test_the_real_triton_reads_a_gpu_configuration_and_misses_its_backend_alone(
     triton = Triton.find("cpu")
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / name).symlink_to(planned[0] / name)
-    ports = free_ports()
     done = subprocess.run(
         [
             triton.binary,
@@ -260,10 +259,10 @@ def test_the_real_triton_reads_a_gpu_configuration_and_misses_its_backend_alone(
             "--backend-directory",
             triton.assemble_backends(tmp_path),
             "--disable-auto-complete-config",
-            "--http-port",
-            str(ports["http_port"]),
+            "--allow-http",
+            "false",
             "--grpc-port",
-            str(ports["grpc_port"]),
+            str(free_ports()["grpc_port"]),
             "--allow-metrics",
             "false",
             "--exit-timeout-secs",
