@@ -25,21 +25,23 @@ from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler
 
 import grpc
+import numpy as np
 import pytest
 from aiohttp import web
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from engine import contract, server
-from engine.client import wire
+from engine.client import M3DClient, wire
 from engine.errors import InvalidInput, ResourceExhausted, Unavailable, from_wire
 from engine.runtime.run_folder import READY, RunFolder
+from engine.scan import read_scan
 from engine.server import front
 from engine.server.requests import Refused
 from engine.server.settings import FrontSettings
 from tests.conftest import ROOT
-from tests.unit.fake_triton import FINAL, HeldTriton, final, response
+from tests.unit.fake_triton import ANSWER, FINAL, HANDLE, HeldTriton, final, response
 
 PATIENCE_S = 30
 EMPTY_FINAL = "triton_enable_empty_final_response"
@@ -48,6 +50,8 @@ SLOT = LARGE + (1 << 10)  # of room, for a scan of LARGE bytes and what stands a
 SERVICE = "inference.GRPCInferenceService"
 OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 200),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
 ]
@@ -748,6 +752,7 @@ PEERS = st.sampled_from("abc")
 STEPS = st.integers(0, 9)
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(PEERS, SIZES, STEPS, STEPS), max_size=20))
 def test_room_is_never_overdrawn_and_all_of_it_comes_back(messages):
     """Whoever takes it, for how long, and whether they give up meanwhile. The last two of a message: after how many
@@ -798,12 +803,13 @@ def test_what_waits_for_room_is_bounded_and_a_client_may_have_half_of_it():
 
         await send("a", 2)  # its half of the room
         await send("a", 4)
+        with pytest.raises(Refused, match="RESOURCE_EXHAUSTED: .*try again"):
+            await asyncio.wait_for(room.take("a", size), PATIENCE_S / 2)
         await send("b", 2)
         await send("b", 4)
         assert [task.done() for task in taking] == [True, True, *[False] * 4, True, True, *[False] * 4]
-        for peer in "ac":
-            with pytest.raises(Refused, match="RESOURCE_EXHAUSTED: .*try again"):
-                await room.take(peer, size)
+        with pytest.raises(Refused, match="RESOURCE_EXHAUSTED: .*try again"):
+            await asyncio.wait_for(room.take("c", size), PATIENCE_S / 2)
         while taking:
             await room.give_back("a" if len(taking) > 6 else "b", await taking.pop(0))
         assert room.is_whole
@@ -1417,11 +1423,10 @@ def test_a_front_that_is_told_to_stop_finishes_what_is_in_work_and_takes_nothing
     going_on.send(study("before"))
     assert handle_of(going_on.receive().infer_response) == "before"
     process.process.send_signal(signal.SIGTERM)
-    while True:  # the signal takes effect some time
+    answered = service_pb2.ModelStreamInferResponse()
+    while not answered.error_message:  # the signal takes effect some time
         going_on.send(study("after"))
         answered = going_on.receive()
-        if answered.error_message:
-            break
     error = from_wire(answered.error_message)
     assert isinstance(error, Unavailable) and "the server is stopping" in str(error)
     assert answered.infer_response.id == "mine"
@@ -1479,3 +1484,27 @@ def test_two_fronts_do_not_share_a_port(tmp_path, process, of_process, held):
     finally:
         second.stop()
     assert handle_of(of_process.infer(study("a"))) == "a"
+
+
+# --- this project's client -------------------------------------------------------------------------------------------
+def test_this_client_gets_through(tmp_path, triton):
+    """Uploads in parts, questions, streams, masks and rankings."""
+    running = Running(triton.url, WatchedFolder(tmp_path))
+    running.folder.health = READY
+    scan = np.random.default_rng(0).random((1, 20, 300, 400), np.float32)  # 9.6 MB
+    try:
+        with M3DClient(running.url, timeout=PATIENCE_S) as client:
+            assert client.is_ready()
+            study = client.upload(scan)
+            assert study.handle == HANDLE and len(triton.parts) > 1
+            assert np.array_equal(read_scan(triton.uploads[0]["VOLUME"].tobytes()).array, scan[0])
+            assert client.ask(study, "What?").text == "".join(ANSWER)
+            assert list(client.stream(study, "What?")) == list(ANSWER)
+            triton.mask[:] = True
+            assert client.segment(study, "Where?").mask.all()
+            assert client.rank(study, ["a liver", "a lung"]).scores.tolist() == [0, 1]
+            triton.stream_error = "RESOURCE_EXHAUSTED: too many wait"
+            with pytest.raises(ResourceExhausted, match="too many wait"):
+                client.ask(study, "What?")
+    finally:
+        running.stop()

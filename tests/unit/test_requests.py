@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import grpc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
@@ -321,6 +321,7 @@ def damaged(draw) -> bytes:
     return bytes(message)
 
 
+@settings(max_examples=300, deadline=None)
 @given(damaged())
 def test_of_damaged_messages_only_those_pass_whose_inputs_are_what_they_say(message):
     try:
