@@ -7,13 +7,16 @@ models look, and end the answer as any other. A Triton that was started without 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 VARIABLE = "M3D_RUN_FOLDER"
 PEER = "m3d_peer"  # the request parameter that names the client's connection
 READY = "ready"
+STARTING = "starting"
 _CANCELLED, _HEALTH = "cancelled", "health"
+_HEALTH_BYTES = 512
 
 
 class RunFolder:
@@ -23,6 +26,9 @@ class RunFolder:
         self.path = Path(path)
         self._cancelled = self.path / _CANCELLED
         self._cancelled.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            with open(self.path / _HEALTH, "xb") as file:
+                file.write(_padded(STARTING))
 
     @classmethod
     def of_server(cls) -> RunFolder | None:
@@ -45,13 +51,14 @@ class RunFolder:
     @property
     def health(self) -> str:
         """What the language model says of itself: READY, or words for clients."""
-        try:
-            return (self.path / _HEALTH).read_text()
-        except FileNotFoundError:
-            return "starting"
+        return (self.path / _HEALTH).read_bytes().decode(errors="replace").strip()
 
     @health.setter
     def health(self, words: str) -> None:
-        new = self.path / f"{_HEALTH}-new"
-        new.write_text(words)
-        new.rename(self.path / _HEALTH)
+        # In place: a disk that is full takes it all the same.
+        with open(self.path / _HEALTH, "r+b") as file:
+            file.write(_padded(words))
+
+
+def _padded(words: str) -> bytes:
+    return words.encode()[:_HEALTH_BYTES].ljust(_HEALTH_BYTES)

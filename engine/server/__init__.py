@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from engine import gpu
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
 from engine.packages import cache_folder
+from engine.runtime.run_folder import RunFolder
 from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
 from engine.server import keeper
 from engine.server.settings import FrontSettings, address
@@ -174,8 +176,10 @@ class Server:
                 "vital": STUB,
                 "log": str(self.log),
             }
-            with open(run_folder / RUN_LOCK, "wb") as lock:
+            RunFolder(run_folder)
+            with open(run_folder / f"{RUN_LOCK}-new", "wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # the keeper has it, too, and so holds it until it ends
+                os.rename(lock.name, run_folder / RUN_LOCK)  # before, nobody takes the folder for a left one
                 self._keeper = subprocess.Popen(
                     [sys.executable, "-I", "-S", keeper.__file__],
                     stdin=subprocess.PIPE,
@@ -318,14 +322,18 @@ class Server:
 
 
 def sweep() -> None:
-    """Remove this user's run folders whose keeper was killed."""
+    """Remove this user's run folders whose keeper was killed. Others may have put anything there under such a name."""
     for folder in Path(tempfile.gettempdir()).glob(f"{RUN_PREFIX}*"):
         try:
-            with open(folder / RUN_LOCK, "rb") as lock:
-                if os.fstat(lock.fileno()).st_uid != os.geteuid():
-                    continue
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                continue
+            lock = os.open(folder / RUN_LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
         except OSError:
             continue  # it is in use, another program's, or gone
 

@@ -37,7 +37,15 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from engine.contract import MAX_PART_BYTES, MODELS
-from engine.errors import InvalidInput, M3DError, ResourceExhausted, Unavailable, from_wire
+from engine.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    M3DError,
+    ResourceExhausted,
+    Unavailable,
+    from_wire,
+    shortened,
+)
 from engine.runtime.run_folder import PEER, READY, RunFolder
 from engine.server.requests import Refused, read, unknown_model
 from engine.server.settings import FrontSettings, address
@@ -49,6 +57,7 @@ LARGE_BYTES = 1 << 18
 IN_WORK_BYTES = 256 << 20
 ROOM_S = 60.0  # that a large message waits for room
 MAX_CALLS = 8192  # at the same time; each costs some 30 KB
+FIRST_MESSAGE_S = 120.0  # that a stream may be open without one
 DRAIN_S = 12.0  # for calls in work when the server stops; Triton itself waits for 10 s
 TIDY_S = 10.0  # between two times that memory is given back
 EMPTY_FINAL, FINAL = "triton_enable_empty_final_response", "triton_final_response"  # parameters of Triton's
@@ -59,6 +68,8 @@ _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckR
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Of one connection, so that none takes all of MAX_CALLS; further ones wait in their client.
+    ("grpc.max_concurrent_streams", 128),
     ("grpc.so_reuseport", 0),  # two servers on one port would share its clients
 ]
 _INSIDE_OPTIONS = [
@@ -133,9 +144,9 @@ class Front:
         """What is served. Triton's other methods, such as model control and shared memory, are unknown here."""
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
         methods = {
-            "ServerLive": unary(self._passed("ServerLive")),
+            "ServerLive": unary(self._about_server("ServerLive")),
             "ServerReady": unary(self._server_ready),
-            "ServerMetadata": unary(self._passed("ServerMetadata")),
+            "ServerMetadata": unary(self._about_server("ServerMetadata")),
             "ModelReady": unary(self._model_ready),
             "ModelInfer": unary(self._infer),
             "ModelStreamInfer": stream(self._stream),
@@ -180,42 +191,48 @@ class Front:
         name = await self._known(request, context)
         needs_decoder = name in ("decoder", "m3d_chat", "m3d_segment")
         ready = not self.stopping and (self._decoder_is_ready() or not needs_decoder)
-        ready = ready and await self._says("ModelReady", request)
+        ready = ready and await self._says("ModelReady", service_pb2.ModelReadyRequest(name=name).SerializeToString())
         return service_pb2.ModelReadyResponse(ready=ready).SerializeToString()
 
     async def _health(self, _request: bytes, _context) -> bytes:
         return _SERVING if await self.is_ready() else _NOT_SERVING
 
-    # --- what is passed on as it is ----------------------------------------------------------------------------------
-    def _passed(self, method: str):
-        async def passed(request: bytes, context) -> bytes:
-            try:
-                return await self._call(method, request, 30.0)
-            except grpc.aio.AioRpcError as error:
-                return await self._abort(error, context)
+    # --- what is passed on -------------------------------------------------------------------------------------------
+    # Never the client's own message, which may have 17 MB: what it can say is written anew.
+    def _about_server(self, method: str):
+        async def about_server(_request: bytes, context) -> bytes:
+            return await self._asked(method, b"", context)
 
-        return passed
+        return about_server
 
     def _about_model(self, method: str):
         """What can be read of all models, those that clients may not call included."""
-        passed = self._passed(method)
 
         async def about_model(request: bytes, context) -> bytes:
-            await self._known(request, context)
-            return await passed(request, context)
+            name = await self._known(request, context)
+            return await self._asked(method, service_pb2.ModelReadyRequest(name=name).SerializeToString(), context)
 
         return about_model
 
-    async def _known(self, request: bytes, context) -> str:
-        """The model's name, which these requests have in the same place; empty where the request is about all."""
+    async def _asked(self, method: str, request: bytes, context) -> bytes:
         try:
-            name = service_pb2.ModelReadyRequest.FromString(request).name
+            return await self._call(method, request, 30.0)
+        except grpc.aio.AioRpcError as error:
+            return await self._abort(error, context)
+
+    async def _known(self, request: bytes, context) -> str:
+        """The model's name; empty where the request is about all. These requests have name and version alike."""
+        try:
+            asked = service_pb2.ModelReadyRequest.FromString(request)
         except DecodeError:
             error = InvalidInput("these bytes are no message of this method")
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.to_wire())
-        if name and name not in self.served:
-            await context.abort(*unknown_model(name))
-        return name
+        if asked.version not in ("", "1"):
+            error = InvalidInput(f"version is 1 or not given, not {shortened(asked.version)}")
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.to_wire())
+        if asked.name and asked.name not in self.served:
+            await context.abort(*unknown_model(asked.name))
+        return asked.name
 
     async def _call(self, method: str, request: bytes, timeout: float | None = None) -> bytes:
         return await asyncio.shield(
@@ -263,6 +280,9 @@ class Front:
                 await context.write(response)
         except grpc.aio.AioRpcError as error:
             await self._abort(error, context)
+        except TimeoutError:
+            late = DeadlineExceeded(f"no request came in this stream for {FIRST_MESSAGE_S:.0f} s: open it with one")
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, late.to_wire())
         finally:
             stream.abandon()
 
@@ -344,7 +364,8 @@ class _Work:
         """The client has gone: tell the models."""
         self.abandoned = True
         for id_ in self._open:
-            self._front.folder.cancel(id_)
+            with contextlib.suppress(OSError):  # the disk is full: the answer is decoded to its end
+                self._front.folder.cancel(id_)
 
     async def end(self) -> None:
         """Nothing more comes from Triton."""
@@ -386,7 +407,7 @@ class _Stream(_Work):
         """Returns when all is answered."""
         call = receiving = None
         try:
-            async for message in messages:
+            async for message in _begun(messages):
                 try:
                     admitted = await self.admit(message)
                 except Refused as refused:
@@ -435,6 +456,17 @@ class _Stream(_Work):
             self._drop_answers()
 
 
+async def _begun(messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The messages of a stream. Raises TimeoutError if the first does not come within FIRST_MESSAGE_S."""
+    try:
+        first = await asyncio.wait_for(anext(messages), FIRST_MESSAGE_S)
+    except StopAsyncIteration:
+        return
+    yield first
+    async for message in messages:
+        yield message
+
+
 def _no_room() -> Refused:
     return Refused.of(ResourceExhausted("the server takes in as much as it has memory for: try again shortly"))
 
@@ -457,7 +489,7 @@ def _refusal(message: bytes, refused: Refused) -> bytes:
 # --- the process -----------------------------------------------------------------------------------------------------
 def keep_log_short() -> None:
     """Leave out of the log what clients could fill it with: that they went in the middle, or do not speak HTTP."""
-    theirs = (grpc.aio.InternalError, HttpProcessingError, web.RequestPayloadError)
+    theirs = (asyncio.CancelledError, grpc.aio.InternalError, HttpProcessingError, web.RequestPayloadError)
     for name in ("grpc._cython.cygrpc", "aiohttp.server"):
         logging.getLogger(name).addFilter(
             lambda record: not (record.exc_info and isinstance(record.exc_info[1], theirs))

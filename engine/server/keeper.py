@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import glob
 import json
 import os
@@ -35,6 +36,7 @@ import resource
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -59,7 +61,7 @@ LOG_BURST, LOG_RATE = 4 << 20, 256 << 10  # bytes at once, so that a start and t
 LOG_KEPT = 64 << 10  # of what comes too fast: the end, which tells most
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
-CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_REC, MS_SLAVE = 2, 4, 0x4000, 0x80000
 CAP_SYS_ADMIN = 21
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -210,6 +212,22 @@ def enter_namespace(flags: int) -> None:
     check("mount", LIBC.mount(None, b"/", None, MS_REC | MS_SLAVE, None))
     options = f"mode=0700,size={size}".encode()
     check("mount", LIBC.mount(b"tmpfs", SHM.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, options))
+
+
+def leave_network() -> None:
+    """Get a network namespace with a loopback of its own alone.
+
+    vLLM's engine listens on ports of 127.0.0.1 for its own processes, and loses a descriptor with every connection:
+    some ten thousand end it, and any user of the machine could make them. What clients reach is the companion, which
+    stays outside; between the two is a Unix socket, which no network is in the way of.
+
+    Raises:
+        OSError: the system does not allow it.
+    """
+    check("unshare", LIBC.unshare(CLONE_NEWNET))
+    up, running, set_flags = 0x1, 0x40, 0x8914  # IFF_UP, IFF_RUNNING, SIOCSIFFLAGS
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh22x", b"lo", up | running))
 
 
 def keep_rights_closed() -> None:
@@ -446,7 +464,7 @@ class Keeper:
         self.status: int | None = None
         self.childless = False
         self.processes: list[subprocess.Popen] = []
-        self.child = self._start(command)
+        self.child = self._start(command, alone=self.own_shm)
         self.shm_prefixes = [prefix.format(pid=self.child) for prefix in shm_prefixes]
         self.companion: int | None = None
         self.companion_ended = ""  # how; empty while it runs
@@ -458,16 +476,25 @@ class Keeper:
             self.stop_asked |= self.companion is None
         self.log.follow()
 
-    def _start(self, command: list[str]) -> int | None:
-        """Returns the process id, or None if there is no such program; the log says why then."""
+    def _start(self, command: list[str], alone: bool = False) -> int | None:
+        """Returns the process id, or None if there is no such program; the log says why then.
+
+        alone: with a network of its own, see `leave_network`.
+        """
+
+        def prepare() -> None:
+            # Should the keeper itself be killed, it at least gets a SIGTERM ...
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if alone:
+                leave_network()
+
         try:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=self.log.writing,
                 stderr=self.log.writing,
-                # Should the keeper itself be killed, it at least gets a SIGTERM ...
-                preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+                preexec_fn=prepare,
                 # ... and is not killed by its next words, which nobody reads then: SIGPIPE stays ignored.
                 restore_signals=False,
             )

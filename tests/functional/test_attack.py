@@ -516,13 +516,14 @@ def light_server(light_repository, tmp_path):
         yield server
 
 
-def test_the_memory_of_many_large_scans_is_given_back(light_server, scans):
+@pytest.mark.parametrize("count", [10, pytest.param(30, marks=pytest.mark.slow(group="soak"))])
+def test_the_memory_of_many_large_scans_is_given_back(light_server, scans, count):
     """50 of 100 MB left 8 GB behind."""
     tree, random = Tree(light_server.keeper_pid), np.random.default_rng(7)
     with M3DClient(light_server.url, timeout=PATIENCE_S) as client:
         client.upload(scans[0])
         before = taken(tree, *tree.processes)
-        for _ in range(30):
+        for _ in range(count):
             client.upload(random.random((240, 256, 256), np.float32), preset="mr")
         assert until(lambda: not growth(before, taken(tree, *tree.processes), most=100), 60), taken(
             tree, *tree.processes

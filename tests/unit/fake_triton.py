@@ -19,7 +19,7 @@ from engine.client.wire import decode, encode
 
 ANSWER = ("The ", "liver ", "is ", "normal.")
 HANDLE = "ab" * 32
-PATIENCE_S = 10
+PATIENCE_S = 60
 
 
 def response(**tensors) -> service_pb2.ModelInferResponse:

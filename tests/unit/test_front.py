@@ -34,7 +34,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from engine import contract, server
 from engine.client import M3DClient, wire
-from engine.errors import InvalidInput, ResourceExhausted, Unavailable, from_wire
+from engine.errors import DeadlineExceeded, InvalidInput, ResourceExhausted, Unavailable, from_wire
 from engine.runtime.run_folder import READY, RunFolder
 from engine.scan import read_scan
 from engine.server import front
@@ -43,7 +43,7 @@ from engine.server.settings import FrontSettings
 from tests.conftest import ROOT
 from tests.unit.fake_triton import ANSWER, FINAL, HANDLE, HeldTriton, final, response
 
-PATIENCE_S = 30
+PATIENCE_S = 60
 EMPTY_FINAL = "triton_enable_empty_final_response"
 LARGE = front.LARGE_BYTES + 1
 SLOT = LARGE + (1 << 10)  # of room, for a scan of LARGE bytes and what stands around it
@@ -592,6 +592,26 @@ def test_each_unanswered_request_of_a_stream_that_goes_is_named_to_the_models(cl
     running.folder.wait_for(set())
 
 
+def test_a_client_that_goes_when_the_disk_is_full_leaves_nothing(client, running, held, monkeypatch):
+    """Its answer is decoded to the end, as the models cannot be told."""
+    here = threading.Event()
+
+    def full(_folder, _id):
+        here.set()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "cancel", full)
+    held.answers = held.held
+    calls = start(client, True, chat("a")) + start(client, False, study("b"))
+    held.wait_for(arrived=2)
+    for call in calls:
+        here.clear()
+        call.cancel()
+        assert here.wait(PATIENCE_S)
+    held.gate.set()
+    held.wait_for(whole=2)
+
+
 def test_an_answer_in_many_responses_is_read_to_its_end_when_its_client_has_gone(client, running, held):
     def long_answer(request):
         yield response(TEXT="first")
@@ -1016,6 +1036,29 @@ def test_bytes_that_are_no_request_about_a_model_are_refused(client, held, metho
     assert held.count["begun"] == 0
 
 
+def test_a_stream_without_a_request_ends_after_a_while(client, held, monkeypatch):
+    monkeypatch.setattr(front, "FIRST_MESSAGE_S", 0.1)
+    stream = client.stream()
+    with fails_as(grpc.StatusCode.DEADLINE_EXCEEDED, "no request came in this stream", DeadlineExceeded):
+        stream.receive()
+    assert held.count["begun"] == 0
+
+
+def test_a_stream_that_had_a_request_stays(client, monkeypatch):
+    monkeypatch.setattr(front, "FIRST_MESSAGE_S", 0.1)
+    for _ in range(100):  # on a busy machine, the first request may take longer
+        begun = client.stream()
+        begun.send(study("a"))
+        with contextlib.suppress(grpc.RpcError):
+            begun.receive()
+            break
+    silent = client.stream()
+    with fails_as(grpc.StatusCode.DEADLINE_EXCEEDED):
+        silent.receive()
+    begun.send(study("b"))
+    assert handle_of(begun.receive().infer_response) == "b"
+
+
 def test_an_unknown_model_is_refused_with_the_status_of_an_unknown_one(client, held):
     request = study()
     request.model_name = "vision_encoder"
@@ -1179,7 +1222,9 @@ def test_all_is_ready_when_triton_and_the_language_model_are(client, running):
 
 @pytest.mark.parametrize("words", ["out of order", "starting", None])
 def test_without_its_language_model_a_server_is_live_and_not_ready(client, running, words):
-    (running.folder.path / "health").unlink()  # which is so until the language model says something
+    """None: it has not said anything yet."""
+    (running.folder.path / "health").unlink()
+    RunFolder(running.folder.path)
     if words:
         running.folder.health = words
     assert not ready(client) and serving(client) == NOT_SERVING
@@ -1262,7 +1307,22 @@ def test_what_triton_tells_of_a_served_model_passes(client, held, method):
     request = getattr(service_pb2, f"{method}Request")(name="vision_encoder", version="1")
     told = getattr(client.stub, method)(request, timeout=PATIENCE_S)
     assert "vision_encoder" in str(told)
-    assert held.asked == [request]
+    assert [asked.name for asked in held.asked] == ["vision_encoder"]
+
+
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig", "ModelStatistics", "ModelReady"])
+def test_of_a_request_about_a_model_triton_sees_its_name_alone(client, held, method):
+    """A message may have 16 MB more in it, of fields that nobody knows."""
+    unknown = b"\x7a\x80\x80\x40" + bytes(1 << 20)
+    client.send(method, service_pb2.ModelReadyRequest(name="study").SerializeToString() + unknown)
+    assert [asked.ByteSize() for asked in held.asked] == [len("study") + 2]
+
+
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig", "ModelStatistics", "ModelReady"])
+def test_a_model_has_one_version(client, held, method):
+    with fails_as(grpc.StatusCode.INVALID_ARGUMENT, "version is 1 or not given, not '2'", InvalidInput):
+        client.send(method, service_pb2.ModelReadyRequest(name="study", version="2").SerializeToString())
+    assert held.count["begun"] == 0
 
 
 @pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig", "ModelStatistics", "ModelReady"])

@@ -12,6 +12,7 @@ import resource
 import select
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -457,6 +458,30 @@ def test_another_user_cannot_even_list_its_shared_memory(user, way):
             outside.unlink()
         kept.stop()
         assert found_by_another_user(name, [kept.pid, pid]) == ([], [])
+
+
+LISTENS = """
+import socket
+listening = socket.create_server(("127.0.0.1", 0))
+port = listening.getsockname()[1]
+own = socket.create_connection(("127.0.0.1", port), timeout=10)
+print(port, flush=True)
+while True:
+    listening.accept()
+"""
+
+
+@as_root
+@pytest.mark.parametrize("user", [0, SERVER_USER])
+def test_nobody_else_reaches_the_ports_that_it_listens_on(user):
+    """vLLM's engine listens on some, and loses a descriptor with every connection."""
+    interpreter = others_python() if user else sys.executable
+    with Kept([interpreter, "-c", LISTENS], interpreter, as_user(user)) as kept:
+        port = int(kept.line())
+        if PRIVATE not in kept.keepers_words:
+            pytest.skip(f"this machine does not allow it: {kept.keepers_words}")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=10)
 
 
 @pytest.mark.parametrize("user", [0, pytest.param(SERVER_USER, marks=as_root)])
