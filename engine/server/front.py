@@ -47,7 +47,7 @@ from engine.errors import (
     shortened,
 )
 from engine.runtime.run_folder import PEER, READY, RunFolder
-from engine.server.requests import Refused, read, unknown_model
+from engine.server.requests import Refused, id_of, read, unknown_model
 from engine.server.settings import FrontSettings, address
 
 # A part, and what stands around it. gRPC refuses a longer message by its announced length, before it takes it in.
@@ -57,6 +57,7 @@ LARGE_BYTES = 1 << 18
 IN_WORK_BYTES = 256 << 20
 ROOM_S = 60.0  # that a large message waits for room
 MAX_CALLS = 8192  # at the same time; each costs some 30 KB
+CALLS_OF_CONNECTION = 128  # of those; further ones wait in their client
 FIRST_MESSAGE_S = 120.0  # that a stream may be open without one
 DRAIN_S = 12.0  # for calls in work when the server stops; Triton itself waits for 10 s
 TIDY_S = 10.0  # between two times that memory is given back
@@ -68,8 +69,7 @@ _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckR
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Of one connection, so that none takes all of MAX_CALLS; further ones wait in their client.
-    ("grpc.max_concurrent_streams", 128),
+    ("grpc.max_concurrent_streams", CALLS_OF_CONNECTION),
     ("grpc.so_reuseport", 0),  # two servers on one port would share its clients
 ]
 _INSIDE_OPTIONS = [
@@ -481,8 +481,7 @@ def _leave_out(response: service_pb2.ModelInferResponse, wanted: frozenset[str])
 def _refusal(message: bytes, refused: Refused) -> bytes:
     """A response as Triton makes it of an error in a stream."""
     response = service_pb2.ModelStreamInferResponse(error_message=refused.words)
-    with contextlib.suppress(DecodeError):  # what is no request has no id
-        response.infer_response.id = service_pb2.ModelInferRequest.FromString(message).id
+    response.infer_response.id = id_of(message)
     return response.SerializeToString()
 
 

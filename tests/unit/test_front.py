@@ -1568,3 +1568,45 @@ def test_this_client_gets_through(tmp_path, triton):
                 client.ask(study, "What?")
     finally:
         running.stop()
+
+
+# --- shares of calls -------------------------------------------------------------------------------------------------
+def test_calls_of_one_connection_beyond_its_share_wait_and_those_of_another_do_not(new_client):
+    """They wait in their client: the front never has them."""
+    greedy = new_client()
+    idle = [greedy.stream() for _ in range(front.CALLS_OF_CONNECTION)]
+    for stream in idle:  # each is at the front: it answers what it refuses at once
+        stream.send(b"\xff")
+        assert stream.receive().error_message
+    late = greedy.stub.ServerReady.future(service_pb2.ServerReadyRequest(), timeout=PATIENCE_S)
+    assert new_client().stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=PATIENCE_S).ready
+    assert not late.done()
+    idle[0].rest()
+    assert late.result().ready
+
+
+def test_a_stream_without_a_request_ends(client, monkeypatch):
+    monkeypatch.setattr(front, "FIRST_MESSAGE_S", 0.1)
+    with fails_as(grpc.StatusCode.DEADLINE_EXCEEDED, "no request came", DeadlineExceeded):
+        client.stream().receive()
+
+
+def test_a_stream_may_wait_for_its_next_request(client, monkeypatch):
+    monkeypatch.setattr(front, "FIRST_MESSAGE_S", 0.1)
+    stream, other = client.stream(), client.stream()
+    stream.send(study("first"))
+    assert said(stream.receive())[1] == "first"
+    with fails_as(grpc.StatusCode.DEADLINE_EXCEEDED, "no request came"):
+        other.receive()  # so as much time has gone by
+    stream.send(study("second"))
+    assert said(stream.receive())[1] == "second"
+
+
+@pytest.mark.parametrize("method", ["ModelConfig", "ModelReady", "ModelStatistics", "ModelMetadata"])
+def test_what_is_asked_about_a_model_carries_nothing_else_to_triton(client, held, method):
+    large = service_pb2.ModelReadyRequest(name="study", version="9" * 100_000).SerializeToString()
+    with fails_as(grpc.StatusCode.INVALID_ARGUMENT, "^INVALID_ARGUMENT: version is 1.{0,120}$", InvalidInput):
+        client.send(method, large)
+    padded = service_pb2.ModelReadyRequest(name="study").SerializeToString() + b"\x7a\x80\x08" + bytes(1024)
+    client.send(method, padded)
+    assert [request.ByteSize() < 20 for request in held.asked] == [True]
