@@ -58,6 +58,7 @@ IN_WORK_BYTES = 256 << 20
 ROOM_S = 60.0  # that a large message waits for room
 MAX_CALLS = 8192  # at the same time; each costs some 30 KB
 CALLS_OF_CONNECTION = 128  # of those; further ones wait in their client
+UNREAD_S = 60.0  # that a client may leave a response unread while it takes room
 FIRST_MESSAGE_S = 120.0  # that a stream may be open without one
 DRAIN_S = 12.0  # for calls in work when the server stops; Triton itself waits for 10 s
 TIDY_S = 10.0  # between two times that memory is given back
@@ -277,14 +278,29 @@ class Front:
             while (response := await stream.answers.get()) is not None:
                 if isinstance(response, Exception):
                     raise response
-                await context.write(response)
+                await self._write(response, stream, context)
         except grpc.aio.AioRpcError as error:
             await self._abort(error, context)
+        except Refused as refused:
+            await context.abort(refused.status, refused.words)
         except TimeoutError:
             late = DeadlineExceeded(f"no request came in this stream for {FIRST_MESSAGE_S:.0f} s: open it with one")
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, late.to_wire())
         finally:
             stream.abandon()
+
+    async def _write(self, response: bytes, stream: _Stream, context) -> None:
+        """Send a response, however slow its client. Raises Refused if the stream keeps room from others meanwhile."""
+        writing = asyncio.ensure_future(context.write(response))
+        while not (await asyncio.wait({writing}, timeout=UNREAD_S))[0]:
+            if stream.takes_room:
+                writing.cancel()
+                raise Refused.of(
+                    ResourceExhausted(
+                        f"no response was read for {UNREAD_S:.0f} s, and large requests of the stream were in work"
+                    )
+                )
+        await writing
 
     def _spawn(self, work: Coroutine) -> asyncio.Task:
         """Work that goes on when its client has gone: cancelling a task that waits for Triton cancels Triton's call."""
@@ -341,6 +357,11 @@ class _Work:
         marks.parameters[PEER].string_param = self._peer
         marks.parameters[EMPTY_FINAL].bool_param = True
         return message + marks.SerializeToString()  # protobuf: two messages one behind the other are both in one
+
+    @property
+    def takes_room(self) -> bool:
+        """Whether large requests of it are in work."""
+        return any(request.taken for request in self._open.values())
 
     async def responded(self, response: service_pb2.ModelInferResponse, error: str = "") -> bool:
         """Give the response its client's id back. Returns whether it is for the client."""

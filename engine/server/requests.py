@@ -69,10 +69,10 @@ def id_of(message: bytes) -> str:
 
 
 def _parsed(message: bytes) -> ModelInferRequest:
-    if not _is_lean(message):
+    if len(message) > MAX_BESIDE_BYTES and not _is_lean(message):
         raise Refused.of(
             InvalidInput(
-                f"a message has at most {MAX_FIELDS:,} fields, and {MAX_BESIDE_BYTES:,} bytes beside those of its tensors"
+                f"a message has at most {MAX_FIELDS:,} fields, and {MAX_BESIDE_BYTES:,} bytes beside its tensors' bytes"
             )
         )
     try:

@@ -1150,6 +1150,7 @@ def test_a_stream_without_a_request_outlives_triton_and_its_first_one_is_refused
         stream.receive()
 
 
+@pytest.mark.integration
 def test_a_triton_that_is_killed_is_unavailable(tmp_path):
     """Another process, whose sockets close without a word."""
     plays = """
