@@ -796,18 +796,24 @@ def test_what_a_killed_keeper_left_goes_with_the_next_start(light_repository, sc
 @pytest.mark.parametrize("model", ["decoder", "m3d_chat"])
 def test_what_clients_close_is_not_decoded_to_its_end(server, client, study, tree, model):
     """Neither the answers in work nor those that wait for their turn, behind which the last question comes."""
-    sampling = json.dumps({"max_new_tokens": 200})
+    sampling = json.dumps({"max_new_tokens": 240})
     values = {"STUDY": study.handle, "QUESTION": QUESTION, "SAMPLING": sampling}
+
+    def arrived() -> int:
+        with Raw(server.url) as raw:
+            request = service_pb2.ModelStatisticsRequest(name="decoder")
+            return raw.stub.ModelStatistics(request, timeout=PATIENCE_S).model_stats[0].inference_count
 
     def work_of(end) -> float:
         """Seconds of processor time."""
-        before = sum(tree["vllm"].cpu_times()[:2])
+        before, already = sum(tree["vllm"].cpu_times()[:2]), arrived()
         with closing(Connection(server.url)) as connection:
             streams = [
                 connection.stream(model, named(model, values | {"STREAM": number == 0}), PATIENCE_S)
-                for number in range(2 * BATCH)
+                for number in range(3 * BATCH)
             ]
             next(streams[0])  # the language model is at it
+            assert until(lambda: arrived() == already + len(streams))
             end(streams)
         assert client.ask(study, QUESTION, max_new_tokens=1).token_ids
         return sum(tree["vllm"].cpu_times()[:2]) - before

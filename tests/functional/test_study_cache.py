@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import mmap
-import os
 import shutil
 import stat
 import threading
@@ -22,7 +20,6 @@ from engine.client.wire import Connection, text_of
 from engine.errors import DeadlineExceeded, InvalidInput, StudyNotFound
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest
-from tests.functional.footprint import Footprint, stub_of
 from tests.locks import waiting_for
 from tests.tiny import IMAGE_SIZE, QUESTION
 
@@ -132,31 +129,6 @@ def test_a_scan_sent_in_parts_is_the_study_that_it_is_at_once(client, triton, st
     assert {study.handle for study in studies[::2]} == {at_once}
     assert len({study.handle for study in studies[1::2]} - {at_once}) == 1
     assert ran(before, statistics()) == {"vision_encoder": 1}
-
-
-def test_a_large_scan_takes_no_new_memory_of_those_who_have_had_one(server, client):
-    # Over glibc's 32 MB, beyond which it gives a freed block back unless it is told to keep it.
-    scan = np.random.default_rng(20).integers(0, 1000, (512, 512, 80), np.int16)
-    processes = {
-        "client": os.getpid(),
-        "Triton": Footprint(server.keeper_pid).triton_pid,
-        "study": stub_of(server.keeper_pid, "study"),
-    }
-    pages_of_scan = scan.nbytes / mmap.PAGESIZE
-    # The client has its message new each time. NumPy's pages, of `study`, are 2 MB large where the system has such.
-    bounds = {"client": pages_of_scan / 2, "Triton": pages_of_scan / 50, "study": pages_of_scan / 50}
-    first_used = {name: [] for name in processes}  # pages, in each upload
-    for _ in range(24):  # Triton's threads take turns; each has memory of its own, which grows at first
-        before = {name: _minor_faults(pid) for name, pid in processes.items()}
-        client.upload(scan)
-        for name, pid in processes.items():
-            first_used[name].append(_minor_faults(pid) - before[name])
-    for name, pages in first_used.items():
-        assert np.median(pages[-12:]) < bounds[name], (name, pages)
-
-
-def _minor_faults(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
 
 
 def test_a_scan_uploaded_by_many_at_the_same_time_is_encoded_once(client, statistics):

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import multiprocessing
 import os
+import shutil
 import runpy
 import signal
 import sys
@@ -199,8 +200,7 @@ def test_health_that_cannot_be_written_stops_no_restart(model, tmp_path, monkeyp
     monkeypatch.setenv(VARIABLE, str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     model.folder = RunFolder.of_server()
-    (tmp_path / "run" / "cancelled").rmdir()
-    (tmp_path / "run").rmdir()
+    shutil.rmtree(tmp_path / "run")
     model._tell("restarting")
     assert not model.is_ready() and "could not be told" in model.log[0]
 
