@@ -6,8 +6,8 @@ import asyncio
 import atexit
 import multiprocessing
 import os
-import shutil
 import runpy
+import shutil
 import signal
 import sys
 import types
