@@ -292,15 +292,18 @@ class Front:
     async def _write(self, response: bytes, stream: _Stream, context) -> None:
         """Send a response, however slow its client. Raises Refused if the stream keeps room from others meanwhile."""
         writing = asyncio.ensure_future(context.write(response))
-        while not (await asyncio.wait({writing}, timeout=UNREAD_S))[0]:
-            if stream.takes_room:
-                writing.cancel()
-                raise Refused.of(
-                    ResourceExhausted(
-                        f"no response was read for {UNREAD_S:.0f} s, and large requests of the stream were in work"
+        writing.add_done_callback(_look_at)
+        try:
+            while not (await asyncio.wait({writing}, timeout=UNREAD_S))[0]:
+                if stream.takes_room:
+                    raise Refused.of(
+                        ResourceExhausted(
+                            f"no response was read for {UNREAD_S:.0f} s, and large requests of the stream were in work"
+                        )
                     )
-                )
-        await writing
+            await writing
+        finally:
+            writing.cancel()
 
     def _spawn(self, work: Coroutine) -> asyncio.Task:
         """Work that goes on when its client has gone: cancelling a task that waits for Triton cancels Triton's call."""
@@ -311,7 +314,7 @@ class Front:
 
     def _done(self, task: asyncio.Task) -> None:
         self._tasks.discard(task)
-        task.cancelled() or task.exception()  # nobody else may look at it
+        _look_at(task)
 
     async def _abort(self, error: grpc.aio.AioRpcError, context) -> Any:
         """End a call as Triton ended it; what is only known of its socket is said in words for clients."""
@@ -475,6 +478,11 @@ class _Stream(_Work):
             await self.answers.put(response)
         if self.abandoned:  # while this waited, and something else may wait behind it
             self._drop_answers()
+
+
+def _look_at(task: asyncio.Task) -> None:
+    """At the error of a task that nobody else may look at: asyncio would write it into the log."""
+    task.cancelled() or task.exception()
 
 
 async def _begun(messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -1611,3 +1611,21 @@ def test_what_is_asked_about_a_model_carries_nothing_else_to_triton(client, held
     padded = service_pb2.ModelReadyRequest(name="study").SerializeToString() + b"\x7a\x80\x08" + bytes(1024)
     client.send(method, padded)
     assert [request.ByteSize() < 20 for request in held.asked] == [True]
+
+
+def test_a_client_that_reads_nothing_cannot_keep_room_from_others(tmp_path, held, monkeypatch):
+    """While it takes none, it may read as slowly as it likes."""
+    monkeypatch.setattr(front, "UNREAD_S", 0.01)
+
+    async def leave_unread():
+        of = front.Front(held.address, RunFolder(tmp_path), contract.MODELS)
+        stream, context = front._Stream(of, "a"), Context()
+        writing = asyncio.ensure_future(of._write(b"", stream, context))
+        await asyncio.wait({writing}, timeout=0.1)
+        assert not writing.done()
+        stream._open["id"] = front._Request("", LARGE, False)
+        with pytest.raises(Refused, match="no response was read"):
+            await writing
+        await of.close()
+
+    run(leave_unread())
