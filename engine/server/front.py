@@ -247,29 +247,32 @@ class Front:
     # --- inference ---------------------------------------------------------------------------------------------------
     async def _infer(self, message: bytes, context) -> bytes:
         work = _Work(self, context.peer())
-
-        async def infer() -> bytes:
-            try:
-                answered = service_pb2.ModelInferResponse.FromString(
-                    await self._call("ModelInfer", await work.admit(message))
-                )
-                await work.responded(answered)
-                return answered.SerializeToString()
-            finally:
-                await work.end()
-
-        inferring = self._spawn(infer())
+        inferring = self._spawn(self._inferred(message, work))
+        del message
         try:
             return await asyncio.shield(inferring)
         except asyncio.CancelledError:
             work.abandon()
             raise
         except Refused as refused:
-            return await context.abort(refused.status, refused.words)
+            end = refused.status, refused.words
         except grpc.aio.AioRpcError as error:
-            return await self._abort(error, context)
+            end = self._end_of(error)
         finally:
-            del inferring  # its error knows this frame: the two would keep the message until Python looks for cycles
+            del inferring
+        # Here, and not above: gRPC's context and the error of `abort` keep each other, and with them the errors that
+        # this one comes from, with their frames, which have the message: until Python looks for cycles.
+        return await context.abort(*end)
+
+    async def _inferred(self, message: bytes, work: _Work) -> bytes:
+        try:
+            answered = service_pb2.ModelInferResponse.FromString(
+                await self._call("ModelInfer", await work.admit(message))
+            )
+            await work.responded(answered)
+            return answered.SerializeToString()
+        finally:
+            await work.end()
 
     async def _stream(self, messages: AsyncIterator[bytes], context) -> None:
         stream = _Stream(self, context.peer())
@@ -317,12 +320,15 @@ class Front:
         _look_at(task)
 
     async def _abort(self, error: grpc.aio.AioRpcError, context) -> Any:
-        """End a call as Triton ended it; what is only known of its socket is said in words for clients."""
+        return await context.abort(*self._end_of(error))
+
+    def _end_of(self, error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
+        """How to end a call that Triton ended so; what is only known of its socket is said in words for clients."""
         status, words = error.code(), error.details() or ""
         is_typed = type(from_wire(words)) is not M3DError
         if not is_typed and (self.stopping or status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)):
             status, words = grpc.StatusCode.UNAVAILABLE, self.unavailable().to_wire()
-        return await context.abort(status, words)
+        return status, words
 
     def unavailable(self) -> Unavailable:
         """Why nothing is answered now."""
@@ -350,10 +356,10 @@ class _Work:
             wanted = frozenset(output.name for output in request.outputs)
             request.ClearField("outputs")
             message = request.SerializeToString()
-        id_ = secrets.token_hex(8)
+        id_, client_id, wants_final = secrets.token_hex(8), request.id, request.parameters[EMPTY_FINAL].bool_param
+        del request  # it has the tensors once more, and there may be no room for a minute
         taken = await self._front.room.take(self._peer, len(message))
-        wants_final = request.parameters[EMPTY_FINAL].bool_param
-        self._open[id_] = _Request(request.id, taken, wants_final, wanted)
+        self._open[id_] = _Request(client_id, taken, wants_final, wanted)
         if self.abandoned:  # while it waited for room; `end` gives it back
             raise Refused(grpc.StatusCode.CANCELLED, "the client has gone")
         marks = service_pb2.ModelInferRequest(id=id_)
