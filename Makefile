@@ -64,7 +64,7 @@ lock: $(VENV)/testing  ## write locks/, the exact versions that are installed; U
 
 quantizing: $(QUANTIZING)/ready  ## install llm-compressor, in an environment of its own, for --llm-quantization
 
-gpu-check:  ## in the image of deploy/ (its README has the command): build, compare with PyTorch, serve, measure, report
+gpu-check:  ## what holds on this GPU, in 8 minutes: runs what the machine has, and lists what was not run (deploy/README.md)
 	@$(GPU_PYTHON) deploy/gpu_check.py --out $(OUT)/gpu-check
 
 bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine's floor (10 to 25 minutes, nothing beside it)

@@ -1,249 +1,159 @@
-"""What holds on this GPU, in one command: build, compare with PyTorch, serve, answer like the reference, measure.
+"""What holds on this GPU, in one command: the first thing to run where one is at hand.
 
-    python deploy/gpu_check.py --checkpoint training/demo --out out/gpu-check
+    python deploy/gpu_check.py --out out/gpu-check
 
-It needs the environment of the image in deploy/ and this checkout: deploy/README.md has the command that has both.
-Writes OUT/report.md and OUT/report.json after every step. Ends with status 1 if a step failed, or if something that
-serving on a GPU needs is missing; then it says what, and nothing is run.
+It runs what the machine has. With PyTorch for CUDA and transformers alone it compares the PyTorch modules with the
+recorded reference and measures them against the roofline; vLLM, ONNX, TensorRT and Triton add their steps. Each step
+runs in a process of its own, and OUT/gpu-check.json and OUT/gpu-check.md are written anew with every row. Ends with
+status 0 if every step that ran has passed and all that need PyTorch alone have run. deploy/README.md says more.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
-import subprocess
+import functools
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):  # run as a script, from any folder
     sys.path[0] = str(ROOT)
 
-from engine import doctor, gpu  # noqa: E402
-from engine.errors import M3DError  # noqa: E402
+from deploy.checks import runner  # noqa: E402
+from deploy.checks.context import Context  # noqa: E402
+from deploy.checks.report import NOT_RUN, PASSED, Report  # noqa: E402
+from deploy.checks.steps import STEPS, Step  # noqa: E402
 
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
-SERVED = "fp16"
-SCANS = ("brain-mr", "spine-ct")
-
-
-class Failed(Exception):
-    """A step that did not do what it should."""
-
-
-@dataclass
-class Report:
-    """What was found, step by step; written anew after each one."""
-
-    folder: Path
-    machine: list[str] = field(default_factory=list)
-    steps: list[dict] = field(default_factory=list)
-
-    def run(self, name: str, step: Callable[[], dict]) -> None:
-        """Run a step; what goes wrong in it is part of the report, and the next one runs all the same."""
-        print(f"== {name}", flush=True)
-        started = time.perf_counter()
-        try:
-            result = {"ok": True, **step()}
-        except (Failed, M3DError, OSError, subprocess.SubprocessError) as error:
-            result = {"ok": False, "error": str(error)}
-            print(f"   failed: {error}", flush=True)
-        self.steps.append({"name": name, "seconds": round(time.perf_counter() - started, 1), **result})
-        self.write()
-
-    def write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "report.json").write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
-        lines = [
-            "# GPU check",
-            "",
-            *(f"- {line}" for line in self.machine),
-            "",
-            "| step | result | seconds |",
-            "|---|---|---|",
-        ]
-        for step in self.steps:
-            words = {key: value for key, value in step.items() if key not in ("name", "seconds", "ok", "plans")}
-            lines.append(
-                f"| {step['name']} | {'ok' if step['ok'] else 'FAILED'}"
-                f"{': ' + json.dumps(words, default=str) if words else ''} | {step['seconds']} |"
-            )
-        plans = [(step["name"], name, plan) for step in self.steps for name, plan in step.get("plans", {}).items()]
-        if plans:
-            lines += [
-                "",
-                "| export | plan | compared | max error | mean error | fused attentions | MB |",
-                "|---|---|---|---|---|---|---|",
-            ]
-            lines += [
-                f"| {step} | {name} | {p['compared']} | {p['max_error']:.1e} | {p['mean_error']:.1e} | "
-                f"{p['fused_attentions']} | {p['bytes'] / 1e6:,.0f} |"
-                for step, name, p in plans
-            ]
-        (self.folder / "report.md").write_text("\n".join(lines) + "\n")
-
-    @property
-    def ok(self) -> bool:
-        return bool(self.steps) and all(step["ok"] for step in self.steps)
+BUDGET_S = 480
+NO_GPU = "PyTorch finds no GPU: --device cpu --tiny tries the steps themselves, at small sizes"
+NOT_KNOWN = "the step machine has not passed"
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the check. Returns the exit status."""
     arguments = _parser().parse_args(argv)
-    report = Report(arguments.out.resolve())
-    missing = what_is_missing()
-    if missing:
-        report.machine = [f"missing: {words}" for words in missing]
-        report.write()
-        print("this machine cannot run the GPU check; missing are", *missing, sep="\n- ", file=sys.stderr)
-        print("deploy/README.md has the command that runs it in the image of deploy/", file=sys.stderr)
-        return 1
-    report.machine = [
-        f"{g.name}, compute capability {g.compute_capability}, driver {g.driver}" for g in gpu.find_gpus()
+    steps = [step for step in STEPS if step.name in arguments.steps]
+    conditions = {
+        "command": shlex.join(["gpu_check.py", *(sys.argv[1:] if argv is None else argv)]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "device": arguments.device,
+        "sizes": "tiny" if arguments.tiny else "published",
+    }
+    report = Report(arguments.out.resolve(), steps, conditions)
+    context = Context(
+        device=arguments.device,
+        tiny=arguments.tiny,
+        work=str(report.folder / "work"),
+        checkpoint=arguments.checkpoint,
+        segment_question=arguments.segment_question,
+        rates={},
+    )
+    started = time.monotonic()
+    first = [step for step in steps if step.name == "machine"]
+    runner.run(first, context, report, arguments.budget, what_serving_lacks)
+    rest = steps[len(first) :]
+    if arguments.device == "cuda" and first and report.fact("device") != "cuda":
+        _run_none_of(rest, report)
+    else:
+        left = arguments.budget - (time.monotonic() - started)
+        runner.run(rest, context, report, left, what_serving_lacks)
+    return _told(report)
+
+
+@functools.cache
+def what_serving_lacks() -> list[str]:
+    """What serving on a GPU, and building for it, needs and this machine lacks."""
+    from engine import doctor
+    from engine.errors import Unavailable
+
+    # The repository is what this check builds.
+    lacks = [
+        f"no {finding.what}"
+        for finding in doctor.examine(ROOT / "model_repository", "tensorrt")
+        if finding.state == "missing" and finding.what not in ("repository", "fits this machine")
     ]
-    report.machine.append(f"TensorRT {gpu.tensorrt_version()}, CUDA {gpu.cuda_version()}")
-    scans = _scans(report)
-    for precision in PRECISIONS:
-        report.run(f"build {precision}", partial(build, arguments.checkpoint, report.folder, precision, scans))
-    report.run("fixtures through the server", lambda: fixtures(report.folder))
-    report.run("latency", lambda: latency(arguments.checkpoint, arguments.segment_question, report.folder))
-    print(f"{'everything holds' if report.ok else 'not everything holds'}: {report.folder / 'report.md'}")
+    try:
+        from export.tensorrt import bindings_module
+
+        bindings_module("tensorrt")
+    except ImportError as error:
+        lacks.append(f"no package {error.name}")
+    except Unavailable:
+        lacks.append("no Python bindings of TensorRT")
+    return lacks
+
+
+def _run_none_of(steps: list[Step], report: Report) -> None:
+    """On a machine without a GPU, or where that is not known: say of each step why it is not run."""
+    reason = NO_GPU if report.states["machine"] == PASSED else NOT_KNOWN
+    print(f"this machine cannot run the GPU check: {reason}", file=sys.stderr)
+    for step in steps:
+        result = report.results[step.name]
+        missing = step.missing(report.states, what_serving_lacks)
+        result.state, result.why = NOT_RUN, "; ".join([reason, *missing])
+        print(f"-- {step.name}: {'; '.join(missing) or 'nothing but a GPU is missing'}", file=sys.stderr)
+    report.write()
+
+
+def _told(report: Report) -> int:
+    """Say what came out; the exit status."""
+    passed = sum(state == PASSED for state in report.states.values())
+    not_run = sum(state == NOT_RUN for state in report.states.values())
+    print(
+        f"{passed} of {len(report.states)} steps passed, {not_run} were not run; "
+        f"{'all that ran holds' if report.ok else 'not everything holds'}: {report.folder / 'gpu-check.md'}"
+    )
     return 0 if report.ok else 1
 
 
-def what_is_missing() -> list[str]:
-    """What serving on a GPU, and building for it, needs and this machine lacks, with the way to get it."""
-    from engine.errors import Unavailable
-    from export.tensorrt import bindings_module
-
-    # The repository is what this check builds.
-    found = doctor.examine(ROOT / "model_repository", "tensorrt")
-    missing = [
-        f"{f.what}: {f.detail}"
-        for f in found
-        if f.state == "missing" and f.what not in ("repository", "fits this machine")
-    ]
-    try:
-        bindings_module("tensorrt")
-    except Unavailable as error:
-        missing.append(f"TensorRT's Python bindings: {error}")
-    return missing
-
-
-def build(checkpoint: str, folder: Path, precision: str, scans: list[Path]) -> dict:
-    """Export for this GPU; every plan is compared with PyTorch on it, and the export fails beyond its bound."""
-    from engine.manifest import Manifest
-
-    repository = _repository(folder, precision)
-    command = [
-        "export/build_engines.py",
-        "--checkpoint",
-        checkpoint,
-        "--target",
-        "tensorrt",
-        "--precision",
-        precision,
-        "--repository",
-        repository,
-        "--timing-cache",
-        folder / "timing.cache",
-        "--force",
-    ]
-    _python(command + (["--calibration", *scans] if scans else []))
-    plans = {name: entry["plan"] for name, entry in Manifest.read(repository).graphs.items() if "plan" in entry}
-    unproven = [name for name, plan in plans.items() if plan["compared"] != "plan on the GPU"]
-    if unproven:
-        raise Failed(f"{', '.join(unproven)} did not run on the GPU: PyTorch with CUDA is missing")
-    return {"plans": plans}
-
-
-def fixtures(folder: Path) -> dict:
-    """The recorded reference through export and the running server, by the test that does it on a CPU."""
-    log = folder / "fixtures.log"
-    with log.open("w") as stream:
-        # The checkout may be read-only: pytest keeps no cache in it.
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/functional/test_exactness.py"]
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "M3D_TEST_TARGET": "tensorrt"}, stdout=stream, stderr=stream
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := sorted(set(names) - {step.name for step in STEPS}):
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(unknown)}: no such step; there are {', '.join(step.name for step in STEPS)}"
         )
-    if done.returncode:
-        raise Failed(f"see {log}")
-    return {"log": str(log)}
-
-
-def latency(checkpoint: str, segment_question: str, folder: Path) -> dict:
-    """Serve what was built, and measure it by benchmarks/latency.py."""
-    from engine.server import Server, free_ports
-
-    repository, result = folder / SERVED / "model_repository", folder / "latency.json"
-    with Server(repository, target="tensorrt", **free_ports(), log=folder / "triton.log") as server:
-        _python(
-            [
-                "benchmarks/latency.py",
-                "--server",
-                server.url,
-                "--checkpoint",
-                checkpoint,
-                "--repository",
-                repository,
-                "--json",
-                result,
-                "--segment-question",
-                segment_question,
-            ]
-        )
-    return {"file": str(result)}
-
-
-def _scans(report: Report) -> list[Path]:
-    """Real scans to calibrate and compare on; without them fp8 is not built, and the report says so."""
-    from engine.samples import write_sample
-
-    paths: list[Path] = []
-
-    def write() -> dict:
-        paths.extend(write_sample(name, report.folder / "scans") for name in SCANS)
-        return {}
-
-    report.run("sample scans", write)
-    return paths
-
-
-def _repository(folder: Path, precision: str) -> Path:
-    target = folder / precision / "model_repository"
-    shutil.rmtree(target, ignore_errors=True)
-    tracked = shutil.ignore_patterns(
-        "*.onnx*", "*.plan", "layers.txt", "tensorrt.pbtxt", "llm", "tokenizer", "manifest.json", "__pycache__"
-    )
-    return shutil.copytree(ROOT / "model_repository", target, ignore=tracked)
-
-
-def _python(command: list) -> None:
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT)
-    if done.returncode:
-        raise Failed(f"{command[0]} ended with status {done.returncode}; its words are above")
+    return names
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", default="training/demo", help="M3D-LaMed: a folder or a Hugging Face id (default: the demo's)"
+        "--out", type=Path, default=Path("out/gpu-check"), help="folder of report and builds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET_S,
+        metavar="SECONDS",
+        help="after which no further step begins; one that is expected to outlast them does not begin either "
+        "(default: %(default)s; all steps take about 20 minutes)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_names,
+        default=[step.name for step in STEPS],
+        metavar="NAME,NAME",
+        help=f"those to run (default: all): {', '.join(step.name for step in STEPS)}",
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the steps themselves")
+    parser.add_argument(
+        "--checkpoint",
+        default="training/demo",
+        help="M3D-LaMed that is served: a folder or a Hugging Face id (default: the demo's)",
     )
     parser.add_argument(
         "--segment-question",
         default="Please segment the left thalamus.",
-        help="for the latency; the checkpoint's answer must have a [SEG] (default: one of the demo's)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/gpu-check"), help="folder of report and builds (default: %(default)s)"
+        help="which the checkpoint answers by a mask (default: one of the demo's)",
     )
     return parser
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: the step that runs is ended, and the report says so.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -16,10 +15,8 @@ import sys
 import sysconfig
 import threading
 import tomllib
-from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -27,8 +24,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.main import get_command
 
-import engine.server
-from benchmarks import latency
 from deploy import gpu_check
 from deploy.tensorrt_bindings import requirement
 from engine import cli
@@ -51,9 +46,11 @@ def instructions(name: str) -> list[str]:
 
 
 def command_with(word: str) -> list[str]:
-    """The words of the README's command that has `word` among them."""
+    """The words of the README's docker command that has `word` among them."""
     commands = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ").splitlines()
-    (found,) = [words for words in (shlex.split(line, comments=True) for line in commands) if word in words]
+    (found,) = [
+        words for words in (shlex.split(line, comments=True) for line in commands) if {"docker", word} <= {*words}
+    ]
     return found
 
 
@@ -244,6 +241,7 @@ def test_the_image_has_what_the_gpu_check_imports():
         ROOT / path
         for path in (
             "engine/gpu.py",
+            "deploy/checks/served.py",
             "export/build_engines.py",
             "benchmarks/load.py",
             "tests/conftest.py",
@@ -284,48 +282,3 @@ def test_the_documented_gpu_check_sees_the_checkout_and_writes_to_its_out_folder
     assert given["--user"] == "$(id -u):$(id -g)" and given["--shm-size"] == SERVICE["shm_size"]
     assert arguments[0] == "deploy/gpu_check.py"
     assert gpu_check._parser().parse_args(arguments[1:]).out.parts[0] == "out"
-
-
-def test_the_latency_asks_the_demo_for_a_mask_as_the_demo_was_trained_to_be_asked(tmp_path, monkeypatch):
-    started = []
-    monkeypatch.setattr(gpu_check, "_python", started.append)
-    monkeypatch.setattr(engine.server, "Server", lambda *_, **__: nullcontext(SimpleNamespace(url="localhost:8001")))
-    given = gpu_check._parser().parse_args([])
-    gpu_check.latency(given.checkpoint, given.segment_question, tmp_path)
-    ((program, *arguments),) = started
-    assert program == "benchmarks/latency.py"
-    example = runpy.run_path(str(ROOT / "examples" / "first_answer.py"))
-    assert latency._parser().parse_args(map(str, arguments)).segment_question == example["SEGMENT"]
-
-
-def test_the_gpu_check_says_what_is_missing_and_fails(tmp_path, capsys):
-    if not gpu_check.what_is_missing():
-        pytest.skip("this machine has all that the GPU check needs")
-    assert gpu_check.main(["--out", str(tmp_path)]) == 1
-    said = capsys.readouterr().err
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["steps"] == [] and len(report["machine"]) >= 1
-    assert (
-        "missing" in said
-        and "deploy/README.md" in said
-        and (tmp_path / "report.md").read_text().startswith("# GPU check")
-    )
-
-
-def test_the_gpu_check_goes_on_after_a_failure_and_reports_it(tmp_path):
-    def broken():
-        raise gpu_check.Failed("too far off")
-
-    report = gpu_check.Report(tmp_path)
-    plan = {
-        "compared": "plan on the GPU",
-        "max_error": 1e-3,
-        "mean_error": 1e-4,
-        "fused_attentions": 24,
-        "bytes": 10**8,
-    }
-    report.run("first", broken)
-    report.run("second", lambda: {"plans": {"vision_encoder": plan}})
-    assert not report.ok and [step["ok"] for step in report.steps] == [False, True]
-    text = (tmp_path / "report.md").read_text()
-    assert "too far off" in text and "| second | vision_encoder | plan on the GPU | 1.0e-03 |" in text

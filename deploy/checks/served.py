@@ -1,0 +1,237 @@
+"""The running server: results of different volumes, masks, latency, memory; and the tests that need a server."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import floor
+from benchmarks.floor import Rates
+from benchmarks.samples import Sample
+from benchmarks.scans import BenchmarkScan, different, phantom, read
+from benchmarks.served import Served
+from deploy.checks import order, plans, roofline
+from deploy.checks.context import ROOT, Context, Failed
+from deploy.checks.geometry import volumes
+from engine import gpu
+from engine.client import Segmentation, Study
+from engine.errors import M3DError
+from engine.manifest import Manifest
+from engine.models.checkpoint import open_lamed
+from engine.models.config import LamedConfig
+from engine.runtime.decoder.settings import DecoderSettings
+from engine.samples import write_sample
+from engine.server import Server, free_ports
+
+CLIENTS = (1, 8, 64)
+SEGMENTED_SCAN = "brain-mr"  # of engine.samples; the default question is about it
+# Scans whose masks are asked for at the same time lack so many sixteenths of its slices, from above. The first two
+# sixteenths are air, without which every scan is prepared.
+CROPPED = (2, 3, 4, 5)
+TOKENS, SEGMENT_TOKENS = 64, 32
+QUESTIONS = ("What does this scan show?", "Is there a mass?", "Which organs are visible?", "Describe the liver.")
+QUESTION_TOKENS = 16  # about as many as those have
+SCAN_SHAPE = (256, 256, 64)
+LEAST_DICE = 0.99  # of a mask beside others and alone: answers in other company may differ in their last bits
+
+
+def serve(context: Context) -> Iterator[dict]:
+    """Rows about one server of the plans that were built. No process but the server's own uses the GPU meanwhile."""
+    repository = plans.repository(context, plans.SERVED)
+    manifest = Manifest.read(repository)
+    if not context.rates:
+        raise Failed("nothing to compare with: run the step roofline before")
+    before = _used()
+    log = Path(context.work) / "triton.log"
+    with Server(repository, target="tensorrt", **free_ports(), log=log) as server:
+        yield from memory("when it is ready", before, manifest)
+        own = plans.own_results(context)
+        images = volumes(plans.VOLUMES, manifest.image_size).numpy()
+        yield from not_mixed_up(server.url, images, own, manifest)
+        with closing(Served(server.url)) as served:
+            if served.serves("m3d_segment"):
+                yield _asked_for_masks(served, context)
+            fresh = different(phantom(SCAN_SHAPE))
+            studies = [served.upload(next(fresh)) for _ in range(max(CLIENTS))]
+            config, _, _ = open_lamed(context.checkpoint)
+            yield from latency(served, studies, config, manifest.precision, roofline.rates(context))
+        yield from memory("after the questions", before, manifest)
+
+
+def not_mixed_up(url: str, images: np.ndarray, own: dict[str, np.ndarray], manifest: Manifest) -> Iterator[dict]:
+    """Rows for each encoder: volumes in the order A A A A B B B B A B, and all at the same time.
+
+    Args:
+        url: of the server. images: fp32 [N, 1, D, H, W]. own: the right results by the encoder's name, [N, ...].
+        manifest: has the bounds.
+    """
+    for name, results in own.items():
+        plan = manifest.graphs[name].get("plan", manifest.graphs[name])
+        run = encoder(url, name, images)
+        for row in (order.in_a_row(run, results, plan["bound"]), order.at_once(run, results, plan["bound"])):
+            yield {**row, "what": f"{name}, {row['what']}"}
+
+
+def encoder(url: str, name: str, images: np.ndarray) -> Callable[[int], np.ndarray]:
+    """A function that has the server encode the image of a number; it may be called from many threads."""
+    from tritonclient.grpc import InferenceServerClient, InferInput
+
+    here = threading.local()  # a client is for one thread
+
+    def run(number: int) -> np.ndarray:
+        if not hasattr(here, "client"):
+            here.client = InferenceServerClient(url)
+        image = images[number : number + 1]
+        tensor = InferInput("IMAGE", list(image.shape), "FP32")
+        tensor.set_data_from_numpy(image)
+        return here.client.infer(name, [tensor]).as_numpy(plans.ENCODERS[name])[0]
+
+    return run
+
+
+def _asked_for_masks(served: Served, context: Context) -> dict:
+    try:
+        path = write_sample(SEGMENTED_SCAN, Path(context.work) / "scans")
+    except (M3DError, OSError, subprocess.SubprocessError) as error:
+        return {"what": "masks", "not asked for": f"the sample scan {SEGMENTED_SCAN} is not to be had: {error}"}
+    return masks(served, read(path), context.segment_question)
+
+
+def masks(served: Served, scan: BenchmarkScan, question: str) -> dict:
+    """A row: masks of several scans that are asked for at the same time, against each asked for alone.
+
+    Args:
+        served: the server. scan: of which each study lacks some more of the upper slices. question: that asks for one.
+    """
+    slices = scan.array.shape[2]
+    crops = [BenchmarkScan(scan.array[:, :, : slices - slices * n // 16], scan.affine) for n in CROPPED]
+    studies = [served.upload(crop) for crop in crops]
+
+    def found(study: Study) -> Segmentation:
+        return served.segment(study, question, SEGMENT_TOKENS)[1]
+
+    alone = list(map(found, studies))
+    with ThreadPoolExecutor(len(studies)) as pool:
+        together = list(pool.map(found, studies))
+    named = {"what": f"masks of {len(studies)} scans at the same time, Dice against each alone"}
+    if unmasked := [one.answer.text for one in (*alone, *together) if one.mask is None]:
+        return {**named, "no mask, but": f"{unmasked[0]}: give a --segment-question", "ok": False}
+    least = min(_dice(one.mask > 0, other.mask > 0) for one, other in zip(alone, together))
+    voxels = [int((one.mask > 0).sum()) for one in alone]
+    return {
+        **named,
+        "least Dice": least,
+        "bound": LEAST_DICE,
+        "voxels": ", ".join(f"{count:,}" for count in voxels),
+        # Masks that are alike would not show that two were exchanged.
+        "ok": least >= LEAST_DICE and len(set(voxels)) == len(voxels),
+    }
+
+
+def latency(
+    served: Served, studies: Sequence[Study], config: LamedConfig, precision: str, rates: Rates
+) -> Iterator[dict]:
+    """Rows of what 1, 8 and 64 clients wait for, who ask about a known scan each, against the roofline."""
+    numbers = itertools.count()  # no question twice, so that no answer's prefill is cached as a whole
+
+    def asked() -> list[str]:
+        return [f"{question} ({next(numbers)})" for question in QUESTIONS]
+
+    served.chats(studies, asked()[:1], TOKENS, max(CLIENTS))  # every visual prefix is read once
+    for clients in CLIENTS:
+        seconds, samples = served.chats(studies, asked(), TOKENS, clients)
+        counted = floor.stages(
+            config,
+            llm=precision,
+            graphs=precision,
+            question_tokens=QUESTION_TOKENS,
+            answer_tokens=TOKENS,
+            at_once=clients,
+        )
+        yield _waited(clients, seconds, samples, counted["decode"].seconds(rates))
+
+
+def _waited(clients: int, seconds: float, samples: Sequence[Sample], least_s: float) -> dict:
+    first = [sample.first_s for sample in samples if sample.first_s is not None]
+    later = [sample.per_token_s for sample in samples if sample.per_token_s is not None]
+    if not first or not later:
+        raise Failed("answers of fewer than two tokens: nothing to measure")
+    token = statistics.median(later)
+    return {
+        "what": "questions about known scans",
+        "clients": clients,
+        "first token ms": 1e3 * statistics.median(first),
+        "worst first token ms": 1e3 * max(first),
+        "ms a token": 1e3 * token,
+        "least ms a token": 1e3 * least_s,
+        "of the roofline": f"{least_s / token:.0%}",
+        "tokens/s": sum(sample.tokens for sample in samples) / seconds,
+    }
+
+
+def memory(when: str, before: float, manifest: Manifest) -> Iterator[dict]:
+    """A row: what the server holds of the GPU, against the plan. before: GiB in use before it started."""
+    (first, *_) = gpu.find_gpus() or [None]
+    if first is None or first.memory is None:
+        return
+    total = first.memory / 2**30
+    share = DecoderSettings().gpu_memory_utilization * total
+    held = _used() - before
+    yield {
+        "what": f"GPU memory {when}, GiB",
+        "held": held,
+        "of": total,
+        "vLLM's share": share,
+        "all else": held - share,
+        "planned at least": gpu.memory_needed(manifest, first=True) / 2**30,
+    }
+
+
+def _used() -> float:
+    """GiB of the first GPU that are in use, by whomever."""
+    (first, *_) = gpu.find_gpus() or [None]
+    if first is None or first.memory is None or first.free is None:
+        return 0.0
+    return (first.memory - first.free) / 2**30
+
+
+def _dice(one: np.ndarray, other: np.ndarray) -> float:
+    """1 for masks that are alike, 0 for those that share nothing or are both empty."""
+    both = int(one.sum()) + int(other.sum())
+    return 2 * int((one & other).sum()) / both if both else 0.0
+
+
+def fixtures(context: Context) -> Iterator[dict]:
+    """The recorded reference through export and the running server, by the test that does it on a CPU."""
+    # The checkout may be read-only: pytest keeps no cache in it.
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/functional/test_exactness.py"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "M3D_TEST_TARGET": "tensorrt"})
+    yield {"what": command[-1], "ok": done.returncode == 0}
+
+
+def benchmark(context: Context) -> Iterator[dict]:
+    """benchmarks/latency.py against a server of its own; no baseline, which would hold the model on the GPU twice."""
+    repository, result = plans.repository(context, plans.SERVED), Path(context.work) / "latency.json"
+    with Server(repository, target="tensorrt", **free_ports(), log=Path(context.work) / "triton.log") as server:
+        plans.python(
+            [
+                "benchmarks/latency.py",
+                *("--server", server.url),
+                *("--checkpoint", context.checkpoint),
+                *("--repository", str(repository)),
+                *("--baseline", ""),
+                *("--segment-question", context.segment_question),
+                *("--json", str(result)),
+            ]
+        )
+    yield {"what": "benchmarks/latency.py", "file": str(result), "ok": result.is_file()}
