@@ -157,7 +157,8 @@ TEXT_EMBEDDING = Tensor("TEXT_EMBEDDING", "FP32", (-1,), "L2-normalised CLS feat
 
 _SCAN = (VOLUME, AFFINE_IN, PRESET, CROP, CROP_UNIT, STUDY_IN)
 _ANSWER = (TEXT, TOKEN_IDS, FINISH_REASON, BOXES, ANSWER_INFO)
-ENCODER_MAX_BATCH = 8
+ENCODER_MAX_BATCH = 4  # `study` opens four scans at a time; a GPU is busy with four, and memory goes with the batch
+HEAD_MAX_BATCH = 2  # `segmentation` draws two masks at a time
 TEXT_MAX_BATCH = 16  # texts of 512 tokens by BERT-base on a CPU take 1.3 GB, 64 of them 4.8 GB
 
 MODELS: dict[str, Model] = {
@@ -219,7 +220,7 @@ MODELS: dict[str, Model] = {
             (FEATURES, SEG_STATE),
             (MASK_LOGITS,),
             "seg projector and SegVol's mask decoder",
-            ENCODER_MAX_BATCH,
+            HEAD_MAX_BATCH,
         ),
         Model("retrieval", (STUDY, TEXTS), (SCORES, TEXT_CUT, TEXT_LIMIT), "cosine similarity of scan and texts"),
         Model(

@@ -23,8 +23,11 @@ FORMAT = 2  # 1: clip_text_encoder took texts of one length
 LLM_FOLDER = Path("decoder") / "1" / "llm"
 CLIP_TOKENIZER_FOLDER = Path("retrieval") / "1" / "tokenizer"
 TENSORRT_CONFIG = Path("configs") / "tensorrt.pbtxt"  # of a graph, for `--model-config-name tensorrt`
-# Of a graph's "plan" entry, what decides where it can be served.
-_PLAN = {"tensorrt": str, "compute_capability": str, "version_compatible": bool, "hardware_compatible": bool}
+# What has to be in two parts of a graph's entry: what decides where its plan can be served, and what it takes there.
+_PARTS: dict[str, dict[str, Any]] = {
+    "plan": {"tensorrt": str, "compute_capability": str, "version_compatible": bool, "hardware_compatible": bool},
+    "gpu_memory": {"weights": int, "contexts": tuple[int, ...], "bindings": int, "source": str},
+}
 _NAMED = 3  # files in a message
 
 
@@ -40,7 +43,9 @@ class Manifest:
     context_length: tokens that question, visual tokens and answer share.
     precision: of the language model, and of the encoders unless `plans` says otherwise.
     graphs: per ONNX graph {"sha256", "max_error", "mean_error", "bound", "opset"} against PyTorch on random input; for
-    target tensorrt also {"plan": ...}: precision, errors, builder, TensorRT version, compute capability, bindings.
+    target tensorrt also {"plan": ...}: precision, errors, builder, TensorRT version, compute capability, bindings; and
+    {"gpu_memory": {"weights", "contexts", "bindings", "source"}}: bytes that the graph takes of a GPU once loaded,
+    and where they are from, see `export/gpu_memory.py`.
     models: the models of the repository that this export makes servable.
     plans: for target tensorrt, how the plans were built; empty for a CPU.
     quantization: of the language model's weights: {"scheme", "calibration", "perplexity", "perplexity_before",
@@ -106,7 +111,12 @@ class Manifest:
     @property
     def graph_plans(self) -> dict[str, dict]:
         """The "plan" entries of `graphs` that have one, by graph."""
-        return _plans(self.graphs)
+        return _parts(self.graphs, "plan")
+
+    @property
+    def gpu_memory(self) -> dict[str, dict]:
+        """The "gpu_memory" entries of `graphs` that have one, by graph."""
+        return _parts(self.graphs, "gpu_memory")
 
     def check(self, repository: Path) -> None:
         """Raises RepositoryError if `repository` lacks a model's configuration, has that of another version of the
@@ -193,8 +203,8 @@ def _other_version(path: Path, values: dict[str, Any], target: str) -> str:
     )
 
 
-def _plans(graphs: dict[str, dict]) -> dict[str, Any]:
-    return {name: entry["plan"] for name, entry in graphs.items() if entry.get("plan") is not None}
+def _parts(graphs: dict[str, dict], part: str) -> dict[str, Any]:
+    return {name: entry[part] for name, entry in graphs.items() if entry.get(part) is not None}
 
 
 def _lacking(config: Path, model: str) -> list[str]:
@@ -216,10 +226,11 @@ def _wrong(values: dict[str, Any]) -> list[str]:
     if wrong := [name for name, kind in get_type_hints(Manifest).items() if not _is(values[name], kind)]:
         return wrong
     return [
-        f"{key} of the plan of {name}"
-        for name, plan in _plans(values["graphs"]).items()
-        for key, kind in _PLAN.items()
-        if not (isinstance(plan, dict) and _is(plan.get(key), kind))
+        f"{key} of the {part} of {name}"
+        for part, kinds in _PARTS.items()
+        for name, found in _parts(values["graphs"], part).items()
+        for key, kind in kinds.items()
+        if not (isinstance(found, dict) and _is(found.get(key), kind))
     ]
 
 

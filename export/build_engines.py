@@ -124,7 +124,7 @@ def export(
         needed.refuse(repository, freed=sum(_artifacts(repository).values()))
     started = time.perf_counter()
     lamed = [_open_lamed(sources["checkpoint"].folder)]
-    clip = None if clip_checkpoint is None else checkpoints.load_clip(sources["clip_checkpoint"].folder)
+    clip = [] if clip_checkpoint is None else [checkpoints.load_clip(sources["clip_checkpoint"].folder)]
     scans = _Calibration(calibration)
     scans.volumes(lamed[0][0].vision.image_size)
     # A checkpoint that does not load, or a scan that is none, has been refused by now. In that case what lies here is
@@ -137,7 +137,7 @@ def export(
     if values["seg_token_id"] is not None:
         models += contract.SEGMENT_MODELS
     if clip_checkpoint is not None:
-        clip_values, clip_graphs = _export_clip(*clip, repository, finish)
+        clip_values, clip_graphs = _export_clip(clip, repository, finish)
         values, graphs = {**values, **clip_values, "clip_checkpoint": str(clip_checkpoint)}, {**graphs, **clip_graphs}
         models += contract.CLIP_ENCODERS if clip_values["clip_text_length"] is None else contract.RETRIEVE_MODELS
     result = Manifest(checkpoint=str(checkpoint), models=tuple(models), graphs=graphs, **commits, **wanted, **values)
@@ -200,16 +200,18 @@ def _export_lamed(
     import torch
 
     from engine.models.checkpoint import build_lamed
-    from export.graphs import build, lamed_graphs
+    from export.graphs import lamed_graphs
     from export.llm import DTYPES, write_llm
     from export.quantize import quantize
 
     config, weights, source, prompt = lamed.pop()  # the last reference, so that weights can be freed
     _say("decoder", "language model for vLLM")
     write_llm(config, weights, source, repository / LLM_FOLDER, precision, lambda text: _say("decoder", text))
-    model = build_lamed(config, weights, torch.float32, with_llm=False)
+    model = build_lamed(config, weights, None, with_llm=False)
     del weights
     if quantized:
+        model.vision_tower.float()
+        model.mm_projector.float()
         with torch.inference_mode():
             visual = [
                 model.encode_images(torch.tensor(volume)[None])[0]
@@ -226,14 +228,9 @@ def _export_lamed(
                 lambda text: _say("decoder", text),
             ),
         }
-    graphs = {}
     pending = lamed_graphs(model)
     del model
-    while pending:  # each graph's weights are freed before the next is exported
-        graph = pending.pop(0)
-        graphs[graph.name] = _built(build, graph, repository, finish)
-        del graph
-        gc.collect()
+    graphs = _built(pending, repository, finish)
     ends = config.llm.get("eos_token_id")
     ends = prompt.tokenizer.eos_token_id if ends is None else ends
     values = {
@@ -251,24 +248,42 @@ def _export_lamed(
     return values, graphs
 
 
-def _export_clip(model, source: Path, repository: Path, finish=None) -> tuple[dict, dict]:
+def _export_clip(clip: list, repository: Path, finish=None) -> tuple[dict, dict]:
     from engine.models.checkpoint import has_tokenizer, load_tokenizer
-    from export.graphs import build, clip_graphs
+    from export.graphs import clip_graphs
 
+    model, source = clip.pop()  # the last reference, so that weights can be freed
     values = {"clip_text_length": None, "clip_image_size": model.config.vision.image_size}
     if has_tokenizer(source):
         load_tokenizer(source).save_pretrained(repository / CLIP_TOKENIZER_FOLDER)
         values["clip_text_length"] = model.config.text_length
     else:
         _say("retrieval", f"left out, since {source} has no tokenizer; its encoders alone are served")
-    return values, {graph.name: _built(build, graph, repository, finish) for graph in clip_graphs(model)}
+    pending = clip_graphs(model)
+    del model
+    return values, _built(pending, repository, finish)
 
 
-def _built(build, graph, repository: Path, finish) -> dict:
-    _say(graph.name, "ONNX graph")
-    entry = build(graph, repository, fused=finish is None)
-    _say(graph.name, f"off by {entry['max_error']:.1e} at most, {entry['bound']:.0e} allowed ({entry['seconds']} s)")
-    return entry if finish is None else {**entry, **finish(graph)}
+def _built(pending: list, repository: Path, finish) -> dict:
+    """Export the graphs `pending` one after another, and take each from the list, so that its weights are freed.
+
+    They are made fp32 here, for the same reason.
+    """
+    from export.graphs import build
+
+    entries = {}
+    while pending:
+        graph = pending.pop(0)
+        graph.module.float()
+        _say(graph.name, "ONNX graph")
+        entry = build(graph, repository, fused=finish is None)
+        _say(
+            graph.name, f"off by {entry['max_error']:.1e} at most, {entry['bound']:.0e} allowed ({entry['seconds']} s)"
+        )
+        entries[graph.name] = entry if finish is None else {**entry, **finish(graph)}
+        del graph
+        gc.collect()
+    return entries
 
 
 class _Calibration:
@@ -307,21 +322,20 @@ class _Planner:
         """Build the plan, or fit the ONNX graph to Triton's ONNX Runtime backend; more of the manifest's entry."""
         import onnx
 
-        from export import plans, typed_graph
+        from export import gpu_memory, plans, typed_graph
 
         path = self.repository / graph.name / "1" / "model.onnx"
         plans.write_config(
             graph.name, self.repository, dict(zip(contract.MODELS[graph.name].input_names, graph.input_shapes))
         )
         if not graph.is_image_encoder:  # TensorRT's are those; the others stay ONNX graphs
-            typed_graph.save(typed_graph.free_shapes(onnx.load(path)), path)
-            return {}
+            onnx.save(typed_graph.free_shapes(onnx.load(path, load_external_data=False)), path)
+            batch = contract.MODELS[graph.name].max_batch_size
+            return {"gpu_memory": gpu_memory.of_graph(path, graph.input_shapes, batch)}
         volumes = self.calibration.volumes(graph.input_shapes[0][1:])
-        return {
-            "plan": plans.build(
-                graph, self.repository, self.precision, self.settings, volumes, lambda text: _say(graph.name, text)
-            )
-        }
+        return plans.build(
+            graph, self.repository, self.precision, self.settings, volumes, lambda text: _say(graph.name, text)
+        )
 
 
 def _check_target(
@@ -346,7 +360,7 @@ def _check_target(
             "fp8 is calibrated on scans: give --calibration SCAN [SCAN ...], some of the kind that will be asked about"
         )
     described = {**asdict(settings), "timing_cache": None}
-    described["best_batches"] = list(settings.best_batches)  # as JSON reads it
+    described["batches"] = list(settings.batches)  # as JSON reads it
     return {
         **described,
         "precision": precision,

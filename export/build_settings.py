@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.contract import ENCODER_MAX_BATCH
 from engine.errors import InvalidInput
 
 BUILDERS = ("tensorrt", "rtx")
@@ -17,8 +18,8 @@ class BuildSettings:
     """How plans are built.
 
     builder: one of BUILDERS. compute_capability: what rtx builds for, such as "8.9"; None for the GPU's own.
-    max_batch: volumes in a batch at most. best_batches: one optimisation profile for each, tuned for that batch; all
-    accept 1 to max_batch. Every other axis is fixed, so that CUDA graphs can be captured.
+    batches: one optimisation profile for each, tuned for that many volumes, which are also the most it takes: a profile
+    takes memory for its largest batch. Every other axis is fixed, which is what kernels are tuned for.
     workspace_gib: scratch memory that a kernel may use. timing_cache: file of measured kernel times, read and written;
     it makes later builds on the same GPU quicker. version_compatible: the plan runs on later TensorRT 10/11 releases,
     too. hardware_compatible: it runs on every GPU since Ampere, slower. strip_weights: keep weights out of the built
@@ -27,8 +28,7 @@ class BuildSettings:
 
     builder: str = "tensorrt"
     compute_capability: str | None = None
-    max_batch: int = 8
-    best_batches: tuple[int, ...] = (1, 4)
+    batches: tuple[int, ...] = (1, ENCODER_MAX_BATCH)
     workspace_gib: float = 4.0
     timing_cache: Path | None = None
     version_compatible: bool = False
@@ -38,8 +38,8 @@ class BuildSettings:
     def __post_init__(self):
         if self.builder not in BUILDERS:
             raise InvalidInput(f"builder {self.builder!r} is unknown; known are {', '.join(BUILDERS)}")
-        if not self.best_batches or not all(1 <= batch <= self.max_batch for batch in self.best_batches):
-            raise InvalidInput(f"the best batches {self.best_batches} must lie between 1 and {self.max_batch}")
+        if not self.batches or min(self.batches) < 1:
+            raise InvalidInput(f"batches must have 1 volume or more, not {self.batches}")
         if not 0 < self.workspace_gib < 1024:
             raise InvalidInput(f"workspace must be above 0 GiB, not {self.workspace_gib}")
         if self.builder == "rtx":
@@ -57,6 +57,11 @@ class BuildSettings:
                 "builder tensorrt builds for the GPU of this machine: leave out --compute-capability, or "
                 "take --builder rtx"
             )
+
+    @property
+    def profiles(self) -> list[list[int]]:
+        """Fewest, best and most volumes of each optimisation profile."""
+        return [[1, batch, batch] for batch in self.batches]
 
     def refuse(self, precision: str) -> None:
         """Raises InvalidInput for a precision that the settings rule out."""

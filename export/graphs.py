@@ -6,6 +6,7 @@ tensor names of `engine.contract`.
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import logging
@@ -14,8 +15,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -94,18 +97,15 @@ def lamed_graphs(model: Lamed) -> list[Graph]:
     """The graphs of an M3D-LaMed checkpoint; those of segmentation only if it has the parts."""
     config = model.config
     image = (1, *config.vision.image_size)
-    vision = _without(model, "llm", "seg_module", "seg_projector")
-    graphs = [Graph("vision_encoder", Bound(vision, model.encode_images), (image,))]
+    vision = _part(model, "vision_tower", "mm_projector")
+    graphs = [Graph("vision_encoder", Bound(vision, vision.encode_images), (image,))]
     if model.seg_module is not None:
         features = (config.segmentation.hidden_size, *config.segmentation.grid)
+        encoder, head = _part(model.seg_module, "image_encoder"), _part(model, "seg_projector")
+        head.seg_module = _part(model.seg_module, "prompt_encoder", "mask_decoder")
         graphs += [
-            Graph("segmentation_encoder", Bound(model.seg_module.image_encoder, model.seg_module.encode), (image,)),
-            Graph(
-                "segmentation_head",
-                Bound(_without(model.seg_module, "image_encoder").append(model.seg_projector), model.segment),
-                (features, (config.llm_width,)),
-                bound=1e-5,
-            ),
+            Graph("segmentation_encoder", Bound(encoder, encoder.encode), (image,)),
+            Graph("segmentation_head", Bound(head, head.segment), (features, (config.llm_width,)), bound=1e-5),
         ]
     return graphs
 
@@ -113,18 +113,18 @@ def lamed_graphs(model: Lamed) -> list[Graph]:
 def clip_graphs(model: M3DClip) -> list[Graph]:
     """The graphs of an M3D-CLIP checkpoint: the CLS features that retrieval compares."""
     text = (model.config.text_length,)
-    vision = nn.ModuleList([model.vision_encoder, model.mm_vision_proj])
-    language = nn.ModuleList([model.language_encoder, model.mm_language_proj])
+    vision = _part(model, "vision_encoder", "mm_vision_proj")
+    language = _part(model, "language_encoder", "mm_language_proj")
     return [
         Graph(
             "clip_image_encoder",
-            Bound(vision, lambda x: model.encode_image(x)[:, 0]),
+            Bound(vision, lambda x: vision.encode_image(x)[:, 0]),
             ((1, *model.config.vision.image_size),),
             bound=1e-5,
         ),
         Graph(
             "clip_text_encoder",
-            Bound(language, lambda ids, mask: model.encode_text(ids, mask)[:, 0]),
+            Bound(language, lambda ids, mask: language.encode_text(ids, mask)[:, 0]),
             (text, text),
             bound=1e-5,
             integers=model.language_encoder.config.vocab_size,
@@ -132,8 +132,12 @@ def clip_graphs(model: M3DClip) -> list[Graph]:
     ]
 
 
-def _without(model: nn.Module, *names: str) -> nn.ModuleList:
-    return nn.ModuleList([child for name, child in model.named_children() if name not in names])
+def _part(model: nn.Module, *names: str) -> Any:
+    """`model` with these children alone. It does not hold the weights of the others, which can be freed before it."""
+    part = copy.copy(model)
+    part._modules = {name: child for name, child in model._modules.items() if name in names}
+    part._parameters = {}
+    return part
 
 
 def build(graph: Graph, repository: Path, fused: bool) -> dict:
@@ -146,11 +150,10 @@ def build(graph: Graph, repository: Path, fused: bool) -> dict:
     target.parent.mkdir(parents=True, exist_ok=True)
     _export(graph, target, fused)
     gc.collect()
-    entry = {
-        "opset": OPSET,
-        "bound": graph.bound,
-        **compare(graph, OnnxGraph(target, contract.MODELS[graph.name]), graph.bound),
-    }
+    # An encoder that becomes a plan is not served in this form, so the server's own reading of it proves nothing.
+    run = runner(target) if graph.is_image_encoder and not fused else OnnxGraph(target, contract.MODELS[graph.name])
+    entry = {"opset": OPSET, "bound": graph.bound, **compare(graph, run, graph.bound)}
+    del run
     entry["sha256"] = _sha256(sorted(target.parent.glob(f"{target.name}*")))
     entry["seconds"] = round(time.perf_counter() - started, 1)
     return entry
@@ -208,6 +211,26 @@ def compare(
             f"{graph.name}: the exported graph is off by {largest:.2e} against PyTorch, {bound:.0e} is allowed"
         )
     return {"max_error": largest, "mean_error": mean}
+
+
+def runner(model: Path | bytes, folder: Path | None = None) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """An ONNX graph as a function of named arrays, computed on the CPU node by node as it is written.
+
+    Args:
+        model: the file, or its bytes.
+        folder: where the weights lie that are not in the bytes.
+    """
+    options = onnxruntime.SessionOptions()
+    # Optimisations drop roundings.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    options.add_session_config_entry("session.disable_prepacking", "1")  # it copies the weights
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, inputs)))
 
 
 class _quiet:

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from engine.manifest import TENSORRT_CONFIG
 from engine.packages import cache_folder
-from export import tensorrt, typed_graph
+from export import gpu_memory, tensorrt, typed_graph
 from export.build_settings import BuildSettings
-from export.graphs import Graph, compare
+from export.graphs import Graph, compare, runner
 
 # Largest error allowed against fp32 PyTorch, as a share of the largest output; README.md has what is measured.
 BOUNDS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 5e-2, "fp8": 1e-1}
@@ -32,11 +31,22 @@ def build(
     volumes: Sequence[np.ndarray],
     progress: Callable[[str], None],
 ) -> dict:
-    """Turn the exported ONNX graph of `graph` in `repository` into a plan; returns the plan's manifest entry.
+    """Turn the exported ONNX graph of `graph` in `repository` into a plan. The ONNX files are removed afterwards.
 
-    volumes: scans as the model sees them, fp32 [1, D, H, W] in 0..1: fp8 is calibrated on them, and every precision is
-    compared with PyTorch on them, besides random values. The ONNX files are removed: Triton serves the plan.
-    Raises ExportError (out of bounds) and what `tensorrt.build` raises.
+    Args:
+        graph: the graph, which is in `repository` as ONNX.
+        repository: the model repository.
+        precision: one of typed_graph.PRECISIONS.
+        settings: how the plan is built.
+        volumes: scans as the model sees them, fp32 [1, D, H, W] in 0..1: fp8 is calibrated on them, and every precision
+            is compared with PyTorch on them, besides random values.
+        progress: is told what happens.
+
+    Returns:
+        "plan" and "gpu_memory" of the graph's manifest entry.
+
+    Raises:
+        ExportError: the plan, or the typed graph, is out of bounds. Also what `tensorrt.build` raises.
     """
     settings.refuse(precision)
     folder = repository / graph.name / "1"
@@ -45,15 +55,16 @@ def build(
     if precision == "fp8":
         progress(f"calibrating fp8 on {len(volumes)} scans")
         amax = calibrate(exported, volumes)
-    model = typed_graph.typed(onnx.load(exported), precision, amax)
+    # Weights stay in files wherever they can: three copies of them in memory are more than all the rest.
+    model = typed_graph.typed(onnx.load(exported, load_external_data=False), precision, amax, folder=folder)
     key = tensorrt.structure_key(model, settings) if settings.strip_weights else None
     inputs = [
         *([graph.random_inputs(1)] if precision != "fp8" else []),
         *((torch.tensor(volume)[None],) for volume in volumes),
     ]
-    errors = compare(graph, on_cpu(model), BOUNDS[precision], inputs)
-    typed_graph.save(model, typed)  # afterwards its large weights are in the file alone
-    del model
+    typed_graph.save(model, typed)
+    model = onnx.load(typed, load_external_data=False)  # the former one keeps its memory
+    errors = compare(graph, on_cpu(model, folder), BOUNDS[precision], inputs)
     progress(f"{precision}: off by {errors['max_error']:.1e} at most, {BOUNDS[precision]:.0e} allowed (on the CPU)")
     plan = folder / tensorrt.PLAN[settings.builder]
     entry = {"precision": precision, "bound": BOUNDS[precision], **errors, "compared": "typed graph on the CPU"}
@@ -64,14 +75,15 @@ def build(
         entry |= compare(graph, lambda batch: tensorrt.run(plan, "tensorrt", batch), BOUNDS[precision], inputs)
         entry["compared"] = "plan on the GPU"
         progress(f"off by {entry['max_error']:.1e} at most on the GPU")
+    memory = gpu_memory.of_plan(plan, entry, model, graph.input_shapes)
     for path in (*folder.glob("model.onnx*"), *folder.glob(f"{TYPED}*")):
         path.unlink()
-    return entry
+    return {"plan": entry, "gpu_memory": memory}
 
 
 def calibrate(graph: Path, volumes: Sequence[np.ndarray]) -> dict[str, float]:
     """The largest magnitude of every tensor that fp8 quantises, over `volumes`, from the fp32 ONNX file `graph`."""
-    model = typed_graph.plain_attention(onnx.load(graph))
+    model = typed_graph.plain_attention(onnx.load(graph, load_external_data=False))
     watched = typed_graph.fp8_inputs(model)
     for name in watched:
         # Reduced in the graph: the tensors of all blocks at once would not fit into memory.
@@ -82,17 +94,19 @@ def calibrate(graph: Path, volumes: Sequence[np.ndarray]) -> dict[str, float]:
             ]
         )
         model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}_max", onnx.TensorProto.FLOAT, []))
-    session = _session(model)
-    outputs = [f"{name}_max" for name in watched]
-    found = [session.run(outputs, {session.get_inputs()[0].name: volume[None]}) for volume in volumes]
-    return {name: float(max(values)) for name, *values in zip(watched, *found)}
+    run, image = runner(model.SerializeToString(), graph.parent), model.graph.input[0].name
+    found = [run({image: volume[None]}) for volume in volumes]
+    return {name: max(float(outputs[f"{name}_max"]) for outputs in found) for name in watched}
 
 
-def on_cpu(model: onnx.ModelProto) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """The typed graph `model` as a function of named arrays, with the rounding that it has on a GPU."""
-    session = _session(typed_graph.rounded(model))
-    names = [output.name for output in session.get_outputs()]
-    return lambda inputs: dict(zip(names, session.run(names, inputs)))
+def on_cpu(
+    model: onnx.ModelProto, folder: Path | None = None
+) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """The typed graph `model` as a function of named arrays, with the rounding that it has on a GPU.
+
+    folder: where the weights lie that are not in `model`.
+    """
+    return runner(typed_graph.rounded(model).SerializeToString(), folder)
 
 
 def write_config(name: str, repository: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -130,12 +144,3 @@ def _stripped_and_refitted(typed: Path, plan: Path, settings: BuildSettings, key
     tensorrt.refit(stripped, typed, plan, settings.builder)
     plan.with_name(tensorrt.REPORT).write_text((known / tensorrt.REPORT).read_text())
     return {**entry, "structure_sha256": key, "bytes": plan.stat().st_size}
-
-
-def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    # Optimisations drop roundings.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])

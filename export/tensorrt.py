@@ -82,7 +82,18 @@ def bindings_module(builder: str) -> Any:
 def build(graph: Path, plan: Path, settings: BuildSettings) -> dict:
     """Build the typed ONNX file `graph` into the file `plan`; write what was built into REPORT beside it.
 
-    Returns the plan's part of a manifest entry. Raises BuildError, Unavailable (no TensorRT, or no GPU for it).
+    Args:
+        graph: the typed ONNX file.
+        plan: the file to write.
+        settings: how it is built.
+
+    Returns:
+        The plan's part of a manifest entry. "context_bytes" is what an execution context of each profile takes of the
+        GPU's memory, and "context_source" says where that is from: "engine", "build log", or None where neither tells.
+
+    Raises:
+        BuildError: TensorRT cannot parse or build the graph.
+        Unavailable: there is no TensorRT, or no GPU for it.
     """
     started = time.perf_counter()
     api = bindings_module(settings.builder)
@@ -108,18 +119,23 @@ def build(graph: Path, plan: Path, settings: BuildSettings) -> dict:
     if settings.timing_cache is not None:
         settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
         settings.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))  # type: ignore[arg-type]
-    layers = log.layers()
+    # TensorRT for RTX needs a GPU to load what it has built, and has one only by chance.
+    engine = _engine(api, log, plan) if settings.builder == "tensorrt" else None
+    layers = log.layers() if engine is None else _layers(api, engine)
     plan.with_name(REPORT).write_text(layers or "this TensorRT reports no layers\n")
+    contexts = log.context_bytes(len(settings.profiles)) if engine is None else _context_bytes(engine)
     return {
         "builder": settings.builder,
         "tensorrt": api.__version__,
         "compute_capability": _capability(settings),
-        "profiles": [[1, best, settings.max_batch] for best in settings.best_batches],
+        "profiles": settings.profiles,
         "version_compatible": settings.version_compatible,
         "hardware_compatible": settings.hardware_compatible,
         "bindings": {b.name: [b.dtype, *b.shape] for b in bindings},
         "fused_attentions": count_fused(layers),
         "bytes": plan.stat().st_size,
+        "context_bytes": contexts,
+        "context_source": None if contexts is None else "build log" if engine is None else "engine",
         "build_seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -247,6 +263,7 @@ def _config(
     config.clear_flag(api.BuilderFlag.TF32)  # fp32 means fp32; what may be less says so in the graph
     if settings.strip_weights:
         config.set_flag(api.BuilderFlag.STRIP_PLAN)
+        config.set_flag(api.BuilderFlag.REFIT)  # without it, other weights than those of the build are undefined
     if settings.version_compatible:
         config.set_flag(api.BuilderFlag.VERSION_COMPATIBLE)
     if settings.hardware_compatible:
@@ -261,7 +278,7 @@ def _config(
         known = settings.timing_cache.read_bytes() if settings.timing_cache.is_file() else b""
         if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
             raise InvalidInput(f"{settings.timing_cache} is the timing cache of another GPU or TensorRT: name another")
-    for best in settings.best_batches:
+    for batches in settings.profiles:
         profile: trt.IOptimizationProfile = builder.create_optimization_profile()
         for binding in bindings:
             if not binding.is_input:
@@ -269,18 +286,31 @@ def _config(
             batch, *shape = binding.shape
             if batch != -1 or -1 in shape:
                 raise BuildError(f"{binding.name} is {binding.shape}: the batch axis, and it alone, must be free")
-            least, tuned, most = ((n, *shape) for n in (1, best, settings.max_batch))
+            least, tuned, most = ((n, *shape) for n in batches)
             profile.set_shape(binding.name, least, tuned, most)  # type: ignore[arg-type]
         if config.add_optimization_profile(profile) < 0:
-            raise BuildError(f"TensorRT does not take the batches 1 to {settings.max_batch}, best {best}")
+            raise BuildError(f"TensorRT does not take a profile of {batches} volumes (fewest, best, most)")
     return config
 
 
 def _engine(api: Any, log: Any, plan: Path) -> trt.ICudaEngine:
-    engine = api.Runtime(log).deserialize_cuda_engine(plan.read_bytes())
+    runtime: trt.Runtime = api.Runtime(log)
+    runtime.engine_host_code_allowed = True  # a version compatible plan has a runtime in it; ours were built here
+    engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         raise Unavailable(f"{plan} cannot be loaded on this machine: {log.errors()}")
     return engine
+
+
+def _layers(api: Any, engine: trt.ICudaEngine) -> str:
+    """The engine's layers with types and kernels."""
+    inspector: trt.EngineInspector = engine.create_engine_inspector()
+    return inspector.get_engine_information(api.LayerInformationFormat.ONELINE)
+
+
+def _context_bytes(engine: trt.ICudaEngine) -> list[int]:
+    """Memory that an execution context of each profile takes."""
+    return [engine.get_device_memory_size_for_profile_v2(index) for index in range(engine.num_optimization_profiles)]
 
 
 def _capability(settings: BuildSettings) -> str:
@@ -316,10 +346,16 @@ def _log(api: Any) -> Any:
             return "; ".join(dict.fromkeys(said)) or "no cause given"
 
         def layers(self) -> str:
-            """The engine's layers with types and kernels: at this verbosity a build ends with the inspector's text."""
+            """What `_layers` says: at this verbosity a build ends with it."""
             found = [
                 message for _, message in self.messages if message.startswith(("Layers:", "Engine Layer Information:"))
             ]
             return found[-1] if found else ""
+
+        def context_bytes(self, profiles: int) -> list[int] | None:
+            """What `_context_bytes` says, as a build has said it for each of its profiles; None if it has not."""
+            found = [re.match(r"Total Activation Memory: (\d+) bytes", message) for _, message in self.messages]
+            sizes = [int(match[1]) for match in found if match]
+            return sizes if len(sizes) == profiles else None
 
     return Log()

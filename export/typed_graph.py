@@ -3,14 +3,22 @@
 Matrix products, and what merely moves or scales their operands and results, become fp16 or bf16; what loses accuracy
 there stays in fp32: layer norms, softmax, the residual stream, the patch embedding (which would round the voxels), and
 everything that is not named here. fp8 is fp16 with the products of the transformer blocks quantised (E4M3, one scale
-per activation tensor and per column of a weight). Products accumulate in fp32 on tensor cores in every type.
+per activation tensor and per column of a weight).
+
+Tensor cores add up products of bf16 in fp32 alone; those of fp16 in fp32 or in fp16, as TensorRT finds quicker. So each
+product in fp16 has its operands cast to fp32 and its result cast back: TensorRT takes that as one kernel that reads and
+writes fp16 and adds up in fp32 (its documentation, "Control of Computational Precision"). Around both products of an
+attention it stays one fused kernel.
+
+Graphs may come without their weights, as `onnx.load(..., load_external_data=False)` reads them: those that are needed
+are read one at a time, and the others stay where they are.
 """
 
 from __future__ import annotations
 
 import ast
-import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -55,11 +63,19 @@ def typed(
     precision: str,
     amax: dict[str, float] | None = None,
     fp32_parts: frozenset[str] = FP32_PARTS,
+    folder: Path | None = None,
 ) -> onnx.ModelProto:
     """A copy of the fp32 graph `model` with the types of `precision`; inputs and outputs stay in fp32.
 
-    amax: for fp8, the largest magnitude of each tensor of `fp8_inputs(model)`, from calibration. fp32_parts: what stays
-    in fp32; given only to show what each part is worth. Raises GraphError for a graph that cannot be typed.
+    Args:
+        model: the graph, with its weights or without.
+        precision: one of PRECISIONS.
+        amax: for fp8, the largest magnitude of each tensor of `fp8_inputs(model)`, from calibration.
+        fp32_parts: what stays in fp32; given only to show what each part is worth.
+        folder: where the weights lie that `model` came without.
+
+    Raises:
+        GraphError: the graph cannot be typed.
     """
     if precision not in PRECISIONS:
         raise GraphError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}")
@@ -68,7 +84,7 @@ def typed(
         return model
     if precision == "fp8" and not amax:
         raise GraphError("fp8 needs calibration: the largest magnitudes of the products' inputs")
-    _Typing(model.graph, _LOW[precision], amax if precision == "fp8" else None, fp32_parts).rewrite()
+    _Typing(model.graph, _LOW[precision], amax if precision == "fp8" else None, fp32_parts, folder).rewrite()
     return model
 
 
@@ -118,7 +134,7 @@ def module_of(node: NodeProto) -> str:
         scopes = ast.literal_eval(properties.get("pkg.torch.onnx.name_scopes", "[]"))
     except (SyntaxError, ValueError):
         return ""
-    return re.sub(r"^model\.(\d+\.)?", "", scopes[-2]) if len(scopes) > 1 else ""  # what `graphs` wraps models in
+    return scopes[-2].removeprefix("model.") if len(scopes) > 1 else ""  # what `graphs` wraps models in
 
 
 def free_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -152,6 +168,7 @@ class _Typing:
     low: int
     amax: dict[str, float] | None
     fp32_parts: frozenset[str]
+    folder: Path | None
 
     def rewrite(self) -> None:
         graph = self.graph
@@ -178,15 +195,22 @@ class _Typing:
             return
         wanted = self.low if self._is_low(node, positions) else TensorProto.FLOAT
         quantised = wanted == self.low and self.amax is not None and _is_quantised(node, self.constants)
+        widened = wanted == self.low == TensorProto.FLOAT16 and node.op_type in _PRODUCTS and not quantised
         for position in positions:
             name = node.input[position]
             if not quantised:
-                node.input[position] = self._as(name, wanted)
+                name = self._as(name, wanted)
+                node.input[position] = self._as(name, TensorProto.FLOAT) if widened else name
             elif position == 0:
                 node.input[0] = self._quantised(name)
             else:
                 node.input[position] = self._quantised_weight(name)
         self.nodes.append(node)
+        if widened:
+            result = node.output[0]
+            node.output[0] = f"{result}_summed"
+            self._node("Cast", [f"{result}_summed"], result, to=wanted)
+            node = self.nodes[-1]
         for index, name in enumerate(node.output):
             self.types[name] = wanted
             if name in outputs and wanted != TensorProto.FLOAT:
@@ -226,8 +250,7 @@ class _Typing:
         if (name, wanted) not in self.cast:
             result = self.cast[name, wanted] = f"{name}_{TensorProto.DataType.Name(wanted).lower()}"
             if name in self.constants:
-                values = numpy_helper.to_array(self.constants[name])
-                self._constant(result, values.astype(_NUMPY[wanted]))
+                self._constant(result, self._values(name).astype(_NUMPY[wanted]))
             else:
                 self._node("Cast", [name], result, to=wanted)
             self.types[result] = wanted
@@ -251,7 +274,7 @@ class _Typing:
         """Weights: quantised here, one scale per column."""
         result = f"{name}_dequantised"
         if result not in self.types:
-            values = numpy_helper.to_array(self.constants[name])
+            values = self._values(name)
             scales = (np.maximum(np.abs(values).max(axis=0), 1e-6) / FP8_MAX).astype(_NUMPY[self.low])
             quantised = np.clip(values / scales.astype(np.float32), -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
             self._constant(f"{name}_fp8", quantised)
@@ -260,6 +283,9 @@ class _Typing:
             self._node("DequantizeLinear", [f"{name}_fp8", f"{name}_scale", f"{name}_zero"], result, axis=1)
             self.types[result] = self.low
         return result
+
+    def _values(self, name: str) -> np.ndarray:
+        return numpy_helper.to_array(self.constants[name], str(self.folder or ""))
 
     def _constant(self, name: str, values: np.ndarray) -> None:
         self.graph.initializer.append(numpy_helper.from_array(values, name))
@@ -294,8 +320,8 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
 def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     """The typed `model` for machines without kernels of its types: fp32 arithmetic, each result rounded to its type.
 
-    That is what a GPU's tensor cores do, up to the order of sums: operands in reduced precision, sums in fp32, the
-    result rounded. ONNX Runtime on a CPU knows no bf16 products and skips roundings in fp16.
+    That is what the graph asks of a GPU's tensor cores, up to the order of sums: operands in reduced precision, sums in
+    fp32, the result rounded. ONNX Runtime on a CPU knows no bf16 products and skips roundings in fp16.
     """
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
@@ -303,10 +329,11 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     types.update({value.name: value.type.tensor_type.elem_type for value in graph.input})
     low = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    for tensor in graph.initializer:
-        if tensor.data_type in low:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
     nodes = []
+    for tensor in graph.initializer:
+        if tensor.data_type in low:  # cast when it is used: as fp32 it would take twice the memory all the time
+            nodes.append(helper.make_node("Cast", [f"{tensor.name}_stored"], [tensor.name], to=TensorProto.FLOAT))
+            tensor.name = f"{tensor.name}_stored"
     for node in list(graph.node):
         to = next((a.i for a in node.attribute if a.name == "to"), None) if node.op_type == "Cast" else None
         if node.op_type == "DequantizeLinear":

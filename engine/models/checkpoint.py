@@ -236,8 +236,15 @@ def checked_lamed(config: LamedConfig, weights: Weights) -> tuple[Lamed, dict[st
     return model, expected
 
 
-def build_lamed(config: LamedConfig, weights: Weights, dtype: torch.dtype, with_llm: bool = True) -> Lamed:
-    """A Lamed filled from `weights`, strictly; with_llm=False skips (but still checks) the language model's keys."""
+def build_lamed(config: LamedConfig, weights: Weights, dtype: torch.dtype | None, with_llm: bool = True) -> Lamed:
+    """A Lamed filled from `weights`, strictly.
+
+    Args:
+        config: of the checkpoint.
+        weights: its tensors.
+        dtype: of the parameters; None for that of the files, which stay mapped then and take no memory.
+        with_llm: False skips (but still checks) the language model's keys.
+    """
     model, expected = checked_lamed(config, weights)
     if not with_llm:
         model.llm = None
@@ -331,9 +338,10 @@ def _own_names(published: dict) -> dict[str, str]:
     }
 
 
-def _fill(model: _Model, state: dict[str, Tensor], dtype: torch.dtype) -> _Model:
+def _fill(model: _Model, state: dict[str, Tensor], dtype: torch.dtype | None) -> _Model:
     """Assign `state` to a model built on the meta device; buffers that are computed, not stored, are made anew."""
-    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    if dtype is not None:
+        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
     llm = getattr(model, "llm", None)
     if llm is not None:

@@ -102,13 +102,15 @@ def needs(parts: Parts, read: int, target: str, precision: str) -> Needs:
     """
     llm = parts.llm * ITEM_BYTES[precision]
     # A plan is built beside the ONNX graph that it is built from, whose weights are there twice: as exported and typed.
-    beside = 3 * 4 * max(parts.vision, parts.segmentation, parts.clip) if target == "tensorrt" else 0
+    largest = max(parts.vision, parts.segmentation, parts.clip)
+    beside = 3 * 4 * largest if target == "tensorrt" else 0
     graphs = 4 * parts.encoders
     return Needs(
         disk=llm + graphs + beside,
+        # One encoder at a time: in PyTorch, and as its graph, or its plan while TensorRT builds it.
         memory=EXPORT_BYTES
         + 4 * parts.clip
-        + max(2 * min(llm, SHARD_BYTES), 8 * (parts.vision + parts.segmentation) + beside),
+        + max(2 * min(llm, SHARD_BYTES), (12 if target == "tensorrt" else 8) * largest),
         seconds=EXPORT_S_PER_PARAMETER * parts.encoders + (2 * read + llm) / BYTES_PER_S,
         serving=SERVING_BYTES + llm + graphs,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +20,18 @@ from benchmarks.make_checkpoint import config_of, write
 from engine import contract
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import TENSORRT_CONFIG, Manifest
+from engine.models.checkpoint import bytes_read, read_config
 from engine.models.clip import M3DClip
 from engine.models.config import ClipConfig, LamedConfig, ViTConfig
 from engine.models.lamed import Lamed
+from engine.models.needs import needs, parts_of
 from engine.server import Server, free_ports
 from engine.server.triton import Triton
 from export import graphs, tensorrt, typed_graph
 from export.build_engines import export
 from export.build_settings import BuildSettings
 from tests.conftest import ROOT, copy_repository
+from tests.functional.footprint import run_watched
 from tests.tiny import volume, write_tiny_clip
 
 pytestmark = pytest.mark.integration
@@ -74,28 +79,58 @@ def test_a_full_size_encoder_builds_for_every_architecture(full_size, precision)
     for architecture in ARCHITECTURES if precision != "fp8" else ("8.9", "12.0"):  # older ones have no fp8
         entry = tensorrt.build(typed, full_size.with_name("model.rtx.plan"), BuildSettings("rtx", architecture))
         assert entry["bindings"]["IMAGE"] == ["FP32", -1, 1, 32, 256, 256]
-        assert entry["profiles"] == [[1, 1, 8], [1, 4, 8]] and entry["bytes"] > 80e6
+        assert entry["profiles"] == [[1, 1, 1], [1, 4, 4]] and entry["bytes"] > 80e6
+        # Unfused scores alone are 0.2 GB a volume in fp32.
+        one, four = (size / 1e6 for size in entry["context_bytes"])
+        assert (400 < one < 500 and four < 2000) if precision == "fp32" else (25 < one < 45 and 90 < four < 140)
+        assert entry["context_source"] == "build log"
         # In reduced precision every attention is one kernel; in fp32 TensorRT has none.
         assert entry["fused_attentions"] == (0 if precision == "fp32" else BLOCKS * PROFILES)
         assert (full_size.parent / tensorrt.REPORT).read_text().startswith("Layers:")
 
 
-def test_the_documented_command_builds_plans_of_the_published_size(tmp_path):
-    """Encoders and mask head as published; the language model has the published width and one layer."""
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(checkpoint, scan): encoders and mask head, a language model of one layer of the published width."""
+    folder = tmp_path_factory.mktemp("published")
     config = config_of("7b", num_hidden_layers=1, intermediate_size=256, vocab_size=600, max_position_embeddings=512)
-    checkpoint, repository = write(tmp_path / "checkpoint", config), copy_repository(tmp_path)
-    command = [sys.executable, "export/build_engines.py", "--checkpoint", checkpoint, "--target", "tensorrt"]
-    command += ["--builder", "rtx", "--compute-capability", "8.9", "--precision", "fp16", "--repository", repository]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    graphs = Manifest.read(repository).graphs
+    np.save(folder / "scan.npy", volume("scan"))
+    yield write(folder / "checkpoint", config), folder / "scan.npy"
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["fp16", *(pytest.param(one, marks=pytest.mark.slow(group="matrix")) for one in ("fp32", "bf16", "fp8"))],
+)
+def test_the_documented_command_builds_plans_of_the_published_size(published, tmp_path, precision):
+    """From the checkpoint to a repository that the doctor knows, within the memory that was said."""
+    (checkpoint, scan), repository = published, copy_repository(tmp_path)
+    arguments = ["--checkpoint", checkpoint, "--target", "tensorrt", "--precision", precision]
+    arguments += ["--builder", "rtx", "--compute-capability", "8.9", "--repository", repository]
+    said, peak = run_watched(
+        "export/build_engines.py", *arguments, *(["--calibration", scan] if precision == "fp8" else [])
+    )
+    size = bytes_read(checkpoint)
+    needed = needs(parts_of(LamedConfig.from_dict(read_config(checkpoint))), size, "tensorrt", precision)
+    print(f"{precision}: {said.splitlines()[-1]}, {peak / 1e9:.2f} GB of memory at most; {needed} were said")
+    assert peak < 1.3 * size + 2e9 and 0.7 * needed.memory < peak < needed.memory
+    manifest = Manifest.read(repository)
     for name in contract.IMAGE_ENCODERS[:2]:
-        plan = graphs[name]["plan"]
+        plan, memory = manifest.graphs[name]["plan"], manifest.gpu_memory[name]
         assert 0 < plan["max_error"] <= plan["bound"] and plan["compared"] == "typed graph on the CPU"
-        assert (
-            plan["bindings"]["IMAGE"] == ["FP32", -1, 1, 32, 256, 256] and plan["fused_attentions"] == BLOCKS * PROFILES
-        )
-        assert plan["bytes"] == (repository / name / "1" / "model.rtx.plan").stat().st_size > 150e6
+        assert plan["precision"] == precision and plan["bindings"]["IMAGE"] == ["FP32", -1, 1, 32, 256, 256]
+        # In reduced precision every attention is one kernel; in fp32 TensorRT has none.
+        assert plan["fused_attentions"] == (0 if precision == "fp32" else BLOCKS * PROFILES)
+        weights = (repository / name / "1" / "model.rtx.plan").stat().st_size
+        assert plan["bytes"] == memory["weights"] == weights > {"fp32": 350e6, "fp8": 100e6}.get(precision, 150e6)
+        assert sum(memory["contexts"]) < (2.3e9 if precision == "fp32" else 0.18e9)
+        for config in ("config.pbtxt", TENSORRT_CONFIG):
+            assert refusals(read(repository / name / config), bindings(repository, manifest, name)) == []
+    command = [sys.executable, "-m", "engine.cli", "doctor", "--target", "tensorrt", "--repository", repository]
+    doctor = subprocess.run(command, cwd=ROOT, env={**os.environ, "COLUMNS": "1000"}, capture_output=True, text=True)
+    assert f"{repository}: checkpoint for tensorrt" in doctor.stdout and "volumes of 32 x 256 x 256" in doctor.stdout
+    assert "its plans were built by TensorRT for RTX" in doctor.stdout
 
 
 # --- a whole repository ----------------------------------------------------------------------------------------------
@@ -203,15 +238,14 @@ def test_the_warm_up_has_the_checkpoints_own_sizes(planned, name):
 
 
 @pytest.mark.parametrize("name", contract.IMAGE_ENCODERS)
-def test_triton_uses_every_profile_of_a_plan_in_cuda_graphs_and_refuses_beyond_its_queue(planned, name):
+def test_triton_uses_every_profile_of_a_plan_and_refuses_beyond_its_queue(planned, name):
     repository, manifest = planned
     config, plan = read(repository / name / "config.pbtxt"), manifest.graphs[name]["plan"]
     (group,) = config.instance_group
     assert list(group.profile) == [str(k) for k in range(len(plan["profiles"]))] and group.kind == group.KIND_GPU
-    assert config.max_batch_size == plan["profiles"][0][2] and config.optimization.cuda.graphs
-    batching = config.dynamic_batching
-    assert set(batching.preferred_batch_size) == {4, 8} and batching.max_queue_delay_microseconds > 0
-    policy = batching.default_queue_policy
+    # Triton's backend takes the profile that fits a batch best, and wants its largest batch of one of them alone.
+    assert config.max_batch_size == max(most for _, _, most in plan["profiles"])
+    policy = config.dynamic_batching.default_queue_policy
     assert (
         policy.max_queue_size > 0 and policy.default_timeout_microseconds > 0 and policy.timeout_action == policy.REJECT
     )
@@ -237,6 +271,21 @@ def test_the_manifest_says_how_plans_were_built_and_how_exact_they_are(planned):
             "model.rtx.plan",
         ]
     assert Manifest.read(repository) == manifest
+
+
+@pytest.mark.parametrize("name", contract.GRAPHS)
+def test_the_manifest_says_what_each_graph_takes_of_a_gpus_memory(planned, name):
+    repository, manifest = planned
+    memory, folder = manifest.gpu_memory[name], repository / name / "1"
+    files = [file for file in folder.iterdir() if file.name.startswith(("model.rtx.plan", "model.onnx"))]
+    assert memory["weights"] == sum(file.stat().st_size for file in files) > 0
+    if name in contract.IMAGE_ENCODERS:
+        one, four = memory["contexts"]
+        assert 0 < one < four < 5 * one and memory["source"] == "build log"
+        volume = 4 * np.prod(manifest.image_size)
+        assert memory["bindings"] > contract.ENCODER_MAX_BATCH * volume
+    else:
+        assert len(memory["contexts"]) == 1 and memory["source"] == "graph"
 
 
 def test_plans_that_were_built_to_check_are_not_served(planned):
@@ -306,7 +355,8 @@ def test_a_node_that_tensorrt_does_not_know_is_named_with_its_module(tmp_path):
         ({"builder": "rtx", "compute_capability": "9.9"}, "9.9"),
         ({"compute_capability": "8.9"}, "of this machine"),
         ({"builder": "rtx", "compute_capability": "8.9", "strip_weights": True}, "--strip-weights"),
-        ({"best_batches": (9,)}, "between 1 and 8"),
+        ({"batches": ()}, "1 volume or more"),
+        ({"batches": (0, 4)}, "1 volume or more"),
         ({"workspace_gib": 0}, "above 0"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from engine.contract import CHAT_MODELS, GRAPHS, MODELS, RETRIEVE_MODELS, SEGMENT_MODELS, Model
+from engine.contract import CHAT_MODELS, GRAPHS, IMAGE_ENCODERS, MODELS, RETRIEVE_MODELS, SEGMENT_MODELS, Model
 from tests.conftest import ROOT
 
 REPOSITORY = ROOT / "model_repository"
@@ -16,6 +16,10 @@ ENSEMBLES = [model.name for model in MODELS.values() if model.ensemble]
 
 def read(path) -> ModelConfig:
     return text_format.Parse((REPOSITORY / path).read_text(), ModelConfig())
+
+
+def parameters(path) -> dict[str, str]:
+    return {name: value.string_value for name, value in read(path).parameters.items()}
 
 
 def signature(tensors) -> dict:
@@ -164,3 +168,42 @@ def test_a_graph_runs_in_a_compiled_backend_on_a_gpu_and_in_python_on_a_cpu(name
     assert gpu.default_model_filename == {"tensorrt": "model.plan", "onnxruntime": "model.onnx"}[gpu.backend]
     assert gpu.HasField("dynamic_batching") and gpu.instance_group[0].kind == gpu.instance_group[0].KIND_GPU
     assert cpu.instance_group[0].kind == cpu.instance_group[0].KIND_CPU
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_no_configuration_has_cuda_graphs(path):
+    """With them Triton's TensorRT backend has returned results of earlier requests, which here are another patient's.
+
+    triton-inference-server/server#8550 was open in July 2026. What they gain is below a millisecond for a scan.
+    """
+    assert not read(path).optimization.cuda.graphs
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_no_request_waits_for_others_to_make_a_batch(path):
+    batching = read(path).dynamic_batching
+    assert not batching.preferred_batch_size and batching.max_queue_delay_microseconds == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "caller"),
+    [("vision_encoder", "study"), ("segmentation_encoder", "study"), ("segmentation_head", "segmentation")],
+)
+def test_a_batch_is_no_larger_than_what_its_caller_sends_at_a_time(name, caller):
+    """Memory goes with the largest batch, used or not."""
+    assert MODELS[name].max_batch_size == int(parameters(f"{caller}/config.pbtxt")["threads"])
+
+
+@pytest.mark.parametrize("name", IMAGE_ENCODERS)
+def test_each_profile_of_a_plan_takes_its_own_memory(name):
+    assert parameters(f"{name}/config.pbtxt")["execution_context_allocation_strategy"] == "ON_PROFILE_CHANGE"
+
+
+@pytest.mark.parametrize("name", sorted(set(GRAPHS) - set(IMAGE_ENCODERS)))
+def test_onnx_runtime_computes_in_fp32_on_a_gpu_and_takes_no_more_memory_than_it_needs(name):
+    """tests/unit/test_tf32.py says what TF32 would cost. The names are those of Triton's backend."""
+    (accelerator,) = read(f"{name}/config.pbtxt").optimization.execution_accelerators.gpu_execution_accelerator
+    assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
+    found = parameters(f"{name}/config.pbtxt")
+    assert (found["arena_extend_strategy"], found["enable_mem_pattern"]) == ("1", "0")
+    assert name != "segmentation_head" or found["cudnn_conv_algo_search"] == "1"

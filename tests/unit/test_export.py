@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -220,7 +222,7 @@ def test_a_graph_that_is_off_fails_the_export_and_leaves_no_manifest(checkpoints
     def off_by_a_little(graph, target, fused):
         exporting(graph, target, fused)
         with torch.no_grad():
-            graph.module.model[-1].projector[-1].bias.add_(0.01)
+            graph.module.model.mm_projector.projector[-1].bias.add_(0.01)
 
     monkeypatch.setattr(graphs, "_export", off_by_a_little)
     repository = copy_repository(tmp_path)
@@ -264,6 +266,27 @@ def test_a_language_model_with_values_that_are_not_finite_is_refused_by_key(chec
     with pytest.raises(CheckpointError, match=rf"NaN or infinite in {precision}, in model\.norm\.weight: "):
         llm.write_llm(config, weights, source, tmp_path / "llm", precision, lambda text: None)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_language_model_that_was_compared_leaves_nothing_on_the_gpu(monkeypatch, tmp_path):
+    emptied = []
+
+    class Model:
+        device = torch.device("cpu")
+
+        def __call__(self, inputs_embeds, logits_to_keep):
+            return SimpleNamespace(logits=torch.eye(4)[None, :logits_to_keep])
+
+    def load(*_):
+        model = Model()
+        emptied.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(quantize, "_load", load)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(emptied[0]() is None))
+    answered = [quantize.Answered(torch.zeros(4, 8), torch.tensor([0, 1]))]
+    _, agreement = quantize.compare(tmp_path, torch.float32, answered)
+    assert agreement == 1 and emptied[1:] == [True]  # the model was gone before PyTorch was asked for its memory
 
 
 @pytest.mark.parametrize("text, words", [("[]", "is not a JSON object"), ("{", "is not JSON"), ("{}", "format None")])

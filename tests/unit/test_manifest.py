@@ -16,7 +16,11 @@ from tests.conftest import ROOT
 from tests.unit.fake_models import manifest
 
 PLAN = {"tensorrt": "11.4.0.106", "compute_capability": "8.9", "version_compatible": False, "hardware_compatible": True}
-WHOLE = manifest(graphs={"study": {"plan": PLAN}, "m3d_segment": {"max_error": 0.0}}, files={"study/1/model.plan": 8})
+MEMORY = {"weights": 8, "contexts": [3, 4], "bindings": 2, "source": "engine"}
+WHOLE = manifest(
+    graphs={"study": {"plan": PLAN, "gpu_memory": MEMORY}, "m3d_segment": {"max_error": 0.0}},
+    files={"study/1/model.plan": 8},
+)
 
 
 @pytest.fixture
@@ -31,6 +35,7 @@ def repository(tmp_path):
 
 def test_what_was_written_is_read_and_checks(repository):
     assert Manifest.read(repository) == WHOLE
+    assert (WHOLE.graph_plans, WHOLE.gpu_memory) == ({"study": PLAN}, {"study": MEMORY})
     WHOLE.check(repository)
 
 
@@ -57,6 +62,11 @@ def test_a_repository_without_a_manifest_is_refused_with_a_command_that_a_shell_
         ({"seg_token_id": True}, "seg_token_id"),
         ({"plans": None, "checkpoint": 1}, "checkpoint, plans"),
         ({"graphs": {"study": {"plan": []}}}, "compute_capability of the plan of study"),
+        ({"graphs": {"study": {"gpu_memory": 9}}}, "weights of the gpu_memory of study"),
+        (
+            {"graphs": {"study": {"gpu_memory": {**MEMORY, "contexts": [1, None]}}}},
+            "contexts of the gpu_memory of study",
+        ),
         (
             {"graphs": {"study": {"plan": {**PLAN, "compute_capability": None}}}},
             "compute_capability of the plan of study",

@@ -61,14 +61,24 @@ def types(model) -> dict[str, int]:
     return found | {tensor.name: tensor.data_type for tensor in inferred.initializer}
 
 
+def producers(model) -> dict[str, onnx.NodeProto]:
+    return {output: node for node in model.graph.node for output in node.output}
+
+
+def is_cast(node: onnx.NodeProto | None, to: int) -> bool:
+    return node is not None and node.op_type == "Cast" and node.attribute[0].i == to
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
 def test_products_are_reduced_and_norms_softmax_and_residuals_are_not(exported, amax, precision):
     model = typed_graph.typed(onnx.load(exported), precision, amax)
     onnx.checker.check_model(model, full_check=True)
-    found = types(model)
+    found, producer = types(model), producers(model)
     for node in model.graph.node:
         kind = found[node.input[0]]
         if node.op_type == "MatMul":
+            if cast_up := [producer[name] for name in node.input if is_cast(producer.get(name), TensorProto.FLOAT)]:
+                (kind,) = {found[cast.input[0]] for cast in cast_up}
             assert kind == (TensorProto.FLOAT if "patch_embedding" in module_of(node) else LOW[precision]), node.name
         elif (
             node.op_type in ("LayerNormalization", "Softmax", "AveragePool")
@@ -77,6 +87,27 @@ def test_products_are_reduced_and_norms_softmax_and_residuals_are_not(exported, 
         ):
             assert kind == TensorProto.FLOAT, node.name
     assert {found["IMAGE"], found["VISUAL_TOKENS"]} == {TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
+def test_sums_of_fp16_are_asked_for_in_fp32(exported, amax, precision):
+    """By casts around a product, as TensorRT reads them. bf16 has no other sums, quantised products have their own."""
+    model = typed_graph.typed(onnx.load(exported), precision, amax)
+    found, producer = types(model), producers(model)
+    widened = 0
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or "patch_embedding" in module_of(node):
+            continue
+        casts = [is_cast(producer.get(name), TensorProto.FLOAT) for name in node.input]
+        quantised = any(name.endswith("_dequantised") for name in node.input)
+        assert casts == [precision != "bf16" and not quantised] * 2, node.name
+        if casts[0]:
+            readers = [reader for reader in model.graph.node if node.output[0] in reader.input]
+            assert {found[producer[name].input[0]] for name in node.input} == {TensorProto.FLOAT16}
+            assert [is_cast(reader, TensorProto.FLOAT16) for reader in readers] == [True]
+            widened += 1
+    # Two blocks: two products of attention and four with weights in each; the projector has two.
+    assert widened == {"fp16": 14, "bf16": 0, "fp8": 6}[precision]
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-6), ("fp16", 2e-3), ("bf16", 1.5e-2), ("fp8", 5e-2)])
@@ -130,7 +161,7 @@ def test_fp8_weights_are_quantised_per_column_and_activations_by_calibration(exp
 
 def test_a_node_names_the_module_it_came_from(exported):
     modules = {module_of(node) for node in onnx.load(exported).graph.node}
-    assert {"vision_tower.blocks.1.attn.qkv", "projector.2"} <= modules
+    assert {"vision_tower.vision_tower.blocks.1.attn.qkv", "mm_projector.projector.2"} <= modules
     assert module_of(onnx.helper.make_node("Add", ["a", "b"], ["c"])) == ""
 
 
