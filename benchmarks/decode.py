@@ -33,7 +33,7 @@ from engine.errors import InvalidInput
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
 from engine.runtime.decoder.cpu_forward import Pass
-from engine.runtime.decoder.settings import DecoderSettings
+from engine.runtime.decoder_settings import DecoderSettings
 from engine.sampling import Sampling
 
 AT_ONCE = 8

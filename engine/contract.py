@@ -238,6 +238,7 @@ MODELS: dict[str, Model] = {
 
 CHAT_MODELS = ("study", "vision_encoder", "decoder", "m3d_chat")
 SEGMENT_MODELS = ("segmentation_encoder", "segmentation_head", "segmentation", "m3d_segment")
+DECODER_MODELS = ("decoder", "m3d_chat", "m3d_segment")  # the language model, and what cannot work without it
 CLIP_ENCODERS = ("clip_image_encoder", "clip_text_encoder")
 RETRIEVE_MODELS = (*CLIP_ENCODERS, "retrieval", "m3d_retrieve")
 IMAGE_ENCODERS = ("vision_encoder", "segmentation_encoder", "clip_image_encoder")  # the graphs that take a volume

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from engine import gpu
+from engine import gpu, gpu_memory
 from engine.errors import M3DError
 from engine.manifest import Manifest
 from engine.memory import meminfo
@@ -48,7 +48,7 @@ MEMORY_NEEDED = 6 << 30  # the demo: vLLM with 1 GiB of KV cache, encoders, stud
 
 @dataclass(frozen=True)
 class Finding:
-    """state: ok, missing (serving needs it) or note."""
+    """state: ok, missing (serving needs it), note, or empty for a line that goes with the one before."""
 
     state: str
     what: str
@@ -215,7 +215,25 @@ def _repository(repository: Path, target: str) -> list[Finding]:
             Finding("missing", "fits this machine", words)
             for words in gpu.misfits(manifest, gpus, gpu.tensorrt_version())
         ]
-        found += [Finding("note", "GPU memory", words) for words in gpu.occupied(manifest, gpus)]
+        if found[0].state == "ok":  # else files that the plan reads may be missing
+            found += _gpu_memory(repository, manifest, gpus)
+    return found
+
+
+def _gpu_memory(repository: Path, manifest: Manifest, gpus: list[gpu.Gpu]) -> list[Finding]:
+    """The plan of each GPU's memory as lines of a table, and whether it fits."""
+    try:
+        plans = gpu_memory.plans(repository, manifest, gpus or [gpu.ANY])
+        found = [
+            Finding("missing", "fits this machine", words) for words in gpu_memory.misfits(repository, manifest, gpus)
+        ]
+        found += [Finding("note", "GPU memory", words) for words in gpu_memory.occupied(repository, manifest, gpus)]
+    except M3DError as error:
+        return [Finding("missing", "repository", str(error))]
+    for plan in plans:
+        size = f"of {gpu_memory.gib(plan.gpu.memory)}" if gpus else f"{gpu_memory.gib(plan.needed_in_all)} at least"
+        found.append(Finding("", f"memory of {plan.gpu if gpus else 'any GPU'}", size))
+        found += [Finding("", f"  {name}", size) for name, size in plan.rows()]
     return found
 
 

@@ -8,24 +8,22 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
-from engine.manifest import LLM_FOLDER, Manifest
+from engine.manifest import Manifest
 
-_QUERY = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.total", "memory.free")
+_QUERY = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.total", "memory.reserved", "memory.free")
 _TENSORRT_MAJORS = (11, 10)
 CUDA_NEEDED, DRIVER_NEEDED = (13, 0), 580  # of the PyTorch that vLLM 0.32 brings (locks/image.txt: torch 2.13)
 _AMPERE = (8, 0)  # the oldest that hardware compatible plans run on
-# Beside weights: activations of vLLM and of the plans, CUDA contexts, and a KV cache for a few answers.
-WORKING_BYTES = 6 << 30
 
 
 @dataclass(frozen=True)
 class Gpu:
     """One GPU as nvidia-smi describes it; number is nvidia-smi's, compute_capability such as "8.9".
 
-    memory, free: bytes; None where nvidia-smi knows none, as for a GPU that shares the CPU's memory.
+    memory: bytes that programs can have. free: bytes. Both are None where nvidia-smi knows none, as for a GPU that
+    shares the CPU's memory.
     """
 
     name: str
@@ -39,6 +37,10 @@ class Gpu:
         return f"{self.name} (GPU {self.number})"
 
 
+# To plan for, where there is none.
+ANY = Gpu("any GPU", "unknown", "unknown", None, None)
+
+
 def find_gpus() -> list[Gpu]:
     """The GPUs that a server started here would use, in its order; none without a driver.
 
@@ -48,10 +50,16 @@ def find_gpus() -> list[Gpu]:
     rows = [[cell.strip() for cell in line.split(",")] for line in words.splitlines()]
     whole = [row for row in rows if len(row) == len(_QUERY)]  # others are words, such as "No devices were found"
     found = {
-        uuid: Gpu(name, driver, capability, _bytes(total), _bytes(free), int(number))
-        for number, uuid, name, driver, capability, total, free in whole
+        uuid: Gpu(name, driver, capability, _usable(total, reserved), _bytes(free), int(number))
+        for number, uuid, name, driver, capability, total, reserved, free in whole
     }
     return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _usable(total: str, reserved: str) -> int | None:
+    """Of its memory, the driver keeps some (`memory.reserved`), which no program gets."""
+    size = _bytes(total)
+    return None if size is None else size - (_bytes(reserved) or 0)
 
 
 def _bytes(mebibytes: str) -> int | None:
@@ -100,22 +108,6 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in found[0].split(".") if number)
 
 
-def memory_needed(manifest: Manifest, first: bool) -> int:
-    """GPU memory, in bytes, that serving needs at least on a GPU.
-
-    first: the first GPU has the language model and room to work beside the graphs, which Triton loads on every GPU.
-    """
-    graphs = sum(
-        size for path, size in manifest.files.items() if Path(path).name.startswith(("model.plan", "model.onnx"))
-    )
-    llm = sum(
-        size
-        for path, size in manifest.files.items()
-        if path.startswith(str(LLM_FOLDER)) and path.endswith(".safetensors")
-    )
-    return graphs + llm + WORKING_BYTES if first else graphs
-
-
 def misfits(manifest: Manifest, gpus: list[Gpu], tensorrt: str | None) -> list[str]:
     """Why a repository for target tensorrt cannot be served here: what, and what to do; empty if nothing is wrong.
 
@@ -134,41 +126,14 @@ def misfits(manifest: Manifest, gpus: list[Gpu], tensorrt: str | None) -> list[s
                 built = f"{'.'.join(map(str, _AMPERE))} or later"
                 way_out = again.replace(":", ", without --hardware-compatible:", 1)
             has = ", ".join(f"{gpu} has {gpu.compute_capability}" for gpu in unfit)
-            wrong = f"built for compute capability {built}, {has}: {_leaving_out(gpus, unfit) or way_out}"
+            wrong = f"built for compute capability {built}, {has}: {leaving_out(gpus, unfit) or way_out}"
             found.setdefault(wrong, []).append(name)
         if tensorrt is not None and not _loads(plan["tensorrt"], tensorrt, plan["version_compatible"]):
             found.setdefault(f"built by TensorRT {plan['tensorrt']}, here is {tensorrt}: {again}", []).append(name)
-    return [f"{', '.join(names)}: {wrong}" for wrong, names in found.items()] + _too_small(manifest, gpus)
+    return [f"{', '.join(names)}: {wrong}" for wrong, names in found.items()]
 
 
-def occupied(manifest: Manifest, gpus: list[Gpu]) -> list[str]:
-    """Which of `gpus` are large enough for the repository, and have too little memory free now; and what to do."""
-    return [
-        f"{gpu} has {_gib(gpu.free)} GiB of memory free, {_gib(needed)} are needed: stop what uses it (nvidia-smi "
-        "names the processes)"
-        for gpu, needed in _needs(manifest, gpus)
-        if gpu.free is not None and gpu.free < needed and (gpu.memory is None or needed <= gpu.memory)
-    ]
-
-
-def _needs(manifest: Manifest, gpus: list[Gpu]) -> list[tuple[Gpu, int]]:
-    """Each GPU, and the memory in bytes that is needed on it."""
-    return [(gpu, memory_needed(manifest, first=gpu is gpus[0])) for gpu in gpus]
-
-
-def _too_small(manifest: Manifest, gpus: list[Gpu]) -> list[str]:
-    found = []
-    for gpu, needed in _needs(manifest, gpus):
-        unfit = [other for other in gpus if other.memory is not None and other.memory < needed]
-        if gpu.memory is not None and gpu in unfit:
-            way_out = _leaving_out(gpus, unfit) or (
-                "take a larger GPU, more of them (tensor_parallel_size of the decoder), or a smaller precision"
-            )
-            found.append(f"it needs {_gib(needed)} GiB of GPU memory, {gpu} has {_gib(gpu.memory)}: {way_out}")
-    return found
-
-
-def _leaving_out(gpus: list[Gpu], unfit: list[Gpu]) -> str | None:
+def leaving_out(gpus: list[Gpu], unfit: list[Gpu]) -> str | None:
     """How to serve without `unfit`; None if no GPU is left then."""
     left = ",".join(str(gpu.number) for gpu in gpus if gpu not in unfit)
     return f"leave out what does not fit, by CUDA_VISIBLE_DEVICES={left}" if left else None
@@ -188,10 +153,6 @@ def _loads(built: str, installed: str, version_compatible: bool) -> bool:
     """
     built_parts, installed_parts = release(built)[:3], release(installed)[:3]
     return built_parts == installed_parts or version_compatible and built_parts <= installed_parts
-
-
-def _gib(size: int) -> str:
-    return f"{size / (1 << 30):.1f}"
 
 
 def _nvidia_smi(*arguments: str) -> str:

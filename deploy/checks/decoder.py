@@ -17,7 +17,7 @@ from deploy.checks.reference import BOUNDS
 from engine.models.checkpoint import build_lamed, open_lamed
 from engine.runtime.decoder.llm_engine import LlmEngine
 from engine.runtime.decoder.seg_states import EXTRA_ARG
-from engine.runtime.decoder.settings import DecoderSettings
+from engine.runtime.decoder_settings import DecoderSettings
 from export.llm import write_llm
 
 AT_ONCE = 8

@@ -23,13 +23,13 @@ from benchmarks.served import Served
 from deploy.checks import order, plans, roofline
 from deploy.checks.context import ROOT, Context, Failed
 from deploy.checks.geometry import volumes
-from engine import gpu
+from engine import gpu, gpu_memory
 from engine.client import Segmentation, Study
 from engine.errors import M3DError
+from engine.gpu_memory import Plan
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
 from engine.models.config import LamedConfig
-from engine.runtime.decoder.settings import DecoderSettings
 from engine.samples import write_sample
 from engine.server import Server, free_ports
 
@@ -52,9 +52,10 @@ def serve(context: Context) -> Iterator[dict]:
     if not context.rates:
         raise Failed("nothing to compare with: run the step roofline before")
     before = _used()
+    (plan, *_) = gpu_memory.plans(repository, manifest, gpu.find_gpus()) or [None]
     log = Path(context.work) / "triton.log"
     with Server(repository, target="tensorrt", **free_ports(), log=log) as server:
-        yield from memory("when it is ready", before, manifest)
+        yield from memory("when it is ready", before, plan)
         own = plans.own_results(context)
         images = volumes(plans.VOLUMES, manifest.image_size).numpy()
         yield from not_mixed_up(server.url, images, own, manifest)
@@ -65,7 +66,7 @@ def serve(context: Context) -> Iterator[dict]:
             studies = [served.upload(next(fresh)) for _ in range(max(CLIENTS))]
             config, _, _ = open_lamed(context.checkpoint)
             yield from latency(served, studies, config, manifest.precision, roofline.rates(context))
-        yield from memory("after the questions", before, manifest)
+        yield from memory("after the questions", before, plan)
 
 
 def not_mixed_up(url: str, images: np.ndarray, own: dict[str, np.ndarray], manifest: Manifest) -> Iterator[dict]:
@@ -179,21 +180,18 @@ def _waited(clients: int, seconds: float, samples: Sequence[Sample], least_s: fl
     }
 
 
-def memory(when: str, before: float, manifest: Manifest) -> Iterator[dict]:
+def memory(when: str, before: float, plan: Plan | None) -> Iterator[dict]:
     """A row: what the server holds of the GPU, against the plan. before: GiB in use before it started."""
-    (first, *_) = gpu.find_gpus() or [None]
-    if first is None or first.memory is None:
+    if plan is None or plan.gpu.memory is None:
         return
-    total = first.memory / 2**30
-    share = DecoderSettings().gpu_memory_utilization * total
+    share = plan.share(plan.gpu.memory)
     held = _used() - before
     yield {
         "what": f"GPU memory {when}, GiB",
         "held": held,
-        "of": total,
-        "vLLM's share": share,
-        "all else": held - share,
-        "planned at least": gpu.memory_needed(manifest, first=True) / 2**30,
+        "of": plan.gpu.memory / 2**30,
+        "planned": (plan.others + share) / 2**30,
+        "of that the language model": share / 2**30,
     }
 
 

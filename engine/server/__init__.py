@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import compileall
 import fcntl
 import json
 import os
@@ -25,7 +26,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, cast
 
-from engine import gpu
+from engine import gpu, gpu_memory
+from engine.contract import DECODER_MODELS
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
 from engine.packages import cache_folder
@@ -43,6 +45,9 @@ ORPHANS_GRACE_S = 5  # for processes that outlive Triton, such as those that tid
 START_ATTEMPTS = 3
 STUB = "triton_python_b"  # the name of a Python model's process; Triton neither restarts it nor tells who waits for it
 LOWEST_FREE_PORT = 10_000
+# Models that wait until the others are there. On a GPU the language model does, since vLLM takes what the others leave.
+# On a CPU nothing is gained by it: to load all at once is quicker.
+LOADED_LAST: dict[str, tuple[str, ...]] = {"cpu": (), "tensorrt": DECODER_MODELS}
 SHM_NEEDED = 256 << 20  # requests, answers and studies travel through shared memory
 _LOADING = re.compile(r"loading: (\w+):")
 _LOADED = re.compile(r"successfully loaded '(\w+)'")
@@ -153,9 +158,15 @@ class Server:
             # Triton, its stubs and vLLM each trip over some paths: spaces, brackets, letters beyond ASCII.
             repository = run_folder / "model_repository"
             repository.symlink_to(self.repository)
+            last = tuple(model for model in manifest.models if model in LOADED_LAST[self.target])
+            first = tuple(model for model in manifest.models if model not in last)
             command = triton.command(
-                repository, manifest, self._sockets, backends, shm_prefix, EXIT_TIMEOUT_S, self.trace
+                repository, manifest, first, self._sockets, backends, shm_prefix, EXIT_TIMEOUT_S, self.trace
             )
+            # Triton takes a model for changed when anything in its folder is, and would load it again with an ensemble
+            # that it is part of: Python must not write its bytecode there when the model starts.
+            # A folder that cannot be written stays as it is.
+            compileall.compile_dir(self.repository, maxlevels=2, quiet=2)
             front = FrontSettings(
                 host=self.host,
                 grpc_port=self.ports["grpc"],
@@ -164,6 +175,7 @@ class Server:
                 inside=self._sockets.grpc_url,
                 inside_metrics=self._sockets.metrics,
                 models=manifest.models,
+                last=last,
                 folder=str(run_folder),
             )
             spec = {
@@ -229,9 +241,12 @@ class Server:
                 f"{self.repository} was exported for target {manifest.target}, not {self.target}: "
                 f"serve with --target {manifest.target}, or export with --target {self.target}"
             )
-        if self.target == "tensorrt" and (wrong := gpu.misfits(manifest, gpu.find_gpus(), gpu.tensorrt_version())):
+        gpus = gpu.find_gpus() if self.target == "tensorrt" else []
+        if self.target == "tensorrt" and (wrong := gpu.misfits(manifest, gpus, gpu.tensorrt_version())):
             raise RepositoryError(f"{self.repository} does not fit this machine: {'; '.join(wrong)}")
         manifest.check(self.repository)
+        if self.target == "tensorrt" and (small := gpu_memory.misfits(self.repository, manifest, gpus)):
+            raise RepositoryError(f"{self.repository} does not fit this machine: {'; '.join(small)}")
         if len(set(self.ports.values())) < len(self.ports):
             raise InvalidInput(f"the gRPC and metrics ports must differ: {self.ports}")
         for name, host in (("grpc", self.host), ("metrics", self.metrics_host)):
@@ -289,25 +304,26 @@ class Server:
     def _cause(self) -> str:
         """Why Triton ended, the first cause first, from its log."""
         text = self._log_text()
-        # Triton escapes line ends in its log; where in the Python code it was stands there, too.
         if self._was_starved():
             return f"the machine is too busy for Triton's start-up checks; try again in a while\n(log: {self.log})"
-        if _FRONT_ENDED.search(text):
-            return f"the front ended, killed or crashed (see engine/server/front.py)\n(log: {self.log})"
-        if broken := _BROKEN.findall(text):
-            return f"{broken[-1]}\n(log: {self.log})"
-        if keeper.VITAL_ENDED in text:  # one that ended in its first moments left no model's name
-            ended = sorted(set(_ENDED.findall(text))) or ["a Python model"]
-            return (
-                f"the process of {', '.join(ended)} ended, killed or crashed, and was not asked to\n(log: {self.log})"
-            )
+        # Triton escapes line ends in its log; where in the Python code it was stands there, too.
         failed = {
             model: words.rstrip('"').replace("\\n", "\n").partition("\n\nAt:")[0].strip()
             for model, words in _FAILED.findall(text)
         }
         # An ensemble fails because a part of it did: the part is the cause.
-        cause = [f"{model}: {words}" for model, words in failed.items() if "ensemble" not in words]
-        return "; ".join(cause or [f"\n{self._tail()}"]) + f"\n(log: {self.log})"
+        causes = [f"{model}: {words}" for model, words in failed.items() if "ensemble" not in words]
+        front_ended = _FRONT_ENDED.search(text)
+        if front_ended and not causes:  # it ends, too, when a model does not load that it has Triton load
+            return f"the front ended, killed or crashed (see engine/server/front.py)\n(log: {self.log})"
+        if broken := _BROKEN.findall(text):
+            return f"{broken[-1]}\n(log: {self.log})"
+        if keeper.VITAL_ENDED in text and not front_ended:  # one that ended in its first moments left no model's name
+            ended = sorted(set(_ENDED.findall(text))) or ["a Python model"]
+            return (
+                f"the process of {', '.join(ended)} ended, killed or crashed, and was not asked to\n(log: {self.log})"
+            )
+        return "; ".join(causes or [f"\n{self._tail()}"]) + f"\n(log: {self.log})"
 
     def _tail(self, lines: int = 15) -> str:
         """The last lines of the log that report something wrong, or just the last ones."""

@@ -9,6 +9,7 @@ secret is needed to keep them from its model control. What the front adds to Tri
   models are told that nobody waits (`engine.runtime.run_folder`), and the call is read to its end.
 - All clients share one connection to Triton, so that its sockets do not grow with theirs.
 - Ready means that the language model is ready, too.
+- On a GPU it has Triton load the language model last.
 
 Run as `python -m engine.server.front SETTINGS`; SETTINGS is the JSON of a `FrontSettings`.
 """
@@ -36,7 +37,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
-from engine.contract import MAX_PART_BYTES, MODELS
+from engine.contract import DECODER_MODELS, MAX_PART_BYTES, MODELS
 from engine.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -44,6 +45,7 @@ from engine.errors import (
     ResourceExhausted,
     Unavailable,
     from_wire,
+    one_line,
     shortened,
 )
 from engine.runtime.run_folder import PEER, READY, RunFolder
@@ -61,6 +63,7 @@ CALLS_OF_CONNECTION = 128  # of those; further ones wait in their client
 UNREAD_S = 60.0  # that a client may leave a response unread while it takes room
 FIRST_MESSAGE_S = 120.0  # that a stream may be open without one
 DRAIN_S = 12.0  # for calls in work when the server stops; Triton itself waits for 10 s
+LOOK_S = 0.25  # between two times that Triton is asked whether it has loaded what it loads by itself
 TIDY_S = 10.0  # between two times that memory is given back
 EMPTY_FINAL, FINAL = "triton_enable_empty_final_response", "triton_final_response"  # parameters of Triton's
 
@@ -134,6 +137,7 @@ class Front:
         self.served = frozenset(served)
         self.room = Room()
         self.stopping = False
+        self.loading = False  # whether models that are loaded last are not there yet
         self._tasks: set[asyncio.Task] = set()
         self._channel = grpc.aio.insecure_channel(inside, options=_INSIDE_OPTIONS)
 
@@ -159,6 +163,22 @@ class Front:
             grpc.method_handlers_generic_handler(_HEALTH, {"Check": unary(self._health)}),
         ]
 
+    async def load(self, models: Iterable[str]) -> None:
+        """Have Triton load `models`, one after the other, when those are there that it loads by itself.
+
+        Raises Unavailable if one does not load; Triton's log says why.
+        """
+        self.loading = True
+        while not await self._says("ServerReady", b""):
+            await asyncio.sleep(LOOK_S)
+        for model in models:
+            request = service_pb2.RepositoryModelLoadRequest(model_name=model)
+            try:
+                await self._call("RepositoryModelLoad", request.SerializeToString())
+            except grpc.aio.AioRpcError as error:
+                raise Unavailable(f"{model} was not loaded: {error.details()}") from error
+        self.loading = False
+
     # --- whether it works --------------------------------------------------------------------------------------------
     async def is_live(self) -> bool:
         """Whether Triton answers."""
@@ -166,7 +186,7 @@ class Front:
 
     async def is_ready(self) -> bool:
         """Whether Triton has all its models, and the language model works."""
-        if self.stopping or not self._decoder_is_ready():
+        if self.stopping or self.loading or not self._decoder_is_ready():
             return False
         return await self._says("ServerReady", b"")
 
@@ -190,7 +210,7 @@ class Front:
 
     async def _model_ready(self, request: bytes, context) -> bytes:
         name = await self._known(request, context)
-        needs_decoder = name in ("decoder", "m3d_chat", "m3d_segment")
+        needs_decoder = name in DECODER_MODELS
         ready = not self.stopping and (self._decoder_is_ready() or not needs_decoder)
         ready = ready and await self._says("ModelReady", service_pb2.ModelReadyRequest(name=name).SerializeToString())
         return service_pb2.ModelReadyResponse(ready=ready).SerializeToString()
@@ -531,7 +551,7 @@ def keep_log_short() -> None:
 
 
 async def serve(settings: FrontSettings) -> None:
-    """Serve until SIGTERM."""
+    """Serve until SIGTERM. Raises Unavailable if a model that is loaded last does not load."""
     keep_log_short()
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -544,6 +564,12 @@ async def serve(settings: FrontSettings) -> None:
     await http.setup()
     await web.TCPSite(http, settings.metrics_host, settings.metrics_port).start()
     tidying = asyncio.ensure_future(give_memory_back())
+    if settings.last:
+        stopping, loading = asyncio.ensure_future(stop.wait()), asyncio.ensure_future(front.load(settings.last))
+        await asyncio.wait({stopping, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+        loading.cancel()
     await stop.wait()
     tidying.cancel()
     front.stopping = True
@@ -596,4 +622,7 @@ def _state(good: bool, word: str, otherwise: str) -> web.Response:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(FrontSettings(**json.loads(sys.argv[1]))))
+    try:
+        asyncio.run(serve(FrontSettings(**json.loads(sys.argv[1]))))
+    except Unavailable as error:
+        sys.exit(f"front: {one_line(error)}")

@@ -560,8 +560,9 @@ class Keeper:
     def _end_without(self, dead: list[tuple[int, str]]) -> None:
         """Vital processes ended. If the command does not end by itself then, whoever waits for them would wait for
         ever, and so would the command when it is asked to stop."""
-        self._wait(self.orphans_grace_s, lambda: self.status is not None)
-        if self.status is None and not self.stop_asked:
+        self._wait(self.orphans_grace_s, lambda: self.status is not None or bool(self.companion_ended))
+        # The companion ends when a model does not load that it has asked for, whose process ends, too.
+        if self.status is None and not self.stop_asked and not self.companion_ended:
             for pid, words in dead:
                 self.log.say(f"{VITAL_ENDED}{pid}: {words}")
             self._signal([self.child], signal.SIGKILL)

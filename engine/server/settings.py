@@ -10,7 +10,8 @@ class FrontSettings:
     """host, grpc_port: where clients come. metrics_host, metrics_port: of metrics and health, over HTTP.
 
     inside: Triton's gRPC address. inside_metrics: path of the Unix socket of its metrics. models: of the repository.
-    folder: the server's private folder.
+    last: of those, which Triton does not load by itself: the front has it load them, in this order, when the others are
+    there. folder: the server's private folder.
     """
 
     host: str
@@ -20,6 +21,7 @@ class FrontSettings:
     inside: str
     inside_metrics: str
     models: tuple[str, ...]
+    last: tuple[str, ...]
     folder: str
 
 

@@ -8,19 +8,21 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, cast
 
 from engine.errors import InvalidInput, Unavailable
+from engine.gpu_memory import CUDA_POOL_BYTES
 from engine.manifest import Manifest
 from engine.runtime.run_folder import VARIABLE as RUN_FOLDER
 
 TARGETS = ("cpu", "tensorrt")
 WHEEL = "nvidia-pytriton"
 LONGEST_SOCKET = 107  # bytes of a Unix socket's path
-# Tensors of requests on their way to a GPU and back: eight volumes of 8.4 MB, and as much again for what they become.
-CUDA_POOL_BYTES = PINNED_POOL_BYTES = 256 << 20
+# Tensors of requests on their way to a GPU and back, and there: four volumes of 8.4 MB, and what they become.
+PINNED_POOL_BYTES = 256 << 20
 TRACES_A_FILE = 10  # few, as what is not written when Triton ends may be lost
 STUB_TIMEOUT_S = 60  # for a stub's Python to start; loading a model may take longer
 QUIET = {
@@ -130,20 +132,21 @@ class Triton:
         self,
         repository: Path,
         manifest: Manifest,
+        models: Sequence[str],
         sockets: Sockets,
         backends: Path | None,
         shm_prefix: str,
         exit_timeout_s: int,
         trace: Path | None = None,
     ) -> list[str]:
-        """Triton's command line, which loads the manifest's models alone."""
+        """Triton's command line, which loads `models` alone, some of the manifest's."""
         command = [
             str(self.binary),
             "--model-repository",
             str(repository),
             "--model-control-mode",
             "explicit",
-            *(part for model in manifest.models for part in ("--load-model", model)),
+            *(part for model in models for part in ("--load-model", model)),
             # Only the front talks to it. Whoever else could would load models of his own, which is to run code.
             "--grpc-address",
             sockets.grpc_address,

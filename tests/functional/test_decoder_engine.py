@@ -20,7 +20,7 @@ from engine.errors import InvalidInput, ResourceExhausted, Unavailable
 from engine.processor import has_bf16
 from engine.runtime.decoder import AnswerInfo, Decoder, decode_kernel, llm_engine
 from engine.runtime.decoder.cpu_forward import Pass
-from engine.runtime.decoder.settings import DecoderSettings
+from engine.runtime.decoder_settings import DecoderSettings
 from engine.sampling import Sampling
 from tests.tiny_llm import BOS, CONTEXT, EOS, VISUAL_TOKENS, WIDTH, question, visual_tokens, write_tiny_llm
 

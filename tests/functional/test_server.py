@@ -17,8 +17,11 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
+import engine.server as server_module
 from engine.client import M3DClient
+from engine.contract import DECODER_MODELS
 from engine.errors import InvalidInput, RepositoryError, Unavailable
+from engine.manifest import Manifest
 from engine.server import Server, free_ports, keeper
 from tests.conftest import ROOT, copy_repository
 from tests.functional.footprint import Footprint, stub_of
@@ -256,3 +259,55 @@ def test_two_servers_run_side_by_side(light_repository, server, scans, tmp_path)
         footprint = Footprint(second.keeper_pid)
     assert footprint.left() == []
     assert server.is_ready()
+
+
+# --- the language model last ------------------------------------------------------------------------------------------
+@pytest.fixture
+def decoder_last(monkeypatch):
+    """As a server for a GPU loads its models."""
+    monkeypatch.setitem(server_module.LOADED_LAST, "cpu", server_module.LOADED_LAST["tensorrt"])
+
+
+def test_the_language_model_is_loaded_when_all_that_does_not_need_it_is_there(decoder_last, repository, scans, log):
+    with Server(repository, **free_ports(), log=log) as server:
+        with M3DClient(server.url) as client:
+            assert client.is_ready() and client.ask(scans[0], QUESTION, max_new_tokens=4).token_ids
+            assert client.segment(scans[0], QUESTION).mask is not None
+        with InferenceServerClient(server.inside_url) as inside:
+            assert all(inside.is_model_ready(model) for model in Manifest.read(repository).models)
+    text = log.read_text()
+    assert "failed to load" not in text
+    began = {model: text.index(f"loading: {model}:") for model in Manifest.read(repository).models}
+    ended = {model: text.index(f"successfully loaded '{model}'") for model in began}
+    last = [model for model in began if model in DECODER_MODELS]
+    assert max(ended[model] for model in began if model not in last) < began["decoder"] < ended["decoder"]
+    assert ended["decoder"] < min(began[model] for model in last[1:])
+
+
+def test_a_language_model_that_does_not_load_last_ends_the_server_with_its_cause(
+    decoder_last, repository, tmp_path, log
+):
+    broken = shutil.copytree(repository, tmp_path / "model_repository", symlinks=True)
+    config = broken / "decoder" / "configs" / "cpu.pbtxt"
+    config.write_text(config.read_text().replace('"max_num_seqs"', '"max_num_sequences"'))
+    server = Server(broken, **free_ports(), log=log)
+    with pytest.raises(Unavailable, match="decoder: .*unknown parameter max_num_sequences"):
+        server.start()
+    assert ended(server.keeper_pid)
+
+
+def test_a_server_that_is_stopped_while_the_language_model_loads_leaves_nothing(decoder_last, repository, log):
+    said = []
+
+    class Stop(Exception):
+        pass
+
+    def progress(text):
+        said.append(text)
+        if "decoder" in text:
+            raise Stop
+
+    server = Server(repository, **free_ports(), log=log, on_progress=progress)
+    with pytest.raises(Stop):
+        server.start()
+    assert "loading decoder" in said[-1] and ended(server.keeper_pid)

@@ -12,7 +12,7 @@ import torch
 
 from engine.errors import RepositoryError, Unavailable
 from engine.runtime import decoder
-from engine.runtime.decoder.settings import DecoderSettings
+from engine.runtime.decoder_settings import DecoderSettings
 from tests.conftest import ROOT
 
 

@@ -1436,6 +1436,7 @@ class Process:
             "inside": inside,
             "inside_metrics": str(folder / "metrics"),
             "models": tuple(contract.MODELS),
+            "last": (),
             "folder": str(folder),
         }
         self.settings = FrontSettings(**(of_all | ports | settings))

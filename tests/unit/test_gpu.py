@@ -30,6 +30,7 @@ PLAN = {
     "hardware_compatible": False,
 }
 GRAPHS = ("vision_encoder", "segmentation_encoder")
+MEMORY = {"weights": 178_000_000, "contexts": [33_000_000, 118_000_000], "bindings": 51_000_000, "source": "engine"}
 MANIFEST = Manifest(
     checkpoint="lamed",
     checkpoint_sha256="0",
@@ -45,7 +46,7 @@ MANIFEST = Manifest(
     seg_token_id=2,
     eos_token_ids=(2,),
     models=("study",),
-    graphs={name: {"plan": PLAN} for name in GRAPHS},
+    graphs={name: {"plan": PLAN, "gpu_memory": MEMORY} for name in GRAPHS},
     versions={},
     plans={"builder": "tensorrt"},
     files={"decoder/1/llm/model.safetensors": 13_500_000_000},
@@ -55,7 +56,7 @@ TRITON = Triton(Path("/opt/tritonserver/bin/tritonserver"), None, "2.72.0")
 
 
 def planned(**changes) -> Manifest:
-    return replace(MANIFEST, graphs={name: {"plan": {**PLAN, **changes}} for name in GRAPHS})
+    return replace(MANIFEST, graphs={name: {"plan": {**PLAN, **changes}, "gpu_memory": MEMORY} for name in GRAPHS})
 
 
 @pytest.fixture
@@ -65,8 +66,8 @@ def nvidia_smi(tmp_path, monkeypatch):
     program.write_text(
         "#!/bin/sh\n"
         'case "$1" in --query-gpu=*)\n'
-        "echo '0, GPU-11aa, NVIDIA L4, 580.95.05, 8.9, 23034, 22000'\n"
-        "echo '1, GPU-22bb, NVIDIA RTX 5090, 580.95.05, 12.0, 32607, 32000'\n"
+        "echo '0, GPU-11aa, NVIDIA L4, 580.95.05, 8.9, 23034, 455, 22000'\n"
+        "echo '1, GPU-22bb, NVIDIA RTX 5090, 580.95.05, 12.0, 32607, [N/A], 32000'\n"
         ";; *) echo '| NVIDIA-SMI 580.95.05   Driver Version: 580.95.05   CUDA Version: 13.0  |' ;; esac\n"
     )
     program.chmod(0o755)
@@ -92,8 +93,12 @@ def exported(tmp_path):
     for path, size in FILES.items():
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_bytes(bytes(size))
-    (tmp_path / "study").mkdir()
-    shutil.copy(ROOT / "model_repository" / "study" / "config.pbtxt", tmp_path / "study")
+    for model in ("study", "decoder"):
+        (tmp_path / model).mkdir(exist_ok=True)
+        shutil.copy(ROOT / "model_repository" / model / "config.pbtxt", tmp_path / model)
+    (tmp_path / "decoder" / "1" / "llm").mkdir(parents=True)
+    config = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "decoder" / "1" / "llm" / "config.json").write_text(json.dumps({**config, "vocab_size": 32000}))
     replace(MANIFEST, files=FILES).write(tmp_path)
     return tmp_path
 
@@ -118,7 +123,12 @@ def test_a_language_model_in_bf16_on_a_processor_without_it_is_noted(exported, m
 
 def test_gpus_are_what_the_driver_says(nvidia_smi):
     first, second = gpu.find_gpus()
-    assert (first.name, first.compute_capability, first.memory, first.number) == ("NVIDIA L4", "8.9", 23034 << 20, 0)
+    assert (first.name, first.compute_capability, first.memory, first.number) == (
+        "NVIDIA L4",
+        "8.9",
+        (23034 - 455) << 20,
+        0,
+    )
     assert second.compute_capability == "12.0" and str(second) == "NVIDIA RTX 5090 (GPU 1)"
     assert gpu.cuda_version() == "13.0"
 
@@ -166,10 +176,10 @@ def test_triton_numbers_gpus_as_nvidia_smi_does(tmp_path):
 
 @pytest.mark.parametrize("unknown", ["[N/A]", "[Not Supported]"])
 def test_a_gpu_that_shares_the_cpus_memory_is_taken_as_it_is(nvidia_smi, exported, unknown):
-    nvidia_smi.write_text(nvidia_smi.read_text().replace("23034, 22000", f"{unknown}, {unknown}"))
+    nvidia_smi.write_text(nvidia_smi.read_text().replace("23034, 455, 22000", f"{unknown}, {unknown}, {unknown}"))
     first, second = gpu.find_gpus()
     assert first.memory is None and first.free is None and second.memory == 32607 << 20
-    assert gpu.misfits(MANIFEST, [first], "11.4.0") == gpu.occupied(MANIFEST, [first]) == []
+    assert gpu.misfits(MANIFEST, [first], "11.4.0") == []
     assert "does not tell" in examined(exported)["GPU"][0].detail
 
 
@@ -205,12 +215,6 @@ def test_a_repository_built_on_this_gpu_fits_it():
         (planned(tensorrt="11.5.0.1", version_compatible=True), [L4], "11.4.0", "built by TensorRT 11.5.0.1"),
         (planned(tensorrt="11.3.0rc1"), [L4], "11.4.0", "built by TensorRT 11.3.0rc1, here is 11.4.0"),
         (planned(tensorrt="unknown"), [L4], "11.4.0", "built by TensorRT unknown, here is 11.4.0"),
-        (
-            MANIFEST,
-            [replace(L4, memory=16 << 30)],
-            "11.4.0",
-            "18.6 GiB of GPU memory, NVIDIA L4 (GPU 0) has 16.0: take a",
-        ),
         # Triton loads every plan on every GPU.
         (
             MANIFEST,
@@ -226,18 +230,6 @@ def test_a_repository_built_on_this_gpu_fits_it():
             "CUDA_VISIBLE_DEVICES=1",
         ),
         (planned(hardware_compatible=True), [L4, RTX_5090, T4], "11.4.0", "CUDA_VISIBLE_DEVICES=0,1"),
-        (
-            MANIFEST,
-            [replace(L4, memory=16 << 30), replace(L4, number=1)],
-            "11.4.0",
-            "NVIDIA L4 (GPU 0) has 16.0: leave out what does not fit, by CUDA_VISIBLE_DEVICES=1",
-        ),
-        (
-            replace(MANIFEST, files={"a/1/model.plan": 5 << 30}),
-            [L4, replace(L4, memory=4 << 30, number=1)],
-            "11.4.0",
-            "5.0 GiB of GPU memory, NVIDIA L4 (GPU 1) has 4.0: leave out what does not fit, by CUDA_VISIBLE_DEVICES=0",
-        ),
     ],
 )
 def test_what_does_not_fit_is_named_with_the_way_out(manifest, gpus, tensorrt, words):
@@ -269,20 +261,17 @@ def test_plans_that_differ_are_told_apart():
     assert first.startswith("a, c: built for compute capability 9.0") and second.startswith("b: built for")
 
 
-def test_only_the_first_gpu_needs_room_for_the_language_model():
-    assert gpu.misfits(MANIFEST, [L4, replace(L4, memory=4 << 30, free=4 << 30, number=1)], "11.4.0") == []
-
-
 def test_the_doctor_notes_memory_that_something_else_holds(here, exported):
-    replace(MANIFEST, files={"decoder/1/llm/model.safetensors": 13_500_000_000}).write(exported)
-    here(replace(L4, free=10 << 30))
+    here(replace(L4, free=1 << 30))
     (note,) = examined(exported)["GPU memory"]
-    assert note.state == "note" and "NVIDIA L4 (GPU 0) has 10.0 GiB of memory free, 18.6 are needed" in note.detail
+    assert note.state == "note" and "NVIDIA L4 (GPU 0) has 1.00 GiB of memory free" in note.detail
     here(L4)
     assert not examined(exported)["GPU memory"]
-    here(replace(L4, memory=16 << 30, free=10 << 30))  # that is not to be mended by stopping something
+    here(replace(L4, memory=2 << 30, free=1 << 30))  # that is not to be mended by stopping something
     found = examined(exported)
     assert not found["GPU memory"] and found["fits this machine"][0].state == "missing"
+    with pytest.raises(RepositoryError, match="does not fit this machine: it needs"):
+        Server(exported, target="tensorrt", **free_ports())._check()
 
 
 def test_the_doctor_looks_at_the_repositorys_own_target(tmp_path, here):
@@ -335,7 +324,7 @@ def test_the_doctor_names_a_damaged_manifest(exported, here, values):
 @pytest.mark.parametrize("compatible", [False, True])
 def test_triton_runs_version_compatible_plans_as_they_want_it(compatible):
     planned_for = planned(version_compatible=compatible)
-    command = TRITON.command(Path("/models"), planned_for, Sockets(Path("/run")), None, "m3d-", 10)
+    command = TRITON.command(Path("/models"), planned_for, planned_for.models, Sockets(Path("/run")), None, "m3d-", 10)
     options = [value for option, value in zip(command, command[1:]) if option == "--backend-config"]
     assert ("tensorrt,version-compatible=true" in options) == compatible
     assert command[command.index("--load-model") + 1] == "study"

@@ -552,10 +552,10 @@ def test_the_memory_is_told_against_the_plan(monkeypatch):
     gib = 2**30
     found = gpu.Gpu("L4", "580", "8.9", memory=22 * gib, free=2 * gib)
     monkeypatch.setattr(gpu, "find_gpus", lambda: [found])
-    monkeypatch.setattr(gpu, "memory_needed", lambda manifest, first: 18 * gib)
-    (row,) = served.memory("now", 1.0, None)
-    assert (row["held"], row["of"], row["planned at least"]) == (19, 22, 18)
-    assert row["all else"] == pytest.approx(19 - 0.85 * 22)
+    llm = LanguageModel(weights=13 * gib, working=gib, row=1 << 19, context=4096, chat=512)
+    plan = Plan(found, {"Triton": gib, "vision_encoder": 3 * gib}, frozenset(), llm, most=0.9)
+    (row,) = served.memory("now", 1.0, plan)
+    assert (row["held"], row["of"], row["planned"], row["of that the language model"]) == (19, 22, 22, 18)
 
 
 def test_a_latency_of_answers_without_tokens_is_refused():

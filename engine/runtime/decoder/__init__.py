@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,14 @@ import torch
 
 from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable, one_line
 from engine.gpu import DRIVER_NEEDED
+from engine.gpu_memory import decoder_share
 from engine.manifest import LLM_FOLDER, Manifest
 from engine.prompt import Prompt
 from engine.runtime.decoder import seg_states, vllm_environment
 from engine.runtime.decoder.detokenizer import Detokenizer
 from engine.runtime.decoder.embedding_table import EmbeddingTable
 from engine.runtime.decoder.llm_engine import LlmEngine
-from engine.runtime.decoder.settings import DecoderSettings
+from engine.runtime.decoder_settings import DecoderSettings
 from engine.sampling import Sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,7 +71,8 @@ class Decoder:
     def __init__(self, repository: Path | str, settings: DecoderSettings = DecoderSettings()):
         self.settings = settings
         self.manifest = manifest = Manifest.read(repository)
-        self.folder = Path(repository) / LLM_FOLDER
+        self.repository = Path(repository)
+        self.folder = self.repository / LLM_FOLDER
         if manifest.precision not in DTYPES:
             raise RepositoryError(
                 f"the manifest's precision {manifest.precision!r} is none of {', '.join(DTYPES)}: "
@@ -108,8 +111,9 @@ class Decoder:
         self._prompt = Prompt(self._tokenizer, self.manifest.num_visual_tokens, self.context_length)
         self._bos = self._tokenizer.bos_token_id
         # BOS as padding: it is in the prompt anyway, and no answer misses it when a repetition penalty is asked for.
+        share = partial(decoder_share, self.repository, self.manifest) if self.manifest.target == "tensorrt" else None
         self.engine = LlmEngine(
-            self.folder, self.dtype, self.context_length, self._bos, self.settings, on_health, on_broken
+            self.folder, self.dtype, self.context_length, self._bos, self.settings, on_health, on_broken, share
         )
         await self.engine.start()
 

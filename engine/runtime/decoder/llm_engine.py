@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from engine.errors import InvalidInput, M3DError, Unavailable, one_line
+from engine.gpu_memory import cache_row_bytes
 from engine.runtime.decoder import seg_states, vllm_environment, worker_extension
 from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
-from engine.runtime.decoder.settings import DecoderSettings
+from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.run_folder import READY
 
 RESTART_WINDOW_S = 3600
@@ -33,6 +34,7 @@ class LlmEngine:
     """One AsyncLLM at a time, used from one asyncio loop.
 
     folder: an exported language model. context_length: rows of prompt and answer. padding_id: a token id no answer has.
+    memory_share: tells, at each start, which part of a GPU's memory vLLM may take; by default the settings say it.
 
     An engine that dies fails the answers in progress with Unavailable and is restarted in the background, at most
     `settings.restarts` times an hour; `health` says where it stands (READY, or words for the client), `layers` how the
@@ -49,6 +51,7 @@ class LlmEngine:
         settings: DecoderSettings,
         on_health: Callable[[str], None] = lambda words: None,
         on_broken: Callable[[str], None] = lambda words: None,
+        memory_share: Callable[[], float] | None = None,
     ):
         self.folder = folder
         self.dtype = dtype
@@ -57,6 +60,7 @@ class LlmEngine:
         self.settings = settings
         self._on_health = on_health
         self._on_broken = on_broken
+        self._memory_share = memory_share or (lambda: settings.gpu_memory_utilization)
         self._health = STARTING
         self.layers = Pass.VLLM
         self._llm: Any = None  # an AsyncLLM, while one runs
@@ -210,7 +214,7 @@ class LlmEngine:
                 # Never less than the longest prompt, so that a prompt alone is never cut into chunks.
                 max_num_batched_tokens=max(settings.max_num_batched_tokens, self.context_length),
                 kv_cache_memory_bytes=self._kv_cache_bytes(),
-                gpu_memory_utilization=settings.gpu_memory_utilization,
+                gpu_memory_utilization=self._memory_share(),
                 tensor_parallel_size=settings.tensor_parallel_size,
                 enforce_eager=settings.enforce_eager,
                 generation_config="vllm",
@@ -222,10 +226,7 @@ class LlmEngine:
         """What the settings say, but room for one whole context at least; None leaves it to vLLM."""
         if not self.settings.kv_cache_gib:
             return None
-        config = json.loads((self.folder / "config.json").read_text())
-        heads = config["num_attention_heads"]
-        width = config.get("head_dim") or config["hidden_size"] // heads
-        row = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width * self.dtype.itemsize
+        row = cache_row_bytes(json.loads((self.folder / "config.json").read_text()), self.dtype.itemsize)
         rows = self.context_length + 2 * self.settings.block_size  # whole blocks, and one that vLLM keeps for itself
         return max(int(self.settings.kv_cache_gib * 2**30), rows * row)
 

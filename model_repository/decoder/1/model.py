@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.runtime import triton_io
 from engine.runtime.answer_desk import AnswerDesk
 from engine.runtime.decoder import Decoder
-from engine.runtime.decoder.settings import DecoderSettings
+from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.run_folder import READY, RunFolder
 from engine.runtime.study_store import StudyStore
 

@@ -14,9 +14,11 @@ class DecoderSettings:
     """Settings with their allowed values; unknown ones are refused.
 
     kv_cache_gib: memory for the KV cache; 0 takes what gpu_memory_utilization leaves. One full context always fits.
-    gpu_memory_utilization: part of the device's memory that vLLM may use, 0 to 1.
+    gpu_memory_utilization: part of the GPU's memory that vLLM may use at most, 0 to 1. It takes less if the plan of the
+    memory (engine/gpu_memory.py), or what is free, leaves less.
     max_num_seqs: answers decoded at the same time. max_waiting: further ones that may wait; more are refused.
-    max_num_batched_tokens: rows a step may compute; at least the context length is used.
+    max_num_batched_tokens: rows a step may compute, for whose results memory is kept; at least the context length is
+    used.
     block_size: rows of a block of the KV cache. Whole blocks are reused, so small ones reuse more of a visual prefix;
     a CPU wants multiples of 32, a GPU of 16.
     context_length: shorter than the model's own, to save memory; 0 takes the model's.
@@ -26,10 +28,10 @@ class DecoderSettings:
     """
 
     kv_cache_gib: float = 0.0
-    gpu_memory_utilization: float = 0.85
+    gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 64
     max_waiting: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int = 4096
     block_size: int = 16
     context_length: int = 0
     tensor_parallel_size: int = 1
