@@ -34,6 +34,7 @@ from deploy.checks.geometry import lamed_config, made
 from deploy.checks.report import Report
 from deploy.checks.steps import STEPS, Step, has_package
 from engine import gpu
+from engine.gpu_memory import LanguageModel, Plan
 from engine.models.checkpoint import load_clip, load_lamed
 from engine.models.lamed import Lamed
 from tests.conftest import ROOT
