@@ -27,7 +27,7 @@ from export.graphs import ExportError
 
 ANSWER_TOKENS = 48
 QUESTIONS = Path(__file__).parent / "calibration_questions.txt"
-# llm-compressor's environment, made by `make quantizing`.
+# llm-compressor's environment, made by `make quantizing`, and in deploy/Dockerfile by the stage of that name.
 PYTHON = Path(sys.prefix) / "quantizing" / "bin" / "python"
 
 
@@ -64,8 +64,9 @@ def check(scheme: str | None, scans: int) -> None:
         )
     if not PYTHON.is_file():
         raise InvalidInput(
-            f"--llm-quantization needs llm-compressor in an environment of its own ({PYTHON.parents[1]}"
-            "): run `make quantizing` first"
+            f"--llm-quantization needs llm-compressor in an environment of its own ({PYTHON.parents[1]}): run `make "
+            "quantizing` in the checkout first; in a container, take the image that `docker build --target quantizing` "
+            "makes (deploy/README.md)"
         )
 
 
