@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a script, from any folder
     sys.path[0] = str(ROOT)
 
 from deploy.checks import runner  # noqa: E402
-from deploy.checks.context import Context  # noqa: E402
+from deploy.checks.context import DEMO, Context  # noqa: E402
 from deploy.checks.report import NOT_RUN, PASSED, Report  # noqa: E402
 from deploy.checks.steps import STEPS, Step  # noqa: E402
 
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         type=_checkpoint,
-        default="training/demo",
+        default=DEMO,
         help="M3D-LaMed that is served: a folder or a Hugging Face id (default: the demo's)",
     )
     parser.add_argument(

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-LEAST_LIMIT_S = 120
+LEAST_LIMIT_S = 240
 TORCH = ("torch", "transformers", "safetensors")
 
 

@@ -1424,6 +1424,29 @@ def test_a_page_is_read_without_the_body_that_comes_with_it(running, metrics, bo
     assert page(running, "/metrics") == (200, METRICS)
 
 
+def test_a_server_is_not_ready_before_all_that_is_loaded_last_is_there(tmp_path):
+    seen = []
+
+    class Loading(front.Front):
+        async def _says(self, method, request):
+            return True
+
+        async def _call(self, method, request, timeout=None):
+            name = service_pb2.RepositoryModelLoadRequest.FromString(request).model_name
+            self.folder.health = READY  # the language model is there from the first on
+            seen.append((name, await self.is_ready()))
+            return b""
+
+    async def run():
+        loading = Loading("unix:/nowhere", RunFolder(tmp_path), contract.MODELS)
+        await loading.load(contract.DECODER_MODELS)
+        ready = await loading.is_ready()
+        await loading.close()
+        return ready
+
+    assert asyncio.run(run()) and seen == [(name, False) for name in contract.DECODER_MODELS]
+
+
 # --- the process -----------------------------------------------------------------------------------------------------
 class Process:
     """`python -m engine.server.front` between `url` and Triton."""

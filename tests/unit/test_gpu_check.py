@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import floor, latency
 from benchmarks.samples import Sample
 from deploy import gpu_check
-from deploy.checks import encoders, language_model, order, plans, reference, served
+from deploy.checks import encoders, language_model, order, plans, reference, runner, served
 from deploy.checks.context import Context, Failed
 from deploy.checks.geometry import lamed_config, made
+from deploy.checks.report import Report
 from deploy.checks.steps import STEPS, has_package
-from engine import gpu
+from engine import gpu, gpu_memory
 from engine.gpu_memory import LanguageModel, Plan
 from engine.models.lamed import Lamed
 from tests.conftest import ROOT
@@ -67,6 +68,16 @@ def test_a_package_that_serving_needs_and_that_does_not_import_is_missing(monkey
     monkeypatch.setitem(sys.modules, "engine.doctor", None)
     monkeypatch.delattr("engine.doctor", raising=False)  # another test may have imported it
     assert "no package engine.doctor" in gpu_check.what_serving_lacks.__wrapped__()
+
+
+def test_a_checkpoint_of_another_size_has_the_whole_budget(monkeypatch, tmp_path):
+    limits = []
+    monkeypatch.setattr(runner, "_run_step", lambda step, context, report, limit, say: limits.append(limit))
+    step = next(step for step in STEPS if step.serves)
+    for checkpoint in ("training/demo", "owner/other"):
+        report = Report(tmp_path, [step], {})
+        runner.run([step], replace(CONTEXT, checkpoint=checkpoint), report, 1e6, list, lambda text: None)
+    assert limits[0] == step.limit and limits[1] > 9e5
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
@@ -300,7 +311,7 @@ def test_masks_of_scans_in_company_are_those_of_each_alone(monkeypatch):
         assert not served.masks(fake, scan, "")["ok"]
 
 
-@pytest.mark.parametrize(("free", "fits"), [(2, True), (1, True), (0, False)])
+@pytest.mark.parametrize(("free", "fits"), [(2, True), (1, False), (0, False)])
 def test_the_memory_is_told_by_process_and_must_not_be_more_than_planned(monkeypatch, free, fits):
     gib = 2**30
     found = gpu.Gpu("L4", "580", "8.9", memory=22 * gib, free=free * gib)
@@ -309,13 +320,17 @@ def test_the_memory_is_told_by_process_and_must_not_be_more_than_planned(monkeyp
     monkeypatch.setattr(served, "said", lambda *command: said)
     llm = LanguageModel(weights=13 * gib, working=gib, row=1 << 19, context=4096, chat=512)
     plan = Plan(found, {"Triton": gib, "vision_encoder": 3 * gib}, frozenset(), llm, most=0.75)
+    reserve, context = gpu_memory.RESERVE_BYTES / gib, gpu_memory.CONTEXT_BYTES / gib
     whole, *processes = served.memory("now", 0.5, plan)
     assert (whole["held"], whole["of"]) == (21.5 - free, 22) and whole["ok"] is fits
-    assert (whole["planned"], whole["of that the language model"]) == (20.5, 16.5)
-    assert [(row["what"], row["held"]) for row in processes] == [
-        ("GPU memory of tritonserver now, GiB", 2),
-        ("GPU memory of VLLM::EngineCore now, GiB", 15.5),
+    assert (whole["planned"], whole["of that the language model"]) == (20.5 - reserve, 16.5)
+    assert [(row["what"], row["held"], row["planned"], row["ok"]) for row in processes] == [
+        ("GPU memory of tritonserver now, GiB", 2, 4 - reserve - context, True),
+        ("GPU memory of VLLM::EngineCore now, GiB", 15.5, 16.5 + context, True),
     ]
+    # What one holds too much must not hide behind the other.
+    monkeypatch.setattr(served, "said", lambda *command: said.replace("2048", "4096").replace("15360", "4096"))
+    assert [row["ok"] for row in served.memory("now", 0.5, plan)][1:] == [False, True]
 
 
 def test_a_latency_of_answers_without_tokens_is_refused():

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable, one_line
-from engine.gpu import DRIVER_NEEDED
+from engine.gpu import DRIVER_NEEDED, too_old
 from engine.gpu_memory import decoder_share
 from engine.manifest import LLM_FOLDER, Manifest
 from engine.prompt import Prompt
@@ -79,12 +79,7 @@ class Decoder:
                 "export the repository again"
             )
         self.dtype = DTYPES[manifest.precision]
-        if settings.context_length > manifest.context_length:
-            raise RepositoryError(
-                f"decoder: parameter context_length is {settings.context_length}, the model has "
-                f"{manifest.context_length}: lower it"
-            )
-        self.context_length = settings.context_length or manifest.context_length
+        self.context_length = settings.context_of(manifest)
         self._table = EmbeddingTable(self.folder)
         if tuple(self._table.rows.shape) != (manifest.vocab_size, manifest.llm_width):
             raise RepositoryError(
@@ -242,7 +237,9 @@ def _read_tokenizer(folder: Path):
 
 
 def check_cuda() -> None:
-    """Raises Unavailable with PyTorch's reason if it sees no GPU: vLLM would end with words about something else."""
+    """Raises Unavailable with the reason if PyTorch can use no GPU: vLLM would end with words about something else."""
+    if old := too_old():
+        raise Unavailable(f"this export is for a GPU, and {old}; `m3d doctor --target tensorrt` says what is here")
     if torch.cuda.is_available():  # which takes none of its memory
         return
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine.errors import InvalidInput, M3DError, Unavailable, one_line
-from engine.gpu_memory import cache_row_bytes
+from engine.gpu_memory import cache_bytes
 from engine.runtime.decoder import seg_states, vllm_environment, worker_extension
 from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
@@ -223,12 +223,8 @@ class LlmEngine:
         )
 
     def _kv_cache_bytes(self) -> int | None:
-        """What the settings say, but room for one whole context at least; None leaves it to vLLM."""
-        if not self.settings.kv_cache_gib:
-            return None
-        row = cache_row_bytes(json.loads((self.folder / "config.json").read_text()), self.dtype.itemsize)
-        rows = self.context_length + 2 * self.settings.block_size  # whole blocks, and one that vLLM keeps for itself
-        return max(int(self.settings.kv_cache_gib * 2**30), rows * row)
+        config = json.loads((self.folder / "config.json").read_text())
+        return cache_bytes(config, self.dtype.itemsize, self.context_length, self.settings)
 
     async def _watch(self, llm) -> None:
         while not llm.errored:
