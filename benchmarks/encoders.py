@@ -41,7 +41,6 @@ from engine.errors import InvalidInput  # noqa: E402
 from engine.models.checkpoint import load_lamed  # noqa: E402
 from engine.models.lamed import Lamed  # noqa: E402
 from engine.processor import has_bf16  # noqa: E402
-from engine.prompt import Prompt  # noqa: E402
 from engine.runtime.onnx_session import OnnxGraph  # noqa: E402
 from engine.scan import pack_scan, read_scan  # noqa: E402
 from engine.volume import prepare  # noqa: E402
@@ -156,7 +155,7 @@ class Encoders:
     ):
         config = model.config
         self.model = model
-        self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.context_length)
+        self.prompt = config.prompt(tokenizer)
         self.precisions = precisions
         self.graphs: dict[tuple[str, str], Callable] = {}
         self.load_s: dict[tuple[str, str], float] = {}
@@ -232,13 +231,16 @@ class Encoders:
 
     def _answer(self, visual_tokens: np.ndarray, question: str, tokens: int) -> Answered:
         embeds = self.model.prompt_embeddings(
-            torch.tensor([self.prompt.input_ids(question)]), torch.from_numpy(visual_tokens)
+            torch.tensor([self.prompt.input_ids(question)]),
+            torch.from_numpy(visual_tokens),
+            len(self.prompt.head),
         )
         out = self.model.llm.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
             max_new_tokens=tokens,
             do_sample=False,
+            eos_token_id=list(self.prompt.stop_ids),
             output_hidden_states=True,
             return_dict_in_generate=True,
         )

@@ -43,6 +43,7 @@ def _crop(crop: str | None) -> str | None:
     return crop
 
 
+_NO_PICTURE = "matplotlib is not installed: pip install 'm3d-engine[picture]'"
 # engine.scan.FORMATS in few words: importing it takes longer than help may.
 _SCAN = "scan: .nii, .nii.gz, .nrrd, .mha, .mgh, .mgz, .npy, a DICOM folder, or a zip of one"
 ServerUrl = Annotated[str, typer.Option("--server", envvar="M3D_SERVER", help="gRPC address of the server")]
@@ -189,9 +190,12 @@ def segment(
     timeout: Timeout = 600.0,
 ) -> None:
     from engine.client import M3DClient
-    from engine.picture import montage
+    from engine.picture import has_matplotlib, montage
     from engine.results.measurements import measure
 
+    draws = has_matplotlib()
+    if picture is not None and not draws:
+        raise InvalidInput(f"--picture {picture}: {_NO_PICTURE}")
     if not output.name.endswith((".nii", ".nii.gz")):
         raise InvalidInput(f"--output {output.name}: a mask is written as .nii or .nii.gz")
     stem = output.name.removesuffix(".gz").removesuffix(".nii")
@@ -223,13 +227,17 @@ def segment(
         notes.print("the answer asks for no mask (it has no [SEG]): nothing is written; for answers alone use m3d ask")
         raise typer.Exit(1)
     path = result.save(output)
-    shown = result.source.read() if result.source else None
+    try:
+        shown = result.source.read() if result.source else None
+        unread = f"{scan} has changed since it was sent"
+    except Unavailable as error:
+        shown, unread = None, str(error)
     measured = measure(result.mask, result.affine, shown, preset=result.preset)
     written = [path, measured.save(table)]
     if shown is None:
-        notes.print(
-            f"[yellow]warning:[/] {escape(str(scan))} has changed since it was sent: no picture, no intensities"
-        )
+        notes.print(f"[yellow]warning:[/] {escape(unread)}: no picture, no intensities")
+    elif not draws:
+        notes.print(f"[dim]no picture: {escape(_NO_PICTURE)}[/]")
     else:
         montage(
             picture,

@@ -9,7 +9,6 @@ import shutil
 import sys
 import sysconfig
 from dataclasses import dataclass
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from engine import gpu, gpu_memory
@@ -149,16 +148,14 @@ def _compiler() -> Finding:
 
 
 def _decode_kernel() -> Finding:
-    """Compiled when the package is installed; sought as a file, because to import its package takes PyTorch."""
-    folder = Path(__file__).parent / "runtime/decoder"
-    if any((folder / f"_decode_kernel{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+    """Sought as a file, because to import its package takes PyTorch."""
+    if (Path(__file__).parent / "runtime/decoder/_decode_kernel.so").is_file():
         return Finding("ok", "decode kernel", "compiled")
     return Finding(
         "note",
         "decode kernel",
-        "not compiled, for want of a C compiler with OpenMP: small language models "
-        "take half as long again for a token, or longer. apt-get install gcc, then "
-        "`rm .venv/serving; make .venv/serving`, or install m3d-engine anew",
+        "not compiled: small language models take half as long again for a token, or longer. apt-get install gcc, "
+        "then `python -m engine.runtime.compile_kernel`",
     )
 
 

@@ -19,7 +19,7 @@ from engine.contract import MODELS
 from engine.errors import RepositoryError
 
 FILE_NAME = "manifest.json"
-FORMAT = 2  # 1: clip_text_encoder took texts of one length
+FORMAT = 3  # 1: clip_text_encoder took texts of one length; 2: all prompts had one layout
 LLM_FOLDER = Path("decoder") / "1" / "llm"
 CLIP_TOKENIZER_FOLDER = Path("retrieval") / "1" / "tokenizer"
 TENSORRT_CONFIG = Path("configs") / "tensorrt.pbtxt"  # of a graph, for `--model-config-name tensorrt`
@@ -38,8 +38,10 @@ class Manifest:
     checkpoint, clip_checkpoint: as the export was told them; their SHA-256 is over the files that are read.
     checkpoint_commit, clip_checkpoint_commit: of their repositories on the hub; None for a local folder.
     image_size, patch_size: (D, H, W) of the model volume and of one patch, voxels.
+    family: of the language model, one of `engine.models.language_model.FAMILIES`: says how prompts are laid out.
     num_visual_tokens: visual tokens a scan becomes. llm_width: width of the language model.
     seg_token_id, image_token_id: token ids; seg_token_id is None for a checkpoint without segmentation.
+    eos_token_ids: tokens that end an answer, those of the layout and those of the checkpoint's settings.
     context_length: tokens that question, visual tokens and answer share.
     precision: of the language model, and of the encoders unless `plans` says otherwise.
     graphs: per ONNX graph {"sha256", "max_error", "mean_error", "bound", "opset"} against PyTorch on random input; for
@@ -60,6 +62,7 @@ class Manifest:
     precision: str
     image_size: tuple[int, int, int]
     patch_size: tuple[int, int, int]
+    family: str
     num_visual_tokens: int
     llm_width: int
     vocab_size: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import textwrap
 from os import PathLike
@@ -22,6 +23,11 @@ _MOST_PIXELS = 1500  # of a plane along an axis: more than is drawn of it
 _DOT_INCHES = 0.08  # what is drawn smaller than this gets a ring around it
 # Windows of computed tomography in Hounsfield units (low, high), by what the mask holds.
 LUNG, SOFT_TISSUE, BONE = (-1350, 150), (-160, 240), (-500, 1300)
+
+
+def has_matplotlib() -> bool:
+    """Whether pictures can be drawn here: matplotlib comes with the extra `picture`."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def montage(

@@ -137,18 +137,18 @@ def answer(
     """Every question about every scan, answered greedily."""
     model = _load(folder, dtype)
     embed, found = model.get_input_embeddings(), []
-    bos = torch.tensor([prompt.tokenizer.bos_token_id], device=model.device)
     questions = QUESTIONS.read_text().splitlines()
     for number, tokens in enumerate(visual, 1):
         say(f"asks scan {number} of {len(visual)} the {len(questions)} questions of {QUESTIONS.name}")
         for question in questions:
-            ids = torch.tensor(prompt.question_ids(question), device=model.device)
-            asked = torch.cat([embed(bos), tokens.to(model.device, model.dtype), embed(ids)])[None]
+            head, tail = (embed(torch.tensor(ids, device=model.device)) for ids in prompt.around(question))
+            asked = torch.cat([head, tokens.to(model.device, model.dtype), tail])[None]
             said = model.generate(
                 inputs_embeds=asked,
                 attention_mask=asked.new_ones(asked.shape[:2], dtype=torch.long),
                 max_new_tokens=ANSWER_TOKENS,
                 do_sample=False,
+                eos_token_id=list(prompt.stop_ids),
             )[0]
             found.append(Answered(torch.cat([asked[0], embed(said)]).cpu(), said.cpu()))
     return found

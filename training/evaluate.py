@@ -30,7 +30,7 @@ from scipy import stats
 
 from engine.errors import InvalidInput, M3DError
 from engine.models.checkpoint import load_clip, load_lamed, load_tokenizer
-from engine.prompt import SEG_TOKEN, Prompt, parse_boxes
+from engine.prompt import SEG_TOKEN, parse_boxes
 from training.config import read
 from training.data.augment import Augmentation, View, view_of
 from training.data.questions import CLOSED, Question, ask, caption, is_right
@@ -105,15 +105,16 @@ class Answerer:
         self.lamed.llm.to(torch.bfloat16)
         config = self.lamed.config
         self.size = config.vision.image_size
-        self.prompt = Prompt(self.tokenizer, config.num_visual_tokens, config.context_length)
+        self.prompt = config.prompt(self.tokenizer)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, questions: list[Question], new_tokens: int) -> tuple[list[str], list]:
         """(answers, mask [D, H, W] bool or None for each). image: [D, H, W]."""
         image = torch.from_numpy(image)[None, None]
         tokens = self.lamed.encode_images(image)
+        start = len(self.prompt.head)
         prompts = [
-            self.lamed.prompt_embeddings(torch.tensor([self.prompt.input_ids(q.question)]), tokens)[0]
+            self.lamed.prompt_embeddings(torch.tensor([self.prompt.input_ids(q.question)]), tokens, start)[0]
             for q in questions
         ]
         # Padding stands on the left, so that all answers begin at the same step.
@@ -127,14 +128,12 @@ class Answerer:
             attention_mask=mask,
             max_new_tokens=new_tokens,
             do_sample=False,
+            eos_token_id=list(self.prompt.stop_ids),
             output_hidden_states=True,
             return_dict_in_generate=True,
         )
         states = torch.stack([step[-1][:, -1] for step in out.hidden_states], dim=1).float()
-        answers = [
-            self.tokenizer.decode(ids, skip_special_tokens=False).split(self.tokenizer.eos_token)[0].strip()
-            for ids in out.sequences
-        ]
+        answers = [self.prompt.text(ids) for ids in out.sequences.tolist()]
         return answers, self._masks(image, states, out.sequences == self.lamed.config.seg_token_id)
 
     def _masks(self, image: torch.Tensor, states: torch.Tensor, found: torch.Tensor) -> list:

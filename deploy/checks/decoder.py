@@ -15,7 +15,7 @@ import torch
 
 from deploy.checks.context import Context
 from deploy.checks.fixtures import Case
-from deploy.checks.reference import BOUNDS
+from deploy.checks.reference import BOUNDS, IMAGE_START
 from engine.models.checkpoint import build_lamed, open_lamed
 from engine.runtime.decoder.llm_engine import LlmEngine
 from engine.runtime.decoder.seg_states import EXTRA_ARG
@@ -47,7 +47,8 @@ def start(context: Context) -> Iterator[dict]:
             model = build_lamed(config, weights, dtype)
             with torch.inference_mode():
                 visual = model.encode_images(case.volume.to(dtype))
-                rows = model.prompt_embeddings(torch.tensor([case.spec["input_ids"]]), visual)[0].clone()
+                asked = torch.tensor([case.spec["input_ids"]])
+                rows = model.prompt_embeddings(asked, visual, IMAGE_START)[0].clone()
             # Half of the GPU, of which other programs may hold a part; the cache of the recorded model is small.
             settings = DecoderSettings(
                 kv_cache_gib=1.0,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from engine.errors import InvalidInput, ResourceExhausted, Unavailable
+from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable
 from engine.processor import has_bf16
 from engine.runtime.decoder import AnswerInfo, Decoder, decode_kernel, llm_engine
 from engine.runtime.decoder.cpu_forward import Pass
@@ -405,6 +405,23 @@ def test_phi3_answers_like_transformers_with_a_sliding_window_and_long_rope(tmp_
         answers = running.ask_all(*map(long_case, range(3)), *map(case, range(AT_ONCE)), max_new_tokens=LENGTH)
         for answer, expected in zip(answers, right):
             assert_equals(answer, expected)
+
+
+def test_a_repository_of_an_unknown_family_is_refused_with_those_that_are_known(tmp_path):
+    tiny = write_tiny_llm(tmp_path / "repository", family="lamed_other")
+    with pytest.raises(RepositoryError, match="family 'lamed_other' is none of 'lamed_llama'.*export the repository"):
+        Decoder(tiny.repository)
+
+
+def test_a_llama_with_attention_bias_keeps_vllms_own_pass_and_answers_like_transformers(tmp_path):
+    """The shorter passes know no biases: they are never used on a model that has them."""
+    tiny = write_tiny_llm(tmp_path / "repository", attention_bias=True)
+    right = [right_answer(tiny, case(i)) for i in range(AT_ONCE)]
+    with started(tiny) as running:
+        assert running.decoder.engine.layers is Pass.VLLM
+        answers = running.ask_all(*map(case, range(AT_ONCE)), max_new_tokens=LENGTH)
+    for answer, expected in zip(answers, right):
+        assert_equals(answer, expected)
 
 
 def test_in_bf16_states_are_right_and_kernels_called_directly_where_the_processor_has_it(tmp_path):

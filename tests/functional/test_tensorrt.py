@@ -52,7 +52,8 @@ def full_size(request, tmp_path_factory):
             model = M3DClip(ClipConfig(vision=vit, bert={"num_hidden_layers": 1}))
             graph = graphs.clip_graphs(model)[0]
         else:
-            lamed = Lamed(LamedConfig(vision=vit, segmentation=vit, llm={"hidden_size": 4096}), with_llm=False)
+            config = LamedConfig(vision=vit, segmentation=vit, family="lamed_llama", llm={"hidden_size": 4096})
+            lamed = Lamed(config, with_llm=False)
             graph = graphs.lamed_graphs(lamed)[contract.IMAGE_ENCODERS.index(request.param)]
     graph.module.to_empty(device="cpu").eval()
     for parameter in graph.module.parameters():

@@ -15,12 +15,12 @@ import subprocess
 import sys
 import sysconfig
 import threading
-import tomllib
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import tomllib
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name

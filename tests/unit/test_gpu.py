@@ -38,6 +38,7 @@ MANIFEST = Manifest(
     precision="fp16",
     image_size=(32, 256, 256),
     patch_size=(4, 16, 16),
+    family="lamed_llama",
     num_visual_tokens=256,
     llm_width=4096,
     vocab_size=32000,

@@ -19,7 +19,9 @@ from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unav
 from engine.gpu import DRIVER_NEEDED, too_old
 from engine.gpu_memory import decoder_share
 from engine.manifest import LLM_FOLDER, Manifest
+from engine.models.language_model import FAMILIES, known_families
 from engine.prompt import Prompt
+from engine.prompt.prompt import Asked
 from engine.runtime.decoder import seg_states, vllm_environment
 from engine.runtime.decoder.detokenizer import Detokenizer
 from engine.runtime.decoder.embedding_table import EmbeddingTable
@@ -64,8 +66,8 @@ class Decoder:
 
     repository: an exported model repository. Raises RepositoryError if it does not fit its manifest.
 
-    A prompt is embeddings only: BOS, N visual tokens, question. The same scan gives the same first 1 + N rows, so
-    vLLM's prefix cache has them when the second question comes.
+    A prompt is embeddings only, laid out as the model's family has it. The same scan gives the same rows up to its last
+    visual token, so vLLM's prefix cache has them when the second question comes.
     """
 
     def __init__(self, repository: Path | str, settings: DecoderSettings = DecoderSettings()):
@@ -77,6 +79,10 @@ class Decoder:
             raise RepositoryError(
                 f"the manifest's precision {manifest.precision!r} is none of {', '.join(DTYPES)}: "
                 "export the repository again"
+            )
+        if manifest.family not in FAMILIES:
+            raise RepositoryError(
+                f"the manifest's family {manifest.family!r} is none of {known_families()}: export the repository again"
             )
         self.dtype = DTYPES[manifest.precision]
         self.context_length = settings.context_of(manifest)
@@ -103,12 +109,12 @@ class Decoder:
         if self.manifest.target == "tensorrt":
             check_cuda()
         self._tokenizer = await asyncio.to_thread(_read_tokenizer, self.folder)
-        self._prompt = Prompt(self._tokenizer, self.manifest.num_visual_tokens, self.context_length)
-        self._bos = self._tokenizer.bos_token_id
-        # BOS as padding: it is in the prompt anyway, and no answer misses it when a repetition penalty is asked for.
+        layout = FAMILIES[self.manifest.family].layout(self._tokenizer)
+        self._prompt = Prompt(layout, self.manifest.num_visual_tokens, self.context_length, self.manifest.eos_token_ids)
         share = partial(decoder_share, self.repository, self.manifest) if self.manifest.target == "tensorrt" else None
+        padding = self._prompt.padding_id
         self.engine = LlmEngine(
-            self.folder, self.dtype, self.context_length, self._bos, self.settings, on_health, on_broken, share
+            self.folder, self.dtype, self.context_length, padding, self.settings, on_health, on_broken, share
         )
         await self.engine.start()
 
@@ -121,14 +127,15 @@ class Decoder:
         return self.engine.health
 
     async def answer(
-        self, visual_tokens: np.ndarray, question: str, sampling: Sampling = Sampling(), cache_salt: str = ""
+        self, visual_tokens: np.ndarray, question: Asked, sampling: Sampling = Sampling(), cache_salt: str = ""
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of the answer about a scan; a slow reader gets fewer and larger ones.
 
         To stop decoding, close the iterator or cancel its task.
 
-        visual_tokens: [N, H] floats. cache_salt: names a tenant; tenants share no cached prefix. An explicit
-        max_new_tokens that the context has no room for is refused; the default is cut to what is left.
+        visual_tokens: [N, H] floats. question: or the turns of a conversation, see `Prompt.input_ids`. cache_salt:
+        names a tenant; tenants share no cached prefix. An explicit max_new_tokens that the context has no room for is
+        refused; the default is cut to what is left.
         Raises InvalidInput, ResourceExhausted (too many questions), Unavailable (the engine died or is restarting).
         """
         arrival = time.monotonic()
@@ -174,16 +181,16 @@ class Decoder:
             if not states_are_free:
                 self.engine.drop_states(key)
 
-    def _prompt_rows(self, visual_tokens: np.ndarray, question: str) -> torch.Tensor:
-        """[1 + N + question, H] in the engine's dtype. What vLLM would accept and break on is refused here."""
+    def _prompt_rows(self, visual_tokens: np.ndarray, question: Asked) -> torch.Tensor:
+        """[T, H], the whole prompt, in the engine's dtype. What vLLM would accept and break on is refused here."""
         expected = (self.manifest.num_visual_tokens, self.manifest.llm_width)
         tokens = np.asarray(visual_tokens)
         if tokens.shape != expected or tokens.dtype.kind != "f":
             raise InvalidInput(f"visual tokens must be floats of shape {expected}, not {tokens.dtype} {tokens.shape}")
-        ids = self._prompt.question_ids(question)
-        if not all(0 <= id_ < self.manifest.vocab_size for id_ in ids):
+        head, tail = self._prompt.around(question)
+        if not all(0 <= id_ < self.manifest.vocab_size for id_ in (*head, *tail)):
             raise InvalidInput(
-                f"the question has token {max(ids)}, the model knows 0 to "
+                f"the question has token {max(*head, *tail)}, the model knows 0 to "
                 f"{self.manifest.vocab_size - 1}: use another wording"
             )
         # A copy: the tokens are a read-only map of a file in the study store.
@@ -194,7 +201,7 @@ class Decoder:
                 f"the visual tokens of this scan are not finite in {self.manifest.precision}: check the "
                 "scan, or export with --precision fp32"
             )
-        return torch.cat([self._table.embed([self._bos], self.dtype), visual, self._table.embed(ids, self.dtype)])
+        return torch.cat([self._table.embed(head, self.dtype), visual, self._table.embed(tail, self.dtype)])
 
     def _max_new_tokens(self, sampling: Sampling, prompt_length: int) -> int:
         room = self.context_length - prompt_length  # at least 1, `Prompt` has seen to that
@@ -219,7 +226,7 @@ class Decoder:
             repetition_penalty=sampling.repetition_penalty,
             seed=sampling.seed,
             stop=list(sampling.stop),
-            # The checkpoint's own EOS ends an answer, whatever vLLM reads from tokenizer and configuration.
+            # What ends an answer is told, whatever vLLM reads from tokenizer and configuration.
             stop_token_ids=list(self.manifest.eos_token_ids),
             ignore_eos=True,
             # vLLM's own text serves to find stop texts only.
