@@ -55,6 +55,7 @@ def exported(folder, size="7B", weights="bf16", encoder=ENCODER, clip=True, prec
     bytes_ = BF16[size] * QUANTIZED[weights] * (2 if precision == "fp32" else 1)
     manifest = Manifest(
         checkpoint="lamed",
+        family="lamed_llama",
         checkpoint_sha256="0",
         target="tensorrt",
         precision=precision,
