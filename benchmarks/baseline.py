@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks import machine
 from benchmarks.samples import Sample
 from benchmarks.scans import BenchmarkScan
+from engine.models.answering import answer
 from engine.models.checkpoint import load_clip, load_lamed
 from engine.scan import pack_scan, read_scan
 from engine.volume import prepare
@@ -48,15 +49,8 @@ class Baseline:
         ids = self._ids(question)
         embeds = self.model.prompt_embeddings(ids, self.model.encode_images(image), len(self.prompt.head))
         clock.note("encode")
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device)
-        said = self.model.llm.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            max_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=list(self.prompt.stop_ids),
-            streamer=clock,
-        )
+        stops = list(self.prompt.stop_ids)
+        said = answer(self.model.llm, embeds, tokens, states=False, eos_token_id=stops, streamer=clock).ids
         return clock.sample(said.shape[1], embeds.shape[1])
 
     @torch.inference_mode()

@@ -29,7 +29,7 @@ notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def _asked(question: str) -> str:
     """The question, if it can be asked: a scan of gigabytes is not sent for one that cannot."""
-    from engine.client import checked_question
+    from engine.methods import checked_question
 
     return checked_question(question)
 
@@ -393,14 +393,13 @@ def _progress(text: str) -> None:
 
 
 def _note_study(study) -> None:
-    notes.print(f"[dim]{escape(str(study.info.get('reason', study)))}[/]")
+    notes.print(f"[dim]{escape(study.info.reason)}[/]")
 
 
 def _note_answer(answer) -> None:
-    first = f", first text after {answer.timings['first_text_s']:.2f} s" if answer.timings["first_text_s"] else ""
-    notes.print(
-        f"[dim]{len(answer.token_ids)} tokens in {answer.timings['total_s']:.2f} s{first} ({answer.finish_reason})[/]"
-    )
+    took = answer.timings
+    first = f", first text after {took.first_text_s:.2f} s" if took.first_text_s else ""
+    notes.print(f"[dim]{len(answer.token_ids)} tokens in {took.total_s:.2f} s{first} ({answer.finish_reason})[/]")
     for box in answer.boxes:
         corners = escape(str([round(float(v), 1) for v in box]))
         notes.print(f"[dim]box, voxels (i0, j0, k0) to (i1, j1, k1): {corners}[/]")

@@ -10,7 +10,10 @@ depends on the checkpoint is -1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.errors import InvalidInput
 
 MAX_PART_BYTES = 16 << 20  # of a scan in one request: taken in within some milliseconds, while other requests wait
 
@@ -51,6 +54,15 @@ class Model:
         return tuple(t.name for t in self.outputs)
 
 
+def encoded_texts(tensor: Tensor, value: Any) -> list[bytes]:
+    """The texts of a BYTES input, given as one or as a sequence."""
+    texts = [value] if isinstance(value, (str, bytes)) else list(value)
+    try:
+        return [text.encode() if isinstance(text, str) else text for text in texts]
+    except UnicodeEncodeError:
+        raise InvalidInput(f"the {tensor.name.lower()} is not valid Unicode text") from None
+
+
 # --- a scan and its study --------------------------------------------------------------------------------------------
 VOLUME = Tensor("VOLUME", "UINT8", (-1,), "bytes of a scan file: NIfTI, zipped DICOM series or npy", optional=True)
 AFFINE_IN = Tensor(
@@ -81,13 +93,15 @@ UPLOAD = Tensor(
 UPLOAD_RANGE = Tensor(
     "UPLOAD_RANGE", "INT64", (2,), "of a part: where it begins in the file, and the file's size, bytes", optional=True
 )
+FORGET = Tensor("FORGET", "BOOL", (1,), "drop the study that STUDY names, with all that was computed", optional=True)
+DESCRIBE = Tensor("DESCRIBE", "BOOL", (1,), "only tell what answers, in MODEL_INFO; no scan is named", optional=True)
 SEGMENT_HINT = Tensor("SEGMENT_HINT", "BOOL", (1,), "encode for segmentation early, beside decoding", optional=True)
 STUDY = Tensor(
     "STUDY",
     "BYTES",
     (1,),
     "study handle: 64 hex digits, BLAKE3 of content, affine, preset, crop and model with a key of this server's; empty "
-    "after a part of an upload that is not the last",
+    "after a part of an upload that is not the last, and after FORGET and DESCRIBE",
 )
 # An ensemble's tensors share one name space, so its output cannot be called as its input.
 STUDY_HANDLE = Tensor("STUDY_HANDLE", "BYTES", (1,), "STUDY as an ensemble returns it")
@@ -95,9 +109,9 @@ STUDY_INFO = Tensor(
     "STUDY_INFO",
     "BYTES",
     (1,),
-    "JSON: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model, and of a cropped scan crop, the "
-    "voxels that the model sees: ((i0,i1),(j0,j1),(k0,k1)); empty as STUDY is",
+    "JSON, see engine.api.StudyInfo; empty as STUDY is",
 )
+MODEL_INFO = Tensor("MODEL_INFO", "BYTES", (1,), "JSON, see engine.api.EngineInfo; empty unless DESCRIBE is true")
 
 # --- a question and its answer ---------------------------------------------------------------------------------------
 QUESTION = Tensor("QUESTION", "BYTES", (1,), "UTF-8 text that follows the image tokens")
@@ -112,9 +126,7 @@ BOXES = Tensor(
     (-1, 6),
     "last response: boxes of the answer, voxel indices of the scan's array axes (i0,j0,k0,i1,j1,k1)",
 )
-ANSWER_INFO = Tensor(
-    "ANSWER_INFO", "BYTES", (1,), "last response: JSON with prompt_tokens, cached_tokens, times in s; else empty"
-)
+ANSWER_INFO = Tensor("ANSWER_INFO", "BYTES", (1,), "last response: JSON, see engine.api.AnswerInfo; else empty")
 SEG_STATES = Tensor(
     "SEG_STATES", "FP32", (-1, -1), "last response: K x H_llm states that predicted the [SEG] tokens; else 0 rows"
 )
@@ -143,6 +155,10 @@ TEXT_CUT = Tensor(
     "TEXT_CUT", "BOOL", (-1,), "T times whether a text has more tokens than TEXT_LIMIT; the rest is not read"
 )
 TEXT_LIMIT = Tensor("TEXT_LIMIT", "INT32", (1,), "most tokens of a text that M3D-CLIP reads, with [CLS] and [SEP]")
+KNOWN_STUDY = replace(STUDY_IN, doc="handle of a scan that the server holds")
+SOME_TEXTS = replace(TEXTS, optional=True)
+SCAN_EMBEDDING = Tensor("SCAN_EMBEDDING", "FP32", (-1,), "E, L2-normalised; empty with TEXTS")
+TEXT_EMBEDDINGS = Tensor("TEXT_EMBEDDINGS", "FP32", (-1, -1), "T x E, L2-normalised; empty with STUDY")
 
 # --- compute models (static graphs) ----------------------------------------------------------------------------------
 IMAGE = Tensor("IMAGE", "FP32", (1, -1, -1, -1), "1 x D x H x W model volume in [0, 1]")
@@ -166,9 +182,9 @@ MODELS: dict[str, Model] = {
     for m in (
         Model(
             "study",
-            (*_SCAN, UPLOAD, UPLOAD_RANGE, SEGMENT_HINT),
-            (STUDY, STUDY_INFO),
-            "decode, preprocess and encode a scan once",
+            (*_SCAN, UPLOAD, UPLOAD_RANGE, SEGMENT_HINT, FORGET, DESCRIBE),
+            (STUDY, STUDY_INFO, MODEL_INFO),
+            "decode, preprocess and encode a scan once; forget one; tell which model answers",
             public=True,
         ),
         Model(
@@ -222,7 +238,13 @@ MODELS: dict[str, Model] = {
             "seg projector and SegVol's mask decoder",
             HEAD_MAX_BATCH,
         ),
-        Model("retrieval", (STUDY, TEXTS), (SCORES, TEXT_CUT, TEXT_LIMIT), "cosine similarity of scan and texts"),
+        Model(
+            "retrieval",
+            (KNOWN_STUDY, SOME_TEXTS),
+            (SCORES, TEXT_CUT, TEXT_LIMIT, SCAN_EMBEDDING, TEXT_EMBEDDINGS),
+            "cosine similarities of a scan and texts; of only one of both its embeddings",
+            public=True,
+        ),
         Model(
             "clip_image_encoder", (IMAGE,), (IMAGE_EMBEDDING,), "M3D-CLIP's 3D ViT, projected CLS", ENCODER_MAX_BATCH
         ),

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from engine.api import EngineInfo, ModelInfo
 from engine.contract import MODELS
 from engine.errors import RepositoryError
 
@@ -93,15 +94,15 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
-    def model(self) -> dict[str, str]:
-        """Which model answers, as clients are told: checkpoint, its SHA-256, target, precision, and the identity."""
-        return {
-            "checkpoint": self.checkpoint,
-            "checkpoint_sha256": self.checkpoint_sha256,
-            "target": self.target,
-            "precision": self.precision,
-            "manifest_sha256": self.identity,
-        }
+    def model(self) -> ModelInfo:
+        """Which model answers, as users are told."""
+        return ModelInfo(self.checkpoint, self.checkpoint_sha256, self.target, self.precision, self.identity)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What answers, as users are told."""
+        served = tuple(name for name, model in MODELS.items() if model.ensemble and name in self.models)
+        return EngineInfo(self.model, served, importlib.metadata.version("m3d-engine"))
 
     @property
     def segments(self) -> bool:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import InvalidInput
+from engine.models import answering
 from engine.models.layout import TOKENIZER_FILES
 from engine.prompt import Prompt
 from export.graphs import ExportError
@@ -142,15 +143,10 @@ def answer(
         say(f"asks scan {number} of {len(visual)} the {len(questions)} questions of {QUESTIONS.name}")
         for question in questions:
             head, tail = (embed(torch.tensor(ids, device=model.device)) for ids in prompt.around(question))
-            asked = torch.cat([head, tokens.to(model.device, model.dtype), tail])[None]
-            said = model.generate(
-                inputs_embeds=asked,
-                attention_mask=asked.new_ones(asked.shape[:2], dtype=torch.long),
-                max_new_tokens=ANSWER_TOKENS,
-                do_sample=False,
-                eos_token_id=list(prompt.stop_ids),
-            )[0]
-            found.append(Answered(torch.cat([asked[0], embed(said)]).cpu(), said.cpu()))
+            asked = torch.cat([head, tokens.to(model.device, model.dtype), tail])
+            stops = list(prompt.stop_ids)
+            said = answering.answer(model, [asked], ANSWER_TOKENS, states=False, eos_token_id=stops).ids[0]
+            found.append(Answered(torch.cat([asked, embed(said)]).cpu(), said.cpu()))
     return found
 
 

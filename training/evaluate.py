@@ -29,8 +29,10 @@ from rich.progress import track
 from scipy import stats
 
 from engine.errors import InvalidInput, M3DError
+from engine.models import answering
 from engine.models.checkpoint import load_clip, load_lamed, load_tokenizer
 from engine.prompt import SEG_TOKEN, parse_boxes
+from engine.seg_states import merged
 from training.config import read
 from training.data.augment import Augmentation, View, view_of
 from training.data.questions import CLOSED, Question, ask, caption, is_right
@@ -117,24 +119,14 @@ class Answerer:
             self.lamed.prompt_embeddings(torch.tensor([self.prompt.input_ids(q.question)]), tokens, start)[0]
             for q in questions
         ]
-        # Padding stands on the left, so that all answers begin at the same step.
-        length = max(len(p) for p in prompts)
-        embeddings = torch.zeros(len(prompts), length, prompts[0].shape[1], dtype=torch.bfloat16)
-        mask = torch.zeros(len(prompts), length, dtype=torch.long)
-        for row, p in enumerate(prompts):
-            embeddings[row, length - len(p) :], mask[row, length - len(p) :] = p, 1
-        out = self.lamed.llm.generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
+        found = answering.answer(
+            self.lamed.llm,
+            [prompt.to(torch.bfloat16) for prompt in prompts],
+            new_tokens,
             eos_token_id=list(self.prompt.stop_ids),
-            output_hidden_states=True,
-            return_dict_in_generate=True,
         )
-        states = torch.stack([step[-1][:, -1] for step in out.hidden_states], dim=1).float()
-        answers = [self.prompt.text(ids) for ids in out.sequences.tolist()]
-        return answers, self._masks(image, states, out.sequences == self.lamed.config.seg_token_id)
+        answers = [self.prompt.text(ids) for ids in found.ids.tolist()]
+        return answers, self._masks(image, found.states.float(), found.ids == self.lamed.config.seg_token_id)
 
     def _masks(self, image: torch.Tensor, states: torch.Tensor, found: torch.Tensor) -> list:
         masks: list = [None] * len(found)
@@ -142,8 +134,8 @@ class Answerer:
         if rows:
             features = self.lamed.seg_module.encode(image)
             for row in rows:
-                state = states[row][found[row]].mean(dim=0, keepdim=True)
-                masks[row] = (self.lamed.segment(features, state)[0, 0] > 0).numpy()
+                state = merged(states[row][found[row]])
+                masks[row] = (self.lamed.segment(features, state[None])[0, 0] > 0).numpy()
         return masks
 
 

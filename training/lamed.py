@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
+from engine.models.answering import answer
 from engine.models.checkpoint import PARTS
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
@@ -414,15 +415,15 @@ class TrainedLamed(StageModel):
         ids = torch.tensor([prompt.input_ids((" " if sample.space else "") + sample.question)], device=device)
         embeds = self.lamed.prompt_embeddings(ids, self.lamed.encode_images(image).float(), len(prompt.head))
         with disable_input_dtype_casting(llm):
-            out = llm.generate(
-                inputs_embeds=embeds,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
+            said = answer(
+                llm,
+                embeds,
+                new_tokens,
+                states=False,
                 eos_token_id=list(prompt.stop_ids),
                 pad_token_id=self.tokenizer.pad_token_id,
-            )
-        return prompt.text(out[0].tolist())
+            ).ids
+        return prompt.text(said[0].tolist())
 
     def sample_text(self) -> str:
         return "\n\n".join(

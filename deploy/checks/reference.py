@@ -18,6 +18,7 @@ from deploy.checks.context import Context
 from deploy.checks.fixtures import Case
 from deploy.checks.timing import DTYPES, exact_fp32, use_tf32
 from engine.models.checkpoint import load_clip, load_lamed
+from engine.seg_states import merged
 
 # fp32: the absolute tolerances of tests/fixtures/README.md. The subtlest mistake that it names costs three times as
 # much.
@@ -131,7 +132,7 @@ def lamed_values(case: Case, model, device: str, dtype: torch.dtype) -> Iterator
     states = model.llm.model(inputs_embeds=rows).last_hidden_state[0, asked.shape[1] - 1 :]
     yield Value("step_hidden", _numpy(states), expected["step_hidden"], FEATURES)
     yield Value("step_logits", _numpy(model.llm.lm_head(states)), expected["step_logits"], STEP_LOGITS)
-    state = states[case.spec["seg_positions"]].mean(dim=0, keepdim=True)
+    state = merged(states[case.spec["seg_positions"]])[None]
     prompt, features = model.seg_projector(state), model.seg_module.encode(volume)
     yield Value("seg_prompt", _numpy(prompt), expected["seg_prompt"], FEATURES)
     low_res = _numpy(model.seg_module.decode_low_res(features, prompt)[0, 0])

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.models.answering import answer
 from engine.models.config import LamedConfig, ViTConfig
 from engine.models.language_model import causal_lm
 from engine.models.projector import SpatialPoolingProjector
 from engine.models.segvol import SegVol
 from engine.models.vit3d import ViT3D
+from engine.seg_states import merged
 
 
 class VisionTower(nn.Module):
@@ -74,17 +76,9 @@ class Lamed(nn.Module):
         answer, or one without `[SEG]`, has no mask.
         """
         embeds = self.prompt_embeddings(input_ids, self.encode_images(image_BCDHW), start)
-        out = self.llm.generate(
-            inputs_embeds=embeds,
-            max_new_tokens=max_new_tokens,
-            output_hidden_states=True,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            return_dict_in_generate=True,
-            **{"do_sample": False, **sampling},
-        )
-        ids = out.sequences[0]
-        states = torch.cat([step[-1][0, -1:] for step in out.hidden_states])
+        answered = answer(self.llm, embeds, max_new_tokens, **sampling)
+        ids, states = answered.ids[0], answered.states[0]
         chosen = states[ids == self.config.seg_token_id]
         if self.seg_module is None or len(chosen) == 0:
             return ids, states, None
-        return ids, states, self.segment(self.seg_module.encode(image_BCDHW), chosen.mean(dim=0, keepdim=True))
+        return ids, states, self.segment(self.seg_module.encode(image_BCDHW), merged(chosen)[None])

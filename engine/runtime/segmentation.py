@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import InvalidInput
+from engine.runtime.step import Inputs, Later, Outputs
 from engine.runtime.study import Infer, segmentation_features
 from engine.runtime.study_store import StudyStore
+from engine.seg_states import merged
 from engine.volume.geometry import Geometry
 
 
@@ -45,7 +47,7 @@ class Segmenter:
         info = self.store.info(handle)
         geometry = Geometry.from_dict(info["geometry"])
         features = segmentation_features(self.store, self.infer, handle)
-        state = states.mean(0, dtype=np.float32)
+        state = merged(states)
         logits = self.infer("segmentation_head", FEATURES=features[None], SEG_STATE=state[None])["MASK_LOGITS"][0, 0]
         probabilities = 0.5 + 0.5 * np.tanh(0.5 * logits)  # the sigmoid, without overflow
         mask = geometry.mask_to_scan(probabilities)
@@ -56,3 +58,29 @@ class Segmenter:
             logits if return_logits else NO_LOGITS,
             base64.b64decode(info["header"]),
         )
+
+
+class SegmentationStep:
+    """Draws the mask that an answer's [SEG] states ask for; an answer without one passes through at once."""
+
+    def __init__(self, segmenter: Segmenter):
+        self.segmenter = segmenter
+
+    def __call__(self, inputs: Inputs) -> Outputs | Later:
+        if not len(inputs.needed_array("SEG_STATES")):
+            return _outputs(NO_MASK)
+        return lambda: self._drawn(inputs)
+
+    def _drawn(self, inputs: Inputs) -> Outputs:
+        handle, states = inputs.needed_text("STUDY"), inputs.needed_array("SEG_STATES")
+        return _outputs(self.segmenter.mask(handle, states, inputs.flag("RETURN_LOGITS")))
+
+
+def _outputs(mask: Mask) -> Outputs:
+    return {
+        "MASK": mask.packed,
+        "MASK_SHAPE": np.array(mask.shape, np.int64),
+        "MASK_AFFINE": mask.affine,
+        "MASK_HEADER": np.frombuffer(mask.header, np.uint8),
+        "LOGITS": mask.logits,
+    }

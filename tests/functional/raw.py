@@ -125,12 +125,13 @@ def good_requests(model: str, handle: str, llm_width: int) -> Iterator[Request]:
     part = {"UPLOAD": "whole", "UPLOAD_RANGE": (0, len(scan)), "SEGMENT_HINT": True}
     states = np.zeros((0, llm_width), np.float32)
     for values in {
-        "study": ({"STUDY": handle}, {**by_scan, **part}),
+        "study": ({"STUDY": handle}, {**by_scan, **part}, {"STUDY": handle, "FORGET": False, "DESCRIBE": False}),
         "m3d_chat": ({"STUDY": handle, **question, "STREAM": False}, {**by_scan, **question}),
         "m3d_segment": ({"STUDY": handle, **question, "RETURN_LOGITS": True, "SEGMENT_HINT": True},),
         "m3d_retrieve": ({"STUDY": handle, "TEXTS": ["w1", "w2 w3"]},),
         "decoder": ({"STUDY": handle, **question, "STREAM": True, "RETURN_LOGITS": False},),
         "segmentation": ({"STUDY": handle, "SEG_STATES": states, "RETURN_LOGITS": False},),
+        "retrieval": ({"STUDY": handle, "TEXTS": ["w1", "w2 w3"]}, {"TEXTS": ["w1"]}),
     }[model]:
         yield request_of(model, **values)
 

@@ -12,9 +12,11 @@ import types
 import numpy as np
 import pytest
 
+from engine.api import AnswerInfo
 from engine.contract import MODELS
 from engine.errors import ResourceExhausted, Unavailable
-from engine.runtime.decoder import AnswerInfo, Delta
+from engine.runtime.decoder import Delta
+from engine.runtime.decoder_step import DecoderStep
 from engine.runtime.run_folder import VARIABLE, RunFolder
 from engine.runtime.study_store import StudyStore
 from engine.scan import Scan
@@ -153,8 +155,8 @@ def desk(tmp_path, monkeypatch):
     store.add(STUDY, {"geometry": prepared.geometry.to_dict()}, prepared.image)
     store.put(STUDY, "visual_tokens", np.ones((3, 4), np.float32))
     told, broken = [], queue.Queue()
-    desk = AnswerDesk(FakeDecoder(), store, told.append, broken.put)
-    desk.told, desk.broken = told, broken
+    desk = AnswerDesk(DecoderStep(FakeDecoder(), store), told.append, broken.put)
+    desk.told, desk.broken, desk.decoder = told, broken, desk.step.decoder
     desk.start()
     yield desk
     if not desk.decoder.stopped:
@@ -272,11 +274,11 @@ BROKEN = "the language model is out of order"
 
 def break_down(desk):
     """As the engine does it: on the desk's loop, when the model has died."""
-    desk._loop.call_soon_threadsafe(desk.decoder.on_broken, BROKEN)
+    desk._thread.loop.call_soon_threadsafe(desk.decoder.on_broken, BROKEN)
 
 
 def test_health_is_told_as_it_changes(desk):
-    desk._loop.call_soon_threadsafe(desk.decoder.on_health, "restarting")
+    desk._thread.loop.call_soon_threadsafe(desk.decoder.on_health, "restarting")
     desk.close()
     assert desk.told == ["ready", "restarting"]
 

@@ -259,7 +259,7 @@ def test_each_needed_input_that_is_missing_is_named(model, name):
     assert isinstance(said, InvalidInput) and f"{model} needs the input {name}: " in str(said)
 
 
-@pytest.mark.parametrize("change", ["an unknown model", "the inner model retrieval"])
+@pytest.mark.parametrize("change", ["an unknown model", "the inner model segmentation_head"])
 def test_a_client_takes_an_unknown_model_for_one_that_the_server_does_not_serve(change):
     request = retrieve()
     RULES[change].change(request)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.api import AnswerInfo
 from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable, one_line
 from engine.gpu import DRIVER_NEEDED, too_old
 from engine.gpu_memory import decoder_share
@@ -30,20 +31,6 @@ from engine.runtime.decoder_settings import DecoderSettings
 from engine.sampling import Sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class AnswerInfo:
-    """What an answer cost.
-
-    cached_tokens: rows of the prompt that the prefix cache had. Times in s since the question came.
-    """
-
-    prompt_tokens: int
-    cached_tokens: int
-    answer_tokens: int
-    first_token_s: float
-    last_token_s: float
 
 
 @dataclass(frozen=True)
@@ -64,14 +51,18 @@ class Delta:
 class Decoder:
     """Answers questions from one asyncio loop, many at a time; vLLM batches them.
 
-    repository: an exported model repository. Raises RepositoryError if it does not fit its manifest.
+    repository: an exported model repository. temporary: a folder for what vLLM leaves; None for the usual one. Raises
+    RepositoryError if the repository does not fit its manifest.
 
     A prompt is embeddings only, laid out as the model's family has it. The same scan gives the same rows up to its last
     visual token, so vLLM's prefix cache has them when the second question comes.
     """
 
-    def __init__(self, repository: Path | str, settings: DecoderSettings = DecoderSettings()):
+    def __init__(
+        self, repository: Path | str, settings: DecoderSettings = DecoderSettings(), temporary: Path | None = None
+    ):
         self.settings = settings
+        self.temporary = temporary
         self.manifest = manifest = Manifest.read(repository)
         self.repository = Path(repository)
         self.folder = self.repository / LLM_FOLDER
@@ -112,9 +103,16 @@ class Decoder:
         layout = FAMILIES[self.manifest.family].layout(self._tokenizer)
         self._prompt = Prompt(layout, self.manifest.num_visual_tokens, self.context_length, self.manifest.eos_token_ids)
         share = partial(decoder_share, self.repository, self.manifest) if self.manifest.target == "tensorrt" else None
-        padding = self._prompt.padding_id
         self.engine = LlmEngine(
-            self.folder, self.dtype, self.context_length, padding, self.settings, on_health, on_broken, share
+            self.folder,
+            self.dtype,
+            self.context_length,
+            self._prompt.padding_id,
+            self.settings,
+            on_health,
+            on_broken,
+            memory_share=share,
+            temporary=self.temporary,
         )
         await self.engine.start()
 

@@ -142,6 +142,7 @@ class SegStateExtension:
         engine_process.end_with(owner)
         if self.parallel_config.world_size == 1:
             engine_process.end_at_once_when_asked()
+            engine_process.ignore_interrupts()
         runner = self.model_runner
         self.seg_states = states = SegStates()
         is_v2 = type(runner).__module__.startswith(("vllm.v1.worker.gpu.", "vllm.v1.worker.cpu."))
