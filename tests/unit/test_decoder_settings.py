@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -84,8 +83,8 @@ def test_a_decoder_for_a_gpu_looks_for_one_and_takes_the_plans_share_of_its_memo
     looked, made = [], []
 
     class Engine:
-        def __init__(self, *arguments):
-            made.append(arguments)
+        def __init__(self, *arguments, memory_share, temporary):
+            made.append(memory_share)
 
         async def start(self):
             pass
@@ -96,14 +95,15 @@ def test_a_decoder_for_a_gpu_looks_for_one_and_takes_the_plans_share_of_its_memo
         "LlmEngine": Engine,
         "Prompt": MagicMock(),
         "_read_tokenizer": MagicMock(),
+        "FAMILIES": MagicMock(),
     }.items():
         monkeypatch.setattr(decoder, name, stand_in)
     monkeypatch.setattr(decoder.vllm_environment, "prepare", lambda threads: None)
     one = object.__new__(decoder.Decoder)
-    one.settings, one.manifest = DecoderSettings(), SimpleNamespace(target=target, num_visual_tokens=8)
-    one.repository = one.folder = one.dtype = one.context_length = None
+    one.settings, one.manifest = DecoderSettings(), MagicMock(target=target, family="lamed_llama", num_visual_tokens=8)
+    one.repository = one.folder = one.dtype = one.context_length = one.temporary = None
     asyncio.run(one.start())
-    share = made[0][-1]
+    (share,) = made
     assert bool(looked) == asked and (share() == 0.625 if asked else share is None)
 
 

@@ -281,7 +281,7 @@ def test_a_language_model_that_has_answered_or_was_compared_leaves_nothing_on_th
             return torch.nn.Embedding(4, 8)
 
         def generate(self, **_):
-            return torch.tensor([[0, 1]])
+            return SimpleNamespace(sequences=torch.tensor([[0, 1]]))
 
     def load(*_):
         model = Model()
@@ -290,7 +290,7 @@ def test_a_language_model_that_has_answered_or_was_compared_leaves_nothing_on_th
 
     monkeypatch.setattr(quantize, "_load", load)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gone.append(loaded[-1]() is None))
-    prompt = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=2), question_ids=lambda question: [3])
+    prompt = SimpleNamespace(around=lambda question: ([2], [3]), stop_ids=(2,))
     answered = quantize.answer(tmp_path, torch.float32, prompt, [torch.zeros(4, 8)], lambda text: None)
     _, agreement = quantize.compare(tmp_path, torch.float32, answered)
     # Each model was gone before PyTorch was asked for its memory.
