@@ -1,8 +1,15 @@
-"""The `[SEG]` states of an answer as the prompt of its mask."""
+"""The `[SEG]` tokens of an answer: their states as the prompts of its masks, and the words that each belongs to."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from engine.errors import InvalidInput, shortened
+
+REFERENCE, EACH = MERGES = ("reference", "each")
+MAX_SEGMENTS = 16  # masks of one answer: each is as large as its scan
+_AT_ENDS = " \t\r\n.,;:!?"
 
 
 def merged(states: Any) -> Any:
@@ -11,3 +18,53 @@ def merged(states: Any) -> Any:
     Source: M3D's `LamedMetaForCausalLM`, which averages the states of several [SEG].
     """
     return states.mean(0)
+
+
+def prompts(states: Any, merge: str) -> Any:
+    """The prompts [S, H_llm] of the masks that K states [K, H_llm] ask for: S is 1 for reference, K for each.
+
+    Raises InvalidInput for more than MAX_SEGMENTS masks.
+    """
+    if merge == REFERENCE:
+        return merged(states)[None]
+    if len(states) > MAX_SEGMENTS:
+        raise InvalidInput(
+            f"the answer has {len(states)} [SEG]; with merge {EACH!r} at most {MAX_SEGMENTS} masks are drawn: ask for "
+            f"fewer structures at a time, give a lower max_new_tokens, or use merge {REFERENCE!r}"
+        )
+    return states
+
+
+def checked_merge(merge: object) -> str:
+    """One of MERGES; the reference for None. Raises InvalidInput for anything else."""
+    if merge is None:
+        return REFERENCE
+    if not isinstance(merge, str) or merge not in MERGES:
+        raise InvalidInput(f"merge must be one of {', '.join(MERGES)}, not {shortened(merge)}")
+    return merge
+
+
+def spans_of_words(text: str, spans: Sequence[tuple[int, int]], merge: str) -> list[tuple[int, int]]:
+    """Which words of an answer each of its masks belongs to, as (start, end) in characters.
+
+    For each mask of a [SEG] the words between the [SEG] before it, or the answer's beginning, and itself; for the one
+    mask of all [SEG] those up to the last of them. Without white space and punctuation at their ends; empty if there
+    are none.
+
+    Args:
+        text: the answer's.
+        spans: where each [SEG] stands in it, in their order.
+        merge: one of MERGES.
+    """
+    if not spans:
+        return []
+    if merge == REFERENCE:
+        return [_trimmed(text, 0, spans[-1][0])]
+    starts = [0, *(end for _, end in spans[:-1])]
+    return [_trimmed(text, start, end) for start, (end, _) in zip(starts, spans)]
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    words = text[start:end].lstrip(_AT_ENDS)
+    start = end - len(words)
+    return start, start + len(words.rstrip(_AT_ENDS))
