@@ -358,7 +358,7 @@ class M3D(Protocol):
                 reference does; "each": one mask for each of them, see `Segmentation.segments`.
 
         Raises:
-            InvalidInput: also with "each" for an answer with more [SEG] than engine.seg_states.MAX_SEGMENTS.
+            InvalidInput: also with "each" for an answer with more [SEG] than `engine.seg_states.most_segments`.
         """
         ...
 

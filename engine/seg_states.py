@@ -8,7 +8,8 @@ from typing import Any
 from engine.errors import InvalidInput, shortened
 
 REFERENCE, EACH = MERGES = ("reference", "each")
-MAX_SEGMENTS = 16  # masks of one answer: each is as large as its scan
+MAX_SEGMENTS = 16  # masks of one answer
+MAX_SEGMENTS_BYTES = 256 << 20  # that they take, a bit a voxel: Triton keeps shared memory for its largest response
 _AT_ENDS = " \t\r\n.,;:!?"
 
 
@@ -20,19 +21,24 @@ def merged(states: Any) -> Any:
     return states.mean(0)
 
 
-def prompts(states: Any, merge: str) -> Any:
+def prompts(states: Any, merge: str, voxels: int) -> Any:
     """The prompts [S, H_llm] of the masks that K states [K, H_llm] ask for: S is 1 for reference, K for each.
 
-    Raises InvalidInput for more than MAX_SEGMENTS masks.
+    voxels: of the scan. Raises InvalidInput for more masks than `most_segments`.
     """
     if merge == REFERENCE:
         return merged(states)[None]
-    if len(states) > MAX_SEGMENTS:
+    if len(states) > (most := most_segments(voxels)):
         raise InvalidInput(
-            f"the answer has {len(states)} [SEG]; with merge {EACH!r} at most {MAX_SEGMENTS} masks are drawn: ask for "
-            f"fewer structures at a time, give a lower max_new_tokens, or use merge {REFERENCE!r}"
+            f"the answer has {len(states)} [SEG]; with merge {EACH!r} at most {most} masks of a scan of this size are "
+            f"drawn: ask for fewer structures at a time, give a lower max_new_tokens, or use merge {REFERENCE!r}"
         )
     return states
+
+
+def most_segments(voxels: int) -> int:
+    """How many masks of a scan with so many voxels an answer may have."""
+    return max(1, min(MAX_SEGMENTS, MAX_SEGMENTS_BYTES // -(-voxels // 8)))
 
 
 def checked_merge(merge: object) -> str:

@@ -54,13 +54,13 @@ class Segmenter:
         threshold is a logit above 0. each: one mask for each of them.
 
         Raises StudyNotFound if the study was evicted since the answer began, InvalidInput for states that are not
-        finite, and for more than MAX_SEGMENTS masks.
+        finite, and for more masks than `most_segments`.
         """
         if not np.isfinite(states).all():
             raise InvalidInput("SEG_STATES has values that are not finite")
-        wanted = prompts(states, merge)
         info = self.store.info(handle)
         geometry = Geometry.from_dict(info["geometry"])
+        wanted = prompts(states, merge, math.prod(geometry.scan_shape))
         features = segmentation_features(self.store, self.infer, handle)
         masks, scores, kept = [], [], []
         for logits in self._logits(features, wanted):

@@ -7,7 +7,7 @@ from engine.errors import InvalidInput, StudyNotFound
 from engine.runtime.segmentation import NO_MASK, Segmenter
 from engine.runtime.study_store import StudyStore
 from engine.scan import Scan
-from engine.seg_states import MAX_SEGMENTS, checked_merge, spans_of_words
+from engine.seg_states import MAX_SEGMENTS, checked_merge, most_segments, prompts, spans_of_words
 from engine.volume import prepare
 from tests.unit.fake_models import SIZE, WIDTH, FakeModels
 
@@ -131,6 +131,14 @@ def test_more_masks_than_an_answer_may_have_are_refused_with_the_ways_out(segmen
     assert not models.calls
     assert len(segmenter.mask(HANDLE, most[1:], merge="each").segments) == MAX_SEGMENTS
     assert len(segmenter.mask(HANDLE, most).scores) == 1
+
+
+@pytest.mark.parametrize(("voxels", "most"), [(1, 16), (1 << 27, 16), ((1 << 27) + 1, 15), (1 << 29, 4), (1 << 40, 1)])
+def test_masks_of_a_large_scan_are_fewer(voxels, most):
+    assert most_segments(voxels) == most
+    assert len(prompts(np.zeros((most, 2)), "each", voxels)) == most
+    with pytest.raises(InvalidInput, match=f"at most {most} masks"):
+        prompts(np.zeros((most + 1, 2)), "each", voxels)
 
 
 @pytest.mark.parametrize("merge", ["all", "", 3, "EACH"])
