@@ -132,12 +132,81 @@ class Answer:
     timings: Timings
 
 
+class MeasuredMasks:
+    """Masks of one scan. It is read once for the measurements of all, when the first of them are asked for.
+
+    source: of the scan; None if that is not known.
+    """
+
+    def __init__(
+        self, masks: Sequence[np.ndarray], affine: np.ndarray, source: Source | None, preset: str | None
+    ) -> None:
+        self._masks = masks
+        self._affine = affine
+        self._source = source
+        self._preset = preset
+
+    @cached_property
+    def measurements(self) -> tuple[Measurements, ...]:
+        """Of each mask, see `engine.results.measurements`.
+
+        The intensities are the source's. They are None if the study was known by its handle only, or if the source has
+        changed since it was sent.
+        """
+        from engine.results.measurements import measure
+
+        scan = self._source.read() if self._source else None
+        if scan is not None and any(scan.array.shape != mask.shape for mask in self._masks):
+            scan = None
+        return tuple(measure(mask, self._affine, scan, preset=self._preset) for mask in self._masks)
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One mask of an answer, and what it is of. A state that asks for nothing gives a mask without a voxel.
+
+    mask: bool, the scan's own shape. affine, header: of the scan, see `Segmentation`.
+    score: mean probability (sigmoid of the logits) of the model volume's voxels where it is above one half, so from 0.5
+    to 1; None if there are none. It says how sure the mask head is of what it marks, not whether that is right: it is
+    not calibrated.
+    words: the part of the answer's text that leads to the [SEG], from the [SEG] before it or the answer's beginning; of
+    one mask for all [SEG], up to the last. Without white space and punctuation at its ends; empty if there is none.
+    span: where the words stand, `answer.text[span[0]:span[1]]`.
+    logits: float32 D x H x W in model space if they were asked for, else None.
+    measured, index: the masks that it is measured with, and which of them is its own.
+    """
+
+    mask: np.ndarray
+    affine: np.ndarray
+    score: float | None
+    words: str
+    span: tuple[int, int]
+    measured: MeasuredMasks = field(repr=False)
+    index: int = field(repr=False)
+    logits: np.ndarray | None = None
+    header: bytes | None = None
+
+    @property
+    def measurements(self) -> Measurements:
+        """Volume, place and intensities, see `MeasuredMasks.measurements`."""
+        return self.measured.measurements[self.index]
+
+    def save(self, path: str | PathLike) -> Path:
+        """Write the mask as NIfTI (.nii or .nii.gz) where the scan lies, see `engine.results.save_mask`."""
+        from engine.results import save_mask
+
+        return save_mask(self.mask, self, path)
+
+
 @dataclass(frozen=True, eq=False)
 class Segmentation:
     """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm.
     header: of the scan's NIfTI file, without free text; None for other scans.
 
-    logits: float32 D x H x W in model space if they were asked for, else None. source, preset: of its study.
+    segments: one entry a mask: with merge="each" one for each [SEG] of the answer, in its order, and `mask` is their
+    union; with merge="reference" one for all [SEG], whose mask is `mask`. None of an answer without [SEG].
+    logits: float32 D x H x W in model space if they were asked for, else None; also None with merge="each", where each
+    segment has its own. source, preset: of its study.
     """
 
     answer: Answer
@@ -147,22 +216,14 @@ class Segmentation:
     header: bytes | None = None
     source: Source | None = field(default=None, repr=False)
     preset: str | None = None
+    segments: tuple[Segment, ...] = ()
 
     @cached_property
     def measurements(self) -> Measurements | None:
-        """Volume, place and intensities, see `engine.results.measurements`; None without a mask.
-
-        The intensities are the source's, which is read when this is first asked for. They are None if the study was
-        known by its handle only, or if the source has changed since it was sent.
-        """
-        from engine.results.measurements import measure
-
+        """Volume, place and intensities of `mask`, see `MeasuredMasks.measurements`; None without a mask."""
         if self.mask is None:
             return None
-        scan = self.source.read() if self.source else None
-        if scan is not None and scan.array.shape != self.mask.shape:
-            scan = None
-        return measure(self.mask, self.affine, scan, preset=self.preset)
+        return MeasuredMasks([self.mask], self.affine, self.source, self.preset).measurements[0]
 
     def save(self, path: str | PathLike) -> Path:
         """Write the mask as NIfTI (.nii or .nii.gz) where the scan lies, see `engine.results.save_mask`.
@@ -284,6 +345,7 @@ class M3D(Protocol):
         question: str,
         return_logits: bool = False,
         *,
+        merge: str = "reference",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Segmentation:
@@ -291,7 +353,12 @@ class M3D(Protocol):
 
         Args:
             study, question, timeout, **sampling: as of `ask`.
-            return_logits: also return the mask's logits.
+            return_logits: also return the masks' logits.
+            merge: what several [SEG] in an answer give: "reference": one mask from the mean of their states, as the
+                reference does; "each": one mask for each of them, see `Segmentation.segments`.
+
+        Raises:
+            InvalidInput: also with "each" for an answer with more [SEG] than `engine.seg_states.most_segments`.
         """
         ...
 

@@ -88,10 +88,11 @@ class BlockingM3D(M3D):
         question: str,
         return_logits: bool = False,
         *,
+        merge: str = "reference",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Segmentation:
-        return run(self._methods.segment(study, question, return_logits, timeout, sampling), self._transport)
+        return run(self._methods.segment(study, question, return_logits, merge, timeout, sampling), self._transport)
 
     def rank(self, study: object, texts: Sequence[str], *, timeout: float | None = None) -> Ranking:
         return run(self._methods.rank(study, texts, timeout), self._transport)

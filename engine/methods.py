@@ -30,8 +30,10 @@ from engine.api import (
     Answer,
     AnswerInfo,
     EngineInfo,
+    MeasuredMasks,
     ModelInfo,
     Ranking,
+    Segment,
     Segmentation,
     Study,
     StudyInfo,
@@ -41,6 +43,7 @@ from engine.api import (
 from engine.contract import Tensor
 from engine.errors import Cancelled, InvalidInput, StudyNotFound, Unavailable
 from engine.sampling import Sampling
+from engine.seg_states import EACH, checked_merge, spans_of_words
 from engine.source import Source, content_of
 
 if TYPE_CHECKING:  # it would bring SciPy into every program that asks
@@ -168,10 +171,17 @@ class Methods:
         return _only_answer(self.asked(study, question, sampling, False, timeout))
 
     def segment(
-        self, study: object, question: str, return_logits: bool, timeout: float | None, sampling: Mapping[str, Any]
+        self,
+        study: object,
+        question: str,
+        return_logits: bool,
+        merge: str,
+        timeout: float | None,
+        sampling: Mapping[str, Any],
     ) -> Steps[Segmentation]:
         left = _Countdown(self._seconds(timeout))
-        return self._segment(self.asked(study, question, sampling, False, left(), hint=True), return_logits, left)
+        asked = self.asked(study, question, sampling, False, left(), hint=True)
+        return self._segment(asked, return_logits, checked_merge(merge), left)
 
     def rank(self, study: object, texts: Sequence[str], timeout: float | None) -> Steps[Ranking]:
         return self._rank(study, _checked_texts(texts), self._seconds(timeout))
@@ -210,7 +220,7 @@ class Methods:
             Source(scan, affine, preset, crop, content),
         )
 
-    def _segment(self, asked: Asked, return_logits: bool, left: _Countdown) -> Steps[Segmentation]:
+    def _segment(self, asked: Asked, return_logits: bool, merge: str, left: _Countdown) -> Steps[Segmentation]:
         answer, outputs = yield from asked.whole()
         if not len(outputs["SEG_STATES"]):
             return Segmentation(answer, None, np.zeros((4, 4)), None)
@@ -220,15 +230,15 @@ class Methods:
                 contract.STUDY_IN: to.handle,
                 contract.SEG_STATES: outputs["SEG_STATES"],
                 contract.RETURN_LOGITS: return_logits,
+                contract.MERGE: merge,
             }
             return lambda t: t.infer(SEGMENTATION, inputs, left())
 
         drawn = yield from self._resent(draw, asked.study, left())
-        mask = yield lambda t: t.work(_unpacked, drawn["MASK"], drawn["MASK_SHAPE"])
-        logits = drawn["LOGITS"] if drawn["LOGITS"].size else None
-        header = drawn["MASK_HEADER"].tobytes() or None
+        spans = [(int(start), int(end)) for start, end in outputs["SEG_SPANS"]]
         preset = asked.study.info.preset if asked.study.info else None
-        return Segmentation(answer, mask, drawn["MASK_AFFINE"], logits, header, asked.study.source, preset)
+        source = asked.study.source
+        return (yield lambda t: t.work(_segmentation, answer, spans, drawn, merge, source, preset))
 
     def _rank(self, study: object, texts: Sequence[str], timeout: float | None) -> Steps[Ranking]:
         known = yield from self.study_of(study, timeout)
@@ -408,6 +418,42 @@ def _packed(scan: object, affine: np.ndarray | None) -> tuple[File, np.ndarray |
 
     pieces, space = scan_pieces(scan, affine)
     return File(pieces), space, content_of(pieces)
+
+
+def _segmentation(
+    answer: Answer,
+    spans: Sequence[tuple[int, int]],
+    drawn: Outputs,
+    merge: str,
+    source: Source | None,
+    preset: str | None,
+) -> Segmentation:
+    """spans: of each [SEG] in the answer's text. drawn: what the masks' model answered."""
+    mask, affine = _unpacked(drawn["MASK"], drawn["MASK_SHAPE"]), drawn["MASK_AFFINE"]
+    header = drawn["MASK_HEADER"].tobytes() or None
+    masks = [mask]
+    if merge == EACH:
+        masks = [_unpacked(bits, drawn["MASK_SHAPE"]) for bits in drawn["SEGMENT_MASKS"]]
+    words, scores = spans_of_words(answer.text, spans, merge), drawn["SEGMENT_SCORES"].tolist()
+    if not len(words) == len(scores) == len(masks):
+        raise other_version(f"it drew {len(masks)} masks with {len(scores)} scores for {len(words)} [SEG]")
+    logits = np.split(drawn["LOGITS"], len(masks)) if drawn["LOGITS"].size else [None] * len(masks)
+    measured = MeasuredMasks(masks, affine, source, preset)
+    segments = tuple(
+        Segment(
+            masks[index],
+            affine,
+            None if math.isnan(scores[index]) else scores[index],
+            answer.text[slice(*words[index])],
+            words[index],
+            measured,
+            index,
+            logits[index],
+            header,
+        )
+        for index in range(len(masks))
+    )
+    return Segmentation(answer, mask, affine, None if merge == EACH else logits[0], header, source, preset, segments)
 
 
 def _unpacked(bits: np.ndarray, shape: np.ndarray) -> np.ndarray:

@@ -84,11 +84,12 @@ class AsyncM3DClient:
         question: str,
         return_logits: bool = False,
         *,
+        merge: str = "reference",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Segmentation:
         """See `engine.api.M3D.segment`."""
-        return await self._run(self._methods.segment(study, question, return_logits, timeout, sampling))
+        return await self._run(self._methods.segment(study, question, return_logits, merge, timeout, sampling))
 
     async def rank(self, study: object, texts: Sequence[str], *, timeout: float | None = None) -> Ranking:
         """See `engine.api.M3D.rank`."""

@@ -19,6 +19,7 @@ from engine.prompt import parse_boxes
 from engine.runtime.step import Inputs, Outputs
 from engine.runtime.study_store import StudyStore
 from engine.sampling import Sampling
+from engine.seg_states import REFERENCE, checked_merge
 from engine.volume.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks. `return_logits` is not for the decoder: it passes it on."""
+    """What a request asks. `return_logits` and `merge` are not for the decoder: it passes them on."""
 
     study: str
     question: str
     sampling: Sampling
     stream: bool
     return_logits: bool = False
+    merge: str = REFERENCE
 
     @classmethod
     def of(cls, inputs: Inputs) -> Asked:
@@ -44,6 +46,7 @@ class Asked:
             Sampling.from_json(sampling) if sampling else Sampling(),
             inputs.flag("STREAM"),
             inputs.flag("RETURN_LOGITS"),
+            checked_merge(inputs.text("MERGE")),
         )
 
 
@@ -81,8 +84,10 @@ class DecoderStep:
             "BOXES": np.asarray(boxes, np.float64),
             "ANSWER_INFO": "" if last.info is None else json.dumps(asdict(last.info)),
             "SEG_STATES": no_states if last.states is None else last.states,
+            "SEG_SPANS": np.array(last.seg_spans, np.int64).reshape(-1, 2),
             "STUDY": asked.study,
             "RETURN_LOGITS": np.array([asked.return_logits]),
+            "MERGE": asked.merge,
         }
 
 

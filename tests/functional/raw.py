@@ -127,10 +127,10 @@ def good_requests(model: str, handle: str, llm_width: int) -> Iterator[Request]:
     for values in {
         "study": ({"STUDY": handle}, {**by_scan, **part}, {"STUDY": handle, "FORGET": False, "DESCRIBE": False}),
         "m3d_chat": ({"STUDY": handle, **question, "STREAM": False}, {**by_scan, **question}),
-        "m3d_segment": ({"STUDY": handle, **question, "RETURN_LOGITS": True, "SEGMENT_HINT": True},),
+        "m3d_segment": ({"STUDY": handle, **question, "RETURN_LOGITS": True, "SEGMENT_HINT": True, "MERGE": "each"},),
         "m3d_retrieve": ({"STUDY": handle, "TEXTS": ["w1", "w2 w3"]},),
-        "decoder": ({"STUDY": handle, **question, "STREAM": True, "RETURN_LOGITS": False},),
-        "segmentation": ({"STUDY": handle, "SEG_STATES": states, "RETURN_LOGITS": False},),
+        "decoder": ({"STUDY": handle, **question, "STREAM": True, "RETURN_LOGITS": False, "MERGE": "each"},),
+        "segmentation": ({"STUDY": handle, "SEG_STATES": states, "RETURN_LOGITS": False, "MERGE": "reference"},),
         "retrieval": ({"STUDY": handle, "TEXTS": ["w1", "w2 w3"]}, {"TEXTS": ["w1"]}),
     }[model]:
         yield request_of(model, **values)

@@ -38,7 +38,8 @@ class Delta:
     """What an answer gained since the last delta.
 
     token_ids include a final EOS. The last delta has the rest: finish_reason ("stop" or "length"), states (fp32 [K, H],
-    a row for each `[SEG]` of the answer) and info.
+    a row for each `[SEG]` of the answer), where each of these stands in the answer's text (see `Detokenizer.spans`) and
+    info.
     """
 
     text: str
@@ -46,6 +47,7 @@ class Delta:
     finish_reason: str | None = None
     states: np.ndarray | None = None
     info: AnswerInfo | None = None
+    seg_spans: tuple[tuple[int, int], ...] = ()
 
 
 class Decoder:
@@ -153,7 +155,7 @@ class Decoder:
             self._answering -= 1
 
     async def _deltas(self, rows, params, key: str, salt: str, arrival: float) -> AsyncGenerator[Delta, None]:
-        text = Detokenizer(self._tokenizer, params.stop or ())
+        text = Detokenizer(self._tokenizer, params.stop or (), self.manifest.seg_token_id)
         count, first_token, seg_positions, states_are_free = 0, 0.0, [], False
         try:
             async with aclosing(self.engine.generate(rows, params, key, salt)) as outputs:
@@ -174,7 +176,7 @@ class Decoder:
             states_are_free = bool(seg_positions) or stop is None
             now = time.monotonic()
             info = AnswerInfo(len(rows), output.num_cached_tokens or 0, count, first_token - arrival, now - arrival)
-            yield Delta(text.finish(ids, stop), ids, said.finish_reason, states, info)
+            yield Delta(text.finish(ids, stop), ids, said.finish_reason, states, info, text.spans)
         finally:
             if not states_are_free:
                 self.engine.drop_states(key)
