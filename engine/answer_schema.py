@@ -7,7 +7,6 @@ long is refused here, in the client and again in the server.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,8 +54,29 @@ def checked_schema(schema: object) -> str:
         raise InvalidInput(f"json_schema is not JSON: {str(error)[:200]}") from None
     if not isinstance(values, dict):
         raise InvalidInput(f"json_schema must be a JSON object, not {shortened(values)}")
-    _Checker(values).check(values, "", 0)
+    _Checker(values).check_all()
     return json.dumps(values, separators=(",", ":"))
+
+
+def schema_for_grammar(text: str) -> str:
+    """A checked schema as xgrammar is to read it. Of its version 0.2.8, strings with a bound on their length may hold
+    control characters, which JSON does not allow: the bounds become patterns."""
+    return json.dumps(_with_patterns(json.loads(text)), separators=(",", ":"))
+
+
+def _with_patterns(schema: dict[str, Any]) -> dict[str, Any]:
+    found = dict(schema)
+    low, high = found.pop("minLength", None), found.pop("maxLength", None)
+    if (low, high) != (None, None):
+        found["pattern"] = rf'^[^"\\\x00-\x1f]{{{low or 0},{"" if high is None else high}}}$'
+    for name in ("properties", "$defs"):
+        if name in found:
+            found[name] = {key: _with_patterns(value) for key, value in found[name].items()}
+    if "items" in found:
+        found["items"] = _with_patterns(found["items"])
+    if "anyOf" in found:
+        found["anyOf"] = [_with_patterns(each) for each in found["anyOf"]]
+    return found
 
 
 class _Checker:
@@ -64,8 +84,16 @@ class _Checker:
 
     def __init__(self, schema: Mapping[str, Any]):
         self._definitions = schema.get("$defs", {})
+        if not isinstance(self._definitions, dict):
+            raise _wrong("/$defs", "it must be an object")
+        self._schema = schema
         self._known: dict[str, int] = {}  # definition -> depth at which it was entered, the deepest
         self._open: list[str] = []
+
+    def check_all(self) -> None:
+        self.check(self._schema, "", 0)
+        for name in self._definitions:
+            self._follow(_DEFINITION + name, "", 0)
 
     def check(self, schema: Any, place: str, depth: int) -> None:
         """place: of the schema in the whole, for messages."""
@@ -90,8 +118,6 @@ class _Checker:
                 self.check(choice, f"{place}/anyOf/{number}", depth + 1)
         if "$ref" in schema:
             self._follow(schema["$ref"], place, depth)
-        if not depth and not isinstance(self._definitions, dict):
-            raise _wrong(place, "$defs must be an object")
 
     def _check_type(self, schema: Mapping[str, Any], place: str) -> None:
         types = schema.get("type", [])
@@ -104,8 +130,12 @@ class _Checker:
         if "const" in schema:
             values.append(schema["const"])
         for value in values:
-            if not isinstance(value, _SCALARS) or isinstance(value, float) and not math.isfinite(value):
-                raise _wrong(place, f"enum and const take texts, numbers, true, false and null, not {shortened(value)}")
+            if not isinstance(value, _SCALARS) or not isinstance(value, str) and not abs(value or 0) <= MAX_NUMBER:
+                raise _wrong(
+                    place,
+                    f"enum and const take texts, numbers from -{MAX_NUMBER:,} to {MAX_NUMBER:,}, true, false and null, "
+                    f"not {shortened(value)}",
+                )
 
     def _check_bounds(self, schema: Mapping[str, Any], place: str) -> None:
         for name in _COUNTS:

@@ -116,11 +116,15 @@ class Prompt:
             choice: without spaces around it.
 
         Raises:
-            InvalidInput: the choice holds what separates turns, or cannot be told from the question's end.
+            InvalidInput: the choice holds what separates turns or ends answers, or cannot be told from the question's
+                end.
         """
         if held := [token for token in self.layout.reserved if token in choice]:
             raise InvalidInput(f"a choice holds {held[0]}, which separates turns: leave it out")
-        return self.layout.encode_start(asked if isinstance(asked, str) else asked[-1][1], choice)
+        ids = self.layout.encode_start(asked if isinstance(asked, str) else asked[-1][1], choice)
+        if ends := [token for token in ids if token in self.stop_ids]:
+            raise InvalidInput(f"a choice holds {self.tokenizer.decode(ends[:1])}, which ends answers: leave it out")
+        return ids
 
     def answered(self, question: str, answer: str) -> tuple[list[int], int]:
         """What training reads behind the visual tokens: (token ids of question, answer and its end, index of the
