@@ -67,6 +67,22 @@ Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="above 1 repeats less")]
 Stop = Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be given several times")]
 
+Choice = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="text with which the answer may begin: its log-probability is printed; may be given several times"
+    ),
+]
+OnlyChoices = Annotated[bool, typer.Option("--only-choices", help="let the answer be one of the choices")]
+JsonSchema = Annotated[Path | None, typer.Option(help="file with a JSON schema; the answer is JSON of it")]
+
+
+def _text_of(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{option} {path} cannot be read as text: {getattr(error, 'strerror', error)}") from None
+
 
 def _sampling(**given) -> dict:
     """What was given, if the server will take it."""
@@ -138,6 +154,9 @@ def ask(
     seed: Seed = None,
     repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
+    choice: Choice = None,
+    only_choices: OnlyChoices = False,
+    json_schema: JsonSchema = None,
     timeout: Timeout = 600.0,
 ) -> None:
     from engine.client import M3DClient
@@ -150,6 +169,9 @@ def ask(
         seed=seed,
         repetition_penalty=repetition_penalty,
         stop=stop,
+        choices=choice,
+        only_choices=only_choices,
+        json_schema=None if json_schema is None else _text_of(json_schema, "--json-schema"),
     )
     with M3DClient(server, timeout) as client:
         study = client.upload(scan, preset=preset, crop=crop)
@@ -167,6 +189,8 @@ def ask(
             raise
         print()
         _note_answer(stream.answer)
+        for text, logprob in sorted(stream.answer.choices.items(), key=lambda pair: -pair[1]):
+            print(f"{logprob:+.4f}\t{text}")
 
 
 @app.command(
@@ -268,10 +292,7 @@ def rank(
 
     texts = list(texts or ())
     if file is not None:
-        try:
-            texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"--file {file} cannot be read as text: {getattr(error, 'strerror', error)}") from None
+        texts += [line.strip() for line in _text_of(file, "--file").splitlines() if line.strip()]
     if not texts:
         raise InvalidInput("nothing to rank: give texts, or --file with one a line")
     with M3DClient(server, timeout) as client:
