@@ -189,8 +189,7 @@ def ask(
             raise
         print()
         _note_answer(stream.answer)
-        for text, logprob in sorted(stream.answer.choices.items(), key=lambda pair: -pair[1]):
-            print(f"{logprob:+.4f}\t{text}")
+        _print_choices(stream.answer)
 
 
 @app.command(
@@ -424,6 +423,12 @@ def _note_answer(answer) -> None:
     for box in answer.boxes:
         corners = escape(str([round(float(v), 1) for v in box]))
         notes.print(f"[dim]box, voxels (i0, j0, k0) to (i1, j1, k1): {corners}[/]")
+
+
+def _print_choices(answer) -> None:
+    """Log-probabilities of the choices, best first."""
+    for text, logprob in sorted(answer.choices.items(), key=lambda pair: -pair[1]):
+        print(f"{logprob:+.4f}\t{text}")
 
 
 def _note_measurements(measured, voxels: int) -> None:
