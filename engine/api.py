@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -93,6 +93,52 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. role: "user", "assistant", or "system" for the first turn."""
+
+    role: str
+    content: str
+
+
+Messages = Sequence["Message | Mapping[str, str] | tuple[str, str]"]
+"""The turns of a conversation: user and assistant in turn, the last one the user's; before them a system turn or none.
+Each is a `Message`, a pair (role, text) or {"role": …, "content": …}."""
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """text: the token decoded alone. logprob: natural logarithm of the probability that the model gives it there."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class ChosenToken(ScoredToken):
+    """A token of an answer. top: the likeliest tokens there, likeliest first, as many as were asked for."""
+
+    top: tuple[ScoredToken, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerDetails:
+    """What an answer says if it was asked for.
+
+    logprobs: one entry a token of the answer; empty without `Sampling.logprobs`. Where only some tokens are allowed
+    (only_choices, json_schema), the others have no part in them.
+    choices: of each of `Sampling.choices`, log p(its tokens | prompt): the natural logarithm of the likelihood that the
+    answer begins with them, whatever else the answer says.
+    history_used: whether the turns before the last question were read: False by a model that was trained on single
+    questions, which got the last one alone. None where there were none.
+    """
+
+    logprobs: tuple[ChosenToken, ...] = ()
+    choices: Mapping[str, float] = field(default_factory=dict)
+    history_used: bool | None = None
+
+
+@dataclass(frozen=True)
 class AnswerInfo:
     """What an answer cost.
 
@@ -119,10 +165,11 @@ class Timings(AnswerInfo):
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class Answer(AnswerDetails):
     """text: without special tokens other than [SEG]. token_ids: with the final EOS if there was one.
 
     finish_reason: stop or length. boxes: float64 K x 6, voxel indices (i0,j0,k0,i1,j1,k1) of the scan's array axes.
+    logprobs, choices, history_used: see `AnswerDetails`.
     """
 
     text: str
@@ -324,27 +371,46 @@ class M3D(Protocol):
         """
         ...
 
-    def ask(self, study: object, question: str, *, timeout: float | None = None, **sampling: Any) -> Answer:
+    def ask(
+        self,
+        study: object,
+        question: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> Answer:
         """Ask, and wait for the whole answer.
 
         Args:
             study: a `Study`, or what `upload` takes.
             question: a text.
+            messages: instead of the question, the turns of a conversation that ends with one. The scan belongs to the
+                user's first turn. `Answer.history_used` says whether the model reads more than the last question.
             timeout: seconds, see the class.
             **sampling: see `engine.sampling.Sampling`.
         """
         ...
 
-    def stream(self, study: object, question: str, *, timeout: float | None = None, **sampling: Any) -> AnswerStream:
+    def stream(
+        self,
+        study: object,
+        question: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> AnswerStream:
         """Ask, and read the answer as it is made. Arguments as of `ask`."""
         ...
 
     def segment(
         self,
         study: object,
-        question: str,
+        question: str | None = None,
         return_logits: bool = False,
         *,
+        messages: Messages | None = None,
         merge: str = "reference",
         timeout: float | None = None,
         **sampling: Any,
@@ -352,7 +418,7 @@ class M3D(Protocol):
         """Ask for a structure, and get the answer with its mask.
 
         Args:
-            study, question, timeout, **sampling: as of `ask`.
+            study, question, messages, timeout, **sampling: as of `ask`.
             return_logits: also return the masks' logits.
             merge: what several [SEG] in an answer give: "reference": one mask from the mean of their states, as the
                 reference does; "each": one mask for each of them, see `Segmentation.segments`.

@@ -80,6 +80,22 @@ Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="above 1 repeats less")]
 Stop = Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be given several times")]
 
+Choice = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="text with which the answer may begin: its log-probability is printed; may be given several times"
+    ),
+]
+OnlyChoices = Annotated[bool, typer.Option("--only-choices", help="let the answer be one of the choices")]
+JsonSchema = Annotated[Path | None, typer.Option(help="file with a JSON schema; the answer is JSON of it")]
+
+
+def _text_of(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{option} {path} cannot be read as text: {getattr(error, 'strerror', error)}") from None
+
 
 def _sampling(**given) -> dict:
     """What was given, if the server will take it."""
@@ -151,6 +167,9 @@ def ask(
     seed: Seed = None,
     repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
+    choice: Choice = None,
+    only_choices: OnlyChoices = False,
+    json_schema: JsonSchema = None,
     timeout: Timeout = 600.0,
 ) -> None:
     from engine.client import M3DClient
@@ -163,6 +182,9 @@ def ask(
         seed=seed,
         repetition_penalty=repetition_penalty,
         stop=stop,
+        choices=choice,
+        only_choices=only_choices,
+        json_schema=None if json_schema is None else _text_of(json_schema, "--json-schema"),
     )
     with M3DClient(server, timeout) as client:
         study = client.upload(scan, preset=preset, crop=crop)
@@ -180,6 +202,7 @@ def ask(
             raise
         print()
         _note_answer(stream.answer)
+        _print_choices(stream.answer)
 
 
 @app.command(
@@ -349,10 +372,7 @@ def rank(
 
     texts = list(texts or ())
     if file is not None:
-        try:
-            texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"--file {file} cannot be read as text: {getattr(error, 'strerror', error)}") from None
+        texts += [line.strip() for line in _text_of(file, "--file").splitlines() if line.strip()]
     if not texts:
         raise InvalidInput("nothing to rank: give texts, or --file with one a line")
     with M3DClient(server, timeout) as client:
@@ -484,6 +504,12 @@ def _note_answer(answer) -> None:
     for box in answer.boxes:
         corners = escape(str([round(float(v), 1) for v in box]))
         notes.print(f"[dim]box, voxels (i0, j0, k0) to (i1, j1, k1): {corners}[/]")
+
+
+def _print_choices(answer) -> None:
+    """Log-probabilities of the choices, best first."""
+    for text, logprob in sorted(answer.choices.items(), key=lambda pair: -pair[1]):
+        print(f"{logprob:+.4f}\t{text}")
 
 
 def _note_measurements(measured, voxels: int) -> None:

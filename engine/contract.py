@@ -20,13 +20,25 @@ MAX_PART_BYTES = 16 << 20  # of a scan in one request: taken in within some mill
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a model: Triton's dtype name, dims without the batch axis, and what it means."""
+    """One tensor of a model: Triton's dtype name, dims without the batch axis, and what it means.
+
+    max_bytes: of an input's text, encoded; 0 where the models that read it have a limit.
+    """
 
     name: str
     dtype: str
     dims: tuple[int, ...]
     doc: str
     optional: bool = False
+    max_bytes: int = 0
+
+    def too_long(self, size: int) -> InvalidInput | None:
+        """The error for a text of more bytes than are taken."""
+        if not self.max_bytes or size <= self.max_bytes:
+            return None
+        return InvalidInput(
+            f"the {self.name.lower()} has {size:,} bytes, at most {self.max_bytes:,} are taken: shorten it"
+        )
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,12 @@ def encoded_texts(tensor: Tensor, value: Any) -> list[bytes]:
     """The texts of a BYTES input, given as one or as a sequence."""
     texts = [value] if isinstance(value, (str, bytes)) else list(value)
     try:
-        return [text.encode() if isinstance(text, str) else text for text in texts]
+        encoded = [text.encode() if isinstance(text, str) else text for text in texts]
     except UnicodeEncodeError:
         raise InvalidInput(f"the {tensor.name.lower()} is not valid Unicode text") from None
+    if error := tensor.too_long(sum(map(len, encoded))):
+        raise error
+    return encoded
 
 
 # --- a scan and its study --------------------------------------------------------------------------------------------
@@ -115,7 +130,22 @@ MODEL_INFO = Tensor("MODEL_INFO", "BYTES", (1,), "JSON, see engine.api.EngineInf
 
 # --- a question and its answer ---------------------------------------------------------------------------------------
 QUESTION = Tensor("QUESTION", "BYTES", (1,), "UTF-8 text that follows the image tokens")
-SAMPLING = Tensor("SAMPLING", "BYTES", (1,), "JSON, see engine.sampling.Sampling; default greedy", optional=True)
+HISTORY = Tensor(
+    "HISTORY",
+    "BYTES",
+    (1,),
+    "the turns before QUESTION: JSON, a list of [role, text], see engine.prompt.turns; default none",
+    optional=True,
+    max_bytes=1 << 20,
+)
+SAMPLING = Tensor(
+    "SAMPLING",
+    "BYTES",
+    (1,),
+    "JSON, see engine.sampling.Sampling; default greedy",
+    optional=True,
+    max_bytes=1 << 18,
+)
 STREAM = Tensor("STREAM", "BOOL", (1,), "true: one response per step; default: one response in all", optional=True)
 TEXT = Tensor("TEXT", "BYTES", (1,), "UTF-8 text since the last response")
 TOKEN_IDS = Tensor("TOKEN_IDS", "INT32", (-1,), "token ids since the last response, with a final EOS if there is one")
@@ -126,7 +156,13 @@ BOXES = Tensor(
     (-1, 6),
     "last response: boxes of the answer, voxel indices of the scan's array axes (i0,j0,k0,i1,j1,k1)",
 )
-ANSWER_INFO = Tensor("ANSWER_INFO", "BYTES", (1,), "last response: JSON, see engine.api.AnswerInfo; else empty")
+ANSWER_INFO = Tensor(
+    "ANSWER_INFO",
+    "BYTES",
+    (1,),
+    "last response: JSON, see engine.api.AnswerInfo, and, where there is something to say, under details "
+    "engine.api.AnswerDetails; else empty",
+)
 SEG_STATES = Tensor(
     "SEG_STATES", "FP32", (-1, -1), "last response: K x H_llm states that predicted the [SEG] tokens; else 0 rows"
 )
@@ -225,7 +261,7 @@ MODELS: dict[str, Model] = {
         ),
         Model(
             "m3d_chat",
-            (*_SCAN, QUESTION, SAMPLING, STREAM),
+            (*_SCAN, QUESTION, HISTORY, SAMPLING, STREAM),
             (*_ANSWER, STUDY_HANDLE),
             "answer a question about a scan, streaming",
             decoupled=True,
@@ -234,7 +270,7 @@ MODELS: dict[str, Model] = {
         ),
         Model(
             "m3d_segment",
-            (*_SCAN, SEGMENT_HINT, QUESTION, SAMPLING, RETURN_LOGITS, MERGE),
+            (*_SCAN, SEGMENT_HINT, QUESTION, HISTORY, SAMPLING, RETURN_LOGITS, MERGE),
             (*_ANSWER, SEG_SPANS, STUDY_HANDLE, *_MASKS),
             "answer a question and draw the masks it asks for",
             decoupled=True,
@@ -255,7 +291,7 @@ MODELS: dict[str, Model] = {
         # through.
         Model(
             "decoder",
-            (STUDY, QUESTION, SAMPLING, STREAM, RETURN_LOGITS, MERGE),
+            (STUDY, QUESTION, HISTORY, SAMPLING, STREAM, RETURN_LOGITS, MERGE),
             (*_ANSWER, SEG_STATES, SEG_SPANS, STUDY, RETURN_LOGITS, MERGE),
             "the language model, vLLM",
             decoupled=True,

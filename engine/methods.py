@@ -28,11 +28,15 @@ import numpy as np
 from engine import contract
 from engine.api import (
     Answer,
+    AnswerDetails,
     AnswerInfo,
+    ChosenToken,
     EngineInfo,
     MeasuredMasks,
+    Messages,
     ModelInfo,
     Ranking,
+    ScoredToken,
     Segment,
     Segmentation,
     Study,
@@ -42,6 +46,7 @@ from engine.api import (
 )
 from engine.contract import Tensor
 from engine.errors import Cancelled, InvalidInput, StudyNotFound, Unavailable
+from engine.prompt.turns import USER, Turn, checked_turns, history_to_json
 from engine.sampling import Sampling
 from engine.seg_states import EACH, checked_merge, spans_of_words
 from engine.source import Source, content_of
@@ -152,35 +157,45 @@ class Methods:
     def asked(
         self,
         study: object,
-        question: str,
+        question: str | None,
+        messages: Messages | None,
         sampling: Mapping[str, Any],
         streaming: bool,
         timeout: float | None,
         hint: bool = False,
     ) -> Asked:
         """A question, not sent yet. hint: that a mask will be wanted, so that it is encoded for while decoding."""
-        checked_question(question)
+        turns = _turns(question, messages)
         inputs: Inputs = {
-            contract.QUESTION: question,
+            contract.QUESTION: turns[-1].text,
+            contract.HISTORY: history_to_json(turns) if len(turns) > 1 else None,
             contract.SAMPLING: Sampling.from_dict(sampling).to_json(),
             contract.STREAM: streaming,
         }
         return Asked(self, study, inputs, self._seconds(timeout), hint)
 
-    def ask(self, study: object, question: str, timeout: float | None, sampling: Mapping[str, Any]) -> Steps[Answer]:
-        return _only_answer(self.asked(study, question, sampling, False, timeout))
+    def ask(
+        self,
+        study: object,
+        question: str | None,
+        messages: Messages | None,
+        timeout: float | None,
+        sampling: Mapping[str, Any],
+    ) -> Steps[Answer]:
+        return _only_answer(self.asked(study, question, messages, sampling, False, timeout))
 
     def segment(
         self,
         study: object,
-        question: str,
+        question: str | None,
+        messages: Messages | None,
         return_logits: bool,
         merge: str,
         timeout: float | None,
         sampling: Mapping[str, Any],
     ) -> Steps[Segmentation]:
         left = _Countdown(self._seconds(timeout))
-        asked = self.asked(study, question, sampling, False, left(), hint=True)
+        asked = self.asked(study, question, messages, sampling, False, left(), hint=True)
         return self._segment(asked, return_logits, checked_merge(merge), left)
 
     def rank(self, study: object, texts: Sequence[str], timeout: float | None) -> Steps[Ranking]:
@@ -391,9 +406,10 @@ class Asked:
         self._texts.append(text)
         self._token_ids += outputs["TOKEN_IDS"].tolist()
         if reason := outputs.text("FINISH_REASON"):
-            cost = typed(AnswerInfo, outputs.text("ANSWER_INFO"))
+            cost, details = _info(outputs.text("ANSWER_INFO"))
             timings = Timings(**vars(cost), first_text_s=self._first_text_s, total_s=now)
-            self.answer = Answer("".join(self._texts), tuple(self._token_ids), reason, outputs["BOXES"], timings)
+            ids = tuple(self._token_ids)
+            self.answer = Answer("".join(self._texts), ids, reason, outputs["BOXES"], timings, **vars(details))
         return text
 
 
@@ -465,14 +481,30 @@ def _cut(outputs: Outputs) -> tuple[tuple[bool, ...], int]:
     return tuple(outputs["TEXT_CUT"].tolist()), int(outputs["TEXT_LIMIT"][0])
 
 
+def _info(text: str) -> tuple[AnswerInfo, AnswerDetails]:
+    """What ANSWER_INFO says."""
+    values = json.loads(text or "{}")
+    details = values.pop("details", {})
+    if "logprobs" in details:
+        details["logprobs"] = [_chosen(each) for each in details["logprobs"]]
+    return _typed(AnswerInfo, values), _typed(AnswerDetails, details)
+
+
+def _chosen(values: dict[str, Any]) -> ChosenToken:
+    return _typed(ChosenToken, {**values, "top": [_typed(ScoredToken, each) for each in values.get("top", ())]})
+
+
 def typed(kind: type[T], text: str) -> T:
     """A JSON object as the dataclass that it stands for. Another one's is another version's."""
-    values = json.loads(text or "{}")
+    return _typed(kind, json.loads(text or "{}"))
+
+
+def _typed(kind: type[T], values: dict[str, Any]) -> T:
     known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
         raise other_version(f"its {kind.__name__} has {', '.join(unknown)}")
     if "model" in values:
-        values["model"] = typed(ModelInfo, json.dumps(values["model"]))
+        values["model"] = _typed(ModelInfo, values["model"])
     try:
         return kind(**{name: _frozen(value) for name, value in values.items()})
     except TypeError as error:
@@ -489,6 +521,17 @@ def checked_question(question: str) -> str:
     if not isinstance(question, str) or not question.strip():
         raise InvalidInput("the question is empty: give a text")
     return question
+
+
+def _turns(question: str | None, messages: Messages | None) -> list[Turn]:
+    """The turns, of which the last is the question."""
+    if messages is None:
+        return [Turn(USER, checked_question(cast(str, question)))]
+    if question is not None:
+        raise InvalidInput("a question and messages are given: give one of them; the last message is the question")
+    turns = checked_turns(messages)
+    checked_question(turns[-1].text)
+    return turns
 
 
 def _checked_texts(texts: Sequence[str]) -> Sequence[str]:

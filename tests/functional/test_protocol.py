@@ -22,7 +22,7 @@ import pydicom
 import pytest
 
 from engine import AsyncM3DClient, M3DClient, M3DEngine, contract
-from engine.api import M3D, Study
+from engine.api import M3D, Message, Study
 from engine.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -375,6 +375,78 @@ def test_sampling_settings_reach_the_language_model(m3d, study):
     assert stopped.finish_reason == "stop" and stop not in stopped.text and whole.text.startswith(stopped.text)
 
 
+# --- conversations ---------------------------------------------------------------------------------------------------
+TURNS = [("system", "w3"), ("user", "w4 w5"), ("assistant", "w6"), ("user", QUESTION)]
+
+
+def test_a_model_for_single_questions_gets_the_last_one_and_its_answer_says_so(m3d, study):
+    """The published families were trained on single questions; others are in test_language_models.py."""
+    asked = m3d.ask(study, QUESTION, max_new_tokens=48)
+    assert asked.history_used is None
+    for turns in (TURNS, [Message(*turn) for turn in TURNS], [dict(zip(("role", "content"), turn)) for turn in TURNS]):
+        answer = m3d.ask(study, messages=turns, max_new_tokens=48)
+        assert answer.history_used is False and answer.token_ids == asked.token_ids
+    with m3d.stream(study, messages=TURNS, max_new_tokens=48) as stream:
+        assert "".join(stream) == asked.text and stream.answer.history_used is False
+    found, expected = (
+        m3d.segment(study, **of, max_new_tokens=48) for of in ({"messages": TURNS}, {"question": QUESTION})
+    )
+    assert found.answer.history_used is False and expected.answer.history_used is None
+    np.testing.assert_array_equal(found.mask, expected.mask)
+
+
+def test_a_conversation_of_one_question_is_the_question(m3d, study):
+    answer = m3d.ask(study, messages=[Message("user", QUESTION)], max_new_tokens=8)
+    assert answer.history_used is None and answer.token_ids == m3d.ask(study, QUESTION, max_new_tokens=8).token_ids
+
+
+# --- likelihoods and constraints -------------------------------------------------------------------------------------
+CHOICES = ["w5", "w6 w7", "w6 w9 w9"]
+
+
+@pytest.mark.parametrize("other", ["client", "awaited"])
+def test_log_probabilities_and_likelihoods_are_equal(request, engine, other, scans):
+    """To what the order of the batch may change; ids are equal to the last."""
+    other, settings = request.getfixturevalue(other), {"logprobs": 3, "choices": CHOICES, "max_new_tokens": 24}
+    ours, theirs = (m3d.ask(m3d.upload(scans[0]), QUESTION, **settings) for m3d in (engine, other))
+    assert ours.token_ids == theirs.token_ids and len(ours.logprobs) == 24
+    for mine, your in zip(ours.logprobs, theirs.logprobs):
+        assert (mine.token_id, mine.text) == (your.token_id, your.text)
+        assert mine.logprob == pytest.approx(your.logprob, abs=1e-5)
+        assert [each.token_id for each in mine.top] == [each.token_id for each in your.top]
+    assert ours.choices == pytest.approx(theirs.choices, abs=1e-4) and list(ours.choices) == CHOICES
+
+
+def test_an_answer_has_what_was_asked_for_and_stays_the_same(m3d, study):
+    plain = m3d.ask(study, QUESTION, max_new_tokens=24)
+    assert plain.logprobs == () and plain.choices == {}
+    asked = m3d.ask(study, QUESTION, max_new_tokens=24, logprobs=2, choices=CHOICES)
+    assert asked.token_ids == plain.token_ids and asked.text == plain.text
+    assert [token.token_id for token in asked.logprobs] == list(plain.token_ids)
+    for token in asked.logprobs:  # greedy
+        assert len(token.top) == 2 and token.top[0].token_id == token.token_id
+        assert 0 >= token.logprob == token.top[0].logprob >= token.top[1].logprob
+    assert all(value < 0 for value in asked.choices.values())
+    with m3d.stream(study, QUESTION, max_new_tokens=24, logprobs=0, choices="w5") as stream:
+        assert "".join(stream) == plain.text
+    assert [(token.token_id, token.top) for token in stream.answer.logprobs] == [(id_, ()) for id_ in plain.token_ids]
+    assert stream.answer.choices == pytest.approx({"w5": asked.choices["w5"]}, abs=1e-4)
+    found = m3d.segment(study, QUESTION, max_new_tokens=24, choices="w5")
+    assert found.answer.choices == pytest.approx(stream.answer.choices, abs=1e-4)
+
+
+def test_an_answer_may_be_held_to_choices(m3d, study):
+    held = m3d.ask(study, QUESTION, max_new_tokens=24, choices=CHOICES, only_choices=True)
+    assert held.text.strip() in CHOICES and held.finish_reason == "stop"
+
+
+def test_an_answer_that_cannot_be_held_to_a_schema_is_refused(m3d, study):
+    """The tiny vocabulary has no brace; test_language_models.py has one that does."""
+    with pytest.raises(InvalidInput, match="cannot be held to its json_schema"):
+        m3d.ask(study, QUESTION, max_new_tokens=24, json_schema={"type": "object"})
+    assert m3d.ask(study, QUESTION, max_new_tokens=1).token_ids
+
+
 def test_scores_are_those_of_the_embeddings(m3d, study):
     texts = [words(count, count) for count in (3, 40)]
     scan, embedded = m3d.embed(study), m3d.embed_texts(texts).embeddings
@@ -409,6 +481,29 @@ def test_it_says_what_it_is(m3d, repository):
         (lambda m, s: list(m.stream(s, "w1 " * 600)), InvalidInput, "question has"),
         (lambda m, s: m.segment(s, ""), InvalidInput, "question is empty"),
         (lambda m, s: m.segment(s, QUESTION, merge="all"), InvalidInput, "reference, each"),
+        (lambda m, s: m.ask(s), InvalidInput, "question is empty"),
+        (lambda m, s: m.ask(s, QUESTION, messages=TURNS), InvalidInput, "give one of them"),
+        (lambda m, s: m.ask(s, messages=[]), InvalidInput, "roles of the turns are none"),
+        (lambda m, s: m.ask(s, messages=QUESTION), InvalidInput, "messages must be a list of turns"),
+        (lambda m, s: m.ask(s, messages=TURNS[:-1]), InvalidInput, "the last one user"),
+        (lambda m, s: m.ask(s, messages=[("user", " ")]), InvalidInput, "question is empty"),
+        (lambda m, s: m.ask(s, messages=[{"role": "user"}]), InvalidInput, "a role and a content"),
+        (lambda m, s: m.ask(s, messages=[*TURNS[1:], ("assistant", 3)]), InvalidInput, "a role and a text"),
+        (lambda m, s: m.ask(s, messages=TURNS[1:] * 200), InvalidInput, "600 turns given, at most 256"),
+        (
+            lambda m, s: m.ask(s, messages=[("user", "w1"), ("assistant", "w1 " * 400_000), ("user", "w1")]),
+            InvalidInput,
+            "history has .* bytes, at most",
+        ),
+        (lambda m, s: m.segment(s, messages=TURNS[:-1]), InvalidInput, "the last one user"),
+        (lambda m, s: list(m.stream(s, messages=TURNS[:-1])), InvalidInput, "the last one user"),
+        (lambda m, s: m.ask(s, QUESTION, logprobs=21), InvalidInput, "logprobs must be a whole number from 0 to 20"),
+        (lambda m, s: m.ask(s, QUESTION, choices=["w1"] * 65), InvalidInput, "65 strings given, at most 64"),
+        (lambda m, s: m.ask(s, QUESTION, choices=["w1", " w2"]), InvalidInput, "begins or ends with a space"),
+        (lambda m, s: m.ask(s, QUESTION, choices=["w999", "w998"]), InvalidInput, "same tokens"),
+        (lambda m, s: m.ask(s, QUESTION, only_choices=True), InvalidInput, "no choices: give some"),
+        (lambda m, s: m.ask(s, QUESTION, json_schema={"type": "tree"}), InvalidInput, "type 'tree' is none of"),
+        (lambda m, s: m.ask(s, QUESTION, json_schema="{"), InvalidInput, "not JSON"),
         (lambda m, s: m.rank(s, "one text"), InvalidInput, "texts"),
         (lambda m, s: m.rank(s, ["w1"] * 300), InvalidInput, "300 texts"),
         (lambda m, s: m.embed_texts(["w1", " "]), InvalidInput, "texts"),

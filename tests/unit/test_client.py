@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import socket
 import threading
 import weakref
+from contextlib import nullcontext
 
 import grpc
 import nibabel
@@ -118,6 +120,24 @@ def test_a_question_carries_handle_and_sampling(client, triton, study):
     _, sent = triton.asked[0]
     assert sent["STUDY"].tolist() == [HANDLE.encode()] and sent["QUESTION"].tolist() == [b"What is this?"]
     assert Sampling.from_json(sent["SAMPLING"][0]) == Sampling(temperature=0.5, seed=3)
+
+
+def test_a_conversation_carries_what_was_said_before_its_last_question(client, triton, study):
+    turns = [("user", "A scan\u00e9?"), ("assistant", "Yes."), ("user", "What is this?")]
+    client.ask(study, messages=turns)
+    client.ask(study, messages=turns[-1:])
+    (_, talked), (_, alone) = triton.asked
+    assert talked["QUESTION"].tolist() == [b"What is this?"] == alone["QUESTION"].tolist()
+    assert json.loads(talked["HISTORY"][0]) == [list(turn) for turn in turns[:-1]]
+    assert "HISTORY" not in alone
+
+
+def test_a_conversation_of_too_many_bytes_is_refused_before_it_is_sent(client, triton, study):
+    most = contract.HISTORY.max_bytes - len(json.dumps([["user", "a"], ["assistant", ""]]))
+    for length, is_sent in ((most, True), (most + 1, False)):
+        with nullcontext() if is_sent else pytest.raises(errors.InvalidInput, match="history has 1,048,577 bytes, at"):
+            client.ask(study, messages=[("user", "a"), ("assistant", "b" * length), ("user", "What is this?")])
+    assert len(triton.asked) == 1
 
 
 def test_a_scan_may_stand_for_its_study(client, triton):
