@@ -686,3 +686,11 @@ def test_many_questions_are_awaited_at_the_same_time(triton):
             return await asyncio.gather(*(client.ask(study, f"What is {n}?") for n in range(8)))
 
     assert [answer.text for answer in asyncio.run(ask_all())] == ["".join(ANSWER)] * 8
+
+
+@pytest.mark.parametrize(("late", "kind"), [(True, errors.DeadlineExceeded), (False, errors.M3DError)])
+def test_a_call_that_grpc_could_not_begin_before_its_deadline_exceeded_it(late, kind):
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details="Internal error from Core"
+    )
+    assert type(wire.call_error("localhost:1", error, False, late)) is kind
