@@ -243,9 +243,9 @@ class AsyncConnection:
     async def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> AsyncResponseStream:
         return self._stream(iter((wire.request_of(model, inputs),)), timeout, alone=True)
 
-    def error(self, error: grpc.RpcError, cancelled: bool = False) -> M3DError:
+    def error(self, error: grpc.RpcError, call: grpc.aio.Call, cancelled: bool = False) -> M3DError:
         """The typed error that a failed call stands for. cancelled: whether this side cancelled it."""
-        return wire.call_error(self.url, error, cancelled or self._closed)
+        return wire.call_error(self.url, error, cancelled or self._closed, late=call.time_remaining() == 0)
 
     def was_closed(self) -> bool:
         return self._closed
@@ -263,7 +263,7 @@ class AsyncConnection:
         try:
             return await call
         except grpc.RpcError as error:
-            raise self.error(error) from None
+            raise self.error(error, call) from None
         except asyncio.CancelledError:
             if self._closed:
                 raise Cancelled("the request was cancelled by this client") from None
@@ -288,7 +288,7 @@ class AsyncResponseStream:
         try:
             message = await self._call.read()
         except grpc.RpcError as error:
-            raise self._connection.error(error, self._cancelled) from None
+            raise self._connection.error(error, self._call, self._cancelled) from None
         except asyncio.CancelledError:  # gRPC's, or that of the task that waits
             if self._cancelled or self._connection.was_closed():
                 raise Cancelled("the request was cancelled by this client") from None

@@ -770,3 +770,11 @@ def test_an_unknown_merge_is_refused_at_once(client, triton, study, merge):
     with pytest.raises(errors.InvalidInput, match="reference, each"):
         client.segment(study, "Segment it.", merge=merge)
     assert len(triton.asked) == asked
+
+
+@pytest.mark.parametrize(("late", "kind"), [(True, errors.DeadlineExceeded), (False, errors.M3DError)])
+def test_a_call_that_grpc_could_not_begin_before_its_deadline_exceeded_it(late, kind):
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details="Internal error from Core"
+    )
+    assert type(wire.call_error("localhost:1", error, False, late)) is kind
