@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import signal
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -596,6 +597,36 @@ def test_without_imagecodecs_the_error_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Decoder() as running, pytest.raises(InvalidInput, match="pip install imagecodecs"):
         decoded(compressed, running)
+
+
+def test_the_decoder_starts_on_a_python_without_the_option_p(tmp_path, monkeypatch):
+    """As Python 3.10 is."""
+    old = tmp_path / "python"
+    old.write_text(f'#!/bin/sh\ncase "$1" in -P*) exit 2;; esac\nexec {sys.executable} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(old))
+    with Decoder() as running:
+        assert decoded(encoded(image(8, False), LOSSLESS_SV1), running).shape == (1, 24, 20)
+
+
+def test_the_decoder_starts_on_a_system_without_limits_of_a_process(tmp_path, monkeypatch):
+    """As Windows is."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['resource'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Decoder() as running:
+        assert decoded(encoded(image(8, False), LOSSLESS_SV1), running).shape == (1, 24, 20)
+
+
+@pytest.mark.parametrize("name", ["codestream", "imagecodecs_of_this_folder"])
+def test_the_decoder_imports_nothing_of_its_own_folder_and_the_working_one(tmp_path, monkeypatch, name):
+    (tmp_path / "imagecodecs_of_this_folder.py").touch()
+    (tmp_path / "path").mkdir()
+    told = "raise ValueError('found' if importlib.util.find_spec('{}') else 'not there')"
+    (tmp_path / "path" / "imagecodecs.py").write_text("import importlib.util\n" + told.format(name))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.chdir(tmp_path)
+    with Decoder() as running, pytest.raises(InvalidInput, match="not there"):
+        decoded(encoded(image(8, False), LOSSLESS_SV1), running)
 
 
 def test_the_decoder_needs_an_interpreter(monkeypatch):

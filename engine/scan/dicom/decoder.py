@@ -22,7 +22,8 @@ from typing import IO, Any, cast
 import numpy as np
 
 _SCRIPT = Path(__file__).with_name("decoder_process.py")
-_KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_ALL")  # of the environment; no secrets
+# Of the environment; no secrets. Windows needs SYSTEMROOT to start a Python.
+_KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_ALL", "SYSTEMROOT")
 
 
 class DecodingFailed(Exception):
@@ -34,7 +35,7 @@ class Decoder:
 
     Decoders are native code. Damaged frames make them abort or overrun memory: no upload may do that to a server.
 
-    seconds: for one frame; then the process is killed.
+    seconds: for one frame; then the process is killed. On Linux its memory is bounded, too.
     """
 
     def __init__(self, seconds: float = 60.0):
@@ -98,9 +99,8 @@ class Decoder:
         if self._process is None:
             environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
             try:
-                # -P: the modules beside the script are no top-level modules.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", str(_SCRIPT)],
+                    [sys.executable, str(_SCRIPT)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

@@ -6,14 +6,22 @@ the frame, out a JSON object (dtype, or error) and the pixels.
 
 from __future__ import annotations
 
+import sys
+
+# Python put the script's folder there. The modules beside the script are no top-level modules. Python 3.10 lacks -P.
+sys.path.pop(0)
+
 import json
 import os
-import resource
 import struct
-import sys
 from typing import Any
 
 import numpy as np
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits: there `Decoder` bounds a frame by its time alone
+    resource = None  # type: ignore[assignment]
 
 # Of addresses, the libraries included: a frame that asks for more is refused, and the server keeps its memory.
 _MEMORY = 4 << 30
@@ -23,8 +31,9 @@ def main() -> None:
     # Libraries print to standard output, too: that must not reach the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold a patient's pixels
-    if sys.platform == "linux":  # macOS refuses that limit
+    if resource:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold a patient's pixels
+    if resource and sys.platform == "linux":  # macOS refuses that limit
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     while lengths := sys.stdin.buffer.read(16):
         head, body = struct.unpack(">QQ", lengths)
