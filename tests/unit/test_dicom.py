@@ -20,7 +20,7 @@ import SimpleITK as sitk
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, Unavailable
 from engine.scan import pack_scan, read_scan
 from engine.scan.dicom.dataset import open_file
 from engine.scan.dicom.decoder import Decoder, DecodingFailed
@@ -595,7 +595,7 @@ def test_without_imagecodecs_the_error_says_what_to_install(tmp_path, monkeypatc
     compressed = encoded(image(8, False), LOSSLESS_SV1)
     (tmp_path / "imagecodecs.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Decoder() as running, pytest.raises(InvalidInput, match="pip install imagecodecs"):
+    with Decoder() as running, pytest.raises(Unavailable, match=r"pip install 'm3d-engine\[dicom\]'"):
         decoded(compressed, running)
 
 

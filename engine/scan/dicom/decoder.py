@@ -21,6 +21,8 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from engine.errors import Unavailable
+
 _SCRIPT = Path(__file__).with_name("decoder_process.py")
 # Of the environment; no secrets. Windows needs SYSTEMROOT to start a Python.
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_ALL", "SYSTEMROOT")
@@ -62,7 +64,8 @@ class Decoder:
             rows, columns, allocated: size in pixels, and bits of a cell in the data set (used by rle).
 
         Raises:
-            DecodingFailed: the decoder refused the frame, died of it, took too long, or is not installed.
+            DecodingFailed: the decoder refused the frame, died of it, or took too long.
+            Unavailable: the decoder is not installed.
         """
         process = self._running()
         request = json.dumps({"family": family, "rows": rows, "columns": columns, "bits_allocated": allocated}).encode()
@@ -87,6 +90,10 @@ class Decoder:
         finally:
             timer.cancel()
         found = json.loads(answer)
+        if package := found.get("missing"):
+            raise Unavailable(
+                f"compressed DICOM cannot be decoded here, {package} is not installed: pip install 'm3d-engine[dicom]'"
+            )
         if cause := found.get("error"):
             # What a damaged frame left in the libraries must not reach the next one.
             self.__exit__(None, None, None)

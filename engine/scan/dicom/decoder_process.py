@@ -1,7 +1,7 @@
 """The process that decodes compressed frames. `Decoder` runs this file as a script; the engine does not import it.
 
 Messages in and out are those of decoder.py: in a JSON object (the frame's family, rows, columns, bits_allocated) and
-the frame, out a JSON object (dtype, or error) and the pixels.
+the frame, out a JSON object (dtype and shape, or error, or the package that is missing) and the pixels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
             array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
             pixels, answer = array.tobytes(), {"dtype": array.dtype.str, "shape": array.shape}
         except ImportError:
-            answer = {"error": "its decoder is not installed on the server: pip install imagecodecs"}
+            answer = {"missing": "imagecodecs"}
         except MemoryError:
             answer = {"error": f"it needs more than the {_MEMORY >> 30} GiB that a frame may take"}
         except Exception as error:
