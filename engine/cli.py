@@ -261,12 +261,14 @@ def segment(
         notes.print("the answer asks for no mask (it has no [SEG]): nothing is written; for answers alone use m3d ask")
         raise typer.Exit(1)
     written = [each.save(files.mask(number)) for number, each in enumerate(result.segments, 1)]
+    shown, unread = None, "the scan's source is not known"
     try:
         shown = result.source.read() if result.source else None
-        unread = f"{scan} has changed since it was sent"
-    except Unavailable as error:
-        shown, unread = None, str(error)
-    measured = [measure(each.mask, each.affine, shown, preset=result.preset) for each in result.segments]
+    except (InvalidInput, Unavailable) as error:
+        unread = str(error)
+    measured = [
+        measure(each.mask, each.affine, shown, preset=result.preset, missing=unread) for each in result.segments
+    ]
     if merge == EACH:
         _save_segments(files.table, result, written, measured)
     else:

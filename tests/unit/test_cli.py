@@ -67,6 +67,7 @@ def test_a_scan_that_changes_while_it_is_asked_about_is_neither_drawn_nor_measur
     assert code == 0 and "has changed since it was sent" in err and not (tmp_path / "out.png").exists()
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["voxel_count"] == 12 * 13 * 14 and found["intensity_mean"] is None
+    assert "has changed since it was sent" in found["intensity_missing"]
 
 
 @pytest.mark.parametrize("command", [("ask", "What?"), ("segment", "What?"), ("rank", "a text")], ids=lambda c: c[0])
