@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks import command, floor
 from benchmarks.command import at_least, say, several
 from benchmarks.report import table
+from engine.cli import console
 from engine.errors import InvalidInput
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
@@ -71,7 +72,8 @@ WAYS = {
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return command.run(lambda: (_measure_alone if arguments.way_alone else _measure_and_tell)(arguments))
+    body = _measure_alone if arguments.way_alone else _measure_and_tell
+    return console.run(lambda: body(arguments), command.SIGNALS)
 
 
 def _measure_alone(arguments: argparse.Namespace) -> int:
@@ -225,7 +227,7 @@ def text(result: dict) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, required=True, help="an exported model repository")
     parser.add_argument("--checkpoint", help="its checkpoint (default: what the manifest names)")
     parser.add_argument("--ways", type=several(), default=tuple(WAYS), help=f"default: {','.join(WAYS)}")

@@ -17,7 +17,6 @@ import torch
 from transformers import BertTokenizer
 
 from benchmarks import (
-    command,
     compare,
     decode,
     encoders,
@@ -35,6 +34,7 @@ from benchmarks.baseline import Baseline
 from benchmarks.latency import TEXTS
 from benchmarks.make_checkpoint import PUBLISHED_CLIP, config_of, write_clip
 from benchmarks.samples import Sample, ratios, summary
+from engine.cli import console
 from engine.errors import InvalidInput
 from engine.models.checkpoint import load_clip, load_lamed
 from engine.models.config import ClipConfig, LamedConfig
@@ -189,6 +189,7 @@ def test_an_answer_that_fails_fails_the_load():
 INTERRUPTED_LOAD = """
 import sys, time
 from benchmarks import command, load
+from engine.cli import console
 
 def answer(index):
     sys.stdout.write("asked\\n")  # whole, from whichever thread
@@ -197,7 +198,7 @@ def answer(index):
         time.sleep(0.01)
         yield 1
 
-sys.exit(command.run(lambda: load.run(sys.argv[1], answer, 4, rate=50.0, seconds=60)))
+sys.exit(console.run(lambda: load.run(sys.argv[1], answer, 4, rate=50.0, seconds=60), command.SIGNALS))
 """
 
 
@@ -217,7 +218,7 @@ def test_a_load_that_is_interrupted_ends_in_order(scenario, number):
             _, said = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert (process.returncode, said) == (command.INTERRUPTED, "the benchmark was interrupted\n")
+    assert (process.returncode, said) == (console.INTERRUPTED, "interrupted\n")
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

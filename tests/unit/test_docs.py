@@ -8,7 +8,7 @@ import shlex
 import pytest
 import typer.main
 
-from engine import cli
+from engine.cli.app import app
 from engine.models.language_model import FAMILIES
 from export import build_engines
 from tests.conftest import ROOT
@@ -32,7 +32,7 @@ def test_the_commands_of_a_document_are_understood(document, count):
         if "export/build_engines.py" in words:
             build_engines._parser().parse_args(words[words.index("export/build_engines.py") + 1 :])
             continue
-        group = typer.main.get_command(cli.app)
+        group = typer.main.get_command(app)
         with group.make_context("m3d", words[1:], resilient_parsing=False) as context:
             name, command, arguments = group.resolve_command(context, words[1:])
             command.make_context(name, arguments, parent=context)

@@ -311,7 +311,7 @@ def test_a_folder_that_is_no_model_repository_is_refused(checkpoints, tmp_path):
 
 def test_errors_are_one_line_and_a_status(tmp_path, capsys):
     assert main(["--checkpoint", str(tmp_path / "nothing"), "--repository", str(ROOT / "model_repository")]) == 1
-    assert capsys.readouterr().err.startswith("export failed: ")
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize("part", ["lamed", "clip"])

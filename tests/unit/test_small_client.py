@@ -23,7 +23,7 @@ for name in [name for name in sys.modules if name.split(".")[0] in {blocked!r}]:
     del sys.modules[name]
 sys.meta_path.insert(0, Block())
 import numpy as np
-import engine.cli
+import engine.cli.app
 from engine.client import M3DClient
 from engine.errors import Unavailable
 from engine.results import save_mask

@@ -734,12 +734,15 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
         ({"max_length": 4096}, "more than the language model's context"),
     ],
 )
-def test_a_configuration_with_a_wrong_setting_is_refused_by_name(tmp_path, data, llm, change, named, monkeypatch):
+def test_a_configuration_with_a_wrong_setting_is_refused_by_name(
+    tmp_path, data, llm, change, named, monkeypatch, capsys
+):
     values = {**toy.finetune_configuration(tmp_path / "run", data, llm), **change}
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(toy.written(values, tmp_path / "c.json"))])
     with pytest.raises(SystemExit) as stopped:
         trainer.main("", finetune.Settings, finetune.train)
-    assert re.search(named, str(stopped.value)) and not (tmp_path / "run" / "checkpoint-1").exists()
+    assert stopped.value.code == 2 and re.search(named, capsys.readouterr().err)
+    assert not (tmp_path / "run" / "checkpoint-1").exists()
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}])
@@ -775,8 +778,8 @@ def called(monkeypatch, capsys, module, values: dict, file: Path) -> str:
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", str(toy.written(values, file))])
     try:
         module.main() if module is merge_lora else trainer.main("", module.Settings, module.train)
-    except SystemExit as stopped:
-        return str(stopped)
+    except SystemExit:
+        return capsys.readouterr().err
     return capsys.readouterr().out
 
 
