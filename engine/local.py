@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import logging
 import os
 import queue
 import weakref
@@ -41,7 +40,6 @@ if TYPE_CHECKING:  # imported by the first engine: they bring PyTorch
 
 TARGET = "cpu"
 _LEAVE_S = 1.0
-_log = logging.getLogger(__name__)
 
 
 class M3DEngine(BlockingM3D):
@@ -152,7 +150,7 @@ class LocalTransport:
         started = self._start_decoder(store, parameters[DECODER], opened) if DECODER in manifest.models else None
         graphs = Graphs(repository, [model for model in manifest.models if model in GRAPHS])
         opened.callback(graphs.close)
-        study = StudyStep(Studies(store, manifest, graphs, limits_of(parameters[STUDY])), _log_error)
+        study = StudyStep(Studies(store, manifest, graphs, limits_of(parameters[STUDY])))
         opened.callback(study.close)
         self._add(STUDY, study, parameters, opened)
         if SEGMENTATION in manifest.models:
@@ -342,7 +340,3 @@ def _too_late() -> DeadlineExceeded:
     return DeadlineExceeded(
         "no complete answer within the deadline; give a longer timeout (seconds), or fewer max_new_tokens"
     )
-
-
-def _log_error(what: str, error: Exception) -> None:
-    _log.error(what, exc_info=error)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -50,6 +51,8 @@ from engine.prompt.turns import USER, Turn, checked_turns, history_to_json
 from engine.sampling import Sampling
 from engine.seg_states import EACH, checked_merge, spans_of_words
 from engine.source import Source, content_of
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # it would bring SciPy into every program that asks
     from engine.volume.crop import Crop
@@ -290,6 +293,7 @@ class Methods:
         if study.source is None:
             raise evicted
         source = study.source
+        _log.info("the server no longer holds a study: its scan is sent again")
         again = yield from self._upload(source.scan, source.affine, source.preset, source.crop, timeout)
         is_same_scan = again.source is not None and again.source.content == source.content
         # The affine has no part in the content; the server tells what follows from it.

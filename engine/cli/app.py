@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from typing import Annotated
+
 import typer
 
+from engine import logs
 from engine.cli import ask, doctor, inspect, rank, sample, scripts, segment, serve
 
 # A command imports what it needs when it runs, so that help comes at once. What help says of a command is an argument
@@ -17,6 +21,18 @@ app = typer.Typer(
     help="M3D-LaMed, the 3D medical multimodal language model: serve it, ask about scans, segment them.",
     epilog="Answers and masks are for research; this is not a medical device.",
 )
+
+
+@app.callback()
+def common(
+    log_level: Annotated[
+        str,
+        typer.Option(envvar=logs.VARIABLE, help=f"log on stderr, and of what it starts: {', '.join(logs.LEVELS)}"),
+    ] = "warning",
+) -> None:
+    logs.set_up("m3d", log_level)
+    os.environ[logs.VARIABLE] = log_level  # for the processes of a server
+
 
 app.command(help="Serve an exported model repository until Ctrl-C or SIGTERM.")(serve.serve)
 app.command(help="Ask about a scan; the answer appears as it is made.")(ask.ask)

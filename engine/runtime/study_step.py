@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -17,6 +17,8 @@ from engine.runtime.uploads import Uploads
 from engine.scan.limits import Limits
 from engine.volume.crop import Crop
 
+_log = logging.getLogger(__name__)
+
 _WITH_THE_LAST_PART = ("AFFINE", "PRESET", "CROP", "CROP_UNIT", "STUDY", "SEGMENT_HINT")
 _NOTHING: Outputs = {"STUDY": "", "STUDY_INFO": "", "MODEL_INFO": ""}
 
@@ -28,15 +30,14 @@ def limits_of(parameters: Parameters) -> Limits:
 
 
 class StudyStep:
-    """Opens, forgets and describes. on_error(what, error): is told of what no request is answered with.
+    """Opens, forgets and describes.
 
     Uploads that do not go on are forgotten by `uploads.forget_idle`, which somebody calls now and then.
     """
 
-    def __init__(self, studies: Studies, on_error: Callable[[str, Exception], None]):
+    def __init__(self, studies: Studies):
         self.studies = studies
         self.uploads = Uploads(studies.limits)
-        self._on_error = on_error
         self._early = ThreadPoolExecutor(1, "early-segmentation")
 
     def __call__(self, inputs: Inputs) -> Outputs | Later:
@@ -92,7 +93,7 @@ class StudyStep:
         try:
             self.studies.encode_for_segmentation(handle)
         except Exception as error:  # not lost: the segmentation model runs into it again, and tells its client
-            self._on_error("encoding early for segmentation failed", error)
+            _log.error("encoding early for segmentation failed", exc_info=error)
 
 
 def _crop(inputs: Inputs) -> Crop | None:

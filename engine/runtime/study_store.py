@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -38,6 +39,8 @@ if TYPE_CHECKING:  # it would bring SciPy into every process that only looks for
 PIECES = ("image", "visual_tokens", "segmentation_features", "clip_image")
 DEFAULT_LIMIT_BYTES = 2 << 30
 SMALLEST_LIMIT_BYTES = 1 << 20
+
+_log = logging.getLogger(__name__)
 
 _HANDLE = re.compile(r"[0-9a-f]{64}")
 _INFO = "info.json"
@@ -291,6 +294,7 @@ class StudyStore:
         for folder in sorted(self._studies(), key=_last_use):
             size = _size(folder)
             if folder.name != keep and self._evict(folder):
+                _log.info("a study was evicted: %s", _mb(size))
                 return size
         return None
 

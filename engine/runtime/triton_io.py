@@ -6,7 +6,7 @@ Importable inside a Triton Python stub only.
 from __future__ import annotations
 
 import json
-import traceback
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +18,8 @@ from engine.errors import M3DError, Unavailable, from_wire
 from engine.runtime.parameters import Parameters
 from engine.runtime.run_folder import PEER, RunFolder
 from engine.runtime.step import Inputs, Outputs
+
+_log = logging.getLogger(__name__)
 
 # Names only: the stub completes `pb_utils` after it has imported the model's module.
 _CODES = {
@@ -39,6 +41,11 @@ class Request(Inputs):
     def array(self, name: str) -> np.ndarray | None:
         tensor = pb_utils.get_input_tensor_by_name(self.triton, name)
         return None if tensor is None else tensor.as_numpy()
+
+    @property
+    def id(self) -> str:
+        """The front's name of the request, or the client's where there is no front; may be empty."""
+        return self.triton.request_id()
 
     def peer(self) -> str:
         """As the front tells it, which adds it to the request's parameters; empty if there is none."""
@@ -65,8 +72,11 @@ def response(wanted: Iterable[str], outputs: Outputs) -> pb_utils.InferenceRespo
 
 def error_response(error: Exception) -> pb_utils.InferenceResponse:
     """Our own errors with their code and text; anything unexpected as a short INTERNAL, its traceback in the log."""
-    if not isinstance(error, M3DError):
-        log_error("unexpected error", error)
+    if isinstance(error, M3DError):
+        _log.info("refused: %s", error.code)
+        _log.debug("because: %s", error)
+    else:
+        _log.error("unexpected error", exc_info=error)
         error = M3DError(f"unexpected {type(error).__name__}; the server's log has the details")
     code = getattr(pb_utils.TritonError, _CODES.get(error.code, "INTERNAL"))
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), code))
@@ -102,10 +112,6 @@ class Cancellations:
         """Whether a request is cancelled now, as a function of its `id_of` and of what Triton is asked by."""
         gone = self._folder.cancelled() if self._folder else set()
         return lambda id_, asked: id_ in gone if id_ else asked.is_cancelled()
-
-
-def log_error(what: str, error: Exception) -> None:
-    pb_utils.Logger.log_error(f"{what}: {''.join(traceback.format_exception(error))}")
 
 
 # --- other models ----------------------------------------------------------------------------------------------------

@@ -802,7 +802,7 @@ def test_a_bad_argument_is_refused_before_anything_runs(capsys, words, cause):
 
 
 def test_a_scan_or_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
-    assert latency.main(["--server", "localhost:1", "--scan", str(tmp_path / "none.nii")]) == 1
+    assert latency.main(["--server", "localhost:1", "--scan", str(tmp_path / "none.nii")]) == 2
     assert "none.nii cannot be read" in capsys.readouterr().err
     for option, path, words in (
         ("--checkpoint", tmp_path, "no config.json"),
@@ -818,7 +818,7 @@ def test_a_scan_or_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, c
 def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(tmp_path, capsys):
     (tmp_path / "file").touch()
     for option, path in (("--json", "file/out.json"), ("--plots", "file"), ("--json", "")):
-        assert latency.main(["--server", "localhost:1", option, str(tmp_path / path)]) == 1
+        assert latency.main(["--server", "localhost:1", option, str(tmp_path / path)]) == 2
         assert str(tmp_path) in (said := capsys.readouterr()).err and "rates" not in said.out
 
 
@@ -970,5 +970,5 @@ def test_ways_to_decode_stand_beside_the_floor_and_failures_are_named():
 
 
 def test_an_unknown_way_to_decode_is_refused(capsys):
-    assert decode.main(["--repository", "nowhere", "--ways", "as configured,faster"]) == 1
+    assert decode.main(["--repository", "nowhere", "--ways", "as configured,faster"]) == 2
     assert "unknown: faster; the ways are as configured" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def test_a_calibration_file_that_is_no_scan_is_named_and_leaves_what_was_exporte
     before = {path: path.stat().st_size for path in repository.rglob("*")}
     monkeypatch.setattr(quantize, "check", lambda *_: None)  # its environment is not needed for this
     arguments = ["--checkpoint", str(checkpoints[0]), "--repository", str(repository), "--llm-quantization", "fp8"]
-    assert main([*arguments, "--calibration", str(tmp_path / "notes.md")]) == 1
+    assert main([*arguments, "--calibration", str(tmp_path / "notes.md")]) == 2
     said = capsys.readouterr().err
     assert f"--calibration {tmp_path / 'notes.md'}: " in said and f"{repository} is as it was before" in said
     assert {path: path.stat().st_size for path in repository.rglob("*")} == before

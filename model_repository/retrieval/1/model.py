@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from engine import logs
 from engine.manifest import CLIP_TOKENIZER_FOLDER, Manifest
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk
@@ -12,6 +13,7 @@ from engine.runtime.study_store import StudyStore
 
 class TritonPythonModel:
     def initialize(self, args):
+        logs.set_up(args["model_name"])
         repository, parameters = Path(args["model_repository"]).parent, triton_io.parameters(args)
         self.store = StudyStore.of_server()
         tokenizer = repository / CLIP_TOKENIZER_FOLDER

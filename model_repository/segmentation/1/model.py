@@ -1,5 +1,6 @@
 """Draws the masks that an answer's [SEG] states ask for; an answer without one passes through at once."""
 
+from engine import logs
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk
 from engine.runtime.request_pool import RequestPool
@@ -9,6 +10,7 @@ from engine.runtime.study_store import StudyStore
 
 class TritonPythonModel:
     def initialize(self, args):
+        logs.set_up(args["model_name"])
         parameters = triton_io.parameters(args)
         self.store = StudyStore.of_server()
         step = SegmentationStep(Segmenter(self.store, triton_io.infer))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from engine import logs
 from engine.manifest import Manifest
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk
@@ -14,12 +15,13 @@ from engine.runtime.study_store import StudyStore, default_limit
 
 class TritonPythonModel:
     def initialize(self, args):
+        logs.set_up(args["model_name"])
         manifest = Manifest.read(Path(args["model_repository"]).parent)
         parameters = triton_io.parameters(args)
         megabytes = parameters.integer("study_store_mb", 0)
         self.store = StudyStore.of_server(megabytes * 1_000_000 or default_limit(SHARED_MEMORY))
         studies = Studies(self.store, manifest, triton_io.infer, limits_of(parameters))
-        self.step = StudyStep(studies, triton_io.log_error)
+        self.step = StudyStep(studies)
         self.desk = Desk(self.step, RequestPool.of(parameters))
 
     def execute(self, requests):
