@@ -27,6 +27,7 @@ from deploy.checks.geometry import volumes
 from deploy.checks.machine import said
 from engine import gpu, gpu_memory
 from engine.client import Segmentation, Study
+from engine.contract import IMAGE
 from engine.errors import M3DError
 from engine.gpu_memory import CONTEXT_BYTES, RESERVE_BYTES, Plan
 from engine.manifest import Manifest
@@ -136,7 +137,7 @@ def encoder(url: str, name: str, images: np.ndarray) -> Callable[[int], np.ndarr
         if not hasattr(here, "client"):
             here.client = InferenceServerClient(url)
         image = images[number : number + 1]
-        tensor = InferInput("IMAGE", list(image.shape), "FP32")
+        tensor = InferInput(IMAGE.name, list(image.shape), "FP32")
         tensor.set_data_from_numpy(image)
         return here.client.infer(name, [tensor]).as_numpy(plans.ENCODERS[name])[0]
 

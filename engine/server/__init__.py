@@ -235,6 +235,8 @@ class Server:
         """What can be refused before anything starts."""
         if self.target not in TARGETS:
             raise InvalidInput(f"target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
+        from engine.runtime.settings import Settings
+
         manifest = Manifest.read(self.repository, self.target)
         if manifest.target != self.target:
             raise RepositoryError(
@@ -245,6 +247,7 @@ class Server:
         if self.target == "tensorrt" and (wrong := gpu.misfits(manifest, gpus, gpu.tensorrt_version())):
             raise RepositoryError(f"{self.repository} does not fit this machine: {'; '.join(wrong)}")
         manifest.check(self.repository)
+        Settings.read(self.repository)
         if self.target == "tensorrt" and (small := gpu_memory.misfits(self.repository, manifest, gpus)):
             raise RepositoryError(f"{self.repository} does not fit this machine: {'; '.join(small)}")
         if len(set(self.ports.values())) < len(self.ports):

@@ -288,10 +288,9 @@ def test_a_language_model_that_does_not_load_last_ends_the_server_with_its_cause
     decoder_last, repository, tmp_path, log
 ):
     broken = shutil.copytree(repository, tmp_path / "model_repository", symlinks=True)
-    config = broken / "decoder" / "configs" / "cpu.pbtxt"
-    config.write_text(config.read_text().replace('"max_num_seqs"', '"max_num_sequences"'))
+    (broken / "settings.toml").write_text("[decoder.cpu]\ncontext_length = 1_000_000\n")
     server = Server(broken, **free_ports(), log=log)
-    with pytest.raises(Unavailable, match="decoder: .*unknown parameter max_num_sequences"):
+    with pytest.raises(Unavailable, match="decoder: .*context_length is 1000000: the model has"):
         server.start()
     assert ended(server.keeper_pid)
 
