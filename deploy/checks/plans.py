@@ -30,7 +30,7 @@ def build_served(context: Context) -> Iterator[dict]:
 
 def build_others(context: Context) -> Iterator[dict]:
     """Rows for the plans in the other precisions, compared on real scans where there are any; fp8 needs them."""
-    from engine.samples import write_sample
+    from m3d_demo.samples import write_sample
 
     scans: list[Path] = []
     try:

@@ -33,10 +33,10 @@ from engine.gpu_memory import CONTEXT_BYTES, RESERVE_BYTES, Plan
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
 from engine.models.config import LamedConfig
-from engine.samples import write_sample
 from engine.server import Server, free_ports
+from m3d_demo.samples import write_sample
 
-SEGMENTED_SCAN = "brain-mr"  # of engine.samples; the default question is about it
+SEGMENTED_SCAN = "brain-mr"  # of m3d_demo.samples; the default question is about it
 # Scans whose masks are asked for at the same time lack so many sixteenths of its slices, from above. The first two
 # sixteenths are air, without which every scan is prepared.
 CROPPED = (2, 3, 4, 5)

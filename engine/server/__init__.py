@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import IO, cast
 
 from engine import gpu, gpu_memory
+from engine.cache import cache_folder
 from engine.contract import DECODER_MODELS
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
-from engine.packages import cache_folder
 from engine.runtime.run_folder import RunFolder
-from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
+from engine.runtime.server_folder import prefix_of
 from engine.server import keeper
 from engine.server.settings import FrontSettings, address
 from engine.server.triton import TARGETS, Sockets, Triton
@@ -184,7 +184,7 @@ class Server:
                 "grace_s": GRACE_S,
                 "orphans_grace_s": ORPHANS_GRACE_S,
                 "remove": [str(run_folder)],
-                "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"],
+                "shm_prefixes": [shm_prefix, prefix_of("{pid}")],
                 "vital": STUB,
                 "log": str(self.log),
             }
@@ -215,9 +215,6 @@ class Server:
                 return response.status == 200
         except (urllib.error.URLError, OSError):
             return False
-
-    def is_running(self) -> bool:
-        return self._keeper is not None and self._keeper.poll() is None
 
     def wait(self) -> None:
         """Block while the server runs. Raises Unavailable with the cause when it ends by itself."""
