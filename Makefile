@@ -121,10 +121,10 @@ $(VENV)/bin/uv:
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet uv $(addprefix --constraint ,$(LOCK))
 
-$(VENV)/serving: pyproject.toml overrides.txt $(LOCK) engine/runtime/decoder/decode_kernel.c | $(VENV)/bin/uv
+$(VENV)/serving: pyproject.toml overrides.txt $(LOCK) engine/runtime/cpu/decode_kernel.c | $(VENV)/bin/uv
 	@echo "installing what serving on a CPU needs ..."
 	@$(INSTALL) --editable '.[cpu]'
-	@$(BIN)/python -m engine.runtime.compile_kernel || true  # it says why not, and all works without
+	@$(BIN)/python -m engine.runtime.cpu.compile_kernel || true  # it says why not, and all works without
 	@touch $@
 
 $(VENV)/testing: $(VENV)/serving

@@ -30,7 +30,7 @@ from benchmarks.report import table
 from engine.errors import InvalidInput
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
-from engine.runtime.decoder.cpu_forward import Pass
+from engine.runtime.acceleration import Pass
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.settings import Settings
 from engine.sampling import Sampling

@@ -5,7 +5,6 @@ On a GPU they are served by Triton's TensorRT and ONNX Runtime backends, without
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,18 +14,14 @@ import numpy as np
 from engine.contract import MODELS
 from engine.errors import Unavailable
 from engine.manifest import Manifest
+from engine.runtime import acceleration
 from engine.runtime.onnx_session import OnnxGraph, chosen_precision
 from engine.runtime.settings import GraphSettings, Settings
-
-# How much nicer than the language model. Each of a token's hundreds of products ends when its last thread does, so an
-# encoder with an equal share of the cores slows an answer down four times, not twice. With this share (a quarter, while
-# both want a core) an answer is twice as fast, and a scan takes a quarter longer beside answers that never pause.
-_NICE = 5
 
 
 def open_graph(repository: Path, model: str, settings: Settings) -> OnnxGraph:
     """The graph of a compute model. To be opened and run on one thread, which gives way to the language model."""
-    os.nice(_NICE)  # of this thread, and of those that the graph's library starts from here
+    acceleration.give_way()
     own: GraphSettings = getattr(settings, model)
     return OnnxGraph(
         repository / model / "1" / "model.onnx",

@@ -14,7 +14,7 @@ import onnxruntime
 
 from engine.contract import Model, Tensor
 from engine.errors import InvalidInput, M3DError, RepositoryError
-from engine.processor import has_bf16
+from engine.runtime.acceleration import multiplies_bf16, open_bf16
 
 EXPORT_AGAIN = "export the repository again with export/build_engines.py"
 _DTYPES = {"FP32": ("tensor(float)", np.float32), "INT64": ("tensor(int64)", np.int64)}
@@ -71,17 +71,15 @@ class OnnxGraph:
 def chosen_precision(wanted: str, of_export: str) -> str:
     """fp32 or bf16 for the setting `precision`; auto is the export's, where this processor computes it natively."""
     if wanted == "auto":
-        return "bf16" if of_export == "bf16" and has_bf16() else "fp32"
+        return "bf16" if of_export == "bf16" and multiplies_bf16() else "fp32"
     return wanted
 
 
 def _session(path: str, threads: int, precision: str):
     if precision == "bf16":
-        if not has_bf16():
+        if not multiplies_bf16():
             raise RepositoryError("setting precision is bf16, which this processor does not have: take fp32 or auto")
-        from engine.runtime.openvino_session import OpenVinoSession
-
-        return OpenVinoSession(path, threads)
+        return open_bf16(path, threads)
     return onnxruntime.InferenceSession(path, _options(threads), ["CPUExecutionProvider"])
 
 
