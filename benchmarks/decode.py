@@ -31,9 +31,9 @@ from engine.cli import console
 from engine.errors import InvalidInput
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
-from engine.runtime.decoder.cpu_forward import Pass
+from engine.runtime.acceleration import Pass
 from engine.runtime.decoder_settings import DecoderSettings
-from engine.runtime.parameters import Parameters
+from engine.runtime.settings import Settings
 from engine.sampling import Sampling
 
 AT_ONCE = 8
@@ -142,8 +142,8 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def configured(repository: Path) -> DecoderSettings:
-    """What the repository's configuration for CPUs says."""
-    return DecoderSettings.from_parameters(Parameters.read(repository, "decoder", "cpu").values)
+    """What the repository's settings say."""
+    return Settings.read(repository).decoder.cpu
 
 
 async def _measure_here(arguments: argparse.Namespace, way: Way) -> dict:

@@ -179,7 +179,7 @@ class Encoders:
                 self.load_s[name, precision] = time.perf_counter() - started
 
     def encode(self, name: str, precision: str, image: np.ndarray) -> np.ndarray:
-        (found,) = self.graphs[name, precision]({"IMAGE": image[None]}).values()
+        (found,) = self.graphs[name, precision]({contract.IMAGE: image[None]}).values()
         return found
 
     def timed(self, image: np.ndarray, runs: int, rates: floor.Rates) -> dict:

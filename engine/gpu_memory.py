@@ -12,15 +12,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from engine import gpu
 from engine.contract import CLIP_ENCODERS, IMAGE_ENCODERS
 from engine.errors import RepositoryError, Unavailable
 from engine.gpu import Gpu
 from engine.manifest import LLM_FOLDER, Manifest
-from engine.runtime.decoder_settings import DecoderSettings
-from engine.runtime.parameters import Parameters
+
+if TYPE_CHECKING:  # pydantic checks them, which a client does not have
+    from engine.runtime.decoder_settings import DecoderSettings
 
 CUDA_POOL_BYTES = 256 << 20  # Triton's own, see engine/server/triton.py
 # Estimates. A process with CUDA, cuBLAS and cuDNN: contexts take 0.3 to 0.6 GiB on data-centre GPUs.
@@ -228,7 +229,9 @@ def _share_now(plan: Plan) -> float:
 
 def decoder_settings(repository: Path) -> DecoderSettings:
     """The decoder's settings in a repository for a GPU. Raises RepositoryError for what cannot be read."""
-    return DecoderSettings.from_parameters(Parameters.read(repository, "decoder", "tensorrt").values)
+    from engine.runtime.settings import Settings
+
+    return Settings.read(repository).decoder.tensorrt
 
 
 def language_model(repository: Path, manifest: Manifest, settings: DecoderSettings) -> LanguageModel:
@@ -256,7 +259,7 @@ def language_model(repository: Path, manifest: Manifest, settings: DecoderSettin
         ) from error
     if heads % count:
         raise RepositoryError(
-            f"decoder: parameter tensor_parallel_size is {count}, which does not divide the {heads} heads of the "
+            f"decoder: setting tensor_parallel_size is {count}, which does not divide the {heads} heads of the "
             "language model"
         )
     return LanguageModel(
@@ -311,21 +314,19 @@ def _parts(manifest: Manifest) -> tuple[dict[str, int], frozenset[str], dict[str
 
 def _ways_out(repository: Path, manifest: Manifest, gpus: list[Gpu], settings: DecoderSettings) -> list[str]:
     """Changes each of which alone would make it fit, in a few words: of settings first, then of the export."""
-    usual, count = DecoderSettings(), settings.tensor_parallel_size
+    usual, count = type(settings)(), settings.tensor_parallel_size
     changed = {
         name: replace(settings, **{name: getattr(usual, name)})
         for name in ("gpu_memory_utilization", "kv_cache_gib", "max_num_batched_tokens", "max_num_seqs")
         if getattr(settings, name) != getattr(usual, name)
     }
     ways = {
-        f"set the decoder's parameter {name} to {getattr(usual, name)}": _plans(repository, manifest, gpus, other)
+        f"set the decoder's {name} to {getattr(usual, name)}": _plans(repository, manifest, gpus, other)
         for name, other in changed.items()
     }
     if settings.context_of(manifest) > SHORT_CONTEXT:
         shorter = replace(settings, context_length=SHORT_CONTEXT)
-        ways[f"set the decoder's parameter context_length to {SHORT_CONTEXT}"] = _plans(
-            repository, manifest, gpus, shorter
-        )
+        ways[f"set the decoder's context_length to {SHORT_CONTEXT}"] = _plans(repository, manifest, gpus, shorter)
     plans = _plans(repository, manifest, gpus, settings)
     if manifest.precision == "fp32":
         ways["export with --precision bf16"] = [_in_bf16(plan, manifest) for plan in plans]
@@ -338,7 +339,7 @@ def _ways_out(repository: Path, manifest: Manifest, gpus: list[Gpu], settings: D
             for plan in plans
         ]
     # Each of twice as many GPUs like these has half of what it has now, but for results of a step.
-    ways[f"set the decoder's parameter tensor_parallel_size to {2 * count}, on {2 * count} such GPUs"] = [
+    ways[f"set the decoder's tensor_parallel_size to {2 * count}, on {2 * count} such GPUs"] = [
         replace(plan, llm=plan.llm and plan.llm.split(2)) for plan in plans
     ]
     return [words for words, others in ways.items() if all(plan.fits for plan in others)]

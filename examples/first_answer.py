@@ -16,8 +16,8 @@ import nibabel
 from engine.client import M3DClient
 from engine.errors import M3DError
 from engine.picture import montage
-from engine.samples import write_sample
 from engine.server import Server, free_ports
+from m3d_demo.samples import write_sample
 
 QUESTIONS = (
     "Is this a CT or an MR scan?",

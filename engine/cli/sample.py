@@ -12,6 +12,6 @@ def sample(
     name: Annotated[str, typer.Argument(help="brain-mr, chest-ct or spine-ct")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write into, or a .nii.gz file")] = Path("."),
 ) -> None:
-    from engine.samples import write_sample
+    from m3d_demo.samples import write_sample
 
     print(write_sample(name, output))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import triton_python_backend_utils as pb_utils
 
 from engine.contract import MODELS
 from engine.errors import M3DError, Unavailable, from_wire
-from engine.runtime.parameters import Parameters
 from engine.runtime.run_folder import PEER, RunFolder
 from engine.runtime.step import Inputs, Outputs
 
@@ -115,12 +114,12 @@ class Cancellations:
 
 
 # --- other models ----------------------------------------------------------------------------------------------------
-def infer(model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+def infer(model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Call a compute model of the repository with a batch and wait; its errors are raised as typed ones."""
     request = pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=list(MODELS[model].output_names),
-        inputs=[_tensor(name, value) for name, value in inputs.items()],
+        inputs=[_tensor(str(name), value) for name, value in inputs.items()],
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
     )
     result = request.exec()
@@ -133,13 +132,6 @@ def infer(model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
     return {
         name: pb_utils.get_output_tensor_by_name(result, name).as_numpy().copy() for name in MODELS[model].output_names
     }
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
-def parameters(args: dict) -> Parameters:
-    """Those of the model's configuration; args: of `initialize`."""
-    values = json.loads(args["model_config"])["parameters"]
-    return Parameters(args["model_name"], {name: value["string_value"] for name, value in values.items()})
 
 
 def _tensor(name: str, value) -> pb_utils.Tensor:

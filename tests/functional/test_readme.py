@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from engine.runtime.server_folder import SHARED_MEMORY
-from engine.samples import write_sample
+from m3d_demo.samples import write_sample
 from tests.conftest import ROOT
 from tests.tiny import volume
 

@@ -15,7 +15,8 @@ import pytest
 
 from engine import contract, logs
 from engine.api import ModelInfo, StudyInfo
-from engine.errors import InvalidInput, RepositoryError, StudyNotFound, Unavailable
+from engine.contract import IMAGE
+from engine.errors import InvalidInput, StudyNotFound, Unavailable
 from engine.runtime.request_pool import RequestPool
 from engine.runtime.retrieval import RetrievalStep
 from engine.runtime.run_folder import VARIABLE, RunFolder
@@ -303,7 +304,7 @@ def test_a_step_without_an_input_says_so(step, given, missing):
 def test_another_models_answer_is_copied_out_of_tritons_memory(triton):
     tokens = np.ones((1, 2, 3), np.float32)
     triton.called.append(triton.io.response(["VISUAL_TOKENS"], {"VISUAL_TOKENS": tokens}))
-    answered = triton.io.infer("vision_encoder", IMAGE=np.zeros((1, 1, 2, 2, 2), np.float32))
+    answered = triton.io.infer("vision_encoder", {IMAGE: np.zeros((1, 1, 2, 2, 2), np.float32)})
     tokens[:] = 0
     assert answered["VISUAL_TOKENS"].all()
 
@@ -323,19 +324,7 @@ def test_another_models_error_is_raised_as_its_kind(triton, message, kind, text)
     error = SimpleNamespace(message=lambda: message)
     triton.called.append(SimpleNamespace(has_error=lambda: True, error=lambda: error))
     with pytest.raises(kind, match=text):
-        triton.io.infer("vision_encoder", IMAGE=np.zeros((1, 1, 2, 2, 2), np.float32))
-
-
-def test_parameters_are_whole_numbers(triton):
-    def parameters(value):
-        config = f'{{"parameters": {{"threads": {{"string_value": "{value}"}}}}}}'
-        return triton.io.parameters({"model_name": "study", "model_config": config})
-
-    assert parameters("3").integer("threads", 1) == 3
-    assert parameters("").integer("threads", 1) == parameters("3").integer("other", 1) == 1
-    for value in ("-1", "two", "1.5"):
-        with pytest.raises(RepositoryError, match="threads of study must be a whole number"):
-            parameters(value).integer("threads", 1)
+        triton.io.infer("vision_encoder", {IMAGE: np.zeros((1, 1, 2, 2, 2), np.float32)})
 
 
 @pytest.mark.parametrize("part_bytes", [1000, 100], ids=["at once", "in parts"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import weakref
 from types import SimpleNamespace
@@ -232,19 +233,20 @@ def test_a_graph_that_is_off_fails_the_export_and_leaves_no_manifest(checkpoints
 
 
 def test_a_checkpoint_without_segmentation_exports_chat_alone(checkpoints, tmp_path):
-    from engine.models.checkpoint import load_lamed, read_config, write_lamed
-
-    model, tokenizer = load_lamed(checkpoints[0])
-    model.seg_module = model.seg_projector = None
-    chat = write_lamed(
-        model, {**read_config(checkpoints[0]), "segmentation_module": None}, tokenizer, tmp_path / "chat"
-    )
+    chat = shutil.copytree(checkpoints[0], tmp_path / "chat")
+    tensors = load_file(chat / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if not key.startswith("model.seg_")}
+    save_file(kept, chat / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((chat / "config.json").read_text())
+    (chat / "config.json").write_text(json.dumps({**config, "segmentation_module": None}))
     manifest = export(chat, copy_repository(tmp_path))
+    assert len(kept) < len(tensors)
     assert set(manifest.models) == set(contract.CHAT_MODELS) and manifest.seg_token_id is None
 
 
 def test_shards_hold_every_tensor_once(checkpoints, tmp_path, monkeypatch):
-    from engine.models.checkpoint import Weights, open_lamed
+    from engine.models.checkpoint import open_lamed
+    from engine.models.weights import Weights
 
     monkeypatch.setattr(llm, "SHARD_BYTES", 200_000)
     config, weights, source = open_lamed(checkpoints[0])

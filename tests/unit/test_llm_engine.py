@@ -19,8 +19,8 @@ import torch
 
 import engine.runtime
 from engine.errors import Unavailable
+from engine.runtime.acceleration import Pass
 from engine.runtime.decoder import engine_process, llm_engine
-from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.llm_engine import LlmEngine
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.run_folder import VARIABLE, RunFolder

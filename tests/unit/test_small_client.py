@@ -8,6 +8,7 @@ import sys
 from tests.conftest import ROOT
 
 LARGE = ("torch", "scipy", "matplotlib", "transformers", "vllm", "onnxruntime", "blake3", "aiohttp", "monai")
+LARGE += ("pydantic",)  # 11 MB of an environment of 201, which may have 210
 LINUX = ("fcntl", "resource", "pwd", "grp", "termios")
 PROGRAM = """
 import sys
@@ -53,3 +54,11 @@ def test_a_client_works_without_what_is_large_and_without_what_only_linux_has(tm
         [sys.executable, "-c", program, tmp_path / "mask.nii.gz"], cwd=ROOT, capture_output=True, text=True
     )
     assert "pip install scipy" in done.stdout, done.stderr
+
+
+def test_the_doctor_looks_at_a_machine_that_has_the_client_alone(tmp_path):
+    blocked = PROGRAM.format(blocked=set(LARGE)).partition("import numpy as np")[0]
+    program = f"{blocked}\nfrom engine import doctor\nfrom pathlib import Path\n"
+    program += "print([finding.state for finding in doctor.examine(Path(sys.argv[1]), 'cpu')])"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert "'note'" in done.stdout or "'missing'" in done.stdout, done.stderr

@@ -18,8 +18,8 @@ import torch
 
 from engine.errors import InvalidInput, M3DError, Unavailable, one_line
 from engine.gpu_memory import cache_bytes
+from engine.runtime.acceleration import Pass
 from engine.runtime.decoder import engine_process, seg_states, vllm_environment, worker_extension
-from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.run_folder import READY

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from engine import logs
-from engine.runtime import triton_io
+from engine.manifest import Manifest
 from engine.runtime.answer_desk import AnswerDesk
 from engine.runtime.decoder import Decoder
-from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.decoder_step import DecoderStep
 from engine.runtime.run_folder import READY, RunFolder
+from engine.runtime.settings import Settings
 from engine.runtime.study_store import StudyStore
 
 _log = logging.getLogger("engine.decoder")
@@ -21,11 +21,12 @@ _log = logging.getLogger("engine.decoder")
 class TritonPythonModel:
     def initialize(self, args):
         logs.set_up(args["model_name"])
-        settings = DecoderSettings.from_parameters(triton_io.parameters(args).values)
+        repository = Path(args["model_repository"]).parent
+        settings = Settings.read(repository).decoder_on(Manifest.read(repository).target)
         self.health = "starting"
         self.folder = RunFolder.of_server()
         self.store = StudyStore.of_server()
-        decoder = Decoder(Path(args["model_repository"]).parent, settings)
+        decoder = Decoder(repository, settings)
         self.desk = AnswerDesk(DecoderStep(decoder, self.store), self._tell, _end)
         self.desk.start()
 
