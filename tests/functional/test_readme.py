@@ -1,4 +1,4 @@
-"""The code of the documents works as it stands there: against a server, and with `M3DEngine` in all kinds of programs."""
+"""The code of the documents works as it stands there: with a server, and with `M3DEngine` in programs of all kinds."""
 
 from __future__ import annotations
 
