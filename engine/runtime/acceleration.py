@@ -32,9 +32,7 @@ except ModuleNotFoundError as _error:
         return False
 
     def open_bf16(path: str, threads: int) -> Any:
-        raise RepositoryError(
-            "engine/runtime/cpu, which multiplies bf16, is not there: set precision to fp32 or auto"
-        )
+        raise RepositoryError("engine/runtime/cpu, which multiplies bf16, is not there: set precision to fp32 or auto")
 
     def shorten_pass(runner: Any, furthest: int) -> int:
         return Pass.VLLM
