@@ -247,8 +247,8 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm.
-    header: of the scan's NIfTI file, without free text; None for other scans.
+    """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm;
+    zeros without a mask. header: of the scan's NIfTI file, without free text; None for other scans.
 
     segments: one entry a mask: with merge="each" one for each [SEG] of the answer, in its order, and `mask` is their
     union; with merge="reference" one for all [SEG], whose mask is `mask`. None of an answer without [SEG].

@@ -12,16 +12,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from engine import gpu
 from engine.contract import CLIP_ENCODERS, IMAGE_ENCODERS
 from engine.errors import RepositoryError, Unavailable
 from engine.gpu import Gpu
 from engine.manifest import LLM_FOLDER, Manifest
-
-if TYPE_CHECKING:  # pydantic checks them, which a client does not have
-    from engine.runtime.decoder_settings import DecoderSettings
+from engine.runtime.decoder_settings import DecoderSettings
+from engine.runtime.settings import Settings
 
 CUDA_POOL_BYTES = 256 << 20  # Triton's own, see engine/server/triton.py
 # Estimates. A process with CUDA, cuBLAS and cuDNN: contexts take 0.3 to 0.6 GiB on data-centre GPUs.
@@ -229,8 +228,6 @@ def _share_now(plan: Plan) -> float:
 
 def decoder_settings(repository: Path) -> DecoderSettings:
     """The decoder's settings in a repository for a GPU. Raises RepositoryError for what cannot be read."""
-    from engine.runtime.settings import Settings
-
     return Settings.read(repository).decoder.tensorrt
 
 
@@ -314,7 +311,7 @@ def _parts(manifest: Manifest) -> tuple[dict[str, int], frozenset[str], dict[str
 
 def _ways_out(repository: Path, manifest: Manifest, gpus: list[Gpu], settings: DecoderSettings) -> list[str]:
     """Changes each of which alone would make it fit, in a few words: of settings first, then of the export."""
-    usual, count = type(settings)(), settings.tensor_parallel_size
+    usual, count = DecoderSettings(), settings.tensor_parallel_size
     changed = {
         name: replace(settings, **{name: getattr(usual, name)})
         for name in ("gpu_memory_utilization", "kv_cache_gib", "max_num_batched_tokens", "max_num_seqs")

@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import os
 import queue
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
@@ -58,15 +59,32 @@ class M3DEngine(BlockingM3D):
         timeout: seconds until a call fails with DeadlineExceeded, None for no limit; each method takes its own. An
             answer is cancelled then; a scan that is being encoded is encoded to its end.
 
+    An engine that is dropped without being closed is closed in the background, with its answers in work.
+
     Raises:
         RepositoryError: the repository was never exported, is damaged, or was exported for a GPU.
         ResourceExhausted: there is no memory for studies.
+        Unavailable: the language model does not start, for want of memory for example, or the extra [cpu] is not
+            installed.
     """
 
     _transport: LocalTransport
 
     def __init__(self, repository: Path | str = "model_repository", timeout: float | None = 600.0):
-        super().__init__(Methods(timeout), LocalTransport(Path(repository).resolve()))
+        methods = Methods(timeout)
+        try:
+            transport = LocalTransport(Path(repository).resolve())
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == "engine":
+                raise
+            raise Unavailable(
+                f"M3DEngine needs {error.name}, which the client alone does without: install 'm3d-engine[cpu]'"
+            ) from None
+        super().__init__(methods, transport)
+        # On a thread, as an object may be dropped anywhere, and `close` waits. At exit, see `LocalTransport._leave`.
+        weakref.finalize(
+            self, lambda: threading.Thread(target=transport.close, name="m3d-close").start()
+        ).atexit = False
 
 
 class LocalTransport:

@@ -33,6 +33,7 @@ from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
 from engine.runtime.run_folder import RunFolder
 from engine.runtime.server_folder import prefix_of
+from engine.runtime.settings import Settings
 from engine.server import keeper
 from engine.server.settings import FrontSettings, address
 from engine.server.triton import TARGETS, Sockets, Triton
@@ -232,8 +233,6 @@ class Server:
         """What can be refused before anything starts."""
         if self.target not in TARGETS:
             raise InvalidInput(f"target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
-        from engine.runtime.settings import Settings
-
         manifest = Manifest.read(self.repository, self.target)
         if manifest.target != self.target:
             raise RepositoryError(

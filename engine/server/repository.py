@@ -118,4 +118,7 @@ def _steps(model: Model) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1] if len(sys.argv) > 1 else "model_repository"))
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "model_repository")
+    if not folder.is_dir():
+        sys.exit(f"{folder} is no folder: name a model repository, or run this where model_repository/ is")
+    write(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 import numpy as np
@@ -101,11 +101,11 @@ def _failed(error: grpc.RpcError) -> Outcome:
 
 # --- good requests ---------------------------------------------------------------------------------------------------
 def request_of(model: str, **values) -> Request:
-    """A request with these inputs, as the model has them."""
+    """A request with these inputs, as the model has them. A text of any size is sent: the server is to refuse it."""
     request = Request(model_name=model)
     tensors = {tensor.name: tensor for tensor in contract.MODELS[model].inputs}
     for name, value in values.items():
-        shape, content = encode(tensors[name], value)
+        shape, content = encode(replace(tensors[name], max_bytes=0), value)
         request.inputs.add(name=name, datatype=tensors[name].dtype, shape=shape)
         request.raw_input_contents.append(b"".join(content))
     return request

@@ -147,7 +147,7 @@ def test_a_scan_may_stand_for_its_study(client, triton):
 
 @pytest.mark.parametrize("question", ["", "  \n", None, 3])
 def test_an_empty_question_is_refused_before_it_is_sent(client, triton, study, question):
-    with pytest.raises(errors.InvalidInput, match="empty"):
+    with pytest.raises(errors.InvalidInput, match="question (is empty: give|must be) a text"):
         client.ask(study, question)
     assert not triton.asked
 
@@ -696,6 +696,31 @@ def test_a_question_whose_task_is_cancelled_ends_on_the_server(triton):
             with pytest.raises(asyncio.CancelledError):
                 await asking
             assert await asyncio.to_thread(triton.cancelled.wait, PATIENCE_S)
+
+    asyncio.run(ask())
+
+
+def test_a_stream_that_was_closed_before_it_was_read_sends_nothing(triton):
+    async def ask():
+        async with AsyncM3DClient(triton.url, timeout=PATIENCE_S) as client:
+            stream = client.stream(await client.upload(VOLUME), "What?")
+            await stream.aclose()
+            for _ in range(2):
+                with pytest.raises(errors.Cancelled):
+                    await anext(stream)
+
+    asyncio.run(ask())
+    assert not [model for model, _ in triton.asked if model == "decoder"]
+
+
+def test_a_stream_that_could_not_be_begun_is_closed(triton, tmp_path):
+    async def ask():
+        async with AsyncM3DClient(triton.url, timeout=PATIENCE_S) as client:
+            stream = client.stream(tmp_path / "nothing.nii.gz", "What?")
+            with pytest.raises(errors.InvalidInput):
+                await anext(stream)
+            with pytest.raises(errors.Cancelled):
+                await anext(stream)
 
     asyncio.run(ask())
 

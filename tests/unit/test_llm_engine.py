@@ -140,9 +140,18 @@ def test_an_engine_that_does_not_start_again_is_broken(llm, monkeypatch, where):
         await llm.restarted()
         return await llm.refusal()
 
-    why = "out of order (it did not start again: no memory)"
-    assert asyncio.run(run()) == f"the language model is {why}: the server must be started again"
-    assert llm.told == ["ready", "restarting", why, f"broken: the language model is {why}"]
+    refusal = asyncio.run(run())
+    ready, restarting, why, broken = llm.told
+    assert (ready, restarting) == ("ready", "restarting") and why.startswith("out of order (it did not start again: ")
+    assert "no memory" in why and ("GB of memory left" in why) == (where == "_make")
+    assert refusal == f"the language model is {why}: the server must be started again"
+    assert broken == f"broken: the language model is {why}"
+
+
+def test_a_start_that_fails_says_how_much_memory_is_left(llm):
+    llm.fails = RuntimeError("Engine core initialization failed")
+    with pytest.raises(Unavailable, match=r"Engine core initialization failed.* [\d.]+ GB of memory left.*m3d inspect"):
+        asyncio.run(llm.start())
 
 
 def test_an_engine_that_dies_without_a_question_is_noticed(llm, monkeypatch):

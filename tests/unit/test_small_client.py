@@ -8,7 +8,6 @@ import sys
 from tests.conftest import ROOT
 
 LARGE = ("torch", "scipy", "matplotlib", "transformers", "vllm", "onnxruntime", "blake3", "aiohttp", "monai")
-LARGE += ("pydantic",)  # 11 MB of an environment of 201, which may have 210
 LINUX = ("fcntl", "resource", "pwd", "grp", "termios")
 PROGRAM = """
 import sys

@@ -158,7 +158,7 @@ class Decoder:
             params = self._params(sampling, self._max_new_tokens(sampling, len(rows)), key, choices)
             has_history = not isinstance(question, str) and len(question) > 1
             logprobs: list[ChosenToken] = []
-            async with aclosing(self._deltas(rows, params, key, salt, arrival)) as deltas:
+            async with aclosing(self._deltas(rows, params, key, salt, arrival, sampling.only_choices)) as deltas:
                 async for delta in deltas:
                     logprobs += delta.logprobs
                     if delta.finish_reason and (logprobs or choices or has_history):
@@ -173,8 +173,10 @@ class Decoder:
         finally:
             self._answering -= 1
 
-    async def _deltas(self, rows, params, key: str, salt: str, arrival: float) -> AsyncGenerator[Delta, None]:
-        text = Detokenizer(self._tokenizer, params.stop or (), self.manifest.seg_token_id)
+    async def _deltas(
+        self, rows, params, key: str, salt: str, arrival: float, trimmed: bool
+    ) -> AsyncGenerator[Delta, None]:
+        text = Detokenizer(self._tokenizer, params.stop or (), self.manifest.seg_token_id, trimmed)
         count, first_token, seg_positions, states_are_free = 0, 0.0, [], False
         try:
             async with aclosing(self.engine.generate(rows, params, key, salt)) as outputs:

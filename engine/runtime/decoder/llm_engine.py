@@ -18,6 +18,7 @@ import torch
 
 from engine.errors import InvalidInput, M3DError, Unavailable, one_line
 from engine.gpu_memory import cache_bytes
+from engine.memory import available_memory
 from engine.runtime.acceleration import Pass
 from engine.runtime.decoder import engine_process, seg_states, vllm_environment, worker_extension
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
@@ -93,6 +94,12 @@ class LlmEngine:
         except asyncio.CancelledError:  # stopped meanwhile: what is being made must not outlive this
             await _end(await making)
             raise
+        except RuntimeError as error:  # vLLM's, when its process ends: that process has printed why
+            raise Unavailable(
+                f"the language model's process did not start ({one_line(error)}); this machine has "
+                f"{available_memory() / 1e9:.1f} GB of memory left. The process printed the reason before; "
+                "`m3d inspect` says how much memory the model needs"
+            ) from error
         try:
             await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
             self._llm = llm
