@@ -27,12 +27,13 @@ import numpy as np
 from benchmarks import command, floor
 from benchmarks.command import at_least, say, several
 from benchmarks.report import table
+from engine.cli import console
 from engine.errors import InvalidInput
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
-from engine.runtime.decoder.cpu_forward import Pass
+from engine.runtime.acceleration import Pass
 from engine.runtime.decoder_settings import DecoderSettings
-from engine.runtime.parameters import Parameters
+from engine.runtime.settings import Settings
 from engine.sampling import Sampling
 
 AT_ONCE = 8
@@ -71,7 +72,8 @@ WAYS = {
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return command.run(lambda: (_measure_alone if arguments.way_alone else _measure_and_tell)(arguments))
+    body = _measure_alone if arguments.way_alone else _measure_and_tell
+    return console.run(lambda: body(arguments), command.SIGNALS)
 
 
 def _measure_alone(arguments: argparse.Namespace) -> int:
@@ -140,8 +142,8 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def configured(repository: Path) -> DecoderSettings:
-    """What the repository's configuration for CPUs says."""
-    return DecoderSettings.from_parameters(Parameters.read(repository, "decoder", "cpu").values)
+    """What the repository's settings say."""
+    return Settings.read(repository).decoder.cpu
 
 
 async def _measure_here(arguments: argparse.Namespace, way: Way) -> dict:
@@ -225,7 +227,7 @@ def text(result: dict) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, required=True, help="an exported model repository")
     parser.add_argument("--checkpoint", help="its checkpoint (default: what the manifest names)")
     parser.add_argument("--ways", type=several(), default=tuple(WAYS), help=f"default: {','.join(WAYS)}")

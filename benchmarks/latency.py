@@ -42,6 +42,7 @@ from benchmarks.command import at_least, say, several  # noqa: E402
 from benchmarks.samples import Sample  # noqa: E402
 from benchmarks.served import ENCODERS, Served  # noqa: E402
 from engine.api import ModelInfo, Study  # noqa: E402
+from engine.cli import console  # noqa: E402
 from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.manifest import FILE_NAME as MANIFEST  # noqa: E402
 from engine.manifest import Manifest  # noqa: E402
@@ -70,7 +71,7 @@ TEXTS = ("a chest CT with a pleural effusion", "an abdominal CT without findings
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return command.run(lambda: _measure_and_tell(arguments))
+    return console.run(lambda: _measure_and_tell(arguments), command.SIGNALS)
 
 
 def _measure_and_tell(arguments: argparse.Namespace) -> int:
@@ -497,7 +498,7 @@ def _precision(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--checkpoint",

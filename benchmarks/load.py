@@ -20,8 +20,8 @@ from pathlib import Path
 
 import mlperf_loadgen as loadgen
 
-from benchmarks.command import INTERRUPTED
 from benchmarks.samples import Sample
+from engine.cli import console
 
 # MLPerf Inference's limits of the Server scenario for an 8B language model, at the 99th percentile.
 TTFT_LIMIT_S, TPOT_LIMIT_S = 0.5, 0.03
@@ -178,4 +178,4 @@ def _exit_at_once() -> None:
     """End the process without LoadGen's own destructors, which crash while it waits for answers."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(INTERRUPTED)
+    os._exit(console.INTERRUPTED)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -50,6 +51,8 @@ from engine.prompt.turns import USER, Turn, checked_turns, history_to_json
 from engine.sampling import Sampling
 from engine.seg_states import EACH, checked_merge, spans_of_words
 from engine.source import Source, content_of
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # it would bring SciPy into every program that asks
     from engine.volume.crop import Crop
@@ -212,7 +215,7 @@ class Methods:
         outputs = yield from self._resent(
             lambda by: lambda t: t.infer(RETRIEVAL, {contract.STUDY_IN: by.handle}, left()), known, left
         )
-        return outputs["SCAN_EMBEDDING"]
+        return outputs[contract.SCAN_EMBEDDING]
 
     def embed_texts(self, texts: Sequence[str], timeout: float | None) -> Steps[TextEmbeddings]:
         return self._embed_texts(_checked_texts(texts), self._left(timeout))
@@ -225,7 +228,7 @@ class Methods:
     def info(self, timeout: float | None) -> Steps[EngineInfo]:
         left = self._left(timeout)
         outputs = yield lambda t: t.infer(STUDY, {contract.DESCRIBE: True}, left())
-        return typed(EngineInfo, outputs.text("MODEL_INFO"))
+        return typed(EngineInfo, outputs.text(contract.MODEL_INFO))
 
     # --- inside ------------------------------------------------------------------------------------------------------
     def _upload(self, scan, affine, preset: str, crop: Crop | None, left: Countdown) -> Steps[Study]:
@@ -235,27 +238,27 @@ class Methods:
             inputs |= {contract.CROP: crop.box, contract.CROP_UNIT: crop.unit}
         outputs = yield lambda t: t.upload(file, inputs, left())
         return Study(
-            outputs.text("STUDY"),
-            typed(StudyInfo, outputs.text("STUDY_INFO")),
+            outputs.text(contract.STUDY),
+            typed(StudyInfo, outputs.text(contract.STUDY_INFO)),
             Source(scan, affine, preset, crop, content),
         )
 
     def _segment(self, asked: Asked, return_logits: bool, merge: str) -> Steps[Segmentation]:
         answer, outputs = yield from asked.whole()
-        if not len(outputs["SEG_STATES"]):
+        if not len(outputs[contract.SEG_STATES]):
             return Segmentation(answer, None, np.zeros((4, 4)), None)
 
         def draw(to: Study) -> Call:
             inputs = {
                 contract.STUDY_IN: to.handle,
-                contract.SEG_STATES: outputs["SEG_STATES"],
+                contract.SEG_STATES: outputs[contract.SEG_STATES],
                 contract.RETURN_LOGITS: return_logits,
                 contract.MERGE: merge,
             }
             return lambda t: t.infer(SEGMENTATION, inputs, asked.left())
 
         drawn = yield from self._resent(draw, asked.study, asked.left)
-        spans = [(int(start), int(end)) for start, end in outputs["SEG_SPANS"]]
+        spans = [(int(start), int(end)) for start, end in outputs[contract.SEG_SPANS]]
         preset = asked.study.info.preset if asked.study.info else None
         source = asked.study.source
         return (yield lambda t: t.work(_segmentation, answer, spans, drawn, merge, source, preset))
@@ -267,11 +270,11 @@ class Methods:
             return lambda t: t.infer(RETRIEVAL, {contract.TEXTS: texts, contract.STUDY_IN: by.handle}, left())
 
         outputs = yield from self._resent(score, known, left)
-        return Ranking(tuple(texts), outputs["SCORES"], *_cut(outputs))
+        return Ranking(tuple(texts), outputs[contract.SCORES], *_cut(outputs))
 
     def _embed_texts(self, texts: Sequence[str], left: Countdown) -> Steps[TextEmbeddings]:
         outputs = yield lambda t: t.infer(RETRIEVAL, {contract.TEXTS: texts}, left())
-        return TextEmbeddings(tuple(texts), outputs["TEXT_EMBEDDINGS"], *_cut(outputs))
+        return TextEmbeddings(tuple(texts), outputs[contract.TEXT_EMBEDDINGS], *_cut(outputs))
 
     def _forget(self, study: Study, left: Countdown) -> Steps[None]:
         try:
@@ -295,6 +298,7 @@ class Methods:
         if study.source is None:
             raise evicted
         source = study.source
+        _log.info("the server no longer holds a study: its scan is sent again")
         again = yield from self._upload(source.scan, source.affine, source.preset, source.crop, left)
         is_same_scan = again.source is not None and again.source.content == source.content
         # The affine has no part in the content; the server tells what follows from it.
@@ -415,16 +419,16 @@ class Asked:
             yield lambda _: self._responses.finish()
 
     def _add(self, outputs: Outputs) -> str:
-        text, now = outputs.text("TEXT"), time.monotonic() - self._started
+        text, now = outputs.text(contract.TEXT), time.monotonic() - self._started
         if text and self._first_text_s is None:
             self._first_text_s = now
         self._texts.append(text)
-        self._token_ids += outputs["TOKEN_IDS"].tolist()
-        if reason := outputs.text("FINISH_REASON"):
-            cost, details = _info(outputs.text("ANSWER_INFO"))
+        self._token_ids += outputs[contract.TOKEN_IDS].tolist()
+        if reason := outputs.text(contract.FINISH_REASON):
+            cost, details = _info(outputs.text(contract.ANSWER_INFO))
             timings = Timings(**vars(cost), first_text_s=self._first_text_s, total_s=now)
             ids = tuple(self._token_ids)
-            self.answer = Answer("".join(self._texts), ids, reason, outputs["BOXES"], timings, **vars(details))
+            self.answer = Answer("".join(self._texts), ids, reason, outputs[contract.BOXES], timings, **vars(details))
         return text
 
 
@@ -460,15 +464,15 @@ def _segmentation(
     preset: str | None,
 ) -> Segmentation:
     """spans: of each [SEG] in the answer's text. drawn: what the masks' model answered."""
-    mask, affine = _unpacked(drawn["MASK"], drawn["MASK_SHAPE"]), drawn["MASK_AFFINE"]
-    header = drawn["MASK_HEADER"].tobytes() or None
+    mask, affine = _unpacked(drawn[contract.MASK], drawn[contract.MASK_SHAPE]), drawn[contract.MASK_AFFINE]
+    header = drawn[contract.MASK_HEADER].tobytes() or None
     masks = [mask]
     if merge == EACH:
-        masks = [_unpacked(bits, drawn["MASK_SHAPE"]) for bits in drawn["SEGMENT_MASKS"]]
-    words, scores = spans_of_words(answer.text, spans, merge), drawn["SEGMENT_SCORES"].tolist()
+        masks = [_unpacked(bits, drawn[contract.MASK_SHAPE]) for bits in drawn[contract.SEGMENT_MASKS]]
+    words, scores = spans_of_words(answer.text, spans, merge), drawn[contract.SEGMENT_SCORES].tolist()
     if not len(words) == len(scores) == len(masks):
         raise other_version(f"it drew {len(masks)} masks with {len(scores)} scores for {len(words)} [SEG]")
-    logits = np.split(drawn["LOGITS"], len(masks)) if drawn["LOGITS"].size else [None] * len(masks)
+    logits = np.split(drawn[contract.LOGITS], len(masks)) if drawn[contract.LOGITS].size else [None] * len(masks)
     measured = MeasuredMasks(masks, affine, source, preset)
     segments = tuple(
         Segment(
@@ -493,7 +497,7 @@ def _unpacked(bits: np.ndarray, shape: np.ndarray) -> np.ndarray:
 
 
 def _cut(outputs: Outputs) -> tuple[tuple[bool, ...], int]:
-    return tuple(outputs["TEXT_CUT"].tolist()), int(outputs["TEXT_LIMIT"][0])
+    return tuple(outputs[contract.TEXT_CUT].tolist()), int(outputs[contract.TEXT_LIMIT][0])
 
 
 def _info(text: str) -> tuple[AnswerInfo, AnswerDetails]:

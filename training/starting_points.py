@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
-from engine.models.checkpoint import PARTS, Weights, load_tokenizer, read_config, resolve
+from engine.models.checkpoint import PARTS, load_tokenizer, read_config, resolve
 from engine.models.language_model import FAMILIES, families_on, known_families
 from engine.models.vit3d import ViT3D
+from engine.models.weights import Weights
 from engine.prompt import SEG_TOKEN, SPECIAL_TOKENS, Layout
 
 ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)

@@ -27,15 +27,16 @@ from deploy.checks.geometry import volumes
 from deploy.checks.machine import said
 from engine import gpu, gpu_memory
 from engine.client import Segmentation, Study
+from engine.contract import IMAGE
 from engine.errors import M3DError
 from engine.gpu_memory import CONTEXT_BYTES, RESERVE_BYTES, Plan
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
 from engine.models.config import LamedConfig
-from engine.samples import write_sample
 from engine.server import Server, free_ports
+from m3d_demo.samples import write_sample
 
-SEGMENTED_SCAN = "brain-mr"  # of engine.samples; the default question is about it
+SEGMENTED_SCAN = "brain-mr"  # of m3d_demo.samples; the default question is about it
 # Scans whose masks are asked for at the same time lack so many sixteenths of its slices, from above. The first two
 # sixteenths are air, without which every scan is prepared.
 CROPPED = (2, 3, 4, 5)
@@ -136,7 +137,7 @@ def encoder(url: str, name: str, images: np.ndarray) -> Callable[[int], np.ndarr
         if not hasattr(here, "client"):
             here.client = InferenceServerClient(url)
         image = images[number : number + 1]
-        tensor = InferInput("IMAGE", list(image.shape), "FP32")
+        tensor = InferInput(IMAGE.name, list(image.shape), "FP32")
         tensor.set_data_from_numpy(image)
         return here.client.infer(name, [tensor]).as_numpy(plans.ENCODERS[name])[0]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -12,6 +14,7 @@ from typing import Any, cast
 
 import triton_python_backend_utils as pb_utils
 
+from engine import logs
 from engine.errors import Cancelled
 from engine.runtime import triton_io
 from engine.runtime.decoder_step import Asked, DecoderStep, LoopThread
@@ -19,6 +22,8 @@ from engine.runtime.decoder_step import Asked, DecoderStep, LoopThread
 CANCEL_INTERVAL_S = 0.05
 SENDING_THREADS = 4
 LAST_ANSWERS_S = 5.0  # for the answers in work to fail, when the language model is broken
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,11 @@ class AnswerDesk:
 
     # --- one answer --------------------------------------------------------------------------------------------------
     async def _serve(self, asked: Asked, answer: _Open) -> None:
+        with logs.request(answer.id_):
+            await self._serve_one(asked, answer)
+
+    async def _serve_one(self, asked: Asked, answer: _Open) -> None:
+        started = time.perf_counter()
         task = cast(asyncio.Task, asyncio.current_task())
         self._open[task] = answer
         self._serving.add(task)
@@ -104,6 +114,7 @@ class AnswerDesk:
         finally:
             self._open.pop(task)
         await self._in_thread(self._send_last, answer.sender, last)
+        _log.info("answered in %.3f s", time.perf_counter() - started)
 
     async def _answer(self, asked: Asked, answer: _Open):
         """Sends all responses but the last one, which it returns."""

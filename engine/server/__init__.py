@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import IO, cast
 
 from engine import gpu, gpu_memory
+from engine.cache import cache_folder
 from engine.contract import DECODER_MODELS
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
-from engine.packages import cache_folder
 from engine.runtime.run_folder import RunFolder
-from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
+from engine.runtime.server_folder import prefix_of
+from engine.runtime.settings import Settings
 from engine.server import keeper
 from engine.server.settings import FrontSettings, address
 from engine.server.triton import TARGETS, Sockets, Triton
@@ -184,7 +185,7 @@ class Server:
                 "grace_s": GRACE_S,
                 "orphans_grace_s": ORPHANS_GRACE_S,
                 "remove": [str(run_folder)],
-                "shm_prefixes": [shm_prefix, FOLDER_PREFIX + "-{pid}-"],
+                "shm_prefixes": [shm_prefix, prefix_of("{pid}")],
                 "vital": STUB,
                 "log": str(self.log),
             }
@@ -216,9 +217,6 @@ class Server:
         except (urllib.error.URLError, OSError):
             return False
 
-    def is_running(self) -> bool:
-        return self._keeper is not None and self._keeper.poll() is None
-
     def wait(self) -> None:
         """Block while the server runs. Raises Unavailable with the cause when it ends by itself."""
         code = cast(subprocess.Popen, self._keeper).wait()
@@ -245,6 +243,7 @@ class Server:
         if self.target == "tensorrt" and (wrong := gpu.misfits(manifest, gpus, gpu.tensorrt_version())):
             raise RepositoryError(f"{self.repository} does not fit this machine: {'; '.join(wrong)}")
         manifest.check(self.repository)
+        Settings.read(self.repository)
         if self.target == "tensorrt" and (small := gpu_memory.misfits(self.repository, manifest, gpus)):
             raise RepositoryError(f"{self.repository} does not fit this machine: {'; '.join(small)}")
         if len(set(self.ports.values())) < len(self.ports):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
+from engine.runtime.server_folder import prefix_of
 from engine.server import keeper
 from tests.conftest import ROOT
 
@@ -49,7 +49,7 @@ class Footprint:
         self.mapped = keeper.shared_memory_of(tree)
 
     def _is_ours(self, name: str) -> bool:
-        return name.startswith((f"{FOLDER_PREFIX}-{self.triton_pid}-", f"{Path(os.fsdecode(self.run_folder)).name}-"))
+        return name.startswith((prefix_of(self.triton_pid), f"{Path(os.fsdecode(self.run_folder)).name}-"))
 
     def left(self) -> list[str]:
         alive = [f"process {pid}" for pid, started in self.processes.items() if started and _started(pid) == started]

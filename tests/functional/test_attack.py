@@ -430,12 +430,7 @@ def small_server(light_repository, tmp_path_factory):
     """It takes in two scans of SMALL_BYTES at a time, and has none of its own."""
     folder = tmp_path_factory.mktemp("small")
     repository = shutil.copytree(light_repository, folder / "model_repository", symlinks=True)
-    configuration = repository / "study" / "config.pbtxt"
-    text, changed = re.subn(
-        r'("max_bytes" value { string_value: )"\d+"', rf'\1"{SMALL_BYTES}"', configuration.read_text()
-    )
-    assert changed == 1
-    configuration.write_text(text)
+    (repository / "settings.toml").write_text(f"[study]\nmax_bytes = {SMALL_BYTES}\n")
     with Server(repository, **free_ports(), log=folder / "triton.log") as server:
         yield server
 
@@ -583,17 +578,11 @@ def page_of(server, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def with_decoder(repository: Path, folder: Path, **parameters) -> Path:
-    """A copy of the repository in which the language model has these parameters."""
+def with_decoder(repository: Path, folder: Path, **settings) -> Path:
+    """A copy of the repository in which the language model has these settings."""
     copied = shutil.copytree(repository, folder / "model_repository", symlinks=True)
-    configuration = copied / "decoder" / "configs" / "cpu.pbtxt"
-    lines = [
-        f'parameters {{ key: "{name}" value {{ string_value: "{value}" }} }}' for name, value in parameters.items()
-    ]
-    text = configuration.read_text()
-    for name in parameters:
-        text = re.sub(rf'^parameters {{ key: "{name}" .*\n', "", text, flags=re.M)
-    configuration.write_text("\n".join([text, *lines, ""]))
+    lines = (f"{name} = {value}\n" for name, value in settings.items())
+    (copied / "settings.toml").write_text(f"[decoder.cpu]\n{''.join(lines)}")
     return copied
 
 

@@ -22,7 +22,7 @@ from tests.tiny import QUESTION
 pytestmark = pytest.mark.integration
 
 LONG = 480  # tokens: seconds of decoding, nearly to the context's end
-BATCH, WAITING = 16, 64  # max_num_seqs and max_waiting of model_repository/decoder/configs/cpu.pbtxt
+BATCH, WAITING = 16, 64  # max_num_seqs and max_waiting of table decoder.cpu in model_repository/settings.toml
 PATIENCE_S = 120
 
 

@@ -22,8 +22,9 @@ from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 from engine.api import AnswerDetails
 from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable
 from engine.processor import has_bf16
-from engine.runtime.decoder import AnswerInfo, Decoder, decode_kernel, llm_engine
-from engine.runtime.decoder.cpu_forward import Pass
+from engine.runtime.acceleration import Pass
+from engine.runtime.cpu import decode_kernel
+from engine.runtime.decoder import AnswerInfo, Decoder, llm_engine
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.sampling import Sampling
 from tests.tiny_llm import (

@@ -26,7 +26,7 @@ from tests.tiny import IMAGE_SIZE, QUESTION
 pytestmark = pytest.mark.integration
 
 ENCODERS = ("vision_encoder", "segmentation_encoder", "clip_image_encoder")
-WORKED_ON = 4  # scans at a time, as in the study model's config.pbtxt
+WORKED_ON = 4  # scans at a time, as in table study of model_repository/settings.toml
 
 
 @pytest.fixture(scope="module")

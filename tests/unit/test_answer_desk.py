@@ -145,7 +145,6 @@ def desk(tmp_path, monkeypatch):
     fake.get_input_tensor_by_name = lambda request, name: (
         Tensor(name, request.inputs[name]) if name in request.inputs else None
     )
-    fake.Logger = types.SimpleNamespace(log_error=lambda text: None)
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     for name in ("engine.runtime.triton_io", "engine.runtime.answer_desk"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -17,7 +17,6 @@ import torch
 from transformers import BertTokenizer
 
 from benchmarks import (
-    command,
     compare,
     decode,
     encoders,
@@ -35,6 +34,7 @@ from benchmarks.baseline import Baseline
 from benchmarks.latency import TEXTS
 from benchmarks.make_checkpoint import PUBLISHED_CLIP, config_of, write_clip
 from benchmarks.samples import Sample, ratios, summary
+from engine.cli import console
 from engine.errors import InvalidInput
 from engine.models.checkpoint import load_clip, load_lamed
 from engine.models.config import ClipConfig, LamedConfig
@@ -189,6 +189,7 @@ def test_an_answer_that_fails_fails_the_load():
 INTERRUPTED_LOAD = """
 import sys, time
 from benchmarks import command, load
+from engine.cli import console
 
 def answer(index):
     sys.stdout.write("asked\\n")  # whole, from whichever thread
@@ -197,7 +198,7 @@ def answer(index):
         time.sleep(0.01)
         yield 1
 
-sys.exit(command.run(lambda: load.run(sys.argv[1], answer, 4, rate=50.0, seconds=60)))
+sys.exit(console.run(lambda: load.run(sys.argv[1], answer, 4, rate=50.0, seconds=60), command.SIGNALS))
 """
 
 
@@ -217,7 +218,7 @@ def test_a_load_that_is_interrupted_ends_in_order(scenario, number):
             _, said = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert (process.returncode, said) == (command.INTERRUPTED, "the benchmark was interrupted\n")
+    assert (process.returncode, said) == (console.INTERRUPTED, "interrupted\n")
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -801,7 +802,7 @@ def test_a_bad_argument_is_refused_before_anything_runs(capsys, words, cause):
 
 
 def test_a_scan_or_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
-    assert latency.main(["--server", "localhost:1", "--scan", str(tmp_path / "none.nii")]) == 1
+    assert latency.main(["--server", "localhost:1", "--scan", str(tmp_path / "none.nii")]) == 2
     assert "none.nii cannot be read" in capsys.readouterr().err
     for option, path, words in (
         ("--checkpoint", tmp_path, "no config.json"),
@@ -817,7 +818,7 @@ def test_a_scan_or_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, c
 def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(tmp_path, capsys):
     (tmp_path / "file").touch()
     for option, path in (("--json", "file/out.json"), ("--plots", "file"), ("--json", "")):
-        assert latency.main(["--server", "localhost:1", option, str(tmp_path / path)]) == 1
+        assert latency.main(["--server", "localhost:1", option, str(tmp_path / path)]) == 2
         assert str(tmp_path) in (said := capsys.readouterr()).err and "rates" not in said.out
 
 
@@ -969,5 +970,5 @@ def test_ways_to_decode_stand_beside_the_floor_and_failures_are_named():
 
 
 def test_an_unknown_way_to_decode_is_refused(capsys):
-    assert decode.main(["--repository", "nowhere", "--ways", "as configured,faster"]) == 1
+    assert decode.main(["--repository", "nowhere", "--ways", "as configured,faster"]) == 2
     assert "unknown: faster; the ways are as configured" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 import threading
 from functools import partial
@@ -12,9 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engine import contract
+from engine import contract, logs
 from engine.api import ModelInfo, StudyInfo
-from engine.errors import InvalidInput, RepositoryError, StudyNotFound, Unavailable
+from engine.contract import IMAGE
+from engine.errors import InvalidInput, StudyNotFound, Unavailable
 from engine.runtime.request_pool import RequestPool
 from engine.runtime.retrieval import RetrievalStep
 from engine.runtime.run_folder import VARIABLE, RunFolder
@@ -75,9 +77,9 @@ def said(response):
 
 
 @pytest.fixture
-def triton(monkeypatch):
+def triton(monkeypatch, caplog):
     """The modules under test, on a fake `triton_python_backend_utils`. log: what was logged as an error."""
-    log, called = [], []
+    called = []
     codes = ("INTERNAL", "INVALID_ARG", "NOT_FOUND", "UNAVAILABLE", "CANCELLED")
 
     class Call(SimpleNamespace):
@@ -89,7 +91,6 @@ def triton(monkeypatch):
         PreferredMemory=lambda kind: kind,
         TRITONSERVER_MEMORY_CPU="cpu",
         TRITONSERVER_RESPONSE_COMPLETE_FINAL="final",
-        Logger=SimpleNamespace(log_error=log.append),
         InferenceRequest=Call,
         InferenceResponse=lambda outputs=(), error=None: SimpleNamespace(
             outputs={tensor.name: tensor.array for tensor in outputs}, error=error, has_error=lambda: error is not None
@@ -107,10 +108,30 @@ def triton(monkeypatch):
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     io, desk = map(importlib.import_module, MODULES)
-    yield SimpleNamespace(io=io, desk=partial(desk_of, desk.Desk), log=log, called=called, backend=backend)
+    yield SimpleNamespace(io=io, desk=partial(desk_of, desk.Desk), log=caplog, called=called, backend=backend)
     for name in MODULES:  # no other test shall find modules that hold on to the fake
         del sys.modules[name]
         delattr(sys.modules["engine.runtime"], name.rpartition(".")[2])
+
+
+def test_a_request_is_logged_by_its_id_and_outcome_without_what_it_asks(triton, capsys, engine_log):
+    logs.set_up("study", "info")
+
+    def step(inputs):
+        if inputs.id == "wrong":
+            raise InvalidInput("the question 'Is there a tumour?' is refused")
+        return lambda: {"STUDY": "a handle"}
+
+    desk = triton.desk(step, threads=1, waiting=8)
+    requests = Request(id_="right", question="Is there a tumour?"), Request(id_="wrong", question="Is there a tumour?")
+    desk.execute(requests)
+    for request in requests:
+        request.answer()
+    desk.close()
+    log = capsys.readouterr().err
+    assert re.search(r"INFO study right engine\.runtime\.desk: answered in \d", log)
+    assert "INFO study wrong engine.runtime.triton_io: refused: INVALID_ARGUMENT" in log
+    assert "tumour" not in log and "handle" not in log
 
 
 def test_a_quick_request_is_answered_while_slow_ones_are_in_work(triton):
@@ -220,9 +241,9 @@ def test_an_error_reaches_the_client_with_its_code_and_the_desk_goes_on(triton, 
     desk.execute([bad, good])
     assert (bad.answer().error.code, bad.answer().error.text) == (code, text)
     assert said(good.answer()) == "fine"
-    assert bool(triton.log) == (code == "INTERNAL")
-    if triton.log:
-        assert "secret detail" in triton.log[0] and "Traceback" in triton.log[0]
+    assert bool(triton.log.text) == (code == "INTERNAL")
+    if triton.log.text:
+        assert "secret detail" in triton.log.text and "Traceback" in triton.log.text
     desk.close()
 
 
@@ -283,7 +304,7 @@ def test_a_step_without_an_input_says_so(step, given, missing):
 def test_another_models_answer_is_copied_out_of_tritons_memory(triton):
     tokens = np.ones((1, 2, 3), np.float32)
     triton.called.append(triton.io.response(["VISUAL_TOKENS"], {"VISUAL_TOKENS": tokens}))
-    answered = triton.io.infer("vision_encoder", IMAGE=np.zeros((1, 1, 2, 2, 2), np.float32))
+    answered = triton.io.infer("vision_encoder", {IMAGE: np.zeros((1, 1, 2, 2, 2), np.float32)})
     tokens[:] = 0
     assert answered["VISUAL_TOKENS"].all()
 
@@ -303,26 +324,14 @@ def test_another_models_error_is_raised_as_its_kind(triton, message, kind, text)
     error = SimpleNamespace(message=lambda: message)
     triton.called.append(SimpleNamespace(has_error=lambda: True, error=lambda: error))
     with pytest.raises(kind, match=text):
-        triton.io.infer("vision_encoder", IMAGE=np.zeros((1, 1, 2, 2, 2), np.float32))
-
-
-def test_parameters_are_whole_numbers(triton):
-    def parameters(value):
-        config = f'{{"parameters": {{"threads": {{"string_value": "{value}"}}}}}}'
-        return triton.io.parameters({"model_name": "study", "model_config": config})
-
-    assert parameters("3").integer("threads", 1) == 3
-    assert parameters("").integer("threads", 1) == parameters("3").integer("other", 1) == 1
-    for value in ("-1", "two", "1.5"):
-        with pytest.raises(RepositoryError, match="threads of study must be a whole number"):
-            parameters(value).integer("threads", 1)
+        triton.io.infer("vision_encoder", {IMAGE: np.zeros((1, 1, 2, 2, 2), np.float32)})
 
 
 @pytest.mark.parametrize("part_bytes", [1000, 100], ids=["at once", "in parts"])
 def test_a_scan_is_decoded_where_it_was_put_together(triton, part_bytes):
     info = StudyInfo("ct", "", (1, 1, 1), (1, 1, 1), "RAS", 0, False, ModelInfo("", "", "", "", ""))
     added, opened = [], []
-    step = StudyStep(SimpleNamespace(limits=Limits(), open=lambda scan: opened.append(scan) or ("handle", info)), None)
+    step = StudyStep(SimpleNamespace(limits=Limits(), open=lambda scan: opened.append(scan) or ("handle", info)))
     add = step.uploads.add
     step.uploads.add = lambda *part: added.append(add(*part)) or added[-1]
     parameters = json.dumps({"m3d_peer": "a client's connection"})

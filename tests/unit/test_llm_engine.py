@@ -19,8 +19,8 @@ import torch
 
 import engine.runtime
 from engine.errors import Unavailable
+from engine.runtime.acceleration import Pass
 from engine.runtime.decoder import engine_process, llm_engine
-from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.llm_engine import LlmEngine
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.run_folder import VARIABLE, RunFolder
@@ -171,13 +171,11 @@ def test_an_engine_that_dies_without_a_question_is_noticed(llm, monkeypatch):
 
 # --- the model that Triton runs --------------------------------------------------------------------------------------
 @pytest.fixture
-def model(monkeypatch):
+def model(monkeypatch, caplog):
     """model_repository/decoder/1/model.py, without a decoder."""
     backend = types.ModuleType("triton_python_backend_utils")
     backend.InferenceResponse = object
     backend.InferenceRequest = backend.Tensor = object
-    backend.errors = []
-    backend.Logger = types.SimpleNamespace(log_error=backend.errors.append)
     monkeypatch.setitem(sys.modules, backend.__name__, backend)
     for name in ("triton_io", "answer_desk"):  # what holds on to another stand-in, and no other test shall find these
         monkeypatch.setitem(sys.modules, f"engine.runtime.{name}", None)
@@ -186,7 +184,7 @@ def model(monkeypatch):
         delattr(engine.runtime, name)
     names = runpy.run_path(str(ROOT / "model_repository/decoder/1/model.py"))
     model = names["TritonPythonModel"]()
-    model.end, model.log = names["_end"], backend.errors
+    model.end, model.log = names["_end"], caplog
     return model
 
 
@@ -211,7 +209,7 @@ def test_health_that_cannot_be_written_stops_no_restart(model, tmp_path, monkeyp
     model.folder = RunFolder.of_server()
     shutil.rmtree(tmp_path / "run")
     model._tell("restarting")
-    assert not model.is_ready() and "could not be told" in model.log[0]
+    assert not model.is_ready() and "could not be written" in model.log.text
 
 
 def test_a_broken_language_model_ends_its_process_with_a_line_in_the_log(model, monkeypatch, capfd):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from collections import deque
@@ -18,11 +19,13 @@ import torch
 from engine.errors import InvalidInput, M3DError, Unavailable, one_line
 from engine.gpu_memory import cache_bytes
 from engine.memory import available_memory
+from engine.runtime.acceleration import Pass
 from engine.runtime.decoder import engine_process, seg_states, vllm_environment, worker_extension
-from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.run_folder import READY
+
+_log = logging.getLogger(__name__)
 
 RESTART_WINDOW_S = 3600
 WATCH_INTERVAL_S = 1.0
@@ -77,6 +80,7 @@ class LlmEngine:
         return self._health
 
     def _become(self, health: str) -> None:
+        _log.log(logging.INFO if health in (STARTING, READY) else logging.WARNING, "the language model is %s", health)
         self._health = health
         self._on_health(health)
 

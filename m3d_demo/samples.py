@@ -9,8 +9,8 @@ from pathlib import Path
 import nibabel as nib
 
 from engine.errors import InvalidInput
-from engine.packages import fetch
 from engine.scan.read import read_volume
+from m3d_demo.packages import fetch
 
 
 @dataclass(frozen=True)
