@@ -80,7 +80,7 @@ class LlmEngine:
         return self._health
 
     def _become(self, health: str) -> None:
-        _log.log(logging.INFO if health in (STARTING, READY) else logging.WARNING, "the language model is %s", health)
+        _log.log(logging.INFO if health in (STARTING, READY, STOPPED) else logging.WARNING, "the language model is %s", health)
         self._health = health
         self._on_health(health)
 
