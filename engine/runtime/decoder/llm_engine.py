@@ -80,7 +80,8 @@ class LlmEngine:
         return self._health
 
     def _become(self, health: str) -> None:
-        _log.log(logging.INFO if health in (STARTING, READY) else logging.WARNING, "the language model is %s", health)
+        level = logging.INFO if health in (STARTING, READY, STOPPED) else logging.WARNING
+        _log.log(level, "the language model is %s", health)
         self._health = health
         self._on_health(health)
 
