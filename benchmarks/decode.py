@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a script, from any folder
 
 import numpy as np
 
-from benchmarks import command, floor
+from benchmarks import command, cpu_roofline
 from benchmarks.command import at_least, say, several
 from benchmarks.report import table
 from engine.cli import console
@@ -94,10 +94,10 @@ def measure(arguments: argparse.Namespace) -> dict:
         raise InvalidInput(f"unknown: {', '.join(unknown)}; the ways are {', '.join(WAYS)}")
     manifest = Manifest.read(arguments.repository)
     say("the machine's rates")
-    rates = floor.measure(seconds=arguments.floor_seconds)
+    rates = cpu_roofline.measure(seconds=arguments.floor_seconds)
     config, _, _ = open_lamed(arguments.checkpoint or manifest.checkpoint)
     alone, together = (
-        floor.stages(
+        cpu_roofline.stages(
             config, llm=manifest.precision, graphs="fp32", question_tokens=12, answer_tokens=arguments.tokens, at_once=n
         )["decode"].seconds(rates)
         for n in (1, AT_ONCE)

@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks import command, floor, scans  # noqa: E402
+from benchmarks import command, cpu_roofline, scans  # noqa: E402
 from benchmarks.command import at_least, say, several  # noqa: E402
 from benchmarks.report import table  # noqa: E402
 from engine import contract  # noqa: E402
@@ -110,7 +110,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         raise InvalidInput(
             "--repository holds graphs for a CPU: for target tensorrt leave it out, they are exported anew"
         )
-    rates = floor.measure(seconds=arguments.floor_seconds)
+    rates = cpu_roofline.measure(seconds=arguments.floor_seconds)
     result = {"target": target, "precisions": precisions, "rates": asdict(rates), "exactness": []}
     with tempfile.TemporaryDirectory() as folder:
         say("the checkpoint")
@@ -182,7 +182,7 @@ class Encoders:
         (found,) = self.graphs[name, precision]({contract.IMAGE: image[None]}).values()
         return found
 
-    def timed(self, image: np.ndarray, runs: int, rates: floor.Rates) -> dict:
+    def timed(self, image: np.ndarray, runs: int, rates: cpu_roofline.Rates) -> dict:
         """By encoder and precision: load_s, seconds (one precision after the other, `runs` times), floor_s; and error,
         root mean square against fp32 as a share of fp32's, max_error and mean_error as shares of its largest value.
         """
@@ -246,7 +246,7 @@ class Encoders:
         return None if state is None else self.model.segment(features, state)[0, 0].numpy() > 0
 
     def _flops(self, name: str) -> int:
-        return floor.stages(self.model.config, llm="bf16", graphs="fp32", question_tokens=1, answer_tokens=1)[
+        return cpu_roofline.stages(self.model.config, llm="bf16", graphs="fp32", question_tokens=1, answer_tokens=1)[
             name
         ].flops
 

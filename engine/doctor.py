@@ -17,7 +17,7 @@ from engine.manifest import Manifest
 from engine.memory import meminfo
 from engine.processor import has_bf16
 from engine.runtime.acceleration import lacking
-from engine.server import SHM_NEEDED, flaws, keeper
+from engine.server import SHM_NEEDED, flaws, supervisor
 from engine.server.triton import Triton
 
 PYTHONS = ((3, 11), (3, 12))
@@ -167,13 +167,13 @@ def _memory() -> Finding:
 
 
 def _shared_memory() -> Finding:
-    free = shutil.disk_usage(keeper.SHM).free
+    free = shutil.disk_usage(supervisor.SHM).free
     if free >= SHM_NEEDED:
-        return Finding("ok", "shared memory", f"{free / (1 << 30):.1f} GiB free in {keeper.SHM}")
+        return Finding("ok", "shared memory", f"{free / (1 << 30):.1f} GiB free in {supervisor.SHM}")
     return Finding(
         "missing",
         "shared memory",
-        f"{free >> 20} MiB free in {keeper.SHM}, {SHM_NEEDED >> 20} are needed: in Docker give --shm-size 2g",
+        f"{free >> 20} MiB free in {supervisor.SHM}, {SHM_NEEDED >> 20} are needed: in Docker give --shm-size 2g",
     )
 
 

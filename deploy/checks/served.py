@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import floor
-from benchmarks.floor import Rates, Stage
-from benchmarks.samples import Sample
+from benchmarks import cpu_roofline
+from benchmarks.cpu_roofline import Rates, Stage
 from benchmarks.scans import BenchmarkScan, different, phantom, read
 from benchmarks.served import Served
+from benchmarks.timings import Timing
 from deploy.checks import order, plans, roofline
 from deploy.checks.context import ROOT, Context, Failed
 from deploy.checks.geometry import volumes
@@ -223,7 +223,7 @@ def new_scans(
 
 
 def _stages(config: LamedConfig, llm: str, graphs: str, load: Load, at_once: int) -> dict[str, Stage]:
-    return floor.stages(
+    return cpu_roofline.stages(
         config,
         llm=llm,
         graphs=graphs,
@@ -233,7 +233,7 @@ def _stages(config: LamedConfig, llm: str, graphs: str, load: Load, at_once: int
     )
 
 
-def _waited(what: str, clients: int, samples: Sequence[Sample], least_s: float) -> dict:
+def _waited(what: str, clients: int, samples: Sequence[Timing], least_s: float) -> dict:
     """A row of medians. least_s: that a step of all answers takes at the least."""
     first = [sample.first_s for sample in samples if sample.first_s is not None]
     later = [sample.per_token_s for sample in samples if sample.per_token_s is not None]

@@ -54,7 +54,7 @@ def serve(
         server.wait()
     except KeyboardInterrupt:
         console.note("stopping")
-        if not stopped_by:  # Ctrl-C; the other signals are how a supervisor ends a server that is well
+        if not stopped_by:  # Ctrl-C; the other signals are how a service manager ends a server that is well
             raise
     finally:
         # Stopping is bounded; a second Ctrl-C must not cut it short.

@@ -61,15 +61,15 @@ def eos_token_ids(folder: Path, values: dict) -> list[int] | None:
         CheckpointError: generation_config.json cannot be read, or an end is no token of the vocabulary.
     """
     generation = folder / layout.GENERATION_CONFIG
-    told = layout.read_object(generation).get("eos_token_id") if generation.is_file() else None
-    found = values.get("eos_token_id") if told is None else told
+    configured = layout.read_object(generation).get("eos_token_id") if generation.is_file() else None
+    found = values.get("eos_token_id") if configured is None else configured
     if found is None:
         return None
     ends, vocabulary = found if isinstance(found, list) else [found], values.get("vocab_size")
     if not isinstance(vocabulary, int):
         return None  # LamedConfig says so
     if not ends or any(type(token) is not int or not 0 <= token < vocabulary for token in ends):
-        name = generation.name if told is not None else layout.CONFIG
+        name = generation.name if configured is not None else layout.CONFIG
         raise CheckpointError(f"{folder / name}: eos_token_id {found!r} is no token of the {vocabulary} that there are")
     return ends
 

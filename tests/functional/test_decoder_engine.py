@@ -19,12 +19,12 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from engine.api import AnswerDetails
+from engine.api import AnswerDetails, AnswerInfo
 from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable
 from engine.processor import has_bf16
 from engine.runtime.acceleration import Pass
 from engine.runtime.cpu import decode_kernel
-from engine.runtime.decoder import AnswerInfo, Decoder, llm_engine
+from engine.runtime.decoder import Decoder, llm_engine
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.sampling import Sampling
 from tests.tiny_llm import (

@@ -86,7 +86,7 @@ def chat(triton: Connection, study: Study) -> dict[str, np.ndarray]:
 
 def folder_in(server, study: Study) -> Path:
     """Where the server keeps the study, in its own shared memory."""
-    (folder,) = Path(f"/proc/{server.keeper_pid}/root/dev/shm").glob(f"m3d-studies-*/{study.handle}")
+    (folder,) = Path(f"/proc/{server.supervisor_pid}/root/dev/shm").glob(f"m3d-studies-*/{study.handle}")
     return folder
 
 

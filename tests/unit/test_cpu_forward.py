@@ -74,7 +74,7 @@ def test_a_shorter_pass_is_used_on_a_cpu_uncompiled_where_it_fits_and_helps_and_
     monkeypatch.setattr(cpu_forward, "_kernel_of", lambda *_: SimpleNamespace() if kernel else None)
     monkeypatch.setattr(cpu_forward, "_forward_of", lambda *_: "a shorter one")
     monkeypatch.setattr(Norms, "of_vllm", lambda: found)
-    assert cpu_forward.use_on(runner, furthest) is used
+    assert cpu_forward.install_on(runner, furthest) is used
     assert (model.forward == "vLLM's own") is (used is Pass.VLLM)
     assert (head.cpu_linear == "vLLM's own") is (used is not Pass.DECODE_KERNEL)
 

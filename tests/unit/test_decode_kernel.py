@@ -13,10 +13,12 @@ from torch.nn import functional
 
 from engine import doctor
 from engine.runtime.cpu import compile_kernel, decode_kernel, entry
-from engine.runtime.cpu.decode_kernel import DecodeKernel, Geometry, Weights
+from engine.runtime.cpu.decode_kernel import DecodeKernel, KernelShape, LayerWeights
 
 # Widths that nothing else has, blocks that three threads cannot share evenly, fewer heads of keys than of queries.
-GEOMETRY = Geometry(hidden=96, intermediate=160, heads=5, kv_heads=1, head_size=64, epsilon=1e-5, dtype=torch.float32)
+GEOMETRY = KernelShape(
+    hidden=96, intermediate=160, heads=5, kv_heads=1, head_size=64, epsilon=1e-5, dtype=torch.float32
+)
 LAYERS, POSITIONS = 3, 50
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the largest value
 
@@ -35,7 +37,7 @@ class Model:
         self.geometry = g = replace(GEOMETRY, dtype=dtype)
         generator = torch.Generator().manual_seed(seed)
         self.layers = [
-            Weights(
+            LayerWeights(
                 1 + random(generator, g.hidden),
                 random(generator, g.projected, g.hidden),
                 random(generator, g.hidden, g.queries),
@@ -45,7 +47,7 @@ class Model:
             )
             for _ in range(LAYERS)
         ]
-        self.layers = [Weights(*(part.to(dtype) for part in vars(layer).values())) for layer in self.layers]
+        self.layers = [LayerWeights(*(part.to(dtype) for part in vars(layer).values())) for layer in self.layers]
         self.last_norm = (1 + random(generator, g.hidden)).to(dtype)
         angles = torch.outer(torch.arange(POSITIONS), 0.7 ** torch.arange(g.head_size // 2))
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], -1).to(dtype)

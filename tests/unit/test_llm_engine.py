@@ -177,7 +177,10 @@ def model(monkeypatch, caplog):
     backend.InferenceResponse = object
     backend.InferenceRequest = backend.Tensor = object
     monkeypatch.setitem(sys.modules, backend.__name__, backend)
-    for name in ("triton_io", "answer_desk"):  # what holds on to another stand-in, and no other test shall find these
+    for name in (
+        "triton_io",
+        "decoder_service",
+    ):  # what holds on to another stand-in, and no other test shall find these
         monkeypatch.setitem(sys.modules, f"engine.runtime.{name}", None)
         monkeypatch.setattr(engine.runtime, name, None, raising=False)
         del sys.modules[f"engine.runtime.{name}"]
@@ -225,11 +228,11 @@ def test_a_broken_language_model_ends_its_process_with_a_line_in_the_log(model, 
 def test_python_takes_no_modules_apart_once_all_is_closed(model, monkeypatch):
     done = []
     monkeypatch.setattr(atexit, "register", lambda *call: done.append(call))
-    model.desk, model.store = (
-        types.SimpleNamespace(close=lambda name=name: done.append(name)) for name in ("desk", "store")
+    model.service, model.store = (
+        types.SimpleNamespace(close=lambda name=name: done.append(name)) for name in ("service", "store")
     )
     model.finalize()
-    assert done == ["desk", "store", (os._exit, 0)]
+    assert done == ["service", "store", (os._exit, 0)]
 
 
 # --- the engine's process --------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def packaged(monkeypatch) -> starting_points.PackagedModel:
         "_packaged",
         lambda source: starting_points.LanguageModel(
             source.package,
-            starting_points.told(config),
+            starting_points.known_settings(config),
             {key: value.clone() for key, value in state.items()},
             toy.byte_tokenizer(),
         ),

@@ -17,7 +17,7 @@ from engine.errors import InvalidInput
 from training.config import StageSettings, build
 from training.data.sample import BrokenSample, Sample
 from training.data.sets import open_sets
-from training.data.tolerant import Tolerant
+from training.data.skip_broken import Tolerant
 from training.data.views import ScanSettings, ViewPairs, ViewQuestions, Views
 from training.data.watch import BrokenSampleCheck
 from training.record import sha256

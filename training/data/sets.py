@@ -307,10 +307,10 @@ class Structures(TrainingSet):
 
     def _words(self, index, mask, rng):
         slots = {"name": self.name(index)}
-        told = descriptions().get(slots["name"])
-        style = "by_description" if index % 2 and told else "by_name"
+        described = descriptions().get(slots["name"])
+        style = "by_description" if index % 2 and described else "by_name"
         if style == "by_description":
-            slots["description"] = choose(rng, told)
+            slots["description"] = choose(rng, described)
         present = bool(mask.any())
         # What is not there has no box to ask about.
         asked = templates()[self.task if present or self.task != "reg" else "rec"][style]

@@ -6,7 +6,7 @@ import logging
 
 from transformers import TrainerCallback
 
-from training.data.tolerant import Tolerant
+from training.data.skip_broken import Tolerant
 
 _log = logging.getLogger(__name__)
 _SHOWN = 20

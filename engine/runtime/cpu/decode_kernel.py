@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL | None:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class KernelShape:
     """Of the model: widths of its states and of its MLP, heads of attention, what RMSNorm adds to squares."""
 
     hidden: int
@@ -68,7 +68,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Weights:
+class LayerWeights:
     """Of one layer, in the model's type. qkv: queries, keys, values. gate_up: the gates, then what they let through."""
 
     input_norm: torch.Tensor
@@ -85,7 +85,9 @@ class DecodeKernel:
     cos_sin: [positions, head_size], cosines and then sines of half a head's angles each, in the model's type.
     """
 
-    def __init__(self, geometry: Geometry, layers: Sequence[Weights], last_norm: torch.Tensor, cos_sin: torch.Tensor):
+    def __init__(
+        self, geometry: KernelShape, layers: Sequence[LayerWeights], last_norm: torch.Tensor, cos_sin: torch.Tensor
+    ):
         kernel = library() if geometry.fits() else None
         if kernel is None:
             raise ValueError(f"no kernel for {geometry}")

@@ -45,11 +45,11 @@ def open_bf16(path: str, threads: int) -> Any:
 
 
 def shorten_pass(runner: Any, furthest: int) -> int:
-    """Inside vLLM's worker: see `forward.use_on`; passes as numbers, which vLLM can send."""
+    """Inside vLLM's worker: see `forward.install_on`; passes as numbers, which vLLM can send."""
     from engine.runtime.acceleration import Pass
-    from engine.runtime.cpu.forward import use_on
+    from engine.runtime.cpu.forward import install_on
 
-    return int(use_on(runner, Pass(furthest)))
+    return int(install_on(runner, Pass(furthest)))
 
 
 def lacking() -> str | None:

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from engine.runtime.acceleration import Pass
 from engine.runtime.cpu import decode_kernel
-from engine.runtime.cpu.decode_kernel import DecodeKernel, Weights
+from engine.runtime.cpu.decode_kernel import DecodeKernel, LayerWeights
 
 _ROW = 8  # the kernels of RMSNorm take rows of a multiple of this
 _ROWS_AT_ONCE = 512
@@ -33,7 +33,7 @@ _MOST_BYTES = 3 << 30
 _UNSCALED = 1.0, 1.0, "auto"  # keys and values in the cache, and its type
 
 
-def use_on(runner, furthest: Pass) -> Pass:
+def install_on(runner, furthest: Pass) -> Pass:
     """Give the model of vLLM's `runner` the furthest pass that fits, `furthest` at most, and say which."""
     if furthest is Pass.VLLM or runner.device.type != "cpu" or not runner.model_config.enforce_eager:
         return Pass.VLLM
@@ -129,7 +129,7 @@ def _kernel_of(whole, dtype: torch.dtype) -> DecodeKernel | None:
     model, head = whole.model, whole.lm_head
     attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
     rotary = attention.rotary_emb
-    geometry = decode_kernel.Geometry(
+    geometry = decode_kernel.KernelShape(
         model.layers[0].hidden_size,
         mlp.down_proj.input_size,
         attention.num_heads,
@@ -154,7 +154,7 @@ def _kernel_of(whole, dtype: torch.dtype) -> DecodeKernel | None:
     return DecodeKernel(
         geometry,
         [
-            Weights(
+            LayerWeights(
                 layer.input_layernorm.weight.data,
                 _weight(layer.self_attn.qkv_proj, dtype),
                 _weight(layer.self_attn.o_proj, dtype),

@@ -319,6 +319,6 @@ async def _end(llm) -> None:
         llm.output_handler.cancel()
         llm.output_processor.propagate_error(EngineDeadError())
     await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
-    llm.shutdown = lambda: None  # its finaliser would call it again, amid the ruins of a Python that ends
+    llm.shutdown = lambda: None  # its finaliser would call it again while Python ends
     for process in processes:
         await asyncio.to_thread(process.join)

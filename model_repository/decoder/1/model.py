@@ -8,8 +8,8 @@ from pathlib import Path
 
 from engine import logs
 from engine.manifest import Manifest
-from engine.runtime.answer_desk import AnswerDesk
 from engine.runtime.decoder import Decoder
+from engine.runtime.decoder_service import DecoderService
 from engine.runtime.decoder_step import DecoderStep
 from engine.runtime.run_folder import READY, RunFolder
 from engine.runtime.settings import Settings
@@ -27,17 +27,17 @@ class TritonPythonModel:
         self.folder = RunFolder.of_server()
         self.store = StudyStore.of_server()
         decoder = Decoder(repository, settings)
-        self.desk = AnswerDesk(DecoderStep(decoder, self.store), self._tell, _end)
-        self.desk.start()
+        self.service = DecoderService(DecoderStep(decoder, self.store), self._tell, _end)
+        self.service.start()
 
     def is_ready(self):
         return self.health == READY  # Triton asks since python_backend's pull request 430, of February 2026
 
     def execute(self, requests):
-        self.desk.execute(requests)
+        self.service.execute(requests)
 
     def finalize(self):
-        self.desk.close()
+        self.service.close()
         self.store.close()
         # Python would take the modules of vLLM and PyTorch apart for 2 s, and Triton waits for the end of this process.
         atexit.register(os._exit, 0)
@@ -52,7 +52,8 @@ class TritonPythonModel:
 
 
 def _end(words):
-    """Only a new process can help: the keeper ends the server without this one, and a supervisor starts it again."""
+    """Only a new process can help: the supervisor ends the server without this one, and a service manager
+    starts it again."""
     # Not a record of the log: `engine.server` looks for these words at the start of a line.
     print(f"decoder: {words}: find the cause above, and start the server again", file=sys.stderr, flush=True)
     os._exit(1)

@@ -5,8 +5,8 @@ from pathlib import Path
 from engine import logs
 from engine.manifest import Manifest
 from engine.runtime import triton_io
-from engine.runtime.desk import Desk
 from engine.runtime.request_pool import RequestPool
+from engine.runtime.request_service import RequestService
 from engine.runtime.server_folder import SHARED_MEMORY
 from engine.runtime.settings import Settings
 from engine.runtime.study import Studies
@@ -22,13 +22,13 @@ class TritonPythonModel:
         self.store = StudyStore.of_server(settings.study_store_mb * 1_000_000 or default_limit(SHARED_MEMORY))
         studies = Studies(self.store, Manifest.read(repository), triton_io.infer, settings.limits)
         self.step = StudyStep(studies)
-        self.desk = Desk(self.step, RequestPool(settings.threads, settings.waiting))
+        self.service = RequestService(self.step, RequestPool(settings.threads, settings.waiting))
 
     def execute(self, requests):
         self.step.uploads.forget_idle()
-        self.desk.execute(requests)
+        self.service.execute(requests)
 
     def finalize(self):
-        self.desk.close()
+        self.service.close()
         self.step.close()
         self.store.close()

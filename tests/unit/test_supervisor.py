@@ -1,4 +1,4 @@
-"""The keeper leaves no process and no shared memory behind, however the tree or its owner ends; other users of the
+"""The supervisor leaves no process and no shared memory behind, however the tree or its owner ends; other users of the
 machine see nothing of the tree; and its log stays small, whatever is said and whatever becomes of the file."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.server import keeper
+from engine.server import supervisor
 
 pytestmark = pytest.mark.integration
 
@@ -64,11 +64,11 @@ def python(code: str, *arguments) -> list:
 
 
 class Kept:
-    """A keeper at work. Unless the spec names a log, it comes through a pipe: `line`, `rest`."""
+    """A supervisor at work. Unless the spec names a log, it comes through a pipe: `line`, `rest`."""
 
     def __init__(self, command: list, interpreter: str = sys.executable, popen: dict | None = None, **more):
         self.process = subprocess.Popen(
-            [interpreter, "-I", "-S", keeper.__file__],
+            [interpreter, "-I", "-S", supervisor.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -77,7 +77,7 @@ class Kept:
             **(popen or {}),
         )
         self.pid = self.process.pid
-        self.keepers_words = ""
+        self.supervisor_words = ""
         self.process.stdin.write(json.dumps(spec_of(command, **more)) + "\n")
         self.process.stdin.flush()
 
@@ -94,8 +94,8 @@ class Kept:
 
     def line(self) -> str:
         """The tree's next line."""
-        while (line := self.process.stdout.readline()).startswith("keeper: "):
-            self.keepers_words += line
+        while (line := self.process.stdout.readline()).startswith("supervisor: "):
+            self.supervisor_words += line
         return line
 
     def rest(self) -> str:
@@ -115,7 +115,7 @@ def shared_memory_at(pid: int) -> Path:
 
 
 class Tree(Kept):
-    """A keeper with COMMAND under it."""
+    """A supervisor with COMMAND under it."""
 
     def __init__(self, tmp_path: Path, command: str = COMMAND, private_shm: str = "auto", read_pids: bool = True):
         self.prefix, self.name = f"test-{uuid.uuid4().hex[:8]}", f"psm_{uuid.uuid4().hex[:8]}"
@@ -134,7 +134,7 @@ class Tree(Kept):
         if self.process.poll() is None:
             names += os.listdir(shared_memory_at(self.pid))
         shm = {name for name in names if name.startswith((self.prefix, self.name))}
-        alive = [pid for pid in self.pids if pid in keeper.descendants(0)]
+        alive = [pid for pid in self.pids if pid in supervisor.descendants(0)]
         return [*shm, *alive] + ([self.folder] if self.folder.exists() else [])
 
 
@@ -180,15 +180,17 @@ def test_a_command_that_does_not_exist_is_named_and_cleaned_up(tmp_path):
     folder.mkdir()
     with Kept(["/no/such/program"], remove=[str(folder)]) as kept:
         assert kept.ended() == 127 and not folder.exists()
-        assert "keeper: /no/such/program cannot be started: No such file or directory" in kept.rest()
+        assert "supervisor: /no/such/program cannot be started: No such file or directory" in kept.rest()
 
 
 def test_an_owner_that_says_nothing_starts_nothing():
-    done = subprocess.run([sys.executable, "-I", "-S", keeper.__file__], stdin=subprocess.DEVNULL, capture_output=True)
-    assert done.returncode == 1 and done.stderr == b"keeper: the owner ended before it said what to start\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", supervisor.__file__], stdin=subprocess.DEVNULL, capture_output=True
+    )
+    assert done.returncode == 1 and done.stderr == b"supervisor: the owner ended before it said what to start\n"
 
 
-def test_the_commands_own_words_cannot_end_it_when_its_keeper_was_killed():
+def test_the_commands_own_words_cannot_end_it_when_its_supervisor_was_killed():
     """Nobody reads them then: with SIGPIPE at work they would cut its orderly stop short."""
     with Kept(["grep", "SigIgn", "/proc/self/status"]) as kept:
         ignored = int(kept.line().split()[1], 16)
@@ -239,7 +241,7 @@ signal.pause()
 """
     with Kept(python(command, worker, name), shm_prefixes=[name], vital="vital-worker") as kept:
         assert kept.ended() == 128 + signal.SIGKILL
-        assert keeper.VITAL_ENDED in kept.rest()
+        assert supervisor.VITAL_ENDED in kept.rest()
 
 
 def test_only_the_commands_own_children_are_vital(worker):
@@ -263,7 +265,7 @@ signal.pause()
     with Kept(python(command, worker, between), vital="vital-worker") as kept:
         helper = int(kept.line())
         while not any("pidfd" in file for file in open_files(kept.pid)):
-            os.sched_yield()  # the keeper has not seen the worker yet; the helper was there before it
+            os.sched_yield()  # the supervisor has not seen the worker yet; the helper was there before it
         os.kill(helper, signal.SIGKILL)
         assert kept.line() == "gone\n"
         assert kept.stop() == 128 + signal.SIGTERM and kept.rest() == ""
@@ -278,10 +280,10 @@ def test_the_tree_ends_when_a_vital_process_does(worker, command, private_shm):
     with Kept(python(VITAL, worker, name, command), **more) as kept:
         pid = int(kept.line())
         while not any("pidfd" in file for file in open_files(kept.pid)):
-            os.sched_yield()  # the keeper has not seen it yet
+            os.sched_yield()  # the supervisor has not seen it yet
         os.kill(pid, signal.SIGKILL)
         assert kept.ended() == (50 - signal.SIGKILL if command == "notices" else 128 + signal.SIGKILL)
-        assert (f"{keeper.VITAL_ENDED}{pid}: {worker}" in kept.rest()) == (command == "waits")
+        assert (f"{supervisor.VITAL_ENDED}{pid}: {worker}" in kept.rest()) == (command == "waits")
     assert not Path(f"/dev/shm/{name}").exists()
 
 
@@ -310,7 +312,7 @@ def test_a_companions_end_stops_the_tree_orderly_and_the_log_says_so(ending, how
     with Kept(python(STOPS_WITH_3), companion=python(companion)) as kept:
         kept.line()
         assert kept.ended() == 3
-        assert re.search(rf"^{keeper.VITAL_ENDED}\d+: .* # says-what-it-is \({how}\)$", kept.rest(), re.M)
+        assert re.search(rf"^{supervisor.VITAL_ENDED}\d+: .* # says-what-it-is \({how}\)$", kept.rest(), re.M)
 
 
 @pytest.mark.parametrize("companion", [COMPANION, DEAF_COMPANION])
@@ -323,8 +325,8 @@ def test_the_companion_ends_with_the_command(companion, how):
             assert kept.ended() == 128 + signal.SIGKILL
         else:
             assert kept.stop() == 3
-        assert not set(pids.values()) & set(keeper.descendants(0))
-        assert keeper.VITAL_ENDED not in kept.rest()
+        assert not set(pids.values()) & set(supervisor.descendants(0))
+        assert supervisor.VITAL_ENDED not in kept.rest()
 
 
 def test_a_companion_is_not_blamed_for_the_end_of_a_command_that_it_noticed_first():
@@ -341,7 +343,7 @@ os._exit(5)
 """
     with Kept(python(command), companion=python(COMPANION)) as kept:
         assert kept.ended() == 5
-        assert keeper.VITAL_ENDED not in kept.rest()
+        assert supervisor.VITAL_ENDED not in kept.rest()
 
 
 def test_a_companion_that_is_asked_to_stop_may_wait_for_the_command():
@@ -368,7 +370,7 @@ while True:
 def test_a_companion_that_does_not_exist_stops_the_command():
     with Kept(python(WAITS), companion=["/no/such/program"]) as kept:
         assert kept.ended() == 128 + signal.SIGTERM
-        assert "keeper: /no/such/program cannot be started: No such file or directory" in kept.rest()
+        assert "supervisor: /no/such/program cannot be started: No such file or directory" in kept.rest()
 
 
 # --- other users of the machine --------------------------------------------------------------------------------------
@@ -408,10 +410,10 @@ print(json.dumps([listed, read]))
 
 @functools.cache
 def others_python() -> str:
-    """A Python that other users may start, and the keeper with it."""
+    """A Python that other users may start, and the supervisor with it."""
     for path in (sys.executable, "/usr/bin/python3"):
         try:
-            command = [path, "-I", "-S", keeper.__file__]
+            command = [path, "-I", "-S", supervisor.__file__]
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, user=SERVER_USER)
         except OSError:
             continue
@@ -432,7 +434,7 @@ def as_user(user: int) -> dict:
 
 def without_the_right_to_mount() -> None:
     """As in a container. For a process to be."""
-    keeper.prctl(24, keeper.CAP_SYS_ADMIN)  # PR_CAPBSET_DROP
+    supervisor.prctl(24, supervisor.CAP_SYS_ADMIN)  # PR_CAPBSET_DROP
 
 
 @as_root
@@ -442,9 +444,9 @@ def test_another_user_cannot_even_list_its_shared_memory(user, way):
     interpreter = others_python()
     with Kept([interpreter, "-c", REGION, name], interpreter, as_user(user)) as kept:
         pid = int(kept.line().split()[0])
-        if PRIVATE not in kept.keepers_words:
-            pytest.skip(f"this machine does not allow it: {kept.keepers_words}")
-        assert f"{PRIVATE} ({way})" in kept.keepers_words
+        if PRIVATE not in kept.supervisor_words:
+            pytest.skip(f"this machine does not allow it: {kept.supervisor_words}")
+        assert f"{PRIVATE} ({way})" in kept.supervisor_words
         assert (shared_memory_at(pid) / name).read_text() == "a scan"
         assert (shared_memory_at(pid) / name).stat().st_uid == user
         outside = Path("/dev/shm", name)
@@ -478,8 +480,8 @@ def test_nobody_else_reaches_the_ports_that_it_listens_on(user):
     interpreter = others_python() if user else sys.executable
     with Kept([interpreter, "-c", LISTENS], interpreter, as_user(user)) as kept:
         port = int(kept.line())
-        if PRIVATE not in kept.keepers_words:
-            pytest.skip(f"this machine does not allow it: {kept.keepers_words}")
+        if PRIVATE not in kept.supervisor_words:
+            pytest.skip(f"this machine does not allow it: {kept.supervisor_words}")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), timeout=10)
 
@@ -509,7 +511,7 @@ def test_where_there_is_no_namespace_shared_memory_never_gets_rights_for_others(
     with Kept([interpreter, "-c", REGION, name], interpreter, popen, **more) as kept:
         pid, *rights = kept.line().split()
         assert rights == ["0o600"] and stat.S_IMODE(Path("/dev/shm", name).stat().st_mode) == 0o600
-        assert "other users of this machine can list this server's shared memory, but not open" in kept.keepers_words
+        assert "other users of this machine can list this server's shared memory, but not open" in kept.supervisor_words
         if os.geteuid() == 0:
             assert found_by_another_user(name, [kept.pid, int(pid)]) == ([f"/dev/shm/{name}"], [])
         kept.stop()
@@ -573,12 +575,14 @@ def test_the_tree_may_open_as_many_files_as_the_hard_limit_allows():
     few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))}
     code = "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE), flush=True)"
     with Kept(python(code), popen=few) as kept:
-        allowed = min(hard, keeper.MOST_FILES) if hard != resource.RLIM_INFINITY else keeper.MOST_FILES
+        allowed = min(hard, supervisor.MOST_FILES) if hard != resource.RLIM_INFINITY else supervisor.MOST_FILES
         assert kept.line() == f"{allowed} {hard}\n"
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------
-SLACK = keeper.LOG_LINE + 2 * keeper.LOG_CHUNK  # by which a file may outgrow its limit: a line, and what comes with it
+SLACK = (
+    supervisor.LOG_LINE + 2 * supervisor.LOG_CHUNK
+)  # by which a file may outgrow its limit: a line, and what comes with it
 SPEAKS = """
 import os, signal, sys
 def speak(first, last):
@@ -605,7 +609,7 @@ def numbers_of(lines: list[str]) -> list[int]:
 
 def dropped(lines: list[str]) -> int:
     return sum(
-        int(found[1].replace(",", "")) for line in lines if (found := re.match(r"keeper: ([\d,]+) lines ", line))
+        int(found[1].replace(",", "")) for line in lines if (found := re.match(r"supervisor: ([\d,]+) lines ", line))
     )
 
 
@@ -615,7 +619,7 @@ def test_a_flood_leaves_a_small_log_with_its_end_and_the_count_of_what_is_missin
         assert kept.ended() == 0
     lines = lines_of(log)
     numbers = numbers_of(lines)
-    assert log.stat().st_size < keeper.LOG_BYTES and lines[-1] == "the cause"
+    assert log.stat().st_size < supervisor.LOG_BYTES and lines[-1] == "the cause"
     assert numbers == sorted(numbers) and numbers[0] == 0 and numbers[-1] == count - 1
     assert 0 < dropped(lines) == count - len(numbers)
 
@@ -643,7 +647,7 @@ def test_the_log_of_the_run_before_is_kept(tmp_path):
     for word in ("first", "second", "third"):
         with Kept(["echo", word], log=str(log)) as kept:
             assert kept.ended() == 0
-    words = [line for line in lines_of(log) if not line.startswith("keeper: ")]
+    words = [line for line in lines_of(log) if not line.startswith("supervisor: ")]
     assert words == ["second", "third"]
 
 
@@ -652,8 +656,8 @@ def test_the_rest_of_an_endless_line_is_cut(tmp_path):
     code = "print('a' * 3_000_000 + '\\nb' + '\\n' + 'c' * 100_000 + '\\nd')"
     with Kept(python(code), log=str(log)) as kept:
         assert kept.ended() == 0
-    lines = [line for line in lines_of(log) if not line.startswith("keeper: ")]
-    size = keeper.LOG_LINE
+    lines = [line for line in lines_of(log) if not line.startswith("supervisor: ")]
+    size = supervisor.LOG_LINE
     assert lines == [
         "a" * size + f" ... ({3_000_000 - size:,} bytes cut)",
         "b",
@@ -741,7 +745,7 @@ speak(3_000, 3_001)
     full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))}
     with Kept(python(SPEAKS + code, up), popen=full, log=str(log)) as kept:
         assert up.read_text() == "said\n"  # so all but what a pipe holds was read
-        (command,) = keeper.descendants(kept.pid)
+        (command,) = supervisor.descendants(kept.pid)
         resource.prlimit(kept.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         os.kill(command, signal.SIGUSR1)
         assert kept.ended() == 0
@@ -765,7 +769,7 @@ sys.exit(7)
 """
     with Kept(python(SPEAKS + code, up), log=str(log), log_bytes=limit) as kept:
         assert up.read_text() == "said\n"
-        (command,) = keeper.descendants(kept.pid)
+        (command,) = supervisor.descendants(kept.pid)
         shutil.rmtree(log.parent)
         os.kill(command, signal.SIGUSR1)
         assert up.read_text() == "said\n"
@@ -778,7 +782,7 @@ sys.exit(7)
     assert numbers_of(lines_of(log))[-1] == 39_999
 
 
-def test_the_keeper_does_not_end_before_its_log_is_written(tmp_path):
+def test_the_supervisor_does_not_end_before_its_log_is_written(tmp_path):
     log, count = tmp_path / "log", 1_200  # more than the log takes before it is read, and less than with all between
     os.mkfifo(log)
     reading = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
@@ -795,33 +799,33 @@ def test_the_keeper_does_not_end_before_its_log_is_written(tmp_path):
 
 # --- the owner -------------------------------------------------------------------------------------------------------
 def test_the_tree_ends_with_its_owner():
-    """The owner is killed outright, while another process still holds the keeper's stdin open."""
+    """The owner is killed outright, while another process still holds the supervisor's stdin open."""
     owner_code = """
 import json, os, signal, subprocess, sys
 command, spec = sys.argv[1:]
-keeper = subprocess.Popen(json.loads(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, start_new_session=True)
-keeper.stdin.write(spec + "\\n")
-keeper.stdin.flush()
-while (pids := keeper.stdout.readline()).startswith("keeper: "):
+supervisor = subprocess.Popen(json.loads(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, start_new_session=True)
+supervisor.stdin.write(spec + "\\n")
+supervisor.stdin.flush()
+while (pids := supervisor.stdout.readline()).startswith("supervisor: "):
     pass
 heir = os.fork()
 if heir:
-    print(keeper.pid, heir, pids, flush=True)
+    print(supervisor.pid, heir, pids, flush=True)
 signal.pause()
 """
     prefix, name = f"test-{uuid.uuid4().hex[:8]}", f"psm_{uuid.uuid4().hex[:8]}"
     spec = spec_of(python(COMMAND, prefix, name, DEAF), shm_prefixes=[f"{prefix}-"], private_shm="never")
-    command = json.dumps([sys.executable, "-I", "-S", keeper.__file__])
+    command = json.dumps([sys.executable, "-I", "-S", supervisor.__file__])
     owner = subprocess.Popen(python(owner_code, command, json.dumps(spec)), stdout=subprocess.PIPE, text=True)
-    keeper_pid, heir, *pids = (int(word) for word in owner.stdout.readline().split())
-    ended = os.pidfd_open(keeper_pid)
+    supervisor_pid, heir, *pids = (int(word) for word in owner.stdout.readline().split())
+    ended = os.pidfd_open(supervisor_pid)
     owner.kill()
     owner.wait()
     try:
-        assert select.select([ended], [], [], PATIENCE_S)[0], "the keeper still runs"
+        assert select.select([ended], [], [], PATIENCE_S)[0], "the supervisor still runs"
     finally:
         os.close(ended)
         os.kill(heir, signal.SIGKILL)
-    assert not set(pids) & set(keeper.descendants(0))
+    assert not set(pids) & set(supervisor.descendants(0))
     assert not [n for n in os.listdir("/dev/shm") if n.startswith((prefix, name))]

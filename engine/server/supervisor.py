@@ -1,9 +1,10 @@
 """Keeps a process tree: starts one command, and leaves nothing of it behind, however it or its owner ends.
 
-Run as a script (`python -I -S keeper.py`, standard library only) by `engine.server`, which writes SPEC to its stdin and
-then holds that open. The keeper is the reaper of all processes below it, so even those that leave their process group
-(vLLM's engine and its workers) stay its descendants. It stops the tree when stdin closes (the owner asks, or died), on
-SIGTERM/SIGINT/SIGHUP, and when the command itself ends; then it removes the shared memory that the tree held.
+Run as a script (`python -I -S supervisor.py`, standard library only) by `engine.server`, which writes SPEC to its
+stdin and then holds that open. The supervisor is the reaper of all processes below it, so even those that leave their
+process group (vLLM's engine and its workers) stay its descendants. It stops the tree when stdin closes (the owner
+asks, or died), on SIGTERM/SIGINT/SIGHUP, and when the command itself ends; then it removes the shared memory that the
+tree held.
 
 Other users of the machine are kept out: nothing of SPEC stands on a command line, which all can read; what the tree
 creates has no rights for others (umask 077); and its shared memory is closed to them (see `close_shared_memory`).
@@ -19,10 +20,9 @@ SPEC is one line of JSON:
         tree does.
     private_shm: `auto`, or `never` where a namespace of its own is in the way: /dev/shm stays the machine's then, and
         others can list it, but not open it.
-    log: file for what the tree and the keeper say, with no rights for others; without it all goes to the keeper's
-        stderr. The one that lies there becomes LOG.1, at the start and whenever it reaches log_bytes (16 MiB, if not
-        given). A terminal or a pipe is written to as it is.
-"""
+    log: file for what the tree and the supervisor say, with no rights for others; without it all goes to the
+        supervisor's stderr. The one that lies there becomes LOG.1, at the start and whenever it reaches log_bytes (16
+        MiB, if not given). A terminal or a pipe is written to as it is."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 SHM = "/dev/shm/"
-VITAL_ENDED = "keeper: the command cannot go on without process "
+VITAL_ENDED = "supervisor: the command cannot go on without process "
 SETTLED_S = 60.0  # after the start and new shared memory, in which vital processes are looked for: they start then
 LOOK_S, SETTLED_LOOK_S = 0.1, 1.0  # between two looks, in that time and later
 BLAME_S = 0.5  # for the command to end, too: then it was the first, and its companion only saw that before us
@@ -161,17 +161,17 @@ def close_shared_memory(private: str) -> tuple[bool, str]:
         why = "CAP_SYS_ADMIN is missing"
     elif not (why := refusal(flags)):
         enter_namespace(flags)
-        return True, f"keeper: shared memory is private to this server ({kind})"
+        return True, f"supervisor: shared memory is private to this server ({kind})"
     try:
         keep_rights_closed()
     except OSError as error:
         return False, (
-            f"keeper: other users of this machine can read this server's shared memory, scans in it included (no "
+            f"supervisor: other users of this machine can read this server's shared memory, scans in it included (no "
             f"namespace for it: {why}; no filter: {error}); start it as root, or allow user namespaces"
         )
     return False, (
-        f"keeper: other users of this machine can list this server's shared memory, but not open it (no namespace for "
-        f"it: {why})"
+        f"supervisor: other users of this machine can list this server's shared memory, but not open it (no namespace "
+        f"for it: {why})"
     )
 
 
@@ -303,7 +303,7 @@ class Log:
         self.thread.start()
 
     def say(self, line: str) -> None:
-        """The keeper's own words."""
+        """The supervisor's own words."""
         with self.lock:
             self._store(self._on_its_own(line))
 
@@ -358,7 +358,7 @@ class Log:
         """Write, with word of what was lost before, and a new file where this one is full, between two lines."""
         if self.lost_bytes:
             note = self._on_its_own(
-                f"keeper: {self.lost_lines:,} lines ({self.lost_bytes / 1e6:.1f} MB) dropped: more than "
+                f"supervisor: {self.lost_lines:,} lines ({self.lost_bytes / 1e6:.1f} MB) dropped: more than "
                 f"{LOG_RATE >> 10} KiB a second came, or the disk was full"
             )
             if self._write(note) == len(note):
@@ -421,7 +421,7 @@ class Log:
         os.close(file)
 
 
-class Keeper:
+class Supervisor:
     """The parameters are SPEC's."""
 
     def __init__(
@@ -483,7 +483,7 @@ class Keeper:
         """
 
         def prepare() -> None:
-            # Should the keeper itself be killed, it at least gets a SIGTERM ...
+            # Should the supervisor itself be killed, it at least gets a SIGTERM ...
             prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             if alone:
                 leave_network()
@@ -499,7 +499,7 @@ class Keeper:
                 restore_signals=False,
             )
         except OSError as error:
-            self.log.say(f"keeper: {command[0]} cannot be started: {error.strerror}")
+            self.log.say(f"supervisor: {command[0]} cannot be started: {error.strerror}")
             return None
         self.processes.append(process)  # at the object's end it would collect the status of one that has ended already
         return process.pid
@@ -652,10 +652,10 @@ def read_spec() -> dict:
     line = b""
     while not line.endswith(b"\n"):
         if not (more := os.read(0, 1 << 16)):
-            sys.exit("keeper: the owner ended before it said what to start")
+            sys.exit("supervisor: the owner ended before it said what to start")
         line += more
     return json.loads(line)
 
 
 if __name__ == "__main__":
-    sys.exit(Keeper(**read_spec()).run())
+    sys.exit(Supervisor(**read_spec()).run())

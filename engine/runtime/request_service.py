@@ -19,7 +19,7 @@ from engine.runtime.step import Later, Outputs, Step
 _log = logging.getLogger(__name__)
 
 
-class Desk:
+class RequestService:
     """Answers a Triton model's requests by a step. pool: for the slow ones."""
 
     def __init__(self, step: Step, pool: RequestPool):

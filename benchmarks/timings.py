@@ -11,7 +11,7 @@ PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
-class Sample:
+class Timing:
     """One request. Times in seconds since it began.
 
     first_s: when its first token came. tokens: of the answer; prompt_tokens: before it, visual ones included;

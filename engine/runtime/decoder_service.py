@@ -38,13 +38,13 @@ class _Open:
     wanted: tuple[str, ...]
 
 
-class AnswerDesk:
+class DecoderService:
     """Serves the requests of one Triton model instance; many at a time.
 
     The next delta is fetched when the last one was sent, so that a client that cannot follow makes the decoder join
     tokens instead of filling a queue. Whether a client has cancelled is asked again and again, as nobody tells.
 
-    on_health: is told, on the desk's thread, how the language model is, see `LlmEngine`. on_broken: is told there,
+    on_health: is told, on the service's thread, how the language model is, see `LlmEngine`. on_broken: is told there,
     once, that it will not come back, when the answers in work have failed (after LAST_ANSWERS_S at the latest).
     """
 

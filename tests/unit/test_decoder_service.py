@@ -138,7 +138,7 @@ def run_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch):
+def service(tmp_path, monkeypatch):
     fake = types.ModuleType("triton_python_backend_utils")
     fake.Tensor, fake.InferenceResponse, fake.TritonError = Tensor, Response, TritonError
     fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
@@ -146,9 +146,9 @@ def desk(tmp_path, monkeypatch):
         Tensor(name, request.inputs[name]) if name in request.inputs else None
     )
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    for name in ("engine.runtime.triton_io", "engine.runtime.answer_desk"):
+    for name in ("engine.runtime.triton_io", "engine.runtime.decoder_service"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    from engine.runtime.answer_desk import AnswerDesk
+    from engine.runtime.decoder_service import DecoderService
 
     store = StudyStore(tmp_path / "store")
     array = np.random.default_rng(0).random((1, 4, 8, 8), dtype=np.float32)
@@ -156,20 +156,20 @@ def desk(tmp_path, monkeypatch):
     store.add(STUDY, {"geometry": prepared.geometry.to_dict()}, prepared.image)
     store.put(STUDY, "visual_tokens", np.ones((3, 4), np.float32))
     told, broken = [], queue.Queue()
-    desk = AnswerDesk(DecoderStep(FakeDecoder(), store), told.append, broken.put)
-    desk.told, desk.broken, desk.decoder = told, broken, desk.step.decoder
-    desk.start()
-    yield desk
-    if not desk.decoder.stopped:
-        desk.close()
+    service = DecoderService(DecoderStep(FakeDecoder(), store), told.append, broken.put)
+    service.told, service.broken, service.decoder = told, broken, service.step.decoder
+    service.start()
+    yield service
+    if not service.decoder.stopped:
+        service.close()
     store.close()
 
 
-def ask(desk, sender=None, wanted=MODELS["decoder"].output_names, id_="", **inputs):
+def ask(service, sender=None, wanted=MODELS["decoder"].output_names, id_="", **inputs):
     sender = sender or Sender()
     inputs = {"STUDY": STUDY, "QUESTION": "where?", **inputs}
     given = {name: value for name, value in inputs.items() if value is not None}
-    desk.execute([Request(sender, wanted, id_, **given)])
+    service.execute([Request(sender, wanted, id_, **given)])
     return sender
 
 
@@ -178,9 +178,9 @@ INFO = AnswerInfo(10, 4, 3, 0.1, 0.2)
 ANSWER = [Delta("at ", (5,)), Delta(BOX, (6, 7)), Delta(".", (2,), "stop", np.ones((2, 4), np.float32), INFO)]
 
 
-def test_a_stream_has_one_response_per_delta_and_the_rest_on_the_last(desk):
-    desk.decoder.script = ANSWER
-    responses = ask(desk, STREAM=STREAM).responses()
+def test_a_stream_has_one_response_per_delta_and_the_rest_on_the_last(service):
+    service.decoder.script = ANSWER
+    responses = ask(service, STREAM=STREAM).responses()
     assert [response.text("TEXT") for response in responses] == ["at ", BOX, "."]
     assert [response.outputs["TOKEN_IDS"].tolist() for response in responses] == [[5], [6, 7], [2]]
     assert [response.text("FINISH_REASON") for response in responses] == ["", "", "stop"]
@@ -191,37 +191,37 @@ def test_a_stream_has_one_response_per_delta_and_the_rest_on_the_last(desk):
     assert {response.text("STUDY") for response in responses} == {STUDY}
 
 
-def test_without_stream_there_is_one_response_in_all(desk):
-    desk.decoder.script = ANSWER
-    (response,) = ask(desk).responses()
+def test_without_stream_there_is_one_response_in_all(service):
+    service.decoder.script = ANSWER
+    (response,) = ask(service).responses()
     assert response.text("TEXT") == f"at {BOX}."
     assert response.outputs["TOKEN_IDS"].tolist() == [5, 6, 7, 2] and response.outputs["TOKEN_IDS"].dtype == np.int32
     assert response.outputs["BOXES"].tolist() == [[0, 0, 0, 3, 5, 5]], "voxel edges of the scan's own array"
 
 
-def test_earlier_turns_come_before_the_question(desk):
-    desk.decoder.script = ANSWER
-    ask(desk).responses()
-    assert desk.decoder.question == "where?"
-    ask(desk, HISTORY='[["user", "what?"], ["assistant", "a scan"]]').responses()
-    assert desk.decoder.question == [("user", "what?"), ("assistant", "a scan"), ("user", "where?")]
+def test_earlier_turns_come_before_the_question(service):
+    service.decoder.script = ANSWER
+    ask(service).responses()
+    assert service.decoder.question == "where?"
+    ask(service, HISTORY='[["user", "what?"], ["assistant", "a scan"]]').responses()
+    assert service.decoder.question == [("user", "what?"), ("assistant", "a scan"), ("user", "where?")]
 
 
 @pytest.mark.parametrize("stream", [None, STREAM])
-def test_details_are_on_the_last_response_where_there_are_any(desk, stream):
+def test_details_are_on_the_last_response_where_there_are_any(service, stream):
     top = (ScoredToken(5, "at", -0.5), ScoredToken(9, "in", -2.0))
     details = AnswerDetails(logprobs=(ChosenToken(5, "at", -0.5, top),), choices={"yes": -1.5}, history_used=False)
-    desk.decoder.script = [*ANSWER[:-1], replace(ANSWER[-1], details=details)]
-    said = json.loads(ask(desk, STREAM=stream).responses()[-1].text("ANSWER_INFO"))
+    service.decoder.script = [*ANSWER[:-1], replace(ANSWER[-1], details=details)]
+    said = json.loads(ask(service, STREAM=stream).responses()[-1].text("ANSWER_INFO"))
     assert said.pop("details") == json.loads(json.dumps(asdict(details)))
-    desk.decoder.script = ANSWER
-    assert json.loads(ask(desk).responses()[-1].text("ANSWER_INFO")) == said
+    service.decoder.script = ANSWER
+    assert json.loads(ask(service).responses()[-1].text("ANSWER_INFO")) == said
 
 
-def test_responses_hold_what_was_asked_for_only(desk):
+def test_responses_hold_what_was_asked_for_only(service):
     """Triton's response sender drops the rest without Python's lock, as it does for ensembles that use less."""
-    desk.decoder.script = ANSWER
-    responses = ask(desk, STREAM=STREAM, wanted=("TEXT", "FINISH_REASON")).responses()
+    service.decoder.script = ANSWER
+    responses = ask(service, STREAM=STREAM, wanted=("TEXT", "FINISH_REASON")).responses()
     assert [set(response.outputs) for response in responses] == [{"TEXT", "FINISH_REASON"}] * 3
 
 
@@ -239,30 +239,30 @@ def test_responses_hold_what_was_asked_for_only(desk):
         ({"STUDY": None}, "INVALID_ARG", "INVALID_ARGUMENT: the request has no STUDY"),
     ],
 )
-def test_a_bad_request_gets_its_error_and_the_next_one_its_answer(desk, inputs, code, words):
-    desk.decoder.script = ANSWER
-    (response,) = ask(desk, **inputs).responses()
+def test_a_bad_request_gets_its_error_and_the_next_one_its_answer(service, inputs, code, words):
+    service.decoder.script = ANSWER
+    (response,) = ask(service, **inputs).responses()
     assert response.error.code == code and str(response.error).startswith(words)
-    assert len(ask(desk).responses()[0].outputs["TOKEN_IDS"]) == 4
+    assert len(ask(service).responses()[0].outputs["TOKEN_IDS"]) == 4
 
 
 @pytest.mark.parametrize(
     "error, words",
     [(ResourceExhausted("full"), "RESOURCE_EXHAUSTED: full"), (KeyError("secret"), "INTERNAL: unexpected KeyError")],
 )
-def test_an_error_midway_ends_the_stream_with_its_kind(desk, error, words):
-    desk.decoder.script = [ANSWER[0], error]
-    first, last = ask(desk, STREAM=STREAM).responses()
+def test_an_error_midway_ends_the_stream_with_its_kind(service, error, words):
+    service.decoder.script = [ANSWER[0], error]
+    first, last = ask(service, STREAM=STREAM).responses()
     assert first.text("TEXT") == "at " and str(last.error).startswith(words)
 
 
 @pytest.mark.parametrize("script", [["wait"], [ANSWER[0], "wait"]])
-def test_a_cancelled_request_stops_decoding_also_before_its_first_token(desk, script):
-    desk.decoder.script = script
-    sender = ask(desk, STREAM=STREAM)
+def test_a_cancelled_request_stops_decoding_also_before_its_first_token(service, script):
+    service.decoder.script = script
+    sender = ask(service, STREAM=STREAM)
     sender.cancelled.set()
     assert sender.responses()[-1].error.code == "CANCELLED"
-    assert desk.decoder.closed.is_set()
+    assert service.decoder.closed.is_set()
 
 
 class Unasked(Sender):
@@ -272,10 +272,10 @@ class Unasked(Sender):
         raise AssertionError("Triton was asked")
 
 
-def test_a_request_that_the_front_gives_up_is_cancelled_and_no_other(run_folder, desk):
-    desk.decoder.script = ["wait"]
-    gone, other = (ask(desk, Unasked(), id_=id_) for id_ in "12")
-    past_the_front = ask(desk)
+def test_a_request_that_the_front_gives_up_is_cancelled_and_no_other(run_folder, service):
+    service.decoder.script = ["wait"]
+    gone, other = (ask(service, Unasked(), id_=id_) for id_ in "12")
+    past_the_front = ask(service)
     run_folder.cancel("1")
     assert gone.responses()[-1].error.code == "CANCELLED"
     past_the_front.cancelled.set()
@@ -285,9 +285,9 @@ def test_a_request_that_the_front_gives_up_is_cancelled_and_no_other(run_folder,
     assert other.responses()[-1].error.code == "CANCELLED"
 
 
-def test_without_a_front_triton_is_asked_about_a_request_with_an_id(desk):
-    desk.decoder.script = ["wait"]
-    sender = ask(desk, id_="1")
+def test_without_a_front_triton_is_asked_about_a_request_with_an_id(service):
+    service.decoder.script = ["wait"]
+    sender = ask(service, id_="1")
     sender.cancelled.set()
     assert sender.responses()[-1].error.code == "CANCELLED"
 
@@ -296,58 +296,58 @@ def test_without_a_front_triton_is_asked_about_a_request_with_an_id(desk):
 BROKEN = "the language model is out of order"
 
 
-def break_down(desk):
-    """As the engine does it: on the desk's loop, when the model has died."""
-    desk._thread.loop.call_soon_threadsafe(desk.decoder.on_broken, BROKEN)
+def break_down(service):
+    """As the engine does it: on the service's loop, when the model has died."""
+    service._thread.loop.call_soon_threadsafe(service.decoder.on_broken, BROKEN)
 
 
-def test_health_is_told_as_it_changes(desk):
-    desk._thread.loop.call_soon_threadsafe(desk.decoder.on_health, "restarting")
-    desk.close()
-    assert desk.told == ["ready", "restarting"]
+def test_health_is_told_as_it_changes(service):
+    service._thread.loop.call_soon_threadsafe(service.decoder.on_health, "restarting")
+    service.close()
+    assert service.told == ["ready", "restarting"]
 
 
-def test_a_broken_model_is_told_when_its_answers_have_failed(desk, monkeypatch):
+def test_a_broken_model_is_told_when_its_answers_have_failed(service, monkeypatch):
     gate = threading.Semaphore(0)
-    desk.decoder.script = [ANSWER[0], Unavailable("the language model stopped")]
-    sender = ask(desk, Sender(gate), STREAM=STREAM)
-    break_down(desk)
-    ask(desk, STUDY="cd" * 32).responses()  # the loop has had its turns
-    assert desk.broken.empty()
+    service.decoder.script = [ANSWER[0], Unavailable("the language model stopped")]
+    sender = ask(service, Sender(gate), STREAM=STREAM)
+    break_down(service)
+    ask(service, STUDY="cd" * 32).responses()  # the loop has had its turns
+    assert service.broken.empty()
     gate.release(2)
-    assert desk.broken.get(timeout=30) == BROKEN
+    assert service.broken.get(timeout=30) == BROKEN
     assert str(sender.sent[-1].error) == "UNAVAILABLE: the language model stopped"
 
 
-def test_a_broken_model_is_told_though_an_answer_does_not_end(desk, monkeypatch):
-    monkeypatch.setattr(sys.modules["engine.runtime.answer_desk"], "LAST_ANSWERS_S", 0.01)
-    desk.decoder.script = ["wait"]
-    ask(desk)
-    break_down(desk)
-    assert desk.broken.get(timeout=30) == BROKEN
+def test_a_broken_model_is_told_though_an_answer_does_not_end(service, monkeypatch):
+    monkeypatch.setattr(sys.modules["engine.runtime.decoder_service"], "LAST_ANSWERS_S", 0.01)
+    service.decoder.script = ["wait"]
+    ask(service)
+    break_down(service)
+    assert service.broken.get(timeout=30) == BROKEN
 
 
-def test_a_broken_model_without_answers_is_told_at_once(desk):
-    break_down(desk)
-    assert desk.broken.get(timeout=30) == BROKEN
+def test_a_broken_model_without_answers_is_told_at_once(service):
+    break_down(service)
+    assert service.broken.get(timeout=30) == BROKEN
 
 
-def test_a_desk_that_closes_tells_of_no_broken_model_any_more(desk):
-    desk.decoder.script = ["wait"]
-    sender = ask(desk)
-    break_down(desk)
-    desk.close()
-    assert sender.responses()[-1].error.code == "CANCELLED" and desk.broken.empty()
+def test_a_desk_that_closes_tells_of_no_broken_model_any_more(service):
+    service.decoder.script = ["wait"]
+    sender = ask(service)
+    break_down(service)
+    service.close()
+    assert sender.responses()[-1].error.code == "CANCELLED" and service.broken.empty()
 
 
-def test_a_client_that_does_not_follow_holds_the_decoder_up(desk):
-    desk.decoder.script = [Delta("x", (i,)) for i in range(100)] + ANSWER[-1:]
+def test_a_client_that_does_not_follow_holds_the_decoder_up(service):
+    service.decoder.script = [Delta("x", (i,)) for i in range(100)] + ANSWER[-1:]
     gate = threading.Semaphore(0)
-    sender = ask(desk, Sender(gate), STREAM=STREAM)
+    sender = ask(service, Sender(gate), STREAM=STREAM)
     gate.release(3)
     other = Sender()
-    ask(desk, other, STUDY="cd" * 32).responses()  # the loop has had its turns
-    assert desk.decoder.asked <= 4 + 1
+    ask(service, other, STUDY="cd" * 32).responses()  # the loop has had its turns
+    assert service.decoder.asked <= 4 + 1
     gate.release(1000)
     assert [i for r in sender.responses() for i in r.outputs["TOKEN_IDS"].tolist()] == [*range(100), 2]
 
@@ -367,20 +367,20 @@ class Watched(Sender):
         return False
 
 
-def test_the_last_response_waits_while_triton_is_asked_about_the_answer(desk):
+def test_the_last_response_waits_while_triton_is_asked_about_the_answer(service):
     """Triton frees the answer with it, and a server that is asked then dies of a segfault."""
-    desk.decoder.script = ANSWER
+    service.decoder.script = ANSWER
     gate = threading.Semaphore(0)
-    sender = ask(desk, Watched(gate), STREAM=STREAM)
+    sender = ask(service, Watched(gate), STREAM=STREAM)
     assert sender.asked.wait(30)
     gate.release(3)
     assert len(sender.responses()) == 3
     assert sender.ended_meanwhile is False
 
 
-def test_closing_ends_what_is_in_work(desk):
-    desk.decoder.script = ["wait"]
-    sender = ask(desk)
-    desk.close()
+def test_closing_ends_what_is_in_work(service):
+    service.decoder.script = ["wait"]
+    sender = ask(service)
+    service.close()
     assert sender.responses()[-1].error.code == "CANCELLED"
-    assert desk.decoder.stopped and desk.decoder.closed.is_set()
+    assert service.decoder.stopped and service.decoder.closed.is_set()

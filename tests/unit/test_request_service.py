@@ -25,7 +25,7 @@ from engine.runtime.step import LocalInputs
 from engine.runtime.study_step import StudyStep
 from engine.scan.limits import Limits
 
-MODULES = ("engine.runtime.triton_io", "engine.runtime.desk")
+MODULES = ("engine.runtime.triton_io", "engine.runtime.request_service")
 
 
 class Tensor(SimpleNamespace):
@@ -107,8 +107,10 @@ def triton(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    io, desk = map(importlib.import_module, MODULES)
-    yield SimpleNamespace(io=io, desk=partial(desk_of, desk.Desk), log=caplog, called=called, backend=backend)
+    io, service = map(importlib.import_module, MODULES)
+    yield SimpleNamespace(
+        io=io, service=partial(desk_of, service.RequestService), log=caplog, called=called, backend=backend
+    )
     for name in MODULES:  # no other test shall find modules that hold on to the fake
         del sys.modules[name]
         delattr(sys.modules["engine.runtime"], name.rpartition(".")[2])
@@ -122,14 +124,14 @@ def test_a_request_is_logged_by_its_id_and_outcome_without_what_it_asks(triton, 
             raise InvalidInput("the question 'Is there a tumour?' is refused")
         return lambda: {"STUDY": "a handle"}
 
-    desk = triton.desk(step, threads=1, waiting=8)
+    service = triton.service(step, threads=1, waiting=8)
     requests = Request(id_="right", question="Is there a tumour?"), Request(id_="wrong", question="Is there a tumour?")
-    desk.execute(requests)
+    service.execute(requests)
     for request in requests:
         request.answer()
-    desk.close()
+    service.close()
     log = capsys.readouterr().err
-    assert re.search(r"INFO study right engine\.runtime\.desk: answered in \d", log)
+    assert re.search(r"INFO study right engine\.runtime\.service: answered in \d", log)
     assert "INFO study wrong engine.runtime.triton_io: refused: INVALID_ARGUMENT" in log
     assert "tumour" not in log and "handle" not in log
 
@@ -141,13 +143,13 @@ def test_a_quick_request_is_answered_while_slow_ones_are_in_work(triton):
         assert go.wait(30)
         return {"STUDY": "slow"}
 
-    desk = triton.desk(lambda inputs: inputs.triton.inputs.get("quick", later), threads=2, waiting=8)
+    service = triton.service(lambda inputs: inputs.triton.inputs.get("quick", later), threads=2, waiting=8)
     slow, quick = [Request() for _ in range(5)], Request(quick={"STUDY": "quick"})
-    assert desk.execute([*slow, quick]) is None
+    assert service.execute([*slow, quick]) is None
     assert said(quick.answer()) == "quick" and not any(request.answers for request in slow)
     go.set()
     assert [said(request.answer()) for request in slow] == ["slow"] * 5
-    desk.close()
+    service.close()
 
 
 def test_more_slow_requests_than_there_are_places_are_refused_and_places_become_free_again(triton):
@@ -157,24 +159,24 @@ def test_more_slow_requests_than_there_are_places_are_refused_and_places_become_
         assert go.wait(30)
         return {"STUDY": "slow"}
 
-    desk = triton.desk(lambda inputs: later, threads=1, waiting=2)
+    service = triton.service(lambda inputs: later, threads=1, waiting=2)
     requests = [Request() for _ in range(4)]
-    desk.execute(requests)
+    service.execute(requests)
     error = requests[-1].answer().error
     assert error.code == "UNAVAILABLE" and error.text.startswith("RESOURCE_EXHAUSTED: 3 requests")
     go.set()
     assert [said(request.answer()) for request in requests[:-1]] == ["slow"] * 3
-    desk.close()
-    assert all(desk.pool.places.acquire(blocking=False) for _ in range(3))
+    service.close()
+    assert all(service.pool.places.acquire(blocking=False) for _ in range(3))
 
 
 def test_a_request_cancelled_while_it_waited_is_not_worked_on(triton):
     worked = []
-    desk = triton.desk(lambda inputs: partial(worked.append, inputs), threads=1, waiting=1)
+    service = triton.service(lambda inputs: partial(worked.append, inputs), threads=1, waiting=1)
     request = Request(cancelled=True)
-    desk.execute([request])
+    service.execute([request])
     assert request.answer().error.code == "CANCELLED" and not worked
-    desk.close()
+    service.close()
 
 
 @pytest.fixture
@@ -195,25 +197,25 @@ def test_a_request_that_the_front_gave_up_while_it_waited_is_not_worked_on(trito
     def never_asked():
         raise AssertionError("Triton is not to be asked about a request of the front")
 
-    desk = triton.desk(lambda inputs: partial(later, inputs), threads=1, waiting=4)
+    service = triton.service(lambda inputs: partial(later, inputs), threads=1, waiting=4)
     first, gone, other = (Request(id_=id_) for id_ in "123")
     for request in (first, gone, other):
         request.is_cancelled = never_asked
     direct = Request(cancelled=True)  # came past the front
-    desk.execute([first, gone, other, direct])
+    service.execute([first, gone, other, direct])
     run_folder.cancel("2")
     go.set()
     assert gone.answer().error.code == direct.answer().error.code == "CANCELLED"
     assert said(other.answer()) == "done" and worked == [first, other]
-    desk.close()
+    service.close()
 
 
 def test_without_a_front_triton_is_asked_about_a_request_with_an_id(triton):
-    desk = triton.desk(lambda inputs: lambda: {"STUDY": "done"}, threads=1, waiting=1)
+    service = triton.service(lambda inputs: lambda: {"STUDY": "done"}, threads=1, waiting=1)
     request = Request(cancelled=True, id_="1")
-    desk.execute([request])
+    service.execute([request])
     assert request.answer().error.code == "CANCELLED"
-    desk.close()
+    service.close()
 
 
 @pytest.mark.parametrize(
@@ -236,15 +238,15 @@ def test_an_error_reaches_the_client_with_its_code_and_the_desk_goes_on(triton, 
             raise error
         return {"STUDY": "fine"}
 
-    desk = triton.desk(partial(partial, fail) if slow else fail, threads=1, waiting=4)
+    service = triton.service(partial(partial, fail) if slow else fail, threads=1, waiting=4)
     bad, good = Request(bad=True), Request()
-    desk.execute([bad, good])
+    service.execute([bad, good])
     assert (bad.answer().error.code, bad.answer().error.text) == (code, text)
     assert said(good.answer()) == "fine"
     assert bool(triton.log.text) == (code == "INTERNAL")
     if triton.log.text:
         assert "secret detail" in triton.log.text and "Traceback" in triton.log.text
-    desk.close()
+    service.close()
 
 
 def test_inputs_are_optional_and_texts_must_be_utf8(triton):

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils.data import DataLoader, Dataset
+from training.data.skip_broken import Tolerant, TooManyBroken, present
 
 from engine.errors import InvalidInput
 from tests.m3d_data import SIZE, image, save, write_root
 from training.data.sample import BrokenSample, Sample
 from training.data.sets import open_sets
-from training.data.tolerant import Tolerant, TooManyBroken, present
 
 pytestmark = pytest.mark.integration
 
