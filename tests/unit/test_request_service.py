@@ -131,7 +131,7 @@ def test_a_request_is_logged_by_its_id_and_outcome_without_what_it_asks(triton, 
         request.answer()
     service.close()
     log = capsys.readouterr().err
-    assert re.search(r"INFO study right engine\.runtime\.service: answered in \d", log)
+    assert re.search(r"INFO study right engine\.runtime\.request_service: answered in \d", log)
     assert "INFO study wrong engine.runtime.triton_io: refused: INVALID_ARGUMENT" in log
     assert "tumour" not in log and "handle" not in log
 

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils.data import DataLoader, Dataset
-from training.data.skip_broken import Tolerant, TooManyBroken, present
 
 from engine.errors import InvalidInput
 from tests.m3d_data import SIZE, image, save, write_root
 from training.data.sample import BrokenSample, Sample
 from training.data.sets import open_sets
+from training.data.skip_broken import SkipBroken, TooManyBroken, present
 
 pytestmark = pytest.mark.integration
 
@@ -45,7 +45,7 @@ def answers(batch) -> list[str]:
 
 @pytest.mark.parametrize("workers, start", [(0, None), (2, "fork"), (1, "spawn")])
 def test_broken_samples_are_left_out_counted_and_recorded_whoever_reads(tmp_path, workers, start):
-    data = Tolerant(Numbers(64, {3, 17, 40}), tmp_path / "broken.jsonl")
+    data = SkipBroken(Numbers(64, {3, 17, 40}), tmp_path / "broken.jsonl")
     loader = DataLoader(data, batch_size=4, num_workers=workers, collate_fn=answers, multiprocessing_context=start)
     for epoch in (1, 2):
         assert sum(loader, []) == [str(k) for k in range(64) if k not in (3, 17, 40)]
@@ -56,14 +56,14 @@ def test_broken_samples_are_left_out_counted_and_recorded_whoever_reads(tmp_path
 
 
 def test_a_sample_of_another_epoch_is_counted_alike(tmp_path):
-    data = Tolerant(open_sets(["caption"], write_root(tmp_path / "root"), "train", SIZE), tmp_path / "broken.jsonl")
+    data = SkipBroken(open_sets(["caption"], write_root(tmp_path / "root"), "train", SIZE), tmp_path / "broken.jsonl")
     save(tmp_path / "root/M3D_Cap_npy/ct_case/000001/Axial.npy", image(0)[:, :4])
     assert data.at(3, 0).question == data.dataset.at(3, 0).question and data.at(3, 1) is None
     assert data.counts() == (2, 1)
 
 
 def test_a_broken_sample_is_logged_with_path_and_cause(tmp_path, caplog):
-    data = Tolerant(Numbers(4, {1}), tmp_path / "broken.jsonl")
+    data = SkipBroken(Numbers(4, {1}), tmp_path / "broken.jsonl")
     with caplog.at_level(logging.WARNING):
         assert data[1] is None and data[2].answer == "2"
     assert "1.npy and mask_1.npy: cut off" in caplog.text
@@ -75,11 +75,11 @@ def test_other_errors_are_not_swallowed(tmp_path):
             return {}["defect"]
 
     with pytest.raises(KeyError):
-        Tolerant(Defect(1, set()), tmp_path / "broken.jsonl")[0]
+        SkipBroken(Defect(1, set()), tmp_path / "broken.jsonl")[0]
 
 
 def test_more_than_the_allowed_share_stops_with_what_was_broken(tmp_path):
-    data = Tolerant(Numbers(1000, set(range(0, 1000, 50))), tmp_path / "broken.jsonl", limit=0.01, minimum=200)
+    data = SkipBroken(Numbers(1000, set(range(0, 1000, 50))), tmp_path / "broken.jsonl", limit=0.01, minimum=200)
     for index in range(100):  # 2 broken: 1 % of the minimum, though 2 % of what was read
         data[index]
     data.check()
@@ -89,7 +89,7 @@ def test_more_than_the_allowed_share_stops_with_what_was_broken(tmp_path):
 
 
 def test_the_share_is_of_all_that_was_read(tmp_path):
-    data = Tolerant(Numbers(1000, {5, 500, 999}), tmp_path / "broken.jsonl", limit=0.01, minimum=10)
+    data = SkipBroken(Numbers(1000, {5, 500, 999}), tmp_path / "broken.jsonl", limit=0.01, minimum=10)
     for index in range(100, 1000):
         data[index]
     data.check()  # 2 of 900
@@ -98,13 +98,13 @@ def test_the_share_is_of_all_that_was_read(tmp_path):
 def test_a_share_that_is_none_is_refused(tmp_path):
     for limit in (-0.1, 1, float("nan")):
         with pytest.raises(InvalidInput, match="share of broken samples"):
-            Tolerant(Numbers(1, set()), tmp_path / "broken.jsonl", limit=limit)
+            SkipBroken(Numbers(1, set()), tmp_path / "broken.jsonl", limit=limit)
 
 
 def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     # Only the second rank meets broken samples: 4 of its 100, and of 200 in all.
-    data = Tolerant(Numbers(200, {101, 102, 103, 104}), f"{folder}/broken.jsonl", limit=0.01, minimum=1)
+    data = SkipBroken(Numbers(200, {101, 102, 103, 104}), f"{folder}/broken.jsonl", limit=0.01, minimum=1)
     for index in range(100 * rank, 100 * rank + 100):
         data[index]
     try:
@@ -131,7 +131,7 @@ class _Mean(torch.nn.Module):
         return {"loss": self.weight * images.mean()}
 
 
-def _trainer(data: Tolerant, folder: Path):
+def _trainer(data: SkipBroken, folder: Path):
     from transformers import Trainer, TrainingArguments
 
     from training.data.watch import BrokenSampleCheck
@@ -159,7 +159,7 @@ def _trainer(data: Tolerant, folder: Path):
 def test_a_trainer_goes_on_past_a_broken_file_sees_new_epochs_and_sums_up(tmp_path, caplog):
     root = write_root(tmp_path / "root")
     save(root / "M3D_Cap_npy/ct_case/000001/Axial.npy", image(0)[:, :4])
-    data = Tolerant(open_sets(["caption"], root, "train", SIZE, jitter=True), tmp_path / "broken.jsonl")
+    data = SkipBroken(open_sets(["caption"], root, "train", SIZE, jitter=True), tmp_path / "broken.jsonl")
     with caplog.at_level(logging.WARNING):
         _trainer(data, tmp_path).train()
     assert data.counts() == (8, 2) and int(data.dataset.sets[0]._epoch) == 1
@@ -169,6 +169,6 @@ def test_a_trainer_goes_on_past_a_broken_file_sees_new_epochs_and_sums_up(tmp_pa
 
 
 def test_a_trainer_stops_on_too_many_broken_samples(tmp_path):
-    data = Tolerant(Numbers(30, {4, 5, 7}), tmp_path / "broken.jsonl", limit=0.05, minimum=10)
+    data = SkipBroken(Numbers(30, {4, 5, 7}), tmp_path / "broken.jsonl", limit=0.05, minimum=10)
     with pytest.raises(TooManyBroken):
         _trainer(data, tmp_path).train()

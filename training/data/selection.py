@@ -17,7 +17,7 @@ from engine.errors import InvalidInput
 from training.config import StageSettings, build
 from training.data.sample import BrokenSample, Sample
 from training.data.sets import open_sets
-from training.data.skip_broken import Tolerant
+from training.data.skip_broken import SkipBroken
 from training.data.views import ScanSettings, ViewPairs, ViewQuestions, Views
 from training.data.watch import BrokenSampleCheck
 from training.record import sha256
@@ -50,7 +50,7 @@ class M3DSamples:
         )
         run.out.mkdir(parents=True, exist_ok=True)
         self.root = settings.root
-        self.samples = Tolerant(self.sets, run.out / "broken.jsonl", settings.broken)
+        self.samples = SkipBroken(self.sets, run.out / "broken.jsonl", settings.broken)
         self.callbacks = [BrokenSampleCheck(self.samples)]
 
     def __len__(self) -> int:

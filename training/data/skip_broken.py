@@ -37,7 +37,7 @@ class BrokenFile:
     times: int
 
 
-class Tolerant(Dataset):
+class SkipBroken(Dataset):
     """A set whose broken samples are None, for a collator that leaves them out (`present`).
 
     dataset: a TrainingSet or Mixture, which raises BrokenSample. record: a file to which each broken sample is appended
