@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -82,3 +83,10 @@ class Audit:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def log_failure(access: Access, error: Exception) -> None:
+    """Where it failed, without what the error says: that may quote a scan or a question."""
+    frames = traceback.extract_tb(error.__traceback__)[-8:]
+    where = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+    _log.error("request %s failed with %s at %s", access.request, type(error).__name__, where)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.api import Answer
+from engine.errors import M3DError
+from engine.gateway.audit import Access, log_failure
 from engine.gateway.backend import AsyncAnswerStream
 from engine.gateway.metrics import Metrics
 from engine.gateway.refusal import refusal_of
@@ -67,8 +69,9 @@ class Completion:
         extension = self._extension(answer)
         return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(answer), **extension}
 
-    async def events(self, include_usage: bool) -> AsyncIterator[bytes]:
-        """Server-sent events. An error comes as an event, as OpenAI's server sends it, and ends the stream."""
+    async def events(self, include_usage: bool, access: Access) -> AsyncIterator[bytes]:
+        """Server-sent events. An error comes as an event, as OpenAI's server sends it, and ends the stream: the status
+        has been sent by then."""
         try:
             yield self._event({"role": "assistant", "content": ""}, include_usage)
             async for text in self._begun.texts():
@@ -79,9 +82,11 @@ class Completion:
                 yield _data({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(answer)})
             yield DONE
         except Exception as error:
-            # The status has been sent: whoever reads the events is told, and audit and metrics are by raising it.
-            yield _data(refusal_of(error).body)
-            raise
+            refusal = refusal_of(error)
+            access.outcome = refusal.code
+            if not isinstance(error, M3DError):
+                log_failure(access, error)
+            yield _data(refusal.body)
 
     def _event(
         self, delta: dict, include_usage: bool, reason: str | None = None, extension: dict | None = None

@@ -185,8 +185,8 @@ def _one_scan(names: list[Named], contents: list[bytes]) -> ScanPart:
     contents = list(dict.fromkeys(contents)) if len(set(contents)) == 1 else contents
     if not contents:
         raise invalid(
-            "messages: there is no scan: add a part of type file (file_id of /v1/files or of a study, or file_data), or "
-            "of type image_url with a data URL",
+            "messages: there is no scan: add a part of type file (file_id of /v1/files or of a study, or file_data), "
+            "or of type image_url with a data URL",
             "messages",
         )
     return inline(contents, "messages")
