@@ -35,6 +35,8 @@ from engine.gateway.scans import Named
 from engine.gateway.seal import Seal, new_secret
 from engine.gateway.settings import GatewaySettings
 from engine.gateway.studies import OpenStudy, Preparation, Studies
+from engine.methods import checked_question
+from engine.sampling import Sampling
 
 CHAT_MODEL, CLIP_MODEL = "m3d-lamed", "m3d-clip"
 SERVED = {CHAT_MODEL: "m3d_chat", CLIP_MODEL: "m3d_retrieve"}  # by which model of the repository
@@ -449,10 +451,11 @@ async def _segment(
     id: str, body: SegmentRequest, request: Request, gateway: This, key: Asks, note: Note
 ) -> dict[str, Any]:
     """The answer and its segments: masks as files of gzipped NIfTI, see /v1/files/{id}/content, and measurements."""
-    note.question = body.question
+    note.question = checked_question(body.question)
     sampling = body.model_dump(exclude={"question", "max_tokens"}, exclude_none=True)
     if body.max_tokens is not None:
         sampling["max_new_tokens"] = body.max_tokens
+    _checked(sampling)
 
     async def segment(opened: OpenStudy) -> Segmentation:
         study, timeout = opened.study, gateway.settings.timeout_s
@@ -517,8 +520,8 @@ async def _chat(body: ChatRequest, request: Request, gateway: This, key: Asks, n
     body.refuse_unsupported()
     info = await _info_of(gateway, body.model, (CHAT_MODEL,))
     scan, question, unread = body.conversation()
-    note.question = question
-    sampling = body.sampling()
+    note.question = checked_question(question)
+    sampling = _checked(body.sampling())
     if not isinstance(scan, Named):
         _allowed("upload")(request)
 
@@ -537,7 +540,27 @@ async def _chat(body: ChatRequest, request: Request, gateway: This, key: Asks, n
     if not body.stream:
         return JSONResponse(await while_connected(request, completion.whole()))
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return StreamingResponse(completion.events(include_usage, note), media_type="text/event-stream")
+    return _Events(completion.events(include_usage, note), begun)
+
+
+class _Events(StreamingResponse):
+    """Server-sent events of an answer, which is cancelled when they are not read to the end, or not at all."""
+
+    def __init__(self, events: AsyncIterator[bytes], begun: Begun):
+        super().__init__(events, media_type="text/event-stream")
+        self._begun = begun
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._begun.stream.aclose()
+
+
+def _checked(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Sampling settings that are allowed: a scan is not sent for a question that cannot be asked."""
+    Sampling.from_dict(sampling)
+    return sampling
 
 
 async def _embeddings(body: EmbeddingsRequest, request: Request, gateway: This, key: Asks) -> dict[str, Any]:
