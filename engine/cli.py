@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from engine.errors import InvalidInput, M3DError, Unavailable
+from engine.gateway import command as gateway_command
 
 # Everything else is imported by the command that needs it, so that help comes at once. What help says of a command is
 # an argument and no docstring: python -OO has none of those.
@@ -347,6 +348,12 @@ def doctor(
     where = {"cpu": "on the CPU", "tensorrt": "on the GPU"}[target]
     print(f"{len(missing)} missing for serving {where}" if missing else f"ready to serve {where}")
     raise typer.Exit(1 if missing else 0)
+
+
+app.command(help="Answer HTTP, as OpenAI's clients speak it, before a server or with an engine in this process.")(
+    gateway_command.gateway
+)
+app.add_typer(gateway_command.keys, name="keys")
 
 
 def _warn_of_the_network(host: str, grpc_port: int, metrics_host: str, metrics_port: int) -> None:

@@ -386,7 +386,7 @@ async def _received_file(request: Request, kind: str) -> AsyncIterator[IO[bytes]
     if kind == "multipart/form-data":
         _, upload = await _form_file(request)
         try:
-            yield upload.file  # type: ignore[misc]
+            yield upload.file
         finally:
             await upload.close()
         return

@@ -102,7 +102,7 @@ class Keys:
         try:
             found = os.stat(self._path)
         except OSError as error:
-            raise Unavailable(f"the keys file {self._path} cannot be read: {error.strerror}") from None
+            raise _unreadable(self._path, error) from None
         state = _State(found.st_ino, found.st_size, found.st_mtime_ns)
         if state == self._state:
             return
@@ -187,7 +187,7 @@ def read(path: Path) -> KeyFile:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             text = file.read()
     except OSError as error:
-        raise Unavailable(f"the keys file {path} cannot be read: {error.strerror}; `m3d keys add` makes one") from None
+        raise _unreadable(path, error) from None
     if mode & 0o077:
         raise Unavailable(f"the keys file {path} is open to other users (mode {mode:o}): chmod 600 {path}")
     try:
@@ -197,6 +197,10 @@ def read(path: Path) -> KeyFile:
 
 
 _CONTENT = TypeAdapter(KeyFile)
+
+
+def _unreadable(path: Path, error: OSError) -> Unavailable:
+    return Unavailable(f"the keys file {path} cannot be read: {error.strerror}; `m3d keys add` makes one")
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from engine.errors import InvalidInput, StudyNotFound
 from engine.gateway.app import create
 from engine.gateway.audit import Audit
 from engine.gateway.keys import Keys
-from engine.gateway.protocol import BoundedProtocol
+from engine.gateway.serving import configuration
 from engine.gateway.settings import GatewaySettings
 
 PATIENCE_S = 60
@@ -163,7 +163,7 @@ class FakeStream:
 class RunningGateway:
     """A gateway under uvicorn on a thread. url: of OpenAI's routes. audit: the lines until now."""
 
-    def __init__(self, m3d, folder: Path, keys: Path | None, settings: GatewaySettings, **server_settings):
+    def __init__(self, m3d, folder: Path, keys: Path | None, settings: GatewaySettings, **tls):
         self.m3d = m3d
         self._audit = folder / "audit.jsonl"
         opened = Keys(keys) if keys is not None else None
@@ -174,10 +174,7 @@ class RunningGateway:
         self.port = self._socket.getsockname()[1]
         self.root = f"http://127.0.0.1:{self.port}"
         self.url = f"{self.root}/v1"
-        config = uvicorn.Config(
-            self.door, http=BoundedProtocol, log_config=None, access_log=False, lifespan="on", **server_settings
-        )
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(configuration(self.door, **tls))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[self._socket])))
         self._thread.start()
 
