@@ -106,7 +106,9 @@ def create(m3d: AsyncM3D, keys: Keys | None, settings: GatewaySettings, audit: A
             files.close()
             audit.close()
 
-    app = FastAPI(title="M3D gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="M3D gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     app.state.gateway = gateway
     app.add_exception_handler(Exception, _raised)
     for kind in (Refusal, M3DError, RequestValidationError, HTTPException):
@@ -519,7 +521,7 @@ async def _rank(id: str, body: RankRequest, request: Request, gateway: This, key
 async def _chat(body: ChatRequest, request: Request, gateway: This, key: Asks, note: Note) -> Any:
     body.refuse_unsupported()
     info = await _info_of(gateway, body.model, (CHAT_MODEL,))
-    scan, question, unread = body.conversation()
+    scan, question, unread = await asyncio.to_thread(body.conversation)  # decodes what is inline
     note.question = checked_question(question)
     sampling = _checked(body.sampling())
     if not isinstance(scan, Named):
@@ -565,7 +567,7 @@ def _checked(sampling: dict[str, Any]) -> dict[str, Any]:
 
 async def _embeddings(body: EmbeddingsRequest, request: Request, gateway: This, key: Asks) -> dict[str, Any]:
     """M3D-CLIP's embeddings. Tokens are not counted: usage is 0."""
-    items = body.items()
+    items = await asyncio.to_thread(body.items)
     await _info_of(gateway, body.model, (CLIP_MODEL,))
     if any(not isinstance(item, (str, Named)) for item in items):
         _allowed("upload")(request)
