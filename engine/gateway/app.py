@@ -30,7 +30,7 @@ from engine.gateway.files import Content, Files, StoredFile
 from engine.gateway.keys import Key, Keys, Role
 from engine.gateway.metrics import Metrics
 from engine.gateway.openai_types import ChatRequest, EmbeddingsRequest
-from engine.gateway.refusal import Refusal, gone, invalid, not_found, refusal_of, unsupported
+from engine.gateway.refusal import Refusal, gone, invalid, not_found, unsupported
 from engine.gateway.scans import Named
 from engine.gateway.seal import Seal, new_secret
 from engine.gateway.settings import GatewaySettings
@@ -110,9 +110,8 @@ def create(m3d: AsyncM3D, keys: Keys | None, settings: GatewaySettings, audit: A
         title="M3D gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
     app.state.gateway = gateway
-    app.add_exception_handler(Exception, _raised)
-    for kind in (Refusal, M3DError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _refused)
+    for kind in (Exception, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _raised)
     _add_routes(app)
     return Door(app, keys, settings, audit, metrics)
 
@@ -128,20 +127,15 @@ async def _sweep(gateway: Gateway) -> None:
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 async def _raised(_: Request, error: Exception) -> Response:
-    """The door answers."""
-    raise error
-
-
-async def _refused(request: Request, error: Exception) -> Response:
+    """The door answers all errors."""
     # FastAPI makes an error of its own of what reading the body raises.
     if isinstance(error, HTTPException) and isinstance(error.__cause__, (Refusal, Disconnected)):
         raise error.__cause__
-    refusal = _as_refusal(error)
-    _access(request).outcome = refusal.code
-    return JSONResponse(refusal.body, refusal.status, headers=dict(refusal.headers))
+    raise _as_refusal(error)
 
 
-def _as_refusal(error: Exception) -> Refusal:
+def _as_refusal(error: Exception) -> Exception:
+    """What FastAPI says, in the shape of all refusals; other errors as they are."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         place = ".".join(str(each) for each in first["loc"] if each not in ("body", "query", "path"))
@@ -151,7 +145,7 @@ def _as_refusal(error: Exception) -> Refusal:
         known = {404: "there is no such route", 405: "this route has no such method"}
         code = codes.get(error.status_code, "invalid_body")
         return Refusal(error.status_code, code, known.get(error.status_code, str(error.detail)))
-    return refusal_of(error)
+    return error
 
 
 # --- what routes need ------------------------------------------------------------------------------------------------

@@ -130,4 +130,4 @@ def usage(answer: Answer) -> dict[str, Any]:
 
 
 def _data(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n\n"

@@ -196,6 +196,8 @@ class RunningGateway:
     def stop(self) -> None:
         for event in (self.m3d.may_answer, self.m3d.may_go_on, self.m3d.may_upload):
             event.set()
+        if not self._thread.is_alive():
+            return
         self._server.should_exit = True
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()

@@ -10,7 +10,9 @@ import base64
 import gzip
 import io
 import json
+import os
 import socket
+import tempfile
 import threading
 import zipfile
 
@@ -19,6 +21,8 @@ import nibabel as nib
 import numpy as np
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from engine.errors import DeadlineExceeded, InvalidInput, M3DError, ResourceExhausted, Unavailable
@@ -73,6 +77,7 @@ def client(gateway, key):
 @pytest.fixture
 def http(gateway, key):
     with httpx.Client(base_url=gateway.root, headers=bearer(key), timeout=PATIENCE_S) as http:
+        http.gateway = gateway
         yield http
 
 
@@ -786,6 +791,31 @@ def test_a_client_that_reads_nothing_of_its_answer_is_given_up(gateway, key, m3d
         assert ended(gateway)["outcome"] == "disconnected" and m3d.ended.is_set()
 
 
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+_CHAT = ("model", "messages", "max_tokens", "stop", "seed", "stream", "stream_options", "preset", "crop", "\ud800")
+_FIELDS = {
+    "/v1/chat/completions": _CHAT,
+    "/v1/embeddings": ("model", "input", "encoding_format", "dimensions", "preset"),
+    "/v1/studies": ("file_id", "preset", "crop"),
+}
+
+
+@given(st.sampled_from(sorted(_FIELDS)), st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_value_of_a_field_makes_the_gateway_fail(http, path, data):
+    body = {"model": MODEL, "messages": about(INLINE)} if "chat" in path else {"model": "m3d-clip", "input": "a"}
+    body = {} if path == "/v1/studies" else body
+    changes = data.draw(st.dictionaries(st.sampled_from(_FIELDS[path]), _VALUES, min_size=1, max_size=2))
+    # Rates are not what is tried here.
+    http.gateway.door._rates._left.clear()
+    answer = http.post(path, content=json.dumps(body | changes).encode(), headers={"content-type": "application/json"})
+    assert answer.status_code in (200, 400, 404), answer.text
+
+
 # --- audit and metrics -----------------------------------------------------------------------------------------------
 def test_an_access_is_one_line_without_contents(gateway, client, http, key, m3d):
     file = client.files.create(file=("Jane Doe.nii", b"Jane Doe"), purpose="user_data")
@@ -801,6 +831,39 @@ def test_an_access_is_one_line_without_contents(gateway, client, http, key, m3d)
     assert missed["operation"] == "GET /v1/studies/{id}" and missed["outcome"] == "not_found"
     text = json.dumps(gateway.audit())
     assert not [word for word in ("Jane", "tumour", "normal", "Smith", key) if word in text]
+
+
+def test_a_marked_patient_and_question_are_in_no_log_and_no_folder(
+    start, key, m3d, tmp_path, monkeypatch, caplog, capfd
+):
+    temporary, mark = tmp_path / "tmp", "Zyx-Marked"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    caplog.set_level("DEBUG")
+    shared = set(os.listdir("/dev/shm"))
+    gateway = start()
+    scan = (mark * 300_000).encode()  # so large that it is not in memory
+    with openai.OpenAI(base_url=gateway.url, api_key=key, max_retries=0) as client:
+        file = client.files.create(file=(f"{mark}.nii", scan), purpose="user_data", extra_headers={"x-patient": mark})
+        parts = [file_part(file_id=file.id), image_part(scan[:1000])]
+        for n, error in enumerate((None, InvalidInput(mark), ValueError(mark))):
+            m3d.error = error
+            part = parts[n % 2]
+            try:
+                client.chat.completions.create(model=MODEL, messages=about(part, question=mark), user=mark)
+            except openai.APIStatusError as refused:
+                assert error is not None and (mark in refused.message) == isinstance(error, InvalidInput)
+        m3d.error = None
+        study = httpx.post(f"{gateway.url}/studies?preset={mark}", content=scan, headers=bearer(key))
+        assert study.status_code == 400
+        assert httpx.get(f"{gateway.url}/studies/{mark}?{mark}={mark}", headers=bearer(key)).status_code == 404
+    ended(gateway, 6)
+    gateway.stop()
+    m3d.uploads.clear()
+    captured = capfd.readouterr()
+    ours = [record.getMessage() for record in caplog.records if not record.name.startswith(("openai", "http"))]
+    assert mark not in json.dumps(gateway.audit()) + captured.out + captured.err + "".join(ours)
+    assert list(temporary.iterdir()) == [] and set(os.listdir("/dev/shm")) <= shared
 
 
 def test_questions_are_written_only_if_that_is_switched_on(start, key):
