@@ -7,7 +7,7 @@ import base64
 import contextlib
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar
@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from engine.api import EngineInfo, Segmentation, StudyInfo
 from engine.errors import M3DError
@@ -283,7 +284,10 @@ async def _form_file(request: Request) -> tuple[Any, UploadFile]:
     """The fields of a form, and the file in it, which is an anonymous one on disk."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise Refusal(415, "unsupported_media_type", "a form is wanted: multipart/form-data with the field file")
-    form = await request.form(max_files=1, max_fields=16)
+    try:
+        form = await MultiPartParser(request.headers, _pieces(request), max_files=1, max_fields=16).parse()
+    except (MultiPartException, KeyError) as error:
+        raise invalid(f"the form cannot be read: {error}") from None
     file = form.get("file")
     if not isinstance(file, UploadFile):
         raise invalid("file: the form has no file of this name", "file")
@@ -376,6 +380,17 @@ async def _create_study(
             return _study_object(note, await while_connected(request, work))
 
 
+async def _pieces(request: Request) -> AsyncGenerator[bytes, None]:
+    """The body in pieces of a size that is worth a write on a thread each."""
+    waiting = bytearray()
+    async for piece in request.stream():
+        waiting += piece
+        if len(waiting) >= _WRITE_BYTES:
+            yield bytes(waiting)
+            waiting.clear()
+    yield bytes(waiting)
+
+
 @contextlib.asynccontextmanager
 async def _received_file(request: Request, kind: str) -> AsyncIterator[IO[bytes]]:
     """The scan's file in a form or as the body, in an anonymous file on disk."""
@@ -389,13 +404,8 @@ async def _received_file(request: Request, kind: str) -> AsyncIterator[IO[bytes]
     if kind in ("application/x-www-form-urlencoded", "text/plain", "text/html"):
         raise Refusal(415, "unsupported_media_type", "a scan is sent as application/octet-stream, or in a form")
     with tempfile.TemporaryFile() as file:
-        waiting = bytearray()
-        async for piece in request.stream():
-            waiting += piece
-            if len(waiting) >= _WRITE_BYTES:
-                await asyncio.to_thread(file.write, bytes(waiting))
-                waiting.clear()
-        await asyncio.to_thread(file.write, bytes(waiting))
+        async for piece in _pieces(request):
+            await asyncio.to_thread(file.write, piece)
         if not file.tell():
             raise invalid("the body is empty: it is to be the scan's file")
         yield file
