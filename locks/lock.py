@@ -44,7 +44,7 @@ LOCKS = (
         "cpu.txt",
         (
             "pyproject.toml",
-            *(f"--extra={extra}" for extra in ("cpu", "train", "bench", "test", "tensorrt-rtx")),
+            *(f"--extra={extra}" for extra in ("cpu", "gateway", "train", "bench", "test", "tensorrt-rtx")),
             "--override=overrides.txt",
         ),
         ("3.11", "3.12"),

@@ -544,7 +544,10 @@ async def _chat(body: ChatRequest, request: Request, gateway: This, key: Asks, n
     begun = await while_connected(request, gateway.studies.used(key.owner, scan, preparation, begin))
     completion = Completion(begun, body.model, info.model.manifest_sha256[:12], gateway.metrics)
     if not body.stream:
-        return JSONResponse(await while_connected(request, completion.whole()))
+        try:
+            return JSONResponse(await while_connected(request, completion.whole()))
+        finally:
+            await begun.stream.aclose()
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     return _Events(completion.events(include_usage, note), begun)
 

@@ -22,7 +22,7 @@ def commands(document: str) -> list[list[str]]:
     return [words for words in split if any(word.endswith(("/m3d", "build_engines.py")) for word in words)]
 
 
-@pytest.mark.parametrize("document, count", [("docs/checkpoints.md", 6), ("README.md", 10)])
+@pytest.mark.parametrize("document, count", [("docs/checkpoints.md", 6), ("README.md", 10), ("docs/gateway.md", 8)])
 def test_the_commands_of_a_document_are_understood(document, count):
     found = commands(document)
     assert len(found) >= count
@@ -44,7 +44,9 @@ def test_every_family_of_language_models_is_documented():
         assert f"| `{name}` |" in text
 
 
-@pytest.mark.parametrize("document", ["docs/checkpoints.md", "README.md", "training/README.md"])
+@pytest.mark.parametrize(
+    "document", ["docs/checkpoints.md", "docs/gateway.md", "docs/privacy.md", "README.md", "training/README.md"]
+)
 def test_the_links_of_a_document_lead_to_files(document):
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]

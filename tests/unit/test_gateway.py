@@ -11,7 +11,10 @@ import gzip
 import io
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import zipfile
@@ -28,6 +31,7 @@ from PIL import Image
 from engine.errors import DeadlineExceeded, InvalidInput, M3DError, ResourceExhausted, Unavailable
 from engine.gateway import door, keys, protocol
 from engine.gateway.settings import GatewaySettings
+from tests.conftest import ROOT
 from tests.unit.fake_m3d import ANSWER, EMBEDDING, PATIENCE_S, FakeM3D, RunningGateway
 
 SCAN = b"a scan's file"
@@ -420,6 +424,34 @@ def test_fields_that_ask_for_nothing_are_taken(client):
         model=MODEL, messages=about(INLINE), n=1, tools=[], logprobs=False, user="me", store=False,
         presence_penalty=0, response_format={"type": "text"}, logit_bias={},
     )  # fmt: skip
+
+
+# --- the documented commands ------------------------------------------------------------------------------------------
+DOCUMENT = (ROOT / "docs" / "gateway.md").read_text()
+
+
+def test_the_documented_program_prints_the_answer(gateway, key, tmp_path):
+    (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+    assert documented(gateway, key, tmp_path, [sys.executable, "-c", program]) == "".join(ANSWER)
+
+
+def test_the_documented_curl_commands_are_answered(gateway, key, http, tmp_path):
+    (block,) = [block for block in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.S) if "curl" in block]
+    commands = re.sub(r"(?<!\\)\n(?=curl)", "\n\n", block).split("\n\n")[1:]
+    study = http.post("/v1/studies", content=SCAN).json()["id"]
+    answers = [documented(gateway, key, tmp_path, ["sh", "-c", each], STUDY=study) for each in commands]
+    expected = ("m3d-lamed", '"preset"', '"preset"', "measurements", '"score"', "data: [DONE]")
+    assert len(answers) == len(expected)
+    for answer, part in zip(answers, expected):
+        assert part in answer and "error" not in answer
+
+
+def documented(gateway, key: str, folder, command: list[str], **variables: str) -> str:
+    (folder / "scan.nii.gz").write_bytes(SCAN)
+    variables |= {"OPENAI_BASE_URL": gateway.url, "OPENAI_API_KEY": key, "PATH": os.environ["PATH"]}
+    return subprocess.run(
+        command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True, check=True, timeout=PATIENCE_S
+    ).stdout
 
 
 # --- our own routes --------------------------------------------------------------------------------------------------
