@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import logging
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
@@ -22,7 +23,6 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from engine.api import EngineInfo, Segmentation, StudyInfo
-from engine.errors import M3DError
 from engine.gateway.audit import Access, Audit
 from engine.gateway.backend import AsyncM3D
 from engine.gateway.chat import Begun, Completion
@@ -47,6 +47,7 @@ MASK_PURPOSE = "assistants_output"  # OpenAI's word for files that can be fetche
 MAX_TEXTS = 2048
 _WRITE_BYTES = 1 << 20
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class Served:
@@ -122,8 +123,10 @@ async def _sweep(gateway: Gateway) -> None:
     while True:
         await asyncio.sleep(SWEEP_S)
         gateway.files.sweep()
-        with contextlib.suppress(M3DError):  # the server is away: the next time
+        try:
             await gateway.studies.sweep()
+        except Exception as error:  # the server is away, mostly: the next time
+            _log.warning("studies whose time is over could not be dropped: %s", type(error).__name__)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

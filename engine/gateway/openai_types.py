@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from engine.gateway.refusal import invalid, unsupported
 from engine.gateway.scans import Named, ScanPart, decoded, inline
 
+_CAPTION = re.compile(r"\s*slice\s*\d+\s*", re.IGNORECASE)
 MAX_MESSAGES = 1000
 MAX_PARTS = 4096
 
@@ -193,9 +195,15 @@ def _one_scan(names: list[Named], contents: list[bytes]) -> ScanPart:
 
 
 def _text_of(message: Message) -> str:
-    if isinstance(message.content, list):
-        return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
-    return message.content or ""
+    """The question. Captions that only count slices, as MedGemma's convention has them, are no part of it."""
+    if not isinstance(message.content, list):
+        return message.content or ""
+    texts = []
+    for before, part in zip([None, *message.content], message.content):
+        is_caption = isinstance(before, ImagePart) and isinstance(part, TextPart) and _CAPTION.fullmatch(part.text)
+        if isinstance(part, TextPart) and not is_caption:
+            texts.append(part.text)
+    return "\n".join(texts)
 
 
 class EmbeddedFile(_Body):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import ssl
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from engine.gateway.protocol import BoundedProtocol
 
 DRAIN_S = 10  # that answers in work have when the gateway stops
 CONNECTIONS = 1024
+OPEN_FILES = 4096  # connections, kept files, and what arrives
 
 
 @contextlib.contextmanager
@@ -49,6 +51,8 @@ def serve(application: Door, socket: socket.socket, tls: Path | None = None, cli
         settings.load()
     except (OSError, ssl.SSLError) as error:
         raise InvalidInput(f"--tls or --client-ca cannot be used: {error.strerror or error}") from None
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, OPEN_FILES), most))
     uvicorn.Server(settings).run(sockets=[socket])
 
 

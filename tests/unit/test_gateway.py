@@ -152,6 +152,20 @@ def test_the_asynchronous_client_streams(gateway, key):
     assert asyncio.run(read()) == "".join(ANSWER)
 
 
+def test_cancelling_a_task_of_the_asynchronous_client_cancels_the_answer(gateway, key, m3d):
+    m3d.may_go_on.clear()
+
+    async def ask() -> None:
+        async with openai.AsyncOpenAI(base_url=gateway.url, api_key=key, max_retries=0) as client:
+            asking = asyncio.ensure_future(client.chat.completions.create(model=MODEL, messages=about(INLINE)))
+            await asyncio.to_thread(m3d.waiting.acquire, timeout=PATIENCE_S)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    asyncio.run(ask())
+    assert ended(gateway)["outcome"] == "disconnected" and m3d.ended.is_set()
+
+
 def test_text_arrives_before_the_answer_is_whole_and_closing_the_stream_cancels_it(client, m3d, gateway):
     m3d.may_go_on.clear()
     stream = client.chat.completions.create(model=MODEL, messages=about(INLINE), stream=True)
@@ -285,11 +299,13 @@ def test_a_study_that_is_not_used_is_dropped_on_the_server(start, key, m3d):
 
 
 def test_a_list_of_pictures_is_a_scan_slice_by_slice_and_the_answer_says_what_is_a_guess(client, m3d):
-    parts = [image_part(picture(value), "image/png") for value in (10, 20, 30)]
+    parts = []
+    for number, value in enumerate((10, 20, 30)):
+        parts += [image_part(picture(value), "image/png"), {"type": "text", "text": f"SLICE {number}"}]
     answered = client.chat.completions.create(model=MODEL, messages=about(*parts))
     volume = np.load(io.BytesIO(m3d.uploads[0][0]))
     assert volume.shape == (3, 4, 5) and volume.dtype == np.uint8 and volume[:, 0, 0].tolist() == [10, 20, 30]
-    assert "guess" in answered.m3d["notes"][0]
+    assert "guess" in answered.m3d["notes"][0] and m3d.asked[0][1] == "Is the liver normal?"
 
 
 def test_of_coloured_pictures_the_first_channel_is_read_and_the_answer_says_so(client, m3d):

@@ -9,6 +9,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 
 import httpx
 import numpy as np
@@ -116,6 +117,32 @@ def test_the_command_serves_a_server_until_sigterm_and_writes_audit_lines(triton
             out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode in (0, -signal.SIGTERM) and err == ""
     assert out.count('"operation": "POST /v1/chat/completions"') == 2 and key not in out
+
+
+def test_a_client_that_goes_away_ends_its_request_on_the_server(triton, tmp_path):
+    triton.endless = True
+    gateway = RunningGateway(Held(triton.url), tmp_path, None, GatewaySettings())
+    try:
+        with openai.OpenAI(base_url=gateway.url, api_key="none", max_retries=0) as client:
+            stream = asked(client, stream=True)
+            assert next(iter(stream)).choices[0].delta.role == "assistant"
+            stream.close()
+        assert triton.cancelled.wait(PATIENCE_S)
+    finally:
+        gateway.stop()
+
+
+class Held(RemoteM3D):
+    """What `RunningGateway.stop` looks at, of a `FakeM3D`."""
+
+    def __init__(self, url: str):
+        super().__init__(url)
+        self.may_answer = self.may_go_on = self.may_upload = threading.Event()
+        self.closed = False
+
+    async def close(self) -> None:
+        await super().close()
+        self.closed = True
 
 
 # --- TLS -------------------------------------------------------------------------------------------------------------
