@@ -10,17 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from engine import contract
-from engine.api import (
-    M3D,
-    Answer,
-    AnswerStream,
-    EngineInfo,
-    Ranking,
-    Segmentation,
-    Study,
-    StudyInfo,
-    TextEmbeddings,
-)
+from engine.api import M3D, Answer, AnswerStream, EngineInfo, Ranking, Segmentation, Study, StudyInfo, TextEmbeddings
 from engine.client import AsyncM3DClient
 from engine.errors import Unavailable
 from engine.methods import STUDY, Steps, run, typed

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from engine.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -14,6 +16,20 @@ from engine.errors import (
     StudyNotFound,
     Unavailable,
 )
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every error, for the description of the routes."""
+
+    error: ErrorDetail
+
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

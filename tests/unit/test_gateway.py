@@ -535,6 +535,10 @@ def test_health_needs_no_key_and_tells_of_the_server(gateway, m3d):
 def test_the_description_of_the_routes_is_complete(http):
     described = http.get("/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/files/{id}", "/v1/studies/{id}/segment"} <= set(described["paths"])
+    posts = [methods["post"] for methods in described["paths"].values() if "post" in methods]
+    assert len(posts) == 6 and all(post["requestBody"]["content"] for post in posts)
+    assert all("422" not in post["responses"] and "default" in post["responses"] for post in posts)
+    assert "application/json" in described["paths"]["/v1/studies"]["post"]["requestBody"]["content"]
 
 
 # --- who may enter ---------------------------------------------------------------------------------------------------
