@@ -18,7 +18,7 @@ from engine.scan.npy import npy_pieces
 
 _PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _DICOM_PREAMBLE, _DICOM = 128, b"DICM"
-_MAX_PICTURE_VOXELS = 1 << 27
+_MAX_PICTURE_VOXELS = 1 << 26  # 256 slices of 512 x 512
 SLICES_NOTE = (
     "the scan was sent as single pictures, which have neither voxel sizes nor an orientation: both are a guess, left "
     "and right with them"

@@ -84,10 +84,13 @@ class Studies:
         Raises Refusal: 404 for an id that is not this owner's, 410 for what is not held any more.
         """
         opened = await self.opened(owner, scan, preparation)
+        handle = opened.study.handle
         try:
             return await work(opened)
         except StudyNotFound:
-            await self._send_again(opened, scan)
+            async with self._locks.setdefault(opened.public, asyncio.Lock()):
+                if opened.study.handle == handle:  # nobody else has sent it to a new server meanwhile
+                    await self._send_again(opened, scan)
         return await work(opened)
 
     async def opened(self, owner: str, scan: ScanPart, preparation: Preparation) -> OpenStudy:
@@ -149,19 +152,19 @@ class Studies:
     async def delete(self, owner: str, public: str) -> None:
         """Drop a study on the server, unless another owner uses the same scan, who would lose it too."""
         opened = self.known(owner, public)
+        await self._forget(opened)  # if the server is away, it can be asked for again
         self._drop(opened)
         self._deleted[public] = None
         while len(self._deleted) > REMEMBERED:
             self._deleted.popitem(last=False)
-        await self._forget(opened)
 
     async def sweep(self) -> None:
         """Drop the studies that have not been used for the retention time."""
         limit = self._clock() - 3600 * self._settings.study_hours
         for opened in [each for each in self._by_public.values() if each.used <= limit]:
             if opened.used <= limit:  # still
-                self._drop(opened)
                 await self._forget(opened)
+                self._drop(opened)
 
     # --- inside ------------------------------------------------------------------------------------------------------
     def _content(self, owner: str, scan: ScanPart) -> tuple[bytes | None, Content | bytes, tuple[str, ...]]:
@@ -195,13 +198,12 @@ class Studies:
                 "the server does not hold this study any more, and there is no file to send it again from: upload the "
                 "scan again (studies of /v1/files are sent again while their file is kept)"
             )
-        async with self._locks.setdefault(opened.public, asyncio.Lock()):
-            opened.study = await self._uploaded(content, opened.preparation)
+        opened.study = await self._uploaded(content, opened.preparation)
         self._metrics.resent.inc()
 
     async def _forget(self, opened: OpenStudy) -> None:
         handle = opened.study.handle
-        if any(other.study.handle == handle for other in self._by_public.values()):
+        if any(other.study.handle == handle for other in self._by_public.values() if other is not opened):
             return
         try:
             await self._m3d.forget(opened.study, timeout=self._settings.timeout_s)

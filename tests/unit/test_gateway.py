@@ -488,6 +488,14 @@ def test_a_study_is_made_of_a_body_a_form_or_a_file(http, client, m3d, how):
     assert http.get(f"/v1/studies/{study['id']}").status_code == 410
 
 
+def test_a_study_that_could_not_be_deleted_can_be_deleted_again(http, m3d):
+    study = http.post("/v1/studies", content=SCAN).json()["id"]
+    m3d.error = Unavailable("no server answers")
+    assert http.delete(f"/v1/studies/{study}").status_code == 503
+    m3d.error = None
+    assert http.delete(f"/v1/studies/{study}").status_code == 200 and not m3d.held
+
+
 def test_a_study_is_known_after_a_restart_of_the_gateway(start, key, m3d):
     first = start()
     study = httpx.post(f"{first.url}/studies", content=SCAN, headers=bearer(key)).json()
