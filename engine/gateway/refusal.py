@@ -87,7 +87,6 @@ def gone(message: str) -> Refusal:
 # Of the classes that an error may be of, the first counts.
 _OF_ERROR: tuple[tuple[type[M3DError], int, str, int | None], ...] = (
     (InvalidInput, 400, "invalid_value", None),
-    (StudyNotFound, 410, "gone", None),
     (ResourceExhausted, 503, "overloaded", 5),
     (Unavailable, 503, "unavailable", 5),
     (Cancelled, 503, "cancelled", None),
@@ -100,6 +99,8 @@ def refusal_of(error: Exception) -> Refusal:
     """What a client gets for an error. Of one that is not ours it gets no detail: it may quote somebody's scan."""
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, StudyNotFound):  # what it says has the server's handle
+        return gone("the server does not hold this study any more: upload the scan again")
     for kind, status, code, retry_after in _OF_ERROR:
         if isinstance(error, kind):
             return Refusal(status, code, str(error), retry_after=retry_after)
