@@ -217,6 +217,11 @@ class Methods:
             raise InvalidInput(f"forget takes a study, as upload returns it, not {type(study).__name__}")
         return self._forget(study, self._seconds(timeout))
 
+    def describe(self, study: Study, timeout: float | None) -> Steps[StudyInfo]:
+        if not isinstance(study, Study):
+            raise InvalidInput(f"describe takes a study, as upload returns it, not {type(study).__name__}")
+        return self._describe(study, self._seconds(timeout))
+
     def info(self, timeout: float | None) -> Steps[EngineInfo]:
         seconds = self._seconds(timeout)
         outputs = yield lambda t: t.infer(STUDY, {contract.DESCRIBE: True}, seconds)
@@ -275,6 +280,10 @@ class Methods:
             object.__setattr__(study, "source", None)
             raise
         object.__setattr__(study, "source", None)  # else the next question would send the scan again
+
+    def _describe(self, study: Study, timeout: float | None) -> Steps[StudyInfo]:
+        outputs = yield lambda t: t.infer(STUDY, {contract.STUDY_IN: study.handle}, timeout)
+        return typed(StudyInfo, outputs.text("STUDY_INFO"))
 
     def study_of(self, study: object, timeout: float | None) -> Steps[Study]:
         """The study itself, or of what `upload` takes a new one."""

@@ -9,11 +9,18 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from engine import contract
-from engine.api import M3D, Answer, AnswerStream, EngineInfo, Ranking, Segmentation, Study, StudyInfo, TextEmbeddings
-from engine.client import AsyncM3DClient
-from engine.errors import Unavailable
-from engine.methods import STUDY, Steps, run, typed
+from engine.api import (
+    M3D,
+    Answer,
+    AnswerStream,
+    EngineInfo,
+    Messages,
+    Ranking,
+    Segmentation,
+    Study,
+    StudyInfo,
+    TextEmbeddings,
+)
 
 THREADS = 128  # calls at the same time of an engine in this process
 T = TypeVar("T")
@@ -33,22 +40,22 @@ class AsyncAnswerStream(Protocol):
 
 
 class AsyncM3D(Protocol):
-    """`engine.api.M3D` as coroutines, as far as the gateway needs it, and `describe`."""
+    """`engine.api.M3D` as coroutines, as far as the gateway needs it: `AsyncM3DClient` is one."""
 
     async def upload(
         self, scan: object, affine: Any = None, preset: str = "auto", *, crop: Any = None, timeout: float | None = None
     ) -> Study: ...
 
     def stream(
-        self, study: object, question: str, *, timeout: float | None = None, **sampling: Any
+        self, study: object, *, messages: Messages, timeout: float | None = None, **sampling: Any
     ) -> AsyncAnswerStream: ...
 
     async def segment(
         self,
         study: object,
         question: str,
-        return_logits: bool = False,
         *,
+        merge: str = "reference",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Segmentation: ...
@@ -61,22 +68,13 @@ class AsyncM3D(Protocol):
 
     async def forget(self, study: Study, *, timeout: float | None = None) -> None: ...
 
-    async def info(self, *, timeout: float | None = None) -> EngineInfo: ...
+    async def describe(self, study: Study, *, timeout: float | None = None) -> StudyInfo: ...
 
-    async def describe(self, handle: str, *, timeout: float | None = None) -> StudyInfo:
-        """How the scan of a study was prepared. Raises StudyNotFound."""
-        ...
+    async def info(self, *, timeout: float | None = None) -> EngineInfo: ...
 
     async def is_ready(self) -> bool: ...
 
     async def close(self) -> None: ...
-
-
-class RemoteM3D(AsyncM3DClient):
-    """A server's client that can also tell of a study by its handle."""
-
-    async def describe(self, handle: str, *, timeout: float | None = None) -> StudyInfo:
-        return await self._run(_describe(handle, timeout or self.timeout))
 
 
 class ThreadedM3D:
@@ -96,22 +94,22 @@ class ThreadedM3D:
         return await self._called(lambda: self._m3d.upload(scan, affine, preset, crop=crop, timeout=timeout))
 
     def stream(
-        self, study: object, question: str, *, timeout: float | None = None, **sampling: Any
+        self, study: object, *, messages: Messages, timeout: float | None = None, **sampling: Any
     ) -> AsyncAnswerStream:
-        return _ThreadedStream(self._called, lambda: self._m3d.stream(study, question, timeout=timeout, **sampling))
+        return _ThreadedStream(
+            self._called, lambda: self._m3d.stream(study, messages=messages, timeout=timeout, **sampling)
+        )
 
     async def segment(
         self,
         study: object,
         question: str,
-        return_logits: bool = False,
         *,
+        merge: str = "reference",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Segmentation:
-        return await self._called(
-            lambda: self._m3d.segment(study, question, return_logits, timeout=timeout, **sampling)
-        )
+        return await self._called(lambda: self._m3d.segment(study, question, merge=merge, timeout=timeout, **sampling))
 
     async def rank(self, study: object, texts: Sequence[str], *, timeout: float | None = None) -> Ranking:
         return await self._called(lambda: self._m3d.rank(study, texts, timeout=timeout))
@@ -128,11 +126,8 @@ class ThreadedM3D:
     async def info(self, *, timeout: float | None = None) -> EngineInfo:
         return await self._called(lambda: self._m3d.info(timeout=timeout))
 
-    async def describe(self, handle: str, *, timeout: float | None = None) -> StudyInfo:
-        transport = getattr(self._m3d, "_transport", None)
-        if transport is None:
-            raise Unavailable(f"{type(self._m3d).__name__} cannot tell of a study by its handle")
-        return await self._called(lambda: run(_describe(handle, timeout), transport))
+    async def describe(self, study: Study, *, timeout: float | None = None) -> StudyInfo:
+        return await self._called(lambda: self._m3d.describe(study, timeout=timeout))
 
     async def is_ready(self) -> bool:
         return await self._called(self._m3d.is_ready)
@@ -181,8 +176,3 @@ class _ThreadedStream:
         self._closed = True
         if self._stream is not None:
             self._stream.close()
-
-
-def _describe(handle: str, timeout: float | None) -> Steps[StudyInfo]:
-    outputs = yield lambda t: t.infer(STUDY, {contract.STUDY_IN: handle}, timeout)
-    return typed(StudyInfo, outputs.text("STUDY_INFO"))

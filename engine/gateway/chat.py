@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from engine.api import Answer
+from engine.api import Answer, ScoredToken
 from engine.errors import M3DError
 from engine.gateway.audit import Access, log_failure
 from engine.gateway.backend import AsyncAnswerStream
@@ -19,6 +19,7 @@ from engine.gateway.studies import OpenStudy
 
 DONE = b"data: [DONE]\n\n"
 UNREAD_NOTE = "earlier messages were not read: this model answers the last question alone"
+LEAST_LOGPROB = -9999.0  # OpenAI's number for what is as good as impossible: JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Begun:
     stream: AsyncAnswerStream
     first: str | None
     opened: OpenStudy
-    unread: int
 
     async def texts(self) -> AsyncIterator[str]:
         """All pieces; the request is cancelled if they are not read to the end."""
@@ -63,21 +63,23 @@ class Completion:
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
+            "logprobs": logprobs(answer),
             "finish_reason": answer.finish_reason,
         }
         extension = self._extension(answer)
         return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(answer), **extension}
 
     async def events(self, include_usage: bool, access: Access) -> AsyncIterator[bytes]:
-        """Server-sent events. An error comes as an event, as OpenAI's server sends it, and ends the stream: the status
-        has been sent by then."""
+        """Server-sent events. Log-probabilities come with the last piece, when the answer is whole.
+
+        An error comes as an event, as OpenAI's server sends it, and ends the stream: the status has been sent by then.
+        """
         try:
             yield self._event({"role": "assistant", "content": ""}, include_usage)
             async for text in self._begun.texts():
                 yield self._event({"content": text}, include_usage)
             answer = self._answer()
-            yield self._event({}, include_usage, answer.finish_reason, self._extension(answer))
+            yield self._event({}, include_usage, answer)
             if include_usage:
                 yield _data({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(answer)})
             yield DONE
@@ -88,14 +90,17 @@ class Completion:
                 log_failure(access, error)
             yield _data(refusal.body)
 
-    def _event(
-        self, delta: dict, include_usage: bool, reason: str | None = None, extension: dict | None = None
-    ) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _event(self, delta: dict[str, Any], include_usage: bool, answer: Answer | None = None) -> bytes:
+        """answer: of the last piece."""
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": logprobs(answer) if answer else None,
+            "finish_reason": answer.finish_reason if answer else None,
+        }
         nothing = {"usage": None} if include_usage else {}
-        return _data(
-            {**self._head, "object": "chat.completion.chunk", "choices": [choice], **nothing, **(extension or {})}
-        )
+        extension = self._extension(answer) if answer else {}
+        return _data({**self._head, "object": "chat.completion.chunk", "choices": [choice], **nothing, **extension})
 
     def _answer(self) -> Answer:
         answer = self._begun.stream.answer
@@ -108,15 +113,34 @@ class Completion:
         """What OpenAI's answers do not have: `m3d`, which their clients keep as an extra field."""
         opened = self._begun.opened
         info = opened.study.info
-        notes = [*opened.notes, *([UNREAD_NOTE] if self._begun.unread else [])]
+        notes = [*opened.notes, *([UNREAD_NOTE] if answer.history_used is False else [])]
         extension = {
             "study": opened.public,
             "preset": info.preset if info else None,
             "reason": info.reason if info else None,
             "boxes": answer.boxes.tolist(),
+            "choices": {text: max(value, LEAST_LOGPROB) for text, value in answer.choices.items()},
             "notes": notes,
         }
         return {"m3d": extension}
+
+
+def logprobs(answer: Answer) -> dict[str, Any] | None:
+    """In OpenAI's words; None if they were not asked for."""
+    if not answer.logprobs:
+        return None
+    content = [_scored(each) | {"top_logprobs": [_scored(top) for top in each.top]} for each in answer.logprobs]
+    return {"content": content, "refusal": None}
+
+
+def _scored(token: ScoredToken) -> dict[str, Any]:
+    """bytes: None of a token that is a part of a character only."""
+    whole = "\ufffd" not in token.text
+    return {
+        "token": token.text,
+        "logprob": max(token.logprob, LEAST_LOGPROB),
+        "bytes": list(token.text.encode(errors="replace")) if whole else None,
+    }
 
 
 def usage(answer: Answer) -> dict[str, Any]:

@@ -129,10 +129,11 @@ def gateway(
 
 def _answering(server: str | None, repository: Path | None, timeout: float) -> tuple[AsyncM3D, str]:
     """Who answers, and its name in the ids of studies."""
-    from engine.gateway.backend import RemoteM3D, ThreadedM3D
+    from engine.client import AsyncM3DClient
+    from engine.gateway.backend import ThreadedM3D
 
     if server is not None:
-        return RemoteM3D(server, timeout), server
+        return AsyncM3DClient(server, timeout), server
     from engine.local import M3DEngine
 
     _notes.print(f"[dim]loading {escape(str(repository))}[/]")

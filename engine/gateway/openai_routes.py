@@ -29,7 +29,6 @@ from engine.gateway.openai_types import ChatRequest, EmbeddingsRequest
 from engine.gateway.refusal import unsupported
 from engine.gateway.scans import Named
 from engine.gateway.studies import OpenStudy, Preparation
-from engine.methods import checked_question
 from engine.sampling import Sampling
 
 router = APIRouter()
@@ -55,17 +54,17 @@ def _model_object(name: str, info: EngineInfo) -> dict[str, Any]:
 async def _chat(body: ChatRequest, request: Request, gateway: This, key: Asks, note: Note) -> Any:
     body.refuse_unsupported()
     info = await info_of(gateway, body.model, (CHAT_MODEL,))
-    scan, question, unread = await asyncio.to_thread(body.conversation)  # decodes what is inline
-    note.question = checked_question(question)
     sampling = _checked(body.sampling())
+    scan, turns = await asyncio.to_thread(body.conversation)  # decodes what is inline
+    note.question = turns[-1].text
     if not isinstance(scan, Named):
         allowed("upload")(request)
 
     async def begin(opened: OpenStudy) -> Begun:
         note.study = opened.public
-        stream = gateway.m3d.stream(opened.study, question, timeout=gateway.settings.timeout_s, **sampling)
+        stream = gateway.m3d.stream(opened.study, messages=turns, timeout=gateway.settings.timeout_s, **sampling)
         try:
-            return Begun(stream, await anext(stream, None), opened, unread)
+            return Begun(stream, await anext(stream, None), opened)
         except BaseException:
             await stream.aclose()
             raise

@@ -7,8 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engine.errors import InvalidInput
 from engine.gateway.refusal import invalid, unsupported
 from engine.gateway.scans import Named, ScanPart, decoded, inline
+from engine.methods import checked_question
+from engine.prompt.turns import Turn, checked_turns
 
 _CAPTION = re.compile(r"\s*slice\s*\d+\s*", re.IGNORECASE)
 MAX_MESSAGES = 1000
@@ -74,15 +77,39 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class JsonSchema(_Body):
+    """schema: what of the standard is taken says `engine.answer_schema`. An answer is held to it, strict or not."""
 
-    type: str
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_schema", "json_object"]
+    json_schema: JsonSchema | None = None
+
+    def asked(self) -> dict[str, Any] | None:
+        """The schema that the answer is held to; None for text. Raises Refusal."""
+        self.refuse_unknown("response_format.")
+        if self.type == "json_object":
+            what = "an answer is held to a schema, not to JSON at large: send type json_schema with the schema"
+            raise unsupported("response_format", what)
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise invalid("response_format: type json_schema has a json_schema, others have none", "response_format")
+        if self.json_schema is None:
+            return None
+        self.json_schema.refuse_unknown("response_format.json_schema.")
+        return self.json_schema.schema_
 
 
 class ChatRequest(_Body):
-    """A chat completion. preset, crop: of the scan, see `engine.api.M3D.upload`. top_k, repetition_penalty: see
-    `engine.sampling.Sampling`. user, metadata, store and service_tier have no effect, and are not kept.
+    """A chat completion. preset, crop: of the scan, see `engine.api.M3D.upload`. top_k, repetition_penalty, choices,
+    only_choices: see `engine.sampling.Sampling`. user, metadata, store and service_tier have no effect, and are not
+    kept.
     """
 
     model: str
@@ -93,6 +120,8 @@ class ChatRequest(_Body):
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
+    choices: str | list[str] | None = None
+    only_choices: bool | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
@@ -113,14 +142,12 @@ class ChatRequest(_Body):
     service_tier: str | None = None
 
     def refuse_unsupported(self) -> None:
-        """Raises Refusal for what OpenAI's API has and this one has not (yet)."""
+        """Raises Refusal for what OpenAI's API has and this one has not."""
         self.refuse_unknown()
         if self.n not in (None, 1):
             raise unsupported("n", "one answer is made a request; ask again with another seed")
-        if self.logprobs or self.top_logprobs:
-            raise unsupported("logprobs", "log-probabilities are not served yet")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise unsupported("response_format", "answers are text only; constrained answers are not served yet")
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs: only with logprobs=true", "top_logprobs")
         for name in ("presence_penalty", "frequency_penalty"):
             if getattr(self, name):
                 raise unsupported(name, "use repetition_penalty (above 1 repeats less)")
@@ -128,7 +155,7 @@ class ChatRequest(_Body):
             raise invalid("stream_options: only with stream=true", "stream_options")
 
     def sampling(self) -> dict[str, Any]:
-        """What was given of `engine.sampling.Sampling`, which checks it."""
+        """What was given of `engine.sampling.Sampling`, which checks it. Raises Refusal."""
         given = {
             "max_new_tokens": self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             "temperature": self.temperature,
@@ -137,26 +164,37 @@ class ChatRequest(_Body):
             "repetition_penalty": self.repetition_penalty,
             "seed": self.seed,
             "stop": self.stop,
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "choices": self.choices,
+            "only_choices": self.only_choices,
+            "json_schema": None if self.response_format is None else self.response_format.asked(),
         }
         return {name: value for name, value in given.items() if value is not None}
 
-    def conversation(self) -> tuple[ScanPart, str, int]:
-        """(the scan, the question, how many other messages there are).
+    def conversation(self) -> tuple[ScanPart, list[Turn]]:
+        """The scan, and the turns, of which the last is the question.
 
-        The API answers one question about one scan: the last message's, which must be the user's. That earlier ones
-        were not read is said in the answer. Here `messages` of the API will take their place.
+        Messages of one role in a row are one turn, with a line for each: some clients send a scan and its question as
+        two. Raises Refusal.
         """
         names: list[Named] = []
         contents: list[bytes] = []
+        turns: list[Turn] = []
         for place, message in enumerate(self.messages):
             where = f"messages.{place}."
             message.refuse_unknown(where)
             if isinstance(message.content, list):
                 _collect(message.content, f"{where}content", names, contents)
-        last = self.messages[-1]
-        if last.role != "user":
-            raise invalid("messages: the last message must be the user's, with the question", "messages")
-        return _one_scan(names, contents), _text_of(last), len(self.messages) - 1
+            role, text = ("system" if message.role == "developer" else message.role), _text_of(message)
+            if turns and turns[-1].role == role:
+                text = "\n".join(filter(None, (turns.pop().text, text)))
+            turns.append(Turn(role, text))
+        try:
+            turns = checked_turns(turns)
+            checked_question(turns[-1].text)
+        except InvalidInput as error:
+            raise invalid(f"messages: {error}", "messages") from None
+        return _one_scan(names, contents), turns
 
 
 def _collect(parts: list[Part], where: str, names: list[Named], contents: list[bytes]) -> None:

@@ -145,7 +145,7 @@ class Studies:
         opened = self.known(owner, public)
 
         async def describe(of: OpenStudy) -> StudyInfo:
-            return await self._m3d.describe(of.study.handle, timeout=self._settings.timeout_s)
+            return await self._m3d.describe(of.study, timeout=self._settings.timeout_s)
 
         return opened, await self.used(owner, Named(public, "id"), opened.preparation, describe)
 

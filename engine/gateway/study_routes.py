@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.api import Segmentation, StudyInfo
+from engine.api import Segment, Segmentation, StudyInfo
 from engine.gateway.audit import Access
 from engine.gateway.bodies import SCAN_BODY, described, received_file
 from engine.gateway.context import Asks, Gateway, Note, This, Uploads, while_connected
@@ -103,16 +103,19 @@ def _study_object(note: Access, opened: OpenStudy, info: StudyInfo | None = None
 
 
 class SegmentRequest(BaseModel):
-    """A question that asks for a structure; sampling as of chat completions."""
+    """A question that asks for a structure; sampling as of chat completions. merge: see `engine.api.M3D.segment`."""
 
     model_config = ConfigDict(extra="forbid")
 
     question: str
+    merge: Literal["reference", "each"] = "reference"
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
+    stop: str | list[str] | None = None
 
 
 @router.post("/{id}/segment")
@@ -121,14 +124,14 @@ async def _segment(
 ) -> dict[str, Any]:
     """The answer and its segments: masks as files of gzipped NIfTI, see /v1/files/{id}/content, and measurements."""
     note.question = checked_question(body.question)
-    sampling = body.model_dump(exclude={"question", "max_tokens"}, exclude_none=True)
+    sampling = body.model_dump(exclude={"question", "merge", "max_tokens"}, exclude_none=True)
     if body.max_tokens is not None:
         sampling["max_new_tokens"] = body.max_tokens
     Sampling.from_dict(sampling)  # before the scan is asked for
 
     async def segment(opened: OpenStudy) -> Segmentation:
         study, timeout = opened.study, gateway.settings.timeout_s
-        return await gateway.m3d.segment(study, body.question, timeout=timeout, **sampling)
+        return await gateway.m3d.segment(study, body.question, merge=body.merge, timeout=timeout, **sampling)
 
     opened = gateway.studies.known(key.owner, id)
     note.study = id
@@ -145,22 +148,29 @@ async def _segment(
 
 
 async def _segments(gateway: Gateway, key: Key, found: Segmentation) -> list[dict[str, Any]]:
-    """One entry a mask. The API has one mask an answer today; its `segments` will be told here, one by one."""
-    if found.mask is None:
-        return []
-    measured = await asyncio.to_thread(lambda: found.measurements)
-    file = await asyncio.to_thread(_mask_file, found)
-    size = Content(file).size
-    with gateway.files.arriving(key.owner, size):
-        stored = gateway.files.keep(key.owner, file, "mask.nii.gz", MASK_PURPOSE)
-    shown = measured.to_dict() if measured is not None else None
-    return [{"index": 0, "mask": file_object(gateway, stored), "measurements": shown}]
+    """One entry a mask. Without intensities: the scan's voxels are the server's."""
+    shown = []
+    for index, segment in enumerate(found.segments):
+        measured = await asyncio.to_thread(lambda of: of.measurements, segment)
+        file = await asyncio.to_thread(_mask_file, segment)
+        with gateway.files.arriving(key.owner, Content(file).size):
+            stored = gateway.files.keep(key.owner, file, f"mask_{index + 1}.nii.gz", MASK_PURPOSE)
+        entry = {
+            "index": index,
+            "words": segment.words,
+            "span": segment.span,
+            "score": segment.score,
+            "mask": file_object(gateway, stored),
+            "measurements": measured.to_dict(),
+        }
+        shown.append(entry)
+    return shown
 
 
-def _mask_file(found: Segmentation) -> IO[bytes]:
+def _mask_file(segment: Segment) -> IO[bytes]:
     """The mask as an anonymous file: the folder that it was written into is gone."""
     with tempfile.TemporaryDirectory(prefix="m3d-mask-") as folder:
-        return open(found.save(Path(folder) / "mask.nii.gz"), "rb")
+        return open(segment.save(Path(folder) / "mask.nii.gz"), "rb")
 
 
 class RankRequest(BaseModel):

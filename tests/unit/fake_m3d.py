@@ -14,9 +14,13 @@ import uvicorn
 
 from engine.api import (
     Answer,
+    ChosenToken,
     EngineInfo,
+    MeasuredMasks,
     ModelInfo,
     Ranking,
+    ScoredToken,
+    Segment,
     Segmentation,
     Study,
     StudyInfo,
@@ -36,21 +40,32 @@ ANSWER = ("The liver ", "is ", "normal.")
 EMBEDDING = np.array([0.6, 0.8], np.float32)
 
 
-def answer(texts=ANSWER) -> Answer:
+def answer(texts=ANSWER, sampling=None, history_used=None) -> Answer:
+    """With a log-probability for each of the texts, and likelihoods of the choices, if they were asked for."""
     timings = Timings(300, 256, len(texts), 0.1, 0.2, first_text_s=0.1, total_s=0.2)
-    return Answer("".join(texts), tuple(range(len(texts))), "stop", np.array([[0, 1, 2, 3, 4, 5.0]]), timings)
+    sampling = sampling or {}
+    most, scored = sampling.get("logprobs"), ()
+    if most is not None:
+        tops = (ScoredToken(0, "a", -0.5), ScoredToken(1, "\ufffd", float("-inf")))[:most]
+        scored = tuple(ChosenToken(number, text, -0.5, tops) for number, text in enumerate(texts))
+    choices = {text: -float(number + 1) for number, text in enumerate(sampling.get("choices", ()))}
+    boxes = np.array([[0, 1, 2, 3, 4, 5.0]])
+    details = {"logprobs": scored, "choices": choices, "history_used": history_used}
+    return Answer("".join(texts), tuple(range(len(texts))), "stop", boxes, timings, **details)
 
 
 class FakeM3D:
     """Answers ANSWER to everything. What it waits for: `may_answer` before the first text, `may_go_on` after it.
 
-    uploads: contents, with what came with them. asked: (handle, question, sampling). held: the studies by handle.
+    uploads: contents, with what came with them. asked: (handle, question, sampling). turns: of the last question.
+    held: the studies by handle. mask: of one [SEG]; with merge="each" there are two of them.
     error: raised instead of an answer; late_error: after its first text. ended: set when a stream was closed.
     """
 
     def __init__(self):
         self.uploads: list[tuple[bytes, str, str | None]] = []
         self.asked: list[tuple[str, str, dict]] = []
+        self.turns: list = []
         self.held: dict[str, StudyInfo] = {}
         self.secret = b"server"
         self.texts = ANSWER
@@ -79,14 +94,22 @@ class FakeM3D:
         self.held[handle] = StudyInfo("ct", "it has negative values", (2, 3, 4), (1, 2, 3), "RAS", 0.5, cached, MODEL)
         return Study(handle, self.held[handle])
 
-    def stream(self, study, question, *, timeout=None, **sampling):
-        return FakeStream(self, study, question, sampling)
+    def stream(self, study, *, messages, timeout=None, **sampling):
+        return FakeStream(self, study, messages, sampling)
 
-    async def segment(self, study, question, return_logits=False, *, timeout=None, **sampling) -> Segmentation:
+    async def segment(self, study, question, *, merge="reference", timeout=None, **sampling) -> Segmentation:
         self.check(study)
         self.asked.append((study.handle, question, sampling))
-        text = ANSWER if self.mask is None else ("[SEG]",)
-        return Segmentation(answer(text), self.mask, np.diag([1.0, 2, 3, 1]))
+        affine = np.diag([1.0, 2, 3, 1])
+        if self.mask is None:
+            return Segmentation(answer(), None, affine)
+        masks = [self.mask, ~self.mask] if merge == "each" else [self.mask]
+        measured = MeasuredMasks(masks, affine, None, "ct")
+        segments = tuple(
+            Segment(mask, affine, 0.75, f"w{index}", (index, index + 2), measured, index)
+            for index, mask in enumerate(masks)
+        )
+        return Segmentation(answer(("[SEG]",) * len(masks)), self.mask, affine, segments=segments)
 
     async def rank(self, study, texts, *, timeout=None) -> Ranking:
         self.check(study)
@@ -105,9 +128,9 @@ class FakeM3D:
         self.check(study)
         del self.held[study.handle]
 
-    async def describe(self, handle, *, timeout=None) -> StudyInfo:
-        self.check(Study(handle))
-        return self.held[handle]
+    async def describe(self, study, *, timeout=None) -> StudyInfo:
+        self.check(study)
+        return self.held[study.handle]
 
     async def info(self, *, timeout=None) -> EngineInfo:
         return EngineInfo(MODEL, ("m3d_chat", "m3d_segment", "m3d_retrieve"), "0.0")
@@ -132,8 +155,8 @@ class FakeM3D:
 
 
 class FakeStream:
-    def __init__(self, m3d: FakeM3D, study, question, sampling):
-        self.m3d, self.study, self.question, self.sampling = m3d, study, question, sampling
+    def __init__(self, m3d: FakeM3D, study, turns, sampling):
+        self.m3d, self.study, self.turns, self.sampling = m3d, study, turns, sampling
         self.answer = None
         self.sent = 0
 
@@ -145,13 +168,14 @@ class FakeStream:
         if not self.sent:
             await m3d.wait(m3d.may_answer)
             m3d.check(self.study)
-            m3d.asked.append((self.study.handle, self.question, self.sampling))
+            m3d.asked.append((self.study.handle, self.turns[-1].text, self.sampling))
+            m3d.turns = [tuple(turn) for turn in self.turns]
         else:
             await m3d.wait(m3d.may_go_on)
             if m3d.late_error is not None:
                 raise m3d.late_error
         if self.sent == len(m3d.texts):
-            self.answer = answer(m3d.texts)
+            self.answer = answer(m3d.texts, self.sampling, False if len(self.turns) > 1 else None)
             raise StopAsyncIteration
         self.sent += 1
         return m3d.texts[self.sent - 1]

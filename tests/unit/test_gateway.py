@@ -23,6 +23,7 @@ import httpx
 import nibabel as nib
 import numpy as np
 import openai
+import pydantic
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -330,15 +331,63 @@ def test_a_volume_comes_as_a_data_url_of_any_type(client, m3d, kind):
     assert m3d.uploads[0][0] == SCAN
 
 
-def test_earlier_messages_are_not_read_and_the_answer_says_so(client, m3d):
+def test_messages_are_the_turns_of_a_conversation_and_the_answer_says_if_they_were_not_read(client, m3d):
     messages = [
-        {"role": "system", "content": "Be brief."},
-        *about(INLINE, question="What is it?"),
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [INLINE]},  # some clients send a scan and its question as two
+        {"role": "user", "content": "What is it?"},
         {"role": "assistant", "content": "A liver.", "refusal": None, "annotations": []},
+        {"role": "user", "content": "Hm."},
         {"role": "user", "content": "Is it normal?"},
     ]
     answered = client.chat.completions.create(model=MODEL, messages=messages)
-    assert m3d.asked[0][1] == "Is it normal?" and "earlier messages were not read" in answered.m3d["notes"][0]
+    assert m3d.turns == [
+        ("system", "Be brief."),
+        ("user", "What is it?"),
+        ("assistant", "A liver."),
+        ("user", "Hm.\nIs it normal?"),
+    ]
+    assert "earlier messages were not read" in answered.m3d["notes"][0]
+    assert not client.chat.completions.create(model=MODEL, messages=about(INLINE)).m3d["notes"]
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_log_probabilities_come_in_the_shape_of_openai(client, m3d, streams):
+    settings = {"logprobs": True, "top_logprobs": 2, "stream": streams}
+    answered = client.chat.completions.create(model=MODEL, messages=about(INLINE), **settings)
+    if streams:
+        found = [each for chunk in answered if (scored := chunk.choices[0].logprobs) for each in scored.content]
+    else:
+        found = answered.choices[0].logprobs.content
+    assert m3d.asked[0][2] == {"logprobs": 2} and [each.token for each in found] == list(ANSWER)
+    assert bytes(found[0].bytes).decode() == found[0].token and found[0].logprob == -0.5
+    assert [(top.token, top.bytes, top.logprob) for top in found[0].top_logprobs] == [
+        ("a", [97], -0.5),
+        ("\ufffd", None, -9999.0),
+    ]
+
+
+def test_log_probabilities_come_if_they_are_asked_for(client, m3d):
+    asked = client.chat.completions.create(model=MODEL, messages=about(INLINE), logprobs=True)
+    assert m3d.asked[0][2] == {"logprobs": 0} and asked.choices[0].logprobs.content[0].top_logprobs == []
+    assert client.chat.completions.create(model=MODEL, messages=about(INLINE)).choices[0].logprobs is None
+
+
+def test_an_answer_is_held_to_a_schema_which_the_client_reads(client, m3d):
+    class Finding(pydantic.BaseModel):
+        organ: str
+        is_normal: bool
+
+    m3d.texts = ('{"organ": "liver", ', '"is_normal": true}')
+    parsed = client.chat.completions.parse(model=MODEL, messages=about(INLINE), response_format=Finding)
+    assert parsed.choices[0].message.parsed == Finding(organ="liver", is_normal=True)
+    assert m3d.asked[0][2]["json_schema"]["properties"].keys() == {"organ", "is_normal"}
+
+
+def test_choices_come_with_their_likelihoods(client, m3d):
+    extra = {"choices": ["Yes.", "No."], "only_choices": True}
+    answered = client.chat.completions.create(model=MODEL, messages=about(INLINE), extra_body=extra)
+    assert m3d.asked[0][2] == extra and answered.m3d["choices"] == {"Yes.": -1.0, "No.": -2.0}
 
 
 def test_models_are_those_that_are_served(client, gateway):
@@ -398,8 +447,13 @@ def test_an_error_after_the_first_text_is_raised_by_the_client(client, m3d, gate
     "extra, param, code",
     [
         ({"n": 2}, "n", "unsupported_parameter"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, None, "invalid_value"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, None, "invalid_value"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        ({"extra_body": {"only_choices": True}}, None, "invalid_value"),
         ({"presence_penalty": 1.0}, "presence_penalty", "unsupported_parameter"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unknown_parameter"),
         ({"extra_body": {"max_new_tokens": 4}}, "max_new_tokens", "unknown_parameter"),
@@ -513,6 +567,17 @@ def test_a_mask_comes_as_nifti_with_its_measurements(http, client, m3d):
     mask = nib.Nifti1Image.from_bytes(gzip.decompress(content))
     assert mask.shape == (2, 3, 4) and np.asarray(mask.dataobj).all()
     np.testing.assert_array_equal(mask.affine, np.diag([1.0, 2, 3, 1]))
+
+
+def test_each_seg_has_a_mask_and_measurements_of_its_own_if_that_is_asked_for(http, m3d):
+    m3d.mask[0] = False
+    study = http.post("/v1/studies", content=SCAN).json()["id"]
+    asked = {"question": "Segment the liver and the spleen.", "merge": "each"}
+    first, second = http.post(f"/v1/studies/{study}/segment", json=asked).json()["segments"]
+    assert (first["index"], first["words"], first["span"], first["score"]) == (0, "w0", [0, 2], 0.75)
+    assert (second["index"], second["words"]) == (1, "w1") and first["mask"]["id"] != second["mask"]["id"]
+    assert [each["measurements"]["voxel_count"] for each in (first, second)] == [12, 12]
+    assert first["measurements"]["centroid_ras_mm"] != second["measurements"]["centroid_ras_mm"]
 
 
 def test_an_answer_without_a_mask_has_no_segments(http, m3d):

@@ -21,15 +21,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from engine.api import Study
-from engine.client import M3DClient
+from engine.client import AsyncM3DClient, M3DClient
 from engine.errors import StudyNotFound
 from engine.gateway import command, keys
-from engine.gateway.backend import RemoteM3D, ThreadedM3D
+from engine.gateway.backend import ThreadedM3D
 from engine.gateway.settings import GatewaySettings
 from tests.conftest import ROOT
 from tests.unit.fake_m3d import PATIENCE_S, FakeM3D, RunningGateway
 from tests.unit.fake_triton import ANSWER, HANDLE
 
+ASKED = [("user", "what?")]
 SCAN = base64.b64encode(b"a scan's file").decode()
 
 
@@ -132,7 +133,7 @@ def test_a_client_that_goes_away_ends_its_request_on_the_server(triton, tmp_path
         gateway.stop()
 
 
-class Held(RemoteM3D):
+class Held(AsyncM3DClient):
     """What `RunningGateway.stop` looks at, of a `FakeM3D`."""
 
     def __init__(self, url: str):
@@ -204,7 +205,7 @@ def test_with_tls_and_an_authority_only_who_has_a_certificate_and_a_key_is_answe
 @pytest.fixture(params=["server", "threads"])
 def engine(request, triton):
     """The two adapters, before a server that the test holds."""
-    return RemoteM3D(triton.url) if request.param == "server" else ThreadedM3D(M3DClient(triton.url))
+    return AsyncM3DClient(triton.url) if request.param == "server" else ThreadedM3D(M3DClient(triton.url))
 
 
 def run(engine, work):
@@ -222,8 +223,8 @@ def test_an_engine_does_what_the_gateway_needs(engine, triton):
 
     async def work():
         study = await engine.upload(np.ones((4, 4, 4), np.float32))
-        info = await engine.describe(study.handle)
-        stream = engine.stream(study, "what?")
+        info = await engine.describe(Study(study.handle))
+        stream = engine.stream(study, messages=ASKED)
         texts = [text async for text in stream]
         found = await engine.segment(study, "where?")
         ranking = await engine.rank(study, ["a", "b"])
@@ -244,7 +245,7 @@ def test_an_engine_raises_what_the_server_says(engine, triton):
     async def work():
         study = Study(HANDLE)
         with pytest.raises(StudyNotFound):
-            await anext(engine.stream(study, "what?"))
+            await anext(engine.stream(study, messages=ASKED))
         with pytest.raises(StudyNotFound):
             await engine.rank(study, ["a"])
 
@@ -257,7 +258,7 @@ def test_a_stream_that_nobody_reads_ends_on_the_server(engine, triton, how):
 
     async def work():
         study = await engine.upload(np.ones((4, 4, 4), np.float32))
-        stream = engine.stream(study, "what?")
+        stream = engine.stream(study, messages=ASKED)
         assert await anext(stream)
         if how == "closed":
             await stream.aclose()
