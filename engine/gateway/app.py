@@ -18,6 +18,7 @@ from engine.gateway import file_routes, openai_routes, study_routes
 from engine.gateway.audit import Audit
 from engine.gateway.backend import AsyncM3D
 from engine.gateway.context import Administers, Asks, Gateway, Served, This
+from engine.gateway.docs_page import docs_page
 from engine.gateway.door import Disconnected, Door
 from engine.gateway.files import Files
 from engine.gateway.keys import Keys
@@ -112,7 +113,7 @@ def _as_refusal(error: Exception) -> Exception:
 # --- what is asked of the gateway itself -----------------------------------------------------------------------------
 @router.get("/", summary="What this is")
 async def _root() -> dict[str, str]:
-    return {"name": "m3d-engine gateway", "api": "/v1", "openapi": "/openapi.json"}
+    return {"name": "m3d-engine gateway", "api": "/v1", "openapi": "/openapi.json", "docs": "/docs"}
 
 
 @router.get("/health/live", response_class=PlainTextResponse)
@@ -129,6 +130,11 @@ async def _ready(gateway: This) -> Response:
 @router.get("/openapi.json", include_in_schema=False)
 async def _openapi(request: Request, _: Asks) -> dict[str, Any]:
     return request.app.openapi()
+
+
+@router.get("/docs", include_in_schema=False)
+async def _docs(request: Request, _: Asks) -> Response:
+    return docs_page(request.app.openapi())
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

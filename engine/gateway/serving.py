@@ -6,7 +6,8 @@ import contextlib
 import resource
 import socket
 import ssl
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -34,7 +35,13 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield opened
 
 
-def serve(application: Door, socket: socket.socket, tls: Path | None = None, client_ca: Path | None = None) -> None:
+def serve(
+    application: Door,
+    socket: socket.socket,
+    tls: Path | None = None,
+    client_ca: Path | None = None,
+    beside: Callable[[], None] | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
@@ -42,6 +49,7 @@ def serve(application: Door, socket: socket.socket, tls: Path | None = None, cli
         socket: that listens.
         tls: PEM file with a private key and its certificates; None for HTTP without TLS.
         client_ca: PEM file: clients need a certificate of this authority.
+        beside: blocks while what answers runs, on a thread. When it raises, this ends, too, and raises the same.
 
     Raises:
         InvalidInput: a PEM file cannot be used.
@@ -53,7 +61,21 @@ def serve(application: Door, socket: socket.socket, tls: Path | None = None, cli
         raise InvalidInput(f"--tls or --client-ca cannot be used: {error.strerror or error}") from None
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, OPEN_FILES), most))
-    uvicorn.Server(settings).run(sockets=[socket])
+    server = uvicorn.Server(settings)
+    failures: list[BaseException] = []
+
+    def watch() -> None:
+        try:
+            beside()  # type: ignore[misc]
+        except BaseException as error:
+            failures.append(error)
+        server.should_exit = True
+
+    if beside is not None:
+        threading.Thread(target=watch, daemon=True).start()
+    server.run(sockets=[socket])
+    if failures:
+        raise failures[0]
 
 
 def configuration(application: Door, tls: Path | None = None, client_ca: Path | None = None) -> uvicorn.Config:

@@ -15,8 +15,7 @@ class GatewaySettings:
     max_upload_mb: of one upload. max_json_mb: of one JSON body, inline scans included. json_room_mb: of all JSON
     bodies in work. files_mb, max_files: of all kept files; one key may have half of each. file_hours: how long a file
     is kept. study_hours: how long a study is kept after its last use; the server may evict it earlier.
-    timeout_s: of a question, an upload to the server, a ranking. audit_questions: whether audit lines have the
-    questions' texts.
+    timeout_s: of a question, an upload to the server, a ranking.
     """
 
     rate_per_minute: int = 600
@@ -29,4 +28,3 @@ class GatewaySettings:
     file_hours: float = 24.0
     study_hours: float = 24.0
     timeout_s: float = 600.0
-    audit_questions: bool = False

@@ -187,11 +187,11 @@ class FakeStream:
 class RunningGateway:
     """A gateway under uvicorn on a thread. url: of OpenAI's routes. audit: the lines until now."""
 
-    def __init__(self, m3d, folder: Path, keys: Path | None, settings: GatewaySettings, **tls):
+    def __init__(self, m3d, folder: Path, keys: Path | None, settings: GatewaySettings, questions=False, **tls):
         self.m3d = m3d
         self._audit = folder / "audit.jsonl"
         opened = Keys(keys) if keys is not None else None
-        self.door = create(m3d, opened, settings, Audit(self._audit, settings.audit_questions), "fake:8001")
+        self.door = create(m3d, opened, settings, Audit(self._audit, questions), "fake:8001")
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen(64)

@@ -59,8 +59,9 @@ def start(m3d, key, key_file, tmp_path):
     """start(**settings) -> a running gateway."""
     running = []
 
-    def begin(with_keys=True, **settings):
-        running.append(RunningGateway(m3d, tmp_path, key_file if with_keys else None, GatewaySettings(**settings)))
+    def begin(with_keys=True, questions=False, **settings):
+        opened = key_file if with_keys else None
+        running.append(RunningGateway(m3d, tmp_path, opened, GatewaySettings(**settings), questions))
         return running[-1]
 
     yield begin
@@ -614,6 +615,14 @@ def test_the_description_of_the_routes_is_complete(http):
     assert "application/json" in described["paths"]["/v1/studies"]["post"]["requestBody"]["content"]
 
 
+def test_the_page_of_the_routes_has_all_that_it_needs(http):
+    page = http.get("/docs")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert "SwaggerUIBundle({spec:" in page.text and "/v1/chat/completions" in page.text
+    assert not re.search(r"<(script|link|img)[^>]* (src|href)=", page.text)
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
 # --- who may enter ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "headers, code",
@@ -992,7 +1001,7 @@ def test_a_marked_patient_and_question_are_in_no_log_and_no_folder(
 
 
 def test_questions_are_written_only_if_that_is_switched_on(start, key):
-    gateway = start(audit_questions=True)
+    gateway = start(questions=True)
     with openai.OpenAI(base_url=gateway.url, api_key=key) as client:
         client.chat.completions.create(model=MODEL, messages=about(INLINE, question="Is there a tumour?"))
     assert ended(gateway)["question"] == "Is there a tumour?"

@@ -23,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from engine.api import Study
 from engine.client import AsyncM3DClient, M3DClient
 from engine.errors import StudyNotFound
-from engine.gateway import command, keys
+from engine.gateway import entrance, keys
 from engine.gateway.backend import ThreadedM3D
 from engine.gateway.settings import GatewaySettings
 from tests.conftest import ROOT
@@ -91,7 +91,7 @@ def test_a_gateway_that_cannot_be_is_one_line(m3d, tmp_path, arguments, words):
 
 
 def test_what_is_not_installed_is_named(m3d, monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "_NEEDED", ("fastapi", "not_there"))
+    monkeypatch.setattr(entrance, "_NEEDED", ("fastapi", "not_there"))
     code, _, err = m3d("keys", "list", "--keys", tmp_path / "keys.json")
     assert code == 1 and "needs not_there: pip install 'm3d-engine[gateway]'" in err
 
