@@ -507,8 +507,7 @@ def test_the_documented_program_prints_the_answer(gateway, key, tmp_path):
 
 
 def test_the_documented_curl_commands_are_answered(gateway, key, http, tmp_path):
-    (block,) = [block for block in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.S) if "curl" in block]
-    commands = re.sub(r"(?<!\\)\n(?=curl)", "\n\n", block).split("\n\n")[1:]
+    commands = documented_commands()
     study = http.post("/v1/studies", content=SCAN).json()["id"]
     answers = [documented(gateway, key, tmp_path, ["sh", "-c", each], STUDY=study) for each in commands]
     expected = ("m3d-lamed", '"preset"', '"preset"', "measurements", '"score"', "data: [DONE]")
@@ -517,8 +516,15 @@ def test_the_documented_curl_commands_are_answered(gateway, key, http, tmp_path)
         assert part in answer and "error" not in answer
 
 
-def documented(gateway, key: str, folder, command: list[str], **variables: str) -> str:
-    (folder / "scan.nii.gz").write_bytes(SCAN)
+def documented_commands() -> list[str]:
+    """Those with curl, about the study $STUDY."""
+    (block,) = [block for block in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.S) if "curl" in block]
+    return re.sub(r"(?<!\\)\n(?=curl)", "\n\n", block).split("\n\n")[1:]
+
+
+def documented(gateway, key: str, folder, command: list[str], scan: bytes = SCAN, **variables: str) -> str:
+    """What a documented command prints, beside a scan."""
+    (folder / "scan.nii.gz").write_bytes(scan)
     variables |= {"OPENAI_BASE_URL": gateway.url, "OPENAI_API_KEY": key, "PATH": os.environ["PATH"]}
     return subprocess.run(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True, check=True, timeout=PATIENCE_S
