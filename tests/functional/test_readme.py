@@ -8,6 +8,8 @@ import json
 import os
 import re
 import select
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,9 @@ import pytest
 
 from engine.runtime.server_folder import SHARED_MEMORY
 from engine.samples import write_sample
+from engine.server import free_ports
 from tests.conftest import ROOT
+from tests.functional.footprint import Footprint
 from tests.tiny import volume
 
 pytestmark = pytest.mark.integration
@@ -26,6 +30,7 @@ pytestmark = pytest.mark.integration
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 LOCAL = [block for block in BLOCKS if "M3DEngine" in block]
 REMOTE = [block for block in BLOCKS if "localhost:8001" in block]
+HTTP = [block for block in BLOCKS if "openai" in block]
 PATIENCE_S = 600
 # As Jupyter runs a cell: on a thread whose asyncio loop is running.
 NOTEBOOK = """
@@ -73,7 +78,7 @@ def is_answered(said: str) -> bool:
 
 
 def test_all_python_of_the_readme_is_tested():
-    assert len(LOCAL) == 1 and len(REMOTE) == 3 and set(LOCAL + REMOTE) == set(BLOCKS)
+    assert len(LOCAL) == len(HTTP) == 1 and len(REMOTE) == 3 and set(LOCAL + REMOTE + HTTP) == set(BLOCKS)
 
 
 @pytest.mark.parametrize("block", REMOTE, ids=["M3DClient", "AsyncM3DClient", "choices"])
@@ -90,6 +95,60 @@ def test_a_program_asks_a_server(folder, demo_server, block):
     assert "chest" in said
     if "found.save" in block:
         assert nibabel.load(folder / "lung.nii.gz").shape == nibabel.load(folder / "scan.nii.gz").shape
+
+
+def test_the_openai_client_asks_a_server_that_answers_http(folder):
+    """The commands of the README in their order, with ports of their own; at the end nothing of the server is left."""
+    (block,) = re.findall(r"```sh\n(.*?keys add.*?)```", (ROOT / "README.md").read_text(), re.S)
+    _, *sampling = shlex.split(block.splitlines()[0])
+    _, *adding = shlex.split(block.splitlines()[1], comments=True)
+    _, *serving = shlex.split(block.splitlines()[2], comments=True)
+    assert (sampling[0], adding[:2], serving[:2]) == ("sample", ["keys", "add"], ["serve", "--http"])
+    (folder / "scan.nii.gz").unlink()
+    run(folder, "-m", "engine.cli", *sampling)
+    key = run(folder, "-m", "engine.cli", *adding).split()[-1]
+    ports = free_ports()
+    http_port = free_ports()["grpc_port"]
+    where = ["--grpc-port", ports["grpc_port"], "--metrics-port", ports["metrics_port"], "--http-port", http_port]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENAI_API_KEY": key}
+    environment |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{http_port}/v1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "engine.cli", *serving, *map(str, where), "--log", str(folder / "triton.log")],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            said = "".join(
+                iter(server.stderr.readline, f"ready on {environment['OPENAI_BASE_URL']}   (stop with Ctrl-C)\n")
+            )
+            assert f"ready on 127.0.0.1:{ports['grpc_port']} (gRPC)" in said
+            (keeper,) = children(server.pid)
+            footprint = Footprint(keeper)
+            asked = subprocess.run(
+                [sys.executable, "-c", HTTP[0]],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+        finally:
+            server.send_signal(signal.SIGTERM)
+            out, err = server.communicate(timeout=PATIENCE_S)
+    assert asked.stdout.strip() == "It shows the chest." and asked.returncode == 0, asked.stderr
+    assert server.returncode == 0 and err == "stopping\n" and key not in out
+    assert [json.loads(line)["operation"] for line in out.splitlines()] == [
+        "POST /v1/files",
+        "POST /v1/chat/completions",
+    ]
+    assert footprint.left() == []
+
+
+def children(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def test_a_script_without_a_main_guard_has_an_engine(folder):
