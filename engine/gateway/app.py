@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from engine.gateway import file_routes, openai_routes, study_routes
 from engine.gateway.audit import Audit
 from engine.gateway.backend import AsyncM3D
+from engine.gateway.bodies import returning
 from engine.gateway.context import Administers, Asks, Gateway, Served, This
 from engine.gateway.docs_page import docs_page
 from engine.gateway.door import Disconnected, Door
@@ -29,7 +30,7 @@ from engine.gateway.settings import GatewaySettings
 from engine.gateway.studies import Studies
 
 SWEEP_S = 60.0
-router = APIRouter()
+open_router, router = APIRouter(), APIRouter()  # open: without a key
 _log = logging.getLogger(__name__)
 
 
@@ -71,6 +72,7 @@ def create(m3d: AsyncM3D, keys: Keys | None, settings: GatewaySettings, audit: A
         app.add_exception_handler(kind, _raised)
     bearer = Security(HTTPBearer(auto_error=False, description="a key of `m3d keys add`"))  # the door asks for it
     errors = {"description": "OpenAI's error shape", "model": ErrorBody}
+    app.include_router(open_router, responses={"default": errors})
     for each in (router, openai_routes.router, file_routes.router, study_routes.router):
         app.include_router(each, dependencies=[bearer], responses={"default": errors})
     return Door(app, keys, settings, audit, metrics)
@@ -111,17 +113,17 @@ def _as_refusal(error: Exception) -> Exception:
 
 
 # --- what is asked of the gateway itself -----------------------------------------------------------------------------
-@router.get("/", summary="What this is")
+@open_router.get("/", summary="What this is")
 async def _root() -> dict[str, str]:
     return {"name": "m3d-engine gateway", "api": "/v1", "openapi": "/openapi.json", "docs": "/docs"}
 
 
-@router.get("/health/live", response_class=PlainTextResponse)
-async def _live() -> str:
-    return "live\n"
+@open_router.get("/health/live", **returning("text/plain"))
+async def _live() -> Response:
+    return PlainTextResponse("live\n")
 
 
-@router.get("/health/ready", response_class=PlainTextResponse)
+@open_router.get("/health/ready", **returning("text/plain"))
 async def _ready(gateway: This) -> Response:
     is_ready = await gateway.m3d.is_ready()
     return PlainTextResponse("ready\n" if is_ready else "the server does not answer\n", 200 if is_ready else 503)
@@ -137,6 +139,6 @@ async def _docs(request: Request, _: Asks) -> Response:
     return docs_page(request.app.openapi())
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", **returning("text/plain"))
 async def _metrics(gateway: This, _: Administers) -> Response:
     return Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4")

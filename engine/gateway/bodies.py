@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import IO, Any
 
-from fastapi import Request
+from fastapi import Request, Response
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -24,6 +24,11 @@ SCAN_BODY = FORM_BODY | {"application/octet-stream": {"schema": _FILE}}
 def described(content: dict[str, Any]) -> dict[str, Any]:
     """What a route takes, for its description: `openapi_extra`."""
     return {"requestBody": {"required": True, "content": content}}
+
+
+def returning(kind: str) -> dict[str, Any]:
+    """Arguments of a route that returns no JSON, for its description."""
+    return {"response_class": Response, "responses": {200: {"content": {kind: {"schema": {"type": "string"}}}}}}
 
 
 async def form_file(request: Request) -> tuple[Any, UploadFile]:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from engine.gateway.bodies import FORM_BODY, described, form_file
+from engine.gateway.bodies import FORM_BODY, described, form_file, returning
 from engine.gateway.context import Asks, Gateway, This, Uploads
 from engine.gateway.files import StoredFile
 from engine.gateway.keys import Key
@@ -39,7 +39,7 @@ async def _file(id: str, gateway: This, key: Asks) -> dict[str, Any]:
     return file_object(gateway, _stored(gateway, key, id))
 
 
-@router.get("/{id}/content", summary="Fetch a mask")
+@router.get("/{id}/content", summary="Fetch a mask", **returning("application/gzip"))
 async def _file_content(id: str, gateway: This, key: Asks) -> Response:
     stored = _stored(gateway, key, id)
     if stored.purpose != MASK_PURPOSE:
