@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from engine.contract import Model, Tensor
 from engine.errors import InvalidInput, M3DError, RepositoryError
 from engine.processor import has_bf16
+from engine.runtime.ort import onnxruntime
 
 EXPORT_AGAIN = "export the repository again with export/build_engines.py"
 PRECISIONS = ("auto", "fp32", "bf16")
