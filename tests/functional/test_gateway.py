@@ -127,7 +127,7 @@ def gateway(request, tmp_path_factory):
     gateway = RunningGateway(tmp_path_factory.mktemp("gateway"), *arguments)
     yield gateway
     said = gateway.stop()
-    assert said in ("", "stopping\n")
+    assert MARK not in said and "Traceback" not in said  # vLLM says that a schema cannot be spelled
     left = [path for path in gateway.temporary.rglob("*") if path.is_file()]
     assert left == [] and not list(SHARED_MEMORY.glob(f"{PREFIX}-{gateway.process.pid}-*"))
 
