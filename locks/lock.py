@@ -51,7 +51,13 @@ LOCKS = (
         "x86_64-manylinux_2_35",  # of nvidia-pytriton
         cpu_torch=True,
     ),
-    Lock("image.txt", ("pyproject.toml", "--extra=gpu"), ("3.12",), "x86_64-manylinux_2_39", cpu_torch=False),
+    Lock(
+        "image.txt",
+        ("pyproject.toml", "--extra=gpu", "--extra=gateway"),
+        ("3.12",),
+        "x86_64-manylinux_2_39",
+        cpu_torch=False,
+    ),
     Lock(
         "quantizing.txt",
         ("export/quantizing.txt",),
