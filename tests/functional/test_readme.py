@@ -53,15 +53,20 @@ def folder(demo_repository, tmp_path_factory):
     return folder
 
 
+def environment(**more: str) -> dict[str, str]:
+    """A user's."""
+    theirs = ("VLLM_", "OMP_", "GOMP_", "LC_")  # that the tests' own process has set for vLLM
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+    return kept | {"PYTHONPATH": str(ROOT)} | more
+
+
 def run(folder, *arguments, stdin: str = "") -> str:
     """What a Python with these arguments prints, in the user's folder; it ends well."""
-    theirs = ("VLLM_", "OMP_", "GOMP_", "LC_")  # that the tests' own process has set for vLLM
     done = subprocess.run(
         [sys.executable, *arguments],
         input=stdin,
         cwd=folder,
-        env={name: value for name, value in os.environ.items() if not name.startswith(theirs)}
-        | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
@@ -99,7 +104,8 @@ def test_a_program_asks_a_server(folder, demo_server, block):
 
 def test_the_openai_client_asks_a_server_that_answers_http(folder):
     """The commands of the README in their order, with ports of their own; at the end nothing of the server is left."""
-    (block,) = re.findall(r"```sh\n(.*?keys add.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (block,) = [block for block in blocks if "keys add" in block]
     _, *sampling = shlex.split(block.splitlines()[0])
     _, *adding = shlex.split(block.splitlines()[1], comments=True)
     _, *serving = shlex.split(block.splitlines()[2], comments=True)
@@ -110,27 +116,29 @@ def test_the_openai_client_asks_a_server_that_answers_http(folder):
     ports = free_ports()
     http_port = free_ports()["grpc_port"]
     where = ["--grpc-port", ports["grpc_port"], "--metrics-port", ports["metrics_port"], "--http-port", http_port]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENAI_API_KEY": key}
-    environment |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{http_port}/v1"}
+    url = f"http://127.0.0.1:{http_port}/v1"
+    users = environment(OPENAI_API_KEY=key, OPENAI_BASE_URL=url)
     with subprocess.Popen(
         [sys.executable, "-m", "engine.cli", *serving, *map(str, where), "--log", str(folder / "triton.log")],
         cwd=folder,
-        env=environment,
+        env=users,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as server:
         try:
-            said = "".join(
-                iter(server.stderr.readline, f"ready on {environment['OPENAI_BASE_URL']}   (stop with Ctrl-C)\n")
-            )
+            said = ""
+            while f"ready on {url} " not in said:
+                line = server.stderr.readline()
+                assert line, said
+                said += line
             assert f"ready on 127.0.0.1:{ports['grpc_port']} (gRPC)" in said
             (keeper,) = children(server.pid)
             footprint = Footprint(keeper)
             asked = subprocess.run(
                 [sys.executable, "-c", HTTP[0]],
                 cwd=folder,
-                env=environment,
+                env=users,
                 capture_output=True,
                 text=True,
                 timeout=300,
