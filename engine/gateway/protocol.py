@@ -1,10 +1,13 @@
-"""HTTP/1.1 with bounds on a request's head, which uvicorn's parser takes in without any."""
+"""HTTP/1.1 with bounds on a request's head, which uvicorn's parser takes in without any, and errors in our shape."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from engine.gateway.refusal import Refusal
 
 HEAD_BYTES = 32 << 10
 HEAD_S = 15.0
@@ -42,6 +45,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_is_here()
         super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP, in the shape of all errors; uvicorn would say it in plain text."""
+        body = json.dumps(Refusal(400, "invalid_http", "the request is no HTTP/1.1").body).encode()
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_S, self._give_up)

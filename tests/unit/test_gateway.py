@@ -906,6 +906,12 @@ def test_a_head_that_does_not_come_closes_the_connection(start, monkeypatch):
             raise ConnectionResetError
 
 
+def test_what_is_no_http_is_refused_in_the_shape_of_openai(gateway):
+    for sent in (b"GET / HTTP/1.1\r\nContent-Length: =\r\n\r\n", b"\x16\x03\x01 TLS\r\n\r\n"):
+        head, _, body = received(raw(gateway, sent)).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ") and json.loads(body)["error"]["code"] == "invalid_http"
+
+
 def test_an_endless_head_closes_the_connection(gateway):
     head = b"GET / HTTP/1.1\r\n" + b"".join(b"A%d: %s\r\n" % (i, b"x" * 1000) for i in range(200))
     try:
