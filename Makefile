@@ -123,13 +123,13 @@ $(VENV)/bin/uv:
 
 $(VENV)/serving: pyproject.toml overrides.txt $(LOCK) engine/runtime/cpu/decode_kernel.c | $(VENV)/bin/uv
 	@echo "installing what serving on a CPU needs ..."
-	@$(INSTALL) --editable '.[cpu]'
+	@$(INSTALL) --editable '.[cpu,gateway]'
 	@$(BIN)/python -m engine.runtime.cpu.compile_kernel || true  # it says why not, and all works without
 	@touch $@
 
 $(VENV)/testing: $(VENV)/serving
 	@echo "installing what training, benchmarks and tests need ..."
-	@$(INSTALL) --editable '.[cpu,train,bench,test,tensorrt-rtx]'
+	@$(INSTALL) --editable '.[cpu,gateway,train,bench,test,tensorrt-rtx]'
 	@touch $@
 
 $(QUANTIZING)/ready: export/quantizing.txt locks/quantizing.txt | $(VENV)/bin/uv

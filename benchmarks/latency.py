@@ -39,6 +39,7 @@ import torch  # noqa: E402
 from benchmarks import command, cpu_roofline, load, machine, preprocessing, report, scans, triton_trace  # noqa: E402
 from benchmarks.baseline import Baseline  # noqa: E402
 from benchmarks.command import at_least, say, several  # noqa: E402
+from benchmarks.gateway import STREAMS, Gateway  # noqa: E402
 from benchmarks.served import ENCODERS, Served  # noqa: E402
 from benchmarks.timings import Timing  # noqa: E402
 from engine.api import ModelInfo, Study  # noqa: E402
@@ -64,6 +65,7 @@ QUESTIONS_A_CLIENT = 2
 OFFLINE_QUESTIONS = 16
 TRACE = "trace.json"
 TRACED = ("cold", "follow_up", "segment", "segment_again")
+FIRST_TOKENS_A_ROUND = 4  # by the gateway and by gRPC
 SHORT_TOKENS = 8  # of answers whose first token alone is of interest
 SEGMENT_QUESTION = "Please segment the left lung: [SEG]"
 TEXTS = ("a chest CT with a pleural effusion", "an abdominal CT without findings", "a brain MRI")
@@ -132,6 +134,8 @@ def measure(arguments: argparse.Namespace) -> dict:
                     run.interference()
                 with section("arrivals at random", needed=False):
                     run.open_loop()
+                with section("the gateway", needed=False):
+                    run.gateway()
                 if server["supervisor_pid"]:
                     result["server_memory_bytes"] = machine.memory_of(server["supervisor_pid"])
         with section("Triton's trace", needed=False):  # which it writes when it ends
@@ -419,6 +423,28 @@ class Run:
                 limits=limits,
             )
             self.result["open_loop"].append({**asdict(done), "samples": [s.to_dict() for s in done.samples]})
+
+    def gateway(self) -> None:
+        """First tokens and new scans by HTTP and by gRPC in turn, then many streams at once."""
+        found: dict = {"follow_up": [], "cold": []}
+        with Gateway.before(self.served.url) as gateway:
+            scan = next(self.fresh)
+            ours, theirs = gateway.upload(scan), self.served.upload(scan)
+            for number in range(-self.arguments.warm_up, self.repeats * FIRST_TOKENS_A_ROUND):
+                grpc = self.served.ask(theirs, next(self.questions), SHORT_TOKENS).first_s
+                http = gateway.first_s(ours, next(self.questions), SHORT_TOKENS)
+                if number >= 0:
+                    found["follow_up"].append({"grpc": grpc, "http": http})
+            for number in range(-self.arguments.warm_up, self.repeats):
+                started = time.perf_counter()
+                self.served.ask(self.served.upload(next(self.fresh)), next(self.questions), SHORT_TOKENS)
+                grpc, started = time.perf_counter() - started, time.perf_counter()
+                gateway.first_s(gateway.upload(next(self.fresh)), next(self.questions), SHORT_TOKENS)
+                if number >= 0:
+                    found["cold"].append({"grpc": grpc, "http": time.perf_counter() - started})
+            asked = [next(self.questions) for _ in range(STREAMS)]
+            found["streaming_share"] = gateway.streaming_share(ours, asked, self.tokens)
+        self.result["gateway"] = found
 
     def _segment(self, study: Study) -> None:
         first, found = self.served.segment(study, *self.segmenting)

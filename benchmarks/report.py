@@ -40,6 +40,9 @@ TARGETS = (
     Target("overhead_cold", "serving overhead of a new scan, share", 0.03),
     Target("overhead_followup_s", "serving overhead of a follow-up, s", 0.01),
     Target("interference", "follow-up's first token during an upload ÷ during matrix products on all cores", 1.1),
+    Target("gateway_first_s", "what the gateway adds to a follow-up's first token, s", 0.005),
+    Target("gateway_cold", "new scan by the gateway ÷ by gRPC, end to end", 1.02),
+    Target("gateway_streaming", "what 64 streams cost the gateway, of one core", 0.2),
     Target("wire_per_mask", "mask on the wire ÷ as many floats", 1 / 30),
     Target("wire_per_study", "a scan, two answers and a mask on the wire ÷ the scan and the mask", 1.01),
     Target("prepare_large_s", "preprocessing of a large CT, s", 3.0),
@@ -87,6 +90,12 @@ def values_of(result: dict) -> dict[str, list[float]]:
         found["interference"] = [
             median(_all(served["during_upload"], "first_s")) / median(_all(served["during_products"], "first_s"))
         ]
+    if gateway := result.get("gateway"):
+        both = [(pair["http"], pair["grpc"]) for pair in gateway["follow_up"]]
+        # Medians, as no two questions are answered equally fast; below nothing it is noise.
+        found["gateway_first_s"] = [max(0.0, median(http for http, _ in both) - median(grpc for _, grpc in both))]
+        found["gateway_cold"] = [pair["http"] / pair["grpc"] for pair in gateway["cold"]]
+        found["gateway_streaming"] = [gateway["streaming_share"]]
     if "mask" in (wire := result.get("wire", {})):
         found["wire_per_mask"] = [wire["mask"] / wire["logits"]]
         found["wire_per_study"] = [

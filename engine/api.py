@@ -460,6 +460,14 @@ class M3D(Protocol):
         """
         ...
 
+    def describe(self, study: Study, *, timeout: float | None = None) -> StudyInfo:
+        """How a study was prepared, also of one that is known by its handle only.
+
+        Raises:
+            StudyNotFound: if the study is not held (any more).
+        """
+        ...
+
     def is_ready(self) -> bool:
         """Whether all that answers is there."""
         ...

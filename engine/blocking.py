@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from engine.api import M3D, Answer, EngineInfo, Messages, Ranking, Segmentation, Study, TextEmbeddings
+from engine.api import M3D, Answer, EngineInfo, Messages, Ranking, Segmentation, Study, StudyInfo, TextEmbeddings
 from engine.methods import Asked, Methods, run
 
 if TYPE_CHECKING:  # it would bring SciPy into every program that asks
@@ -123,6 +123,9 @@ class BlockingM3D(M3D):
 
     def forget(self, study: Study, *, timeout: float | None = None) -> None:
         run(self._methods.forget(study, timeout), self._transport)
+
+    def describe(self, study: Study, *, timeout: float | None = None) -> StudyInfo:
+        return run(self._methods.describe(study, timeout), self._transport)
 
     def is_ready(self) -> bool:
         return self._transport.is_ready()

@@ -225,6 +225,11 @@ class Methods:
             raise InvalidInput(f"forget takes a study, as upload returns it, not {type(study).__name__}")
         return self._forget(study, self._left(timeout))
 
+    def describe(self, study: Study, timeout: float | None) -> Steps[StudyInfo]:
+        if not isinstance(study, Study):
+            raise InvalidInput(f"describe takes a study, as upload returns it, not {type(study).__name__}")
+        return self._describe(study, self._left(timeout))
+
     def info(self, timeout: float | None) -> Steps[EngineInfo]:
         left = self._left(timeout)
         outputs = yield lambda t: t.infer(STUDY, {contract.DESCRIBE: True}, left())
@@ -283,6 +288,10 @@ class Methods:
             object.__setattr__(study, "source", None)
             raise
         object.__setattr__(study, "source", None)  # else the next question would send the scan again
+
+    def _describe(self, study: Study, left: Countdown) -> Steps[StudyInfo]:
+        outputs = yield lambda t: t.infer(STUDY, {contract.STUDY_IN: study.handle}, left())
+        return typed(StudyInfo, outputs.text(contract.STUDY_INFO))
 
     def study_of(self, study: object, left: Countdown) -> Steps[Study]:
         """The study itself, or of what `upload` takes a new one."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from engine.errors import M3DError
 from engine.models.clip import M3DClip
 from engine.models.lamed import Lamed
 from engine.runtime.onnx_session import OnnxGraph
+from engine.runtime.ort import onnxruntime
 from export.fused_attention import translation_table
 
 OPSET = 20

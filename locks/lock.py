@@ -44,14 +44,20 @@ LOCKS = (
         "cpu.txt",
         (
             "pyproject.toml",
-            *(f"--extra={extra}" for extra in ("cpu", "train", "bench", "test", "tensorrt-rtx")),
+            *(f"--extra={extra}" for extra in ("cpu", "gateway", "train", "bench", "test", "tensorrt-rtx")),
             "--override=overrides.txt",
         ),
         ("3.11", "3.12"),
         "x86_64-manylinux_2_35",  # of nvidia-pytriton
         cpu_torch=True,
     ),
-    Lock("image.txt", ("pyproject.toml", "--extra=gpu"), ("3.12",), "x86_64-manylinux_2_39", cpu_torch=False),
+    Lock(
+        "image.txt",
+        ("pyproject.toml", "--extra=gpu", "--extra=gateway"),
+        ("3.12",),
+        "x86_64-manylinux_2_39",
+        cpu_torch=False,
+    ),
     Lock(
         "quantizing.txt",
         ("export/quantizing.txt",),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from engine import logs
-from engine.cli import ask, doctor, inspect, rank, sample, scripts, segment, serve
+from engine.cli import ask, doctor, gateway, inspect, keys, rank, sample, scripts, segment, serve
 
 # A command imports what it needs when it runs, so that help comes at once. What help says of a command is an argument
 # and no docstring: python -OO has none of those.
@@ -45,6 +45,10 @@ app.command(
     help="Say what a checkpoint is, what it lacks, and what its export needs, before anything large is downloaded."
 )(inspect.inspect)
 app.command(help="Say what this machine has, what is missing for serving, and how to get it.")(doctor.doctor)
+app.command(help="Answer HTTP, as OpenAI's clients speak it, before a server or with an engine in this process.")(
+    gateway.gateway
+)
+app.add_typer(keys.keys, name="keys")
 
 for script, words in (
     (scripts.export, "Export a checkpoint into a model repository (export/build_engines.py)."),

@@ -18,7 +18,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2
 
-from engine.api import Answer, EngineInfo, Messages, Ranking, Segmentation, Study, TextEmbeddings
+from engine.api import Answer, EngineInfo, Messages, Ranking, Segmentation, Study, StudyInfo, TextEmbeddings
 from engine.client import wire
 from engine.client.connection import READY_S
 from engine.contract import Tensor
@@ -124,6 +124,10 @@ class AsyncM3DClient:
     async def forget(self, study: Study, *, timeout: float | None = None) -> None:
         """See `engine.api.M3D.forget`."""
         await self._run(self._methods.forget(study, timeout))
+
+    async def describe(self, study: Study, *, timeout: float | None = None) -> StudyInfo:
+        """See `engine.api.M3D.describe`."""
+        return await self._run(self._methods.describe(study, timeout))
 
     async def is_ready(self) -> bool:
         """See `engine.api.M3D.is_ready`."""

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from engine.contract import Model, Tensor
 from engine.errors import InvalidInput, M3DError, RepositoryError
 from engine.runtime.acceleration import multiplies_bf16, open_bf16
+from engine.runtime.ort import onnxruntime
 
 EXPORT_AGAIN = "export the repository again with export/build_engines.py"
 _DTYPES = {"FP32": ("tensor(float)", np.float32), "INT64": ("tensor(int64)", np.int64)}

@@ -73,6 +73,7 @@ def test_it_measures_a_running_server_against_both_baselines_and_the_floor(
     assert {"cold_e2e", "followup_ttft", "throughput_c8", "segment_warm", "rank_warm", "overhead_cold"} <= set(
         found["ratios"]
     )
+    assert {"gateway_first_s", "gateway_cold", "gateway_streaming"} <= set(found["ratios"])
     assert all(np.isfinite(value) for value in found["ratios"].values())
     served = found["samples"]["served"]
     assert {"cold", "follow_up", "segment", "segment_again", "rank", "rank_again", "during_upload"} <= set(served)

@@ -329,12 +329,22 @@ def test_a_handle_stands_for_its_study(m3d, study):
     assert asked.token_ids == m3d.ask(study, QUESTION, max_new_tokens=8).token_ids
 
 
+def test_how_a_study_was_prepared_is_told_by_its_handle_too(m3d, study):
+    assert replace(m3d.describe(Study(study.handle)), cached=False) == replace(study.info, cached=False)
+
+
 def test_a_forgotten_study_is_gone_for_all_and_is_not_sent_again(m3d):
     study = m3d.upload(scan(3))
     bare = Study(study.handle)
     m3d.forget(study)
     for gone in (study, bare):
-        for use in (m3d.forget, m3d.embed, lambda of: m3d.ask(of, QUESTION), lambda of: m3d.segment(of, QUESTION)):
+        for use in (
+            m3d.forget,
+            m3d.describe,
+            m3d.embed,
+            lambda of: m3d.ask(of, QUESTION),
+            lambda of: m3d.segment(of, QUESTION),
+        ):
             with pytest.raises(StudyNotFound):
                 use(gone)
     assert not m3d.upload(scan(3)).info.cached
@@ -512,6 +522,7 @@ def test_it_says_what_it_is(m3d, repository):
         (lambda m, s: m.embed(Study("no handle")), StudyNotFound, "unknown study"),
         (lambda m, s: m.forget(Study("0" * 64)), StudyNotFound, "unknown study"),
         (lambda m, s: m.forget("0" * 64), InvalidInput, "a study"),
+        (lambda m, s: m.describe("0" * 64), InvalidInput, "describe takes a study"),
         (lambda m, s: m.ask(s, QUESTION, timeout=0), InvalidInput, "timeout"),
         (lambda m, s: m.ask(s, QUESTION, timeout="long"), InvalidInput, "timeout"),
     ],

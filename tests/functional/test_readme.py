@@ -9,6 +9,7 @@ import os
 import re
 import select
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,11 @@ import numpy as np
 import pytest
 
 from engine.runtime.server_folder import SHARED_MEMORY
+from engine.server import free_ports
 from m3d_demo.samples import write_sample
 from tests import documents
 from tests.conftest import ROOT
+from tests.functional.footprint import Footprint
 from tests.tiny import volume
 
 pytestmark = pytest.mark.integration
@@ -28,6 +31,7 @@ pytestmark = pytest.mark.integration
 RUN = [block for block in documents.blocks("python") if not block.mark.startswith(documents.PARSED_ONLY)]
 LOCAL = [block.text for block in RUN if "M3DEngine" in block.text]
 REMOTE = [block for block in RUN if "localhost:8001" in block.text]
+HTTP = [block.text for block in RUN if "openai" in block.text]
 COMMANDS = [block for block in documents.blocks("sh") if block.mark == documents.RUN_WITH_SERVER]
 PATIENCE_S = 600
 # As Jupyter runs a cell: on a thread whose asyncio loop is running.
@@ -51,15 +55,20 @@ def folder(demo_repository, tmp_path_factory):
     return folder
 
 
-def run(folder, *arguments, stdin: str = "", **environment: str) -> str:
-    """What a Python with these arguments prints, in the user's folder; it ends well."""
+def environment(**more: str) -> dict[str, str]:
+    """A user's."""
     theirs = ("VLLM_", "OMP_", "GOMP_", "LC_")  # that the tests' own process has set for vLLM
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+    return kept | {"PYTHONPATH": str(ROOT)} | more
+
+
+def run(folder, *arguments, stdin: str = "", **more: str) -> str:
+    """What a Python with these arguments prints, in the user's folder; it ends well."""
     done = subprocess.run(
         [sys.executable, *arguments],
         input=stdin,
         cwd=folder,
-        env={name: value for name, value in os.environ.items() if not name.startswith(theirs)}
-        | {"PYTHONPATH": str(ROOT), **environment},
+        env=environment(**more),
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
@@ -76,7 +85,8 @@ def is_answered(said: str) -> bool:
 
 
 def test_all_python_of_the_documents_is_tested():
-    assert len(LOCAL) == 1 and len(REMOTE) >= 4 and len(LOCAL) + len(REMOTE) == len(RUN)
+    assert len(LOCAL) == len(HTTP) == 1 and len(REMOTE) >= 4
+    assert len(LOCAL) + len(REMOTE) + len(HTTP) == len(RUN)
     assert len(COMMANDS) == 2 and all(block.mark == "" for block in RUN)  # no mark is misspelt
 
 
@@ -107,6 +117,62 @@ def test_a_program_asks_a_server(folder, demo_server, block):
     assert "chest" in said
     if "found.save" in block.text:
         assert nibabel.load(folder / "lung.nii.gz").shape == nibabel.load(folder / "scan.nii.gz").shape
+
+
+def test_the_openai_client_asks_a_server_that_answers_http(folder):
+    """The commands of docs/gateway.md in their order, with other ports; at the end nothing of the server is left."""
+    (block,) = [block.text for block in documents.blocks("sh") if "keys add me" in block.text]
+    _, *sampling = shlex.split(block.splitlines()[0])
+    _, *adding = shlex.split(block.splitlines()[1], comments=True)
+    _, *serving = shlex.split(block.splitlines()[2], comments=True)
+    assert (sampling[0], adding[:2], serving[:2]) == ("sample", ["keys", "add"], ["serve", "--http"])
+    (folder / "scan.nii.gz").unlink()
+    run(folder, "-m", "engine.cli", *sampling)
+    key = run(folder, "-m", "engine.cli", *adding).split()[-1]
+    ports = free_ports()
+    http_port = free_ports()["grpc_port"]
+    where = ["--grpc-port", ports["grpc_port"], "--metrics-port", ports["metrics_port"], "--http-port", http_port]
+    url = f"http://127.0.0.1:{http_port}/v1"
+    users = environment(OPENAI_API_KEY=key, OPENAI_BASE_URL=url)
+    with subprocess.Popen(
+        [sys.executable, "-m", "engine.cli", *serving, *map(str, where), "--log", str(folder / "triton.log")],
+        cwd=folder,
+        env=users,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            said = ""
+            while f"ready on {url} " not in said:
+                line = server.stderr.readline()
+                assert line, said
+                said += line
+            assert f"ready on 127.0.0.1:{ports['grpc_port']} (gRPC)" in said
+            (supervisor,) = children(server.pid)
+            footprint = Footprint(supervisor)
+            asked = subprocess.run(
+                [sys.executable, "-c", HTTP[0]],
+                cwd=folder,
+                env=users,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+        finally:
+            server.send_signal(signal.SIGTERM)
+            out, err = server.communicate(timeout=PATIENCE_S)
+    assert asked.stdout.strip() == "It shows the chest." and asked.returncode == 0, asked.stderr
+    assert server.returncode == 0 and err == "stopping\n" and key not in out
+    assert [json.loads(line)["operation"] for line in out.splitlines()] == [
+        "POST /v1/files",
+        "POST /v1/chat/completions",
+    ]
+    assert footprint.left() == []
+
+
+def children(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def test_a_script_without_a_main_guard_has_an_engine(folder):

@@ -139,6 +139,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.asked.append((request.model_name, inputs))
         if self.evicted:
             context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
+        if request.model_name == "study" and set(inputs) == {"STUDY"}:
+            return response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info), MODEL_INFO="")
         if "FORGET" in inputs:
             self.evicted = True
             return response(STUDY="", STUDY_INFO="", MODEL_INFO="")

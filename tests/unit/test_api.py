@@ -11,7 +11,8 @@ import pytest
 from engine import M3D, AsyncM3DClient, M3DClient, M3DEngine
 from tests.conftest import ROOT
 
-METHODS = ["upload", "ask", "stream", "segment", "rank", "embed", "embed_texts", "forget", "is_ready", "info", "close"]
+METHODS = ["upload", "ask", "stream", "segment", "rank", "embed", "embed_texts", "forget", "describe", "is_ready"]
+METHODS += ["info", "close"]
 
 
 def test_the_protocol_has_these_methods_each_with_a_docstring():

@@ -284,6 +284,11 @@ def result() -> dict:
             "follow_up": 20,
             "segment": 110,
         },
+        "gateway": {
+            "follow_up": [{"grpc": 0.1, "http": 0.103}, {"grpc": 0.2, "http": 0.205}],
+            "cold": [{"grpc": 2.0, "http": 2.02}, {"grpc": 2.0, "http": 2.06}],
+            "streaming_share": 0.1,
+        },
         "seconds": {"one at a time": 100.0, "the report": 1.0},
         "stolen_s": {"one at a time": 20.0, "the report": 0.0},
         "limits": {"ttft_s": 0.5, "tpot_s": 0.03},
@@ -329,6 +334,9 @@ def test_the_ratios_are_medians_over_pairs_against_both_precisions():
             "overhead_cold": 0.05,
             "overhead_followup_s": 0.02,
             "interference": 2.0,
+            "gateway_first_s": 0.004,
+            "gateway_cold": 1.02,
+            "gateway_streaming": 0.1,
             "wire_per_mask": 1 / 32,
             "wire_per_study": 1.06,
             "prepare_large_s": 3.5,
@@ -358,6 +366,9 @@ def test_without_baselines_and_manifest_what_was_measured_is_reported():
         "overhead_cold",
         "overhead_followup_s",
         "interference",
+        "gateway_first_s",
+        "gateway_cold",
+        "gateway_streaming",
         "wire_per_mask",
         "wire_per_study",
         "prepare_large_s",
@@ -375,7 +386,7 @@ def test_a_follow_up_that_was_encoded_again_is_a_miss_and_no_overhead():
 
 def test_what_a_failed_section_did_not_measure_is_left_out(tmp_path):
     broken = result()
-    for name in ("closed_loop", "open_loop", "wire", "preprocessing"):
+    for name in ("closed_loop", "open_loop", "wire", "preprocessing", "gateway"):
         del broken[name]
     for kind in ("during_upload", "during_products"):
         del broken["samples"]["served"][kind]

@@ -11,11 +11,14 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import httpx
 import matplotlib.image
 import nibabel
 import numpy as np
 import pytest
 
+from engine.errors import Unavailable
+from engine.server import free_ports
 from tests.conftest import ROOT, copy_repository
 from tests.unit.fake_triton import ANSWER
 
@@ -244,6 +247,36 @@ def test_serve_keeps_metrics_on_this_machine_unless_told_otherwise(m3d, served):
     m3d("serve", "--host", "0.0.0.0")
     assert served[0].arguments["metrics_host"] == "127.0.0.1" and "http_port" not in served[0].arguments
     assert m3d("serve", "--http-port", 8000)[0] == 2
+
+
+def test_serve_answers_http_before_a_server_that_only_this_machine_reaches_and_ends_with_it(
+    m3d, served, triton, monkeypatch, tmp_path
+):
+    port, ready = free_ports()["grpc_port"], []
+
+    def wait(_):  # while the server runs, a client comes
+        ready.append(httpx.get(f"http://127.0.0.2:{port}/health/ready").text)
+        raise Unavailable("Triton ended by itself")
+
+    monkeypatch.setattr(Served, "wait", wait)
+    monkeypatch.setattr(Served, "url", triton.url)
+    where = ["--host", "127.0.0.2", "--http-port", port]
+    code, _, err = m3d("serve", "--http", *where, "--no-keys", "--audit", tmp_path / "audit.jsonl")
+    assert ready == ["ready\n"] and served[0].arguments["host"] == "127.0.0.1"
+    assert code == 1 and f"http://127.0.0.2:{port}/v1" in err and err.endswith("Triton ended by itself\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--keys", "k"], "give --http"),
+        (["--http"], "who may enter?"),
+        (["--http", "--no-keys", "--host", "0.0.0.0"], "only this machine"),
+    ],
+)
+def test_serve_does_not_start_if_nobody_says_who_may_enter_by_http(m3d, served, arguments, words):
+    code, _, err = m3d("serve", *arguments)
+    assert code == 2 and words in err and "starting" not in err
 
 
 def test_doctor_names_what_is_missing_and_how_to_get_it(m3d, tmp_path):

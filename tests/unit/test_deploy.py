@@ -42,7 +42,8 @@ README = (DEPLOY / "README.md").read_text()
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICE = COMPOSE["services"]["m3d"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-REQUIREMENTS = list(map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["gpu"]]))
+EXTRAS = PROJECT["optional-dependencies"]
+REQUIREMENTS = list(map(Requirement, [*PROJECT["dependencies"], *EXTRAS["gpu"], *EXTRAS["gateway"]]))
 CPU, IMAGE = (lock.pins(ROOT / "locks" / name) for name in ("cpu.txt", "image.txt"))
 
 

@@ -58,6 +58,12 @@ def scan(tmp_path):
     return tmp_path / "scan.npy"
 
 
+@pytest.fixture(autouse=True)
+def no_gateway(monkeypatch):
+    """It is another process: tests/functional/test_latency.py starts it."""
+    monkeypatch.setattr(latency.Run, "gateway", lambda _: None)
+
+
 def test_a_cold_request_holds_the_upload_and_says_where_its_time_went(served, triton):
     sample, study = served.cold(scans.phantom((8, 8, 8)), "What is it?", 5)
     assert study.handle == triton.handle and len(triton.uploads) == 1

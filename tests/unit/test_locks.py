@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 TARGETS = {
     "cpu.txt": [*PROJECT["dependencies"], *(line for extra in set(EXTRAS) - {"gpu"} for line in EXTRAS[extra])],
-    "image.txt": [*PROJECT["dependencies"], *EXTRAS["gpu"]],
+    "image.txt": [*PROJECT["dependencies"], *EXTRAS["gpu"], *EXTRAS["gateway"]],
 }
 
 

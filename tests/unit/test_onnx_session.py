@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from engine.errors import InvalidInput, RepositoryError
 from engine.processor import has_bf16
 from engine.runtime import onnx_session
 from engine.runtime.onnx_session import OnnxGraph, _options, chosen_precision
+from tests.conftest import ROOT
 
 MODEL = MODELS["segmentation_head"]
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -246,3 +248,13 @@ def test_bf16_on_a_processor_without_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_session, "multiplies_bf16", lambda: False)
     with pytest.raises(RepositoryError, match="take fp32 or auto"):
         OnnxGraph(write_graph(tmp_path / "model.onnx"), MODEL, precision="bf16")
+
+
+@pytest.mark.parametrize("module", ["engine.runtime.onnx_session", "export.graphs"])
+def test_onnx_runtime_sends_no_events(module, tmp_path):
+    """Where it would, it writes the id of a session into the folder for temporary files."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    script = f"import {module}, sys; assert 'onnxruntime' in sys.modules"
+    command = [sys.executable, "-c", script]
+    subprocess.run(command, cwd=ROOT, env=environment | {"TMPDIR": str(tmp_path)}, check=True)
+    assert list(tmp_path.iterdir()) == []

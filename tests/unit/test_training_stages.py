@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from training.data.skip_broken import TooManyBroken
 
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base, checkpoint, layout
@@ -28,6 +27,7 @@ from tests.conftest import ROOT
 from training import align_projector, finetune, merge_lora, pretrain_clip, trainer
 from training.config import build, read
 from training.data import selection
+from training.data.skip_broken import TooManyBroken
 from training.losses import contrastive_loss
 from training.record import started_from
 
