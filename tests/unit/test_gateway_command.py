@@ -21,9 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from engine.api import Study
+from engine.cli import entrance
 from engine.client import AsyncM3DClient, M3DClient
 from engine.errors import StudyNotFound
-from engine.gateway import entrance, keys
+from engine.gateway import keys
 from engine.gateway.backend import ThreadedM3D
 from engine.gateway.settings import GatewaySettings
 from tests.conftest import ROOT
