@@ -1,0 +1,98 @@
+"""Stand-ins for the tests of M3D-Bench: whoever answers, and what a killed run starts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from tests.m3d_data import LIVER, SIZE
+
+REPORT = "Finding 5. The left lung is clear."
+BOX = "It is at <bx_start>[0.125, 0.125, 0.062, 0.500, 0.469, 0.344]<bx_end>."  # of LIVER
+
+
+@dataclass(frozen=True)
+class Model:
+    checkpoint: str = "tiny"
+    manifest_sha256: str = "0" * 64
+
+
+class Answerer:
+    """Answers every question about the liver rightly, and all others as if they were about the liver.
+
+    texts: question's part -> what is said then. killed_after: kills this process with that answer.
+    """
+
+    def __init__(self, model: Model = Model(), texts: dict[str, str] | None = None, killed_after: int | None = None):
+        self.model, self.texts, self.killed_after = model, texts or {}, killed_after
+        self.uploads: list[str] = []
+        self.questions: list[str] = []
+        self.in_flight = 0
+        self._lock = threading.Lock()
+
+    def info(self):
+        return SimpleNamespace(model=self.model)
+
+    def upload(self, scan):
+        with self._lock:
+            self.uploads.append(str(scan))
+        return SimpleNamespace(path=str(scan))
+
+    def ask(self, study, question, **sampling):
+        with self._lock:
+            self.questions.append(question)
+            if len(self.questions) == self.killed_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+        said = next((text for part, text in self.texts.items() if part in question), None)
+        if said is None:
+            said = "A. Axial" if "Choices:" in question else BOX if "liver" in question else REPORT
+        timings = SimpleNamespace(first_token_s=0.25)
+        answer = SimpleNamespace(text=said, token_ids=(1, 2, 3), finish_reason="stop", timings=timings)
+        if "choices" in sampling:
+            answer.choices = {letter: -float(number) for number, letter in enumerate(sampling["choices"])}
+        return answer
+
+    def segment(self, study, question, return_logits=False, **sampling):
+        answer = self.ask(study, question, **sampling)
+        mask = np.zeros(SIZE, bool)
+        mask[LIVER] = True
+        logits = np.where(mask, 9, -9).astype(np.float32) if return_logits else None
+        return SimpleNamespace(answer=answer, mask=mask, affine=np.eye(4), logits=logits)
+
+    def embed(self, study):
+        return embedding(Path(study.path).parent.name[-1])
+
+    def embed_texts(self, texts):
+        return SimpleNamespace(embeddings=np.stack([embedding(text.split()[1][0]) for text in texts]))
+
+
+def embedding(name: str) -> np.ndarray:
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+    vector = rng.normal(size=8).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+def bench(arguments: list[str], answerer) -> int:
+    """m3d_bench.py with `answerer` instead of a server, and without WordNet."""
+    import contextlib
+    from unittest import mock
+
+    from benchmarks import m3d_bench
+    from engine.errors import Unavailable
+
+    offline = mock.Mock(side_effect=Unavailable("offline"))
+    answers = mock.Mock(return_value=contextlib.nullcontext(answerer))
+    with mock.patch.object(m3d_bench, "_answerer", answers), mock.patch.object(m3d_bench, "load_meteor", offline):
+        return m3d_bench.main(arguments)
+
+
+if __name__ == "__main__":
+    bench(sys.argv[2:], Answerer(killed_after=int(sys.argv[1])))
