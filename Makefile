@@ -124,6 +124,7 @@ $(VENV)/bin/uv:
 $(VENV)/serving: pyproject.toml overrides.txt $(LOCK) engine/runtime/decoder/decode_kernel.c | $(VENV)/bin/uv
 	@echo "installing what serving on a CPU needs ..."
 	@$(INSTALL) --editable '.[cpu]'
+	@$(BIN)/python -m engine.runtime.compile_kernel || true  # it says why not, and all works without
 	@touch $@
 
 $(VENV)/testing: $(VENV)/serving

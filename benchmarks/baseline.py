@@ -18,8 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks import machine
 from benchmarks.samples import Sample
 from benchmarks.scans import BenchmarkScan
+from engine.models.answering import answer
 from engine.models.checkpoint import load_clip, load_lamed
-from engine.prompt import Prompt
 from engine.scan import pack_scan, read_scan
 from engine.volume import prepare
 
@@ -34,7 +34,7 @@ class Baseline:
         self.model, tokenizer = load_lamed(checkpoint, self.dtype)
         self.model.to(self.device)
         config = self.model.config
-        self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.context_length)
+        self.prompt = config.prompt(tokenizer)
         self.clip = None
         if clip_checkpoint:
             self.clip, folder = load_clip(clip_checkpoint, self.dtype)
@@ -47,12 +47,10 @@ class Baseline:
         image, _ = self._image(scan)
         clock.note("prepare")
         ids = self._ids(question)
-        embeds = self.model.prompt_embeddings(ids, self.model.encode_images(image))
+        embeds = self.model.prompt_embeddings(ids, self.model.encode_images(image), len(self.prompt.head))
         clock.note("encode")
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device)
-        said = self.model.llm.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=tokens, do_sample=False, streamer=clock
-        )
+        stops = list(self.prompt.stop_ids)
+        said = answer(self.model.llm, embeds, tokens, states=False, eos_token_id=stops, streamer=clock).ids
         return clock.sample(said.shape[1], embeds.shape[1])
 
     @torch.inference_mode()
@@ -62,7 +60,9 @@ class Baseline:
         image, geometry = self._image(scan)
         clock.note("prepare")
         ids = self._ids(question)
-        said, _, logits = self.model.generate(image, ids, max_new_tokens=tokens)
+        said, _, logits = self.model.generate(
+            image, ids, len(self.prompt.head), max_new_tokens=tokens, eos_token_id=list(self.prompt.stop_ids)
+        )
         mask = None
         if logits is not None:
             mask = geometry.mask_to_scan(torch.sigmoid(logits[0, 0].float()).cpu().numpy())

@@ -38,12 +38,13 @@ from benchmarks.command import at_least, say, several  # noqa: E402
 from benchmarks.report import table  # noqa: E402
 from engine import contract  # noqa: E402
 from engine.errors import InvalidInput  # noqa: E402
+from engine.models.answering import answer  # noqa: E402
 from engine.models.checkpoint import load_lamed  # noqa: E402
 from engine.models.lamed import Lamed  # noqa: E402
 from engine.processor import has_bf16  # noqa: E402
-from engine.prompt import Prompt  # noqa: E402
 from engine.runtime.onnx_session import OnnxGraph  # noqa: E402
 from engine.scan import pack_scan, read_scan  # noqa: E402
+from engine.seg_states import merged  # noqa: E402
 from engine.volume import prepare  # noqa: E402
 
 VISION, SEGMENTATION = "vision_encoder", "segmentation_encoder"
@@ -156,7 +157,7 @@ class Encoders:
     ):
         config = model.config
         self.model = model
-        self.prompt = Prompt(tokenizer, config.num_visual_tokens, config.context_length)
+        self.prompt = config.prompt(tokenizer)
         self.precisions = precisions
         self.graphs: dict[tuple[str, str], Callable] = {}
         self.load_s: dict[tuple[str, str], float] = {}
@@ -232,19 +233,13 @@ class Encoders:
 
     def _answer(self, visual_tokens: np.ndarray, question: str, tokens: int) -> Answered:
         embeds = self.model.prompt_embeddings(
-            torch.tensor([self.prompt.input_ids(question)]), torch.from_numpy(visual_tokens)
+            torch.tensor([self.prompt.input_ids(question)]),
+            torch.from_numpy(visual_tokens),
+            len(self.prompt.head),
         )
-        out = self.model.llm.generate(
-            inputs_embeds=embeds,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-            max_new_tokens=tokens,
-            do_sample=False,
-            output_hidden_states=True,
-            return_dict_in_generate=True,
-        )
-        states = torch.cat([step[-1][0, -1:] for step in out.hidden_states])
-        chosen = states[out.sequences[0] == self.model.config.seg_token_id]
-        return Answered(tuple(out.sequences[0].tolist()), chosen.mean(0, keepdim=True) if len(chosen) else None)
+        found = answer(self.model.llm, embeds, tokens, eos_token_id=list(self.prompt.stop_ids))
+        chosen = found.states[0][found.ids[0] == self.model.config.seg_token_id]
+        return Answered(tuple(found.ids[0].tolist()), merged(chosen)[None] if len(chosen) else None)
 
     def _mask(self, features: torch.Tensor, state: torch.Tensor | None) -> np.ndarray | None:
         return None if state is None else self.model.segment(features, state)[0, 0].numpy() > 0

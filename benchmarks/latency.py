@@ -41,7 +41,7 @@ from benchmarks.baseline import Baseline  # noqa: E402
 from benchmarks.command import at_least, say, several  # noqa: E402
 from benchmarks.samples import Sample  # noqa: E402
 from benchmarks.served import ENCODERS, Served  # noqa: E402
-from engine.client import Study  # noqa: E402
+from engine.api import ModelInfo, Study  # noqa: E402
 from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.manifest import FILE_NAME as MANIFEST  # noqa: E402
 from engine.manifest import Manifest  # noqa: E402
@@ -181,18 +181,18 @@ def _check(arguments: argparse.Namespace) -> None:
             served.serves("m3d_chat")
 
 
-def _check_model(served: dict, arguments: argparse.Namespace) -> None:
+def _check_model(served: ModelInfo, arguments: argparse.Namespace) -> None:
     """Raises InvalidInput if a server that runs says that it serves another model than what is named beside it."""
-    if served and arguments.repository and served["manifest_sha256"] != Manifest.read(arguments.repository).identity:
+    if arguments.repository and served.manifest_sha256 != Manifest.read(arguments.repository).identity:
         raise InvalidInput(
             f"the server serves another export than {arguments.repository}: name the --repository that it "
             "serves, or start it anew if that has changed"
         )
-    if served and arguments.checkpoint:
+    if arguments.checkpoint:
         _, _, folder = open_lamed(arguments.checkpoint)
-        if served["checkpoint_sha256"] != sha256(folder):
+        if served.checkpoint_sha256 != sha256(folder):
             raise InvalidInput(
-                f"the server serves another checkpoint ({served['checkpoint']}) than "
+                f"the server serves another checkpoint ({served.checkpoint}) than "
                 f"{arguments.checkpoint}: its baseline and floors would be another model's"
             )
 
@@ -334,7 +334,7 @@ class Run:
             scan, question = next(self.fresh), next(self.questions)
             cold, study = self.served.cold(scan, question, self.tokens)
             if self.arguments.server and number == -self.arguments.warm_up:
-                _check_model(study.info.get("model", {}), self.arguments)
+                _check_model(study.info.model, self.arguments)
             self._keep("served", "cold", cold)
             self.served.upload(next(self.fresh))  # somebody else's: a server that keeps one study only shows it now
             self._keep("served", "follow_up", self.served.follow_up(study, next(self.questions), self.tokens))

@@ -48,12 +48,12 @@ class Served:
         started = time.perf_counter()
         study = self.upload(scan)
         uploaded = time.perf_counter() - started
-        if study.info["cached"]:
+        if study.info.cached:
             raise InvalidInput(
                 "the server knows a scan that should be new to it: give a --scan with more than a few intensities"
             )
         asked = self.ask(study, question, tokens)
-        parts = {"prepare": study.info["prepare_s"], **self._since(before), **asked.parts}
+        parts = {"prepare": study.info.prepare_s, **self._since(before), **asked.parts}
         return replace(
             asked, total_s=uploaded + asked.total_s, first_s=uploaded + asked.first_s, parts=parts, started=started
         ), study
@@ -68,7 +68,7 @@ class Served:
         """A scan that the server should know; without parts if it does."""
         started = time.perf_counter()
         study = self.upload(scan)
-        parts = {} if study.info["cached"] else {"prepare": study.info["prepare_s"]}
+        parts = {} if study.info.cached else {"prepare": study.info.prepare_s}
         return Sample(time.perf_counter() - started, parts=parts)
 
     def ask(self, study: Study, question: str, tokens: int) -> Sample:
@@ -117,7 +117,7 @@ class Served:
         Each is what both sides sent. Without a `segment_question` the last three are left out.
         """
         with M3DClient(self.url) as client:
-            connection = client._connection
+            connection = client._transport
             connection.stub = counted = _CountedStub(connection.stub)
             found = {"scan": len(pack_scan(scan.array, scan.affine)[0])}
             study = client.upload(scan.array, scan.affine)
@@ -141,7 +141,7 @@ class Served:
         return Sample(time.perf_counter() - started, parts=self._since(before))
 
     def serves(self, model: str) -> bool:
-        return self.client.server_info()["models"][model]
+        return model in self.client.info().models
 
     def chats(
         self, studies: Sequence[Study], questions: Sequence[str], tokens: int, concurrency: int
@@ -183,10 +183,8 @@ class Served:
 
 def _sample(started: float, total: float, first: float | None, answer: Answer) -> Sample:
     clock = answer.timings
-    parts = {"prefill": clock["first_token_s"], "decode": clock["last_token_s"] - clock["first_token_s"]}
-    return Sample(
-        total, first, len(answer.token_ids), clock["prompt_tokens"], parts, clock.get("cached_tokens", 0), started
-    )
+    parts = {"prefill": clock.first_token_s, "decode": clock.last_token_s - clock.first_token_s}
+    return Sample(total, first, len(answer.token_ids), clock.prompt_tokens, parts, clock.cached_tokens, started)
 
 
 class _CountedStub:

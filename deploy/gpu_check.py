@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a script, from any folder
     sys.path[0] = str(ROOT)
 
 from deploy.checks import runner  # noqa: E402
-from deploy.checks.context import Context  # noqa: E402
+from deploy.checks.context import DEMO, Context  # noqa: E402
 from deploy.checks.report import NOT_RUN, PASSED, Report  # noqa: E402
 from deploy.checks.steps import STEPS, Step  # noqa: E402
 
@@ -66,23 +66,25 @@ def main(argv: list[str] | None = None) -> int:
 @functools.cache
 def what_serving_lacks() -> list[str]:
     """What serving on a GPU, and building for it, needs and this machine lacks."""
-    from engine import doctor
-    from engine.errors import Unavailable
+    from engine.errors import M3DError
 
-    # The repository is what this check builds.
-    lacks = [
-        f"no {finding.what}"
-        for finding in doctor.examine(ROOT / "model_repository", "tensorrt")
-        if finding.state == "missing" and finding.what not in ("repository", "fits this machine")
-    ]
+    lacks = []
     try:
+        from engine import doctor
+
+        # The repository is what this check builds.
+        lacks += [
+            f"no {finding.what}"
+            for finding in doctor.examine(ROOT / "model_repository", "tensorrt")
+            if finding.state == "missing" and finding.what not in ("repository", "fits this machine")
+        ]
         from export.tensorrt import bindings_module
 
         bindings_module("tensorrt")
     except ImportError as error:
         lacks.append(f"no package {error.name}")
-    except Unavailable:
-        lacks.append("no Python bindings of TensorRT")
+    except M3DError as error:
+        lacks.append(str(error))
     return lacks
 
 
@@ -118,6 +120,11 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _checkpoint(text: str) -> str:
+    """A folder as it is seen from here; what is none here may be one of the checkout, or an id of the hub."""
+    return str(Path(text).resolve()) if Path(text).is_dir() else text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -142,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the steps themselves")
     parser.add_argument(
         "--checkpoint",
-        default="training/demo",
+        type=_checkpoint,
+        default=DEMO,
         help="M3D-LaMed that is served: a folder or a Hugging Face id (default: the demo's)",
     )
     parser.add_argument(

@@ -9,7 +9,6 @@ import shutil
 import sys
 import sysconfig
 from dataclasses import dataclass
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from engine import gpu, gpu_memory
@@ -17,6 +16,7 @@ from engine.errors import M3DError
 from engine.manifest import Manifest
 from engine.memory import meminfo
 from engine.processor import has_bf16
+from engine.runtime import compile_kernel
 from engine.server import SHM_NEEDED, flaws, keeper
 from engine.server.triton import Triton
 
@@ -149,16 +149,13 @@ def _compiler() -> Finding:
 
 
 def _decode_kernel() -> Finding:
-    """Compiled when the package is installed; sought as a file, because to import its package takes PyTorch."""
-    folder = Path(__file__).parent / "runtime/decoder"
-    if any((folder / f"_decode_kernel{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+    if compile_kernel.LIBRARY.is_file():
         return Finding("ok", "decode kernel", "compiled")
     return Finding(
         "note",
         "decode kernel",
-        "not compiled, for want of a C compiler with OpenMP: small language models "
-        "take half as long again for a token, or longer. apt-get install gcc, then "
-        "`rm .venv/serving; make .venv/serving`, or install m3d-engine anew",
+        "not compiled: small language models take half as long again for a token, or longer. apt-get install gcc, "
+        "then `python -m engine.runtime.compile_kernel`",
     )
 
 
@@ -231,10 +228,21 @@ def _gpu_memory(repository: Path, manifest: Manifest, gpus: list[gpu.Gpu]) -> li
     except M3DError as error:
         return [Finding("missing", "repository", str(error))]
     for plan in plans:
-        size = f"of {gpu_memory.gib(plan.gpu.memory)}" if gpus else f"{gpu_memory.gib(plan.needed_in_all)} at least"
+        if gpus and plan.gpu.memory is None:
+            words = f"whether it fits {plan.gpu} is not known, as its memory is not: it takes {_least(plan)}"
+            found.append(Finding("note", "fits this machine", words))
+    if gpus and not found:
+        found.append(Finding("ok", "fits this machine", "by the plan of the GPU's memory"))
+    for plan in plans:
+        size = _least(plan) if plan.gpu.memory is None else f"of {gpu_memory.gib(plan.gpu.memory)}"
         found.append(Finding("", f"memory of {plan.gpu if gpus else 'any GPU'}", size))
         found += [Finding("", f"  {name}", size) for name, size in plan.rows()]
     return found
+
+
+def _least(plan: gpu_memory.Plan) -> str:
+    beside = f" beside {gpu_memory.gib(plan.others)} for the rest" if plan.llm else ""
+    return f"{gpu_memory.gib(plan.needed - plan.others if plan.llm else plan.needed)} at least{beside}"
 
 
 def _files(repository: Path, manifest: Manifest) -> Finding:
@@ -273,19 +281,21 @@ def _gpus() -> list[Finding]:
         )
         for g in gpus
     ]
-    needed = f"CUDA {'.'.join(map(str, gpu.CUDA_NEEDED))} or later, which is driver {gpu.DRIVER_NEEDED} or later"
     if cuda is None:
-        found.append(Finding("note", "driver", f"nvidia-smi does not say which CUDA it supports; needed is {needed}"))
-    elif gpu.release(cuda) < gpu.CUDA_NEEDED:
-        words = f"it supports CUDA {cuda}; needed is {needed}: install a later driver, else no GPU is seen by PyTorch"
-        found.append(Finding("missing", "driver", words))
+        words = f"nvidia-smi does not say which CUDA it supports; needed is {gpu.driver_needed()}"
+        found.append(Finding("note", "driver", words))
+    elif old := gpu.too_old():
+        found.append(Finding("missing", "driver", f"{old}, else PyTorch sees no GPU"))
     return found
 
 
 def _memory_of(g: gpu.Gpu) -> str:
-    if g.memory is None or g.free is None:
+    if g.split:
+        return "split by MIG, so that its memory is not known here"
+    if g.memory is None:
         return "memory that nvidia-smi does not tell (shared with the CPU?)"
-    return f"{g.free / (1 << 30):.1f} GiB free of {g.memory / (1 << 30):.1f}"
+    free = "unknown" if g.free is None else f"{g.free / (1 << 30):.1f} GiB"
+    return f"{free} free of {g.memory / (1 << 30):.1f}"
 
 
 def _tensorrt() -> Finding:

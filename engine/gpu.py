@@ -12,7 +12,17 @@ from typing import cast
 
 from engine.manifest import Manifest
 
-_QUERY = ("index", "uuid", "name", "driver_version", "compute_cap", "memory.total", "memory.reserved", "memory.free")
+_QUERY = (
+    "index",
+    "uuid",
+    "name",
+    "driver_version",
+    "compute_cap",
+    "memory.total",
+    "memory.reserved",
+    "memory.free",
+    "mig.mode.current",
+)
 _TENSORRT_MAJORS = (11, 10)
 CUDA_NEEDED, DRIVER_NEEDED = (13, 0), 580  # of the PyTorch that vLLM 0.32 brings (locks/image.txt: torch 2.13)
 _AMPERE = (8, 0)  # the oldest that hardware compatible plans run on
@@ -23,7 +33,7 @@ class Gpu:
     """One GPU as nvidia-smi describes it; number is nvidia-smi's, compute_capability such as "8.9".
 
     memory: bytes that programs can have. free: bytes. Both are None where nvidia-smi knows none, as for a GPU that
-    shares the CPU's memory.
+    shares the CPU's memory, and where it is split by MIG: nvidia-smi tells the whole GPU's. split: by MIG.
     """
 
     name: str
@@ -32,6 +42,7 @@ class Gpu:
     memory: int | None
     free: int | None
     number: int = 0
+    split: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} (GPU {self.number})"
@@ -50,10 +61,18 @@ def find_gpus() -> list[Gpu]:
     rows = [[cell.strip() for cell in line.split(",")] for line in words.splitlines()]
     whole = [row for row in rows if len(row) == len(_QUERY)]  # others are words, such as "No devices were found"
     found = {
-        uuid: Gpu(name, driver, capability, _usable(total, reserved), _bytes(free), int(number))
-        for number, uuid, name, driver, capability, total, reserved, free in whole
+        uuid: _gpu(number, name, driver, capability, total, reserved, free, mig == "Enabled")
+        for number, uuid, name, driver, capability, total, reserved, free, mig in whole
+        if number.isdecimal()
     }
     return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _gpu(
+    number: str, name: str, driver: str, capability: str, total: str, reserved: str, free: str, split: bool
+) -> Gpu:
+    memory, unused = (None, None) if split else (_usable(total, reserved), _bytes(free))
+    return Gpu(name, driver, capability, memory, unused, int(number), split)
 
 
 def _usable(total: str, reserved: str) -> int | None:
@@ -90,6 +109,21 @@ def cuda_version() -> str | None:
     return found and found[1]
 
 
+def too_old() -> str | None:
+    """Why the driver is too old for the PyTorch that serves, and what to do; None if it is not, or not known.
+
+    PyTorch must not be asked: with `PYTORCH_NVML_BASED_CUDA_CHECK` it counts the GPUs of any driver.
+    """
+    cuda = cuda_version()
+    if cuda is None or release(cuda) >= CUDA_NEEDED:
+        return None
+    return f"its driver supports CUDA {cuda}; needed is {driver_needed()}: install a later driver"
+
+
+def driver_needed() -> str:
+    return f"CUDA {'.'.join(map(str, CUDA_NEEDED))} or later, which is driver {DRIVER_NEEDED} or later"
+
+
 def tensorrt_version() -> str | None:
     """Version of the TensorRT library that Triton's backend would load, such as "10.13.2"."""
     for major in _TENSORRT_MAJORS:
@@ -119,6 +153,12 @@ def misfits(manifest: Manifest, gpus: list[Gpu], tensorrt: str | None) -> list[s
     if not gpus:
         return ["no NVIDIA GPU is found (nvidia-smi reports none, or CUDA_VISIBLE_DEVICES leaves all out)"]
     found: dict[str, list[str]] = {}  # what is wrong: the graphs that it is wrong with
+    others = [f"{gpus[0]}: {old}"] if (old := too_old()) else []
+    if manifest.precision == "bf16" and release(gpus[0].compute_capability) < _AMPERE:
+        others.append(
+            f"the language model is in bf16, which {gpus[0]} with compute capability {gpus[0].compute_capability} does "
+            "not have: export with --precision fp16"
+        )
     for name, plan in manifest.graph_plans.items():
         if unfit := [gpu for gpu in gpus if not _runs(plan, gpu)]:
             built, way_out = plan["compute_capability"], again
@@ -130,7 +170,7 @@ def misfits(manifest: Manifest, gpus: list[Gpu], tensorrt: str | None) -> list[s
             found.setdefault(wrong, []).append(name)
         if tensorrt is not None and not _loads(plan["tensorrt"], tensorrt, plan["version_compatible"]):
             found.setdefault(f"built by TensorRT {plan['tensorrt']}, here is {tensorrt}: {again}", []).append(name)
-    return [f"{', '.join(names)}: {wrong}" for wrong, names in found.items()]
+    return others + [f"{', '.join(names)}: {wrong}" for wrong, names in found.items()]
 
 
 def leaving_out(gpus: list[Gpu], unfit: list[Gpu]) -> str | None:

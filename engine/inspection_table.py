@@ -6,10 +6,10 @@ from engine.inspection import Inspection, Keys, Need
 from engine.models.checkpoint import listed
 from engine.models.config import ViTConfig
 from engine.models.hub_cache import size_text
+from engine.models.language_model import FAMILIES
 
 _KINDS = {
-    "lamed_llama": "M3D-LaMed on LLaMA",
-    "lamed_phi3": "M3D-LaMed on Phi-3",
+    **{name: f"M3D-LaMed on {family.title}" for name, family in FAMILIES.items()},
     "m3d_clip": "M3D-CLIP",
 }
 _TOKENIZERS = {

@@ -15,11 +15,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from engine.api import EngineInfo, ModelInfo
 from engine.contract import MODELS
 from engine.errors import RepositoryError
 
 FILE_NAME = "manifest.json"
-FORMAT = 2  # 1: clip_text_encoder took texts of one length
+FORMAT = 3  # 1: clip_text_encoder took texts of one length; 2: all prompts had one layout
 LLM_FOLDER = Path("decoder") / "1" / "llm"
 CLIP_TOKENIZER_FOLDER = Path("retrieval") / "1" / "tokenizer"
 TENSORRT_CONFIG = Path("configs") / "tensorrt.pbtxt"  # of a graph, for `--model-config-name tensorrt`
@@ -38,8 +39,10 @@ class Manifest:
     checkpoint, clip_checkpoint: as the export was told them; their SHA-256 is over the files that are read.
     checkpoint_commit, clip_checkpoint_commit: of their repositories on the hub; None for a local folder.
     image_size, patch_size: (D, H, W) of the model volume and of one patch, voxels.
+    family: of the language model, one of `engine.models.language_model.FAMILIES`: says how prompts are laid out.
     num_visual_tokens: visual tokens a scan becomes. llm_width: width of the language model.
     seg_token_id, image_token_id: token ids; seg_token_id is None for a checkpoint without segmentation.
+    eos_token_ids: tokens that end an answer, those of the layout and those of the checkpoint's settings.
     context_length: tokens that question, visual tokens and answer share.
     precision: of the language model, and of the encoders unless `plans` says otherwise.
     graphs: per ONNX graph {"sha256", "max_error", "mean_error", "bound", "opset"} against PyTorch on random input; for
@@ -60,6 +63,7 @@ class Manifest:
     precision: str
     image_size: tuple[int, int, int]
     patch_size: tuple[int, int, int]
+    family: str
     num_visual_tokens: int
     llm_width: int
     vocab_size: int
@@ -90,15 +94,15 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
-    def model(self) -> dict[str, str]:
-        """Which model answers, as clients are told: checkpoint, its SHA-256, target, precision, and the identity."""
-        return {
-            "checkpoint": self.checkpoint,
-            "checkpoint_sha256": self.checkpoint_sha256,
-            "target": self.target,
-            "precision": self.precision,
-            "manifest_sha256": self.identity,
-        }
+    def model(self) -> ModelInfo:
+        """Which model answers, as users are told."""
+        return ModelInfo(self.checkpoint, self.checkpoint_sha256, self.target, self.precision, self.identity)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What answers, as users are told."""
+        served = tuple(name for name, model in MODELS.items() if model.ensemble and name in self.models)
+        return EngineInfo(self.model, served, importlib.metadata.version("m3d-engine"))
 
     @property
     def segments(self) -> bool:

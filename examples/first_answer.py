@@ -46,7 +46,7 @@ def main(repository: Path, out: Path) -> None:
 def ask(client: M3DClient, scan: Path, out: Path) -> None:
     """Ask about `scan`, draw a mask and a picture into `out`, rank reports; print all of it."""
     study = client.upload(scan)
-    say(f"the server chose preset {study.info['preset']}: {study.info['reason']}")
+    say(f"the server chose preset {study.info.preset}: {study.info.reason}")
     for question in QUESTIONS:
         print(f"\n  Q  {question}\n  A ", end="")
         for text in client.stream(study, question):

@@ -30,7 +30,6 @@ from engine import contract, manifest
 from engine.errors import CheckpointError, InvalidInput, M3DError, RepositoryError
 from engine.manifest import CLIP_TOKENIZER_FOLDER, LLM_FOLDER, TENSORRT_CONFIG, Manifest
 from engine.models.hub_cache import size_text
-from engine.prompt import IMAGE_TOKEN, Prompt
 from export.build_settings import BUILDERS, RTX_CAPABILITIES, BuildSettings
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -189,9 +188,10 @@ def _open_lamed(checkpoint: Path) -> tuple:
     if unused := weights.never_run:
         print(f"{source}: {len(unused)} keys that later MONAI versions add are left out, such as {unused[0]}")
     tokenizer = load_tokenizer(source)
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        raise CheckpointError(f"{source}: the tokenizer does not know {IMAGE_TOKEN}")
-    return config, weights, source, Prompt(tokenizer, config.num_visual_tokens, config.context_length)
+    try:
+        return config, weights, source, config.prompt(tokenizer)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _export_lamed(
@@ -231,17 +231,16 @@ def _export_lamed(
     pending = lamed_graphs(model)
     del model
     graphs = _built(pending, repository, finish)
-    ends = config.llm.get("eos_token_id")
-    ends = prompt.tokenizer.eos_token_id if ends is None else ends
     values = {
         "image_size": config.vision.image_size,
         "patch_size": config.vision.patch_size,
+        "family": config.family,
         "num_visual_tokens": config.num_visual_tokens,
         "llm_width": config.llm_width,
         "vocab_size": config.llm["vocab_size"],
         "context_length": config.context_length,
         "image_token_id": prompt.image_token_id,
-        "eos_token_ids": tuple(ends if isinstance(ends, list) else [ends]),
+        "eos_token_ids": prompt.stop_ids,
         "seg_token_id": config.seg_token_id if config.segmentation is not None else None,
         "quantization": quantized,
     }

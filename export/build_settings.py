@@ -57,6 +57,11 @@ class BuildSettings:
                 "builder tensorrt builds for the GPU of this machine: leave out --compute-capability, or "
                 "take --builder rtx"
             )
+        if self.version_compatible and self.strip_weights:
+            raise InvalidInput(
+                "the runtime that is in a version compatible plan cannot refit it: leave out --version-compatible or "
+                "--strip-weights"
+            )
 
     @property
     def profiles(self) -> list[list[int]]:
@@ -67,6 +72,11 @@ class BuildSettings:
         """Raises InvalidInput for a precision that the settings rule out."""
         if precision == "fp8" and self.compute_capability and float(self.compute_capability) < FP8_CAPABILITY:
             raise InvalidInput(f"fp8 needs compute capability {FP8_CAPABILITY} or later, not {self.compute_capability}")
+        if precision == "fp8" and self.hardware_compatible:
+            raise InvalidInput(
+                f"fp8 needs compute capability {FP8_CAPABILITY} or later, and --hardware-compatible is for all since "
+                "8.0: leave it out"
+            )
         if precision == "fp8" and self.strip_weights:
             raise InvalidInput(
                 "fp8 cannot be refitted, since its scales belong to one checkpoint: leave out --strip-weights"

@@ -21,13 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import InvalidInput
+from engine.models import answering
 from engine.models.layout import TOKENIZER_FILES
 from engine.prompt import Prompt
 from export.graphs import ExportError
 
 ANSWER_TOKENS = 48
 QUESTIONS = Path(__file__).parent / "calibration_questions.txt"
-# llm-compressor's environment, made by `make quantizing`.
+# llm-compressor's environment, made by `make quantizing`, and in deploy/Dockerfile by the stage of that name.
 PYTHON = Path(sys.prefix) / "quantizing" / "bin" / "python"
 
 
@@ -64,8 +65,9 @@ def check(scheme: str | None, scans: int) -> None:
         )
     if not PYTHON.is_file():
         raise InvalidInput(
-            f"--llm-quantization needs llm-compressor in an environment of its own ({PYTHON.parents[1]}"
-            "): run `make quantizing` first"
+            f"--llm-quantization needs llm-compressor in an environment of its own ({PYTHON.parents[1]}): run `make "
+            "quantizing` in the checkout first; in a container, take the image that `docker build --target quantizing` "
+            "makes (deploy/README.md)"
         )
 
 
@@ -136,20 +138,15 @@ def answer(
     """Every question about every scan, answered greedily."""
     model = _load(folder, dtype)
     embed, found = model.get_input_embeddings(), []
-    bos = torch.tensor([prompt.tokenizer.bos_token_id], device=model.device)
     questions = QUESTIONS.read_text().splitlines()
     for number, tokens in enumerate(visual, 1):
         say(f"asks scan {number} of {len(visual)} the {len(questions)} questions of {QUESTIONS.name}")
         for question in questions:
-            ids = torch.tensor(prompt.question_ids(question), device=model.device)
-            asked = torch.cat([embed(bos), tokens.to(model.device, model.dtype), embed(ids)])[None]
-            said = model.generate(
-                inputs_embeds=asked,
-                attention_mask=asked.new_ones(asked.shape[:2], dtype=torch.long),
-                max_new_tokens=ANSWER_TOKENS,
-                do_sample=False,
-            )[0]
-            found.append(Answered(torch.cat([asked[0], embed(said)]).cpu(), said.cpu()))
+            head, tail = (embed(torch.tensor(ids, device=model.device)) for ids in prompt.around(question))
+            asked = torch.cat([head, tokens.to(model.device, model.dtype), tail])
+            stops = list(prompt.stop_ids)
+            said = answering.answer(model, [asked], ANSWER_TOKENS, states=False, eos_token_id=stops).ids[0]
+            found.append(Answered(torch.cat([asked, embed(said)]).cpu(), said.cpu()))
     return found
 
 

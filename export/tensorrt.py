@@ -276,8 +276,11 @@ def _config(
             raise BuildError(f"TensorRT-RTX {api.__version__} does not build for {settings.compute_capability}")
     if settings.timing_cache is not None:
         known = settings.timing_cache.read_bytes() if settings.timing_cache.is_file() else b""
-        if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
-            raise InvalidInput(f"{settings.timing_cache} is the timing cache of another GPU or TensorRT: name another")
+        cache = config.create_timing_cache(known)
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise InvalidInput(
+                f"{settings.timing_cache} is no timing cache, or that of another GPU or TensorRT: name another"
+            )
     for batches in settings.profiles:
         profile: trt.IOptimizationProfile = builder.create_optimization_profile()
         for binding in bindings:

@@ -78,7 +78,7 @@ def write_tiny_lamed(folder: Path, seed: str = "tiny") -> Path:
     _name_seg_token(folder, 314)
     model, tokenizer = load_lamed(folder)
     ids = tokenizer("<im_patch>" * NUM_VISUAL_TOKENS + QUESTION, return_tensors="pt")["input_ids"]
-    said, _, _ = model.generate(torch.from_numpy(volume(seed))[None], ids, max_new_tokens=24)
+    said, _, _ = model.generate(torch.from_numpy(volume(seed))[None], ids, 1, max_new_tokens=24)
     words = [token for token in said[1:].tolist() if 2 < token < IMAGE_TOKEN_ID and token not in ids[0].tolist()]
     _name_seg_token(folder, Counter(words).most_common(1)[0][0])
     return folder

@@ -116,12 +116,16 @@ class TinyLlm:
         return self.model.model(inputs_embeds=rows[None]).last_hidden_state[0, -len(answer) :].numpy()
 
 
-def write_tiny_llm(repository: Path, seed: str = "tiny-llm-2", phi3: bool = False, **changes) -> TinyLlm:
-    """A repository whose `[SEG]` is what the model says most often. changes: of the manifest."""
+def write_tiny_llm(
+    repository: Path, seed: str = "tiny-llm-2", phi3: bool = False, attention_bias: bool = False, **changes
+) -> TinyLlm:
+    """A repository whose `[SEG]` is what the model says most often. attention_bias: of a LLaMA's projections. changes:
+    of the manifest."""
     folder = repository / LLM_FOLDER
     folder.mkdir(parents=True)
-    model = LlamaForCausalLM(CONFIG)
+    model = LlamaForCausalLM(LlamaConfig(**{**CONFIG.to_dict(), "attention_bias": attention_bias}))
     filled = weights.fill({key: tuple(value.shape) for key, value in model.state_dict().items()}, seed)
+    filled = {key: 25 * value if key.endswith(".bias") else value for key, value in filled.items()}
     if phi3:
         model, filled = Phi3ForCausalLM(PHI3_CONFIG), fused(filled)
     model.load_state_dict({key: torch.from_numpy(value) for key, value in filled.items()})
@@ -139,6 +143,7 @@ def write_tiny_llm(repository: Path, seed: str = "tiny-llm-2", phi3: bool = Fals
         precision="fp32",
         image_size=(16, 64, 64),
         patch_size=(4, 16, 16),
+        family="lamed_phi3" if phi3 else "lamed_llama",
         num_visual_tokens=VISUAL_TOKENS,
         llm_width=WIDTH,
         vocab_size=VOCABULARY,

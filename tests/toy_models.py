@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests import tiny_chats
 from tests.m3d_data import SIZE
 
 LLAMA = {
@@ -65,12 +66,20 @@ def byte_tokenizer(unk_token: str | None = "<unk>", pad_token: str | None = "</s
 
 
 def language_model(folder: Path, family: str = "llama", seed: int = 0, **changes) -> str:
-    """A random language model with its tokenizer, as a folder."""
+    """A random language model with its tokenizer, as a folder. family: llama, phi3, llama3 (without its chat template),
+    or a kind of `tiny_chats` with `-chat` behind it."""
     torch.manual_seed(seed)
     settings, tokenizer = {**LLAMA, **changes}, byte_tokenizer()
     if family == "phi3":
         del settings["head_dim"]
         model = Phi3ForCausalLM(Phi3Config(**{"sliding_window": 48, **settings}))
+    elif family.endswith("-chat"):
+        kind = tiny_chats.KINDS[family.removesuffix("-chat")]
+        tokenizer = kind.make_tokenizer()
+        del settings["head_dim"]
+        settings |= {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "pad_token_id": None}
+        settings["eos_token_id"] = tokenizer.convert_tokens_to_ids(kind.text_end)
+        model = kind.model_class(kind.config_class(**settings))
     elif family == "llama3":
         # Its tokenizer has neither an unknown nor a padding token; chats end with another token than texts.
         tokenizer = byte_tokenizer(unk_token=None, pad_token=None)

@@ -42,7 +42,7 @@ _SHARPNESS = 12.0
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(StageSettings):
-    """train: see `lamed.TRAINABLE`. max_length: tokens of BOS, scan, question and report (captions only)."""
+    """train: see `lamed.TRAINABLE`. max_length: tokens of the prompt, scan included, and report (captions only)."""
 
     start: Start
     objective: str
@@ -150,9 +150,7 @@ def train(settings: Settings) -> Path:
         aligned = WordAligned(model, list(views.scans.values()))
         return trainer.fit(aligned, settings, views, aligned.collate)
     captions = open_questions(settings, size)
-    packer = Packer(
-        model.tokenizer, model.num_visual_tokens, size, model.config_json["seg_token_id"], settings.max_length
-    )
+    packer = Packer(model.prompt, size, model.config_json["seg_token_id"], settings.max_length)
     count_too_long(captions, packer)
     model.shown = shown(captions, _SHOWN) if settings.sample_every else []
     return trainer.fit(model, settings, captions, packer)

@@ -31,8 +31,10 @@ from scipy import stats
 from benchmarks.bench.metrics.boxes import iou as box_iou
 from benchmarks.bench.metrics.masks import dice
 from engine.errors import InvalidInput, M3DError
+from engine.models import answering
 from engine.models.checkpoint import load_clip, load_lamed, load_tokenizer
-from engine.prompt import SEG_TOKEN, Prompt, parse_boxes
+from engine.prompt import SEG_TOKEN, parse_boxes
+from engine.seg_states import merged
 from training.config import read
 from training.data.augment import Augmentation, View, view_of
 from training.data.questions import CLOSED, Question, ask, caption, is_right
@@ -107,37 +109,26 @@ class Answerer:
         self.lamed.llm.to(torch.bfloat16)
         config = self.lamed.config
         self.size = config.vision.image_size
-        self.prompt = Prompt(self.tokenizer, config.num_visual_tokens, config.context_length)
+        self.prompt = config.prompt(self.tokenizer)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray, questions: list[Question], new_tokens: int) -> tuple[list[str], list]:
         """(answers, mask [D, H, W] bool or None for each). image: [D, H, W]."""
         image = torch.from_numpy(image)[None, None]
         tokens = self.lamed.encode_images(image)
+        start = len(self.prompt.head)
         prompts = [
-            self.lamed.prompt_embeddings(torch.tensor([self.prompt.input_ids(q.question)]), tokens)[0]
+            self.lamed.prompt_embeddings(torch.tensor([self.prompt.input_ids(q.question)]), tokens, start)[0]
             for q in questions
         ]
-        # Padding stands on the left, so that all answers begin at the same step.
-        length = max(len(p) for p in prompts)
-        embeddings = torch.zeros(len(prompts), length, prompts[0].shape[1], dtype=torch.bfloat16)
-        mask = torch.zeros(len(prompts), length, dtype=torch.long)
-        for row, p in enumerate(prompts):
-            embeddings[row, length - len(p) :], mask[row, length - len(p) :] = p, 1
-        out = self.lamed.llm.generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            output_hidden_states=True,
-            return_dict_in_generate=True,
+        found = answering.answer(
+            self.lamed.llm,
+            [prompt.to(torch.bfloat16) for prompt in prompts],
+            new_tokens,
+            eos_token_id=list(self.prompt.stop_ids),
         )
-        states = torch.stack([step[-1][:, -1] for step in out.hidden_states], dim=1).float()
-        answers = [
-            self.tokenizer.decode(ids, skip_special_tokens=False).split(self.tokenizer.eos_token)[0].strip()
-            for ids in out.sequences
-        ]
-        return answers, self._masks(image, states, out.sequences == self.lamed.config.seg_token_id)
+        answers = [self.prompt.text(ids) for ids in found.ids.tolist()]
+        return answers, self._masks(image, found.states.float(), found.ids == self.lamed.config.seg_token_id)
 
     def _masks(self, image: torch.Tensor, states: torch.Tensor, found: torch.Tensor) -> list:
         masks: list = [None] * len(found)
@@ -145,8 +136,8 @@ class Answerer:
         if rows:
             features = self.lamed.seg_module.encode(image)
             for row in rows:
-                state = states[row][found[row]].mean(dim=0, keepdim=True)
-                masks[row] = (self.lamed.segment(features, state)[0, 0] > 0).numpy()
+                state = merged(states[row][found[row]])
+                masks[row] = (self.lamed.segment(features, state[None])[0, 0] > 0).numpy()
         return masks
 
 

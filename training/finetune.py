@@ -31,7 +31,7 @@ MASK_GRIDS = ("volume", "decoder")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(StageSettings):
-    """train: see `lamed.TRAINABLE`. max_length: tokens of BOS, scan, question and answer. answer_weights: see
+    """train: see `lamed.TRAINABLE`. max_length: tokens of the prompt, scan included, and answer. answer_weights: see
     `packing.pack`. mask_grid: where masks are compared, at the model's volume or at the decoder's own resolution.
     mask_limit: masks a batch. teacher: `final` of pretrain_segvol, whose prompts the `[SEG]` states are led to."""
 
@@ -56,8 +56,7 @@ def build(settings: Settings) -> tuple[TrainedLamed, Packer]:
     if settings.teacher:
         names = learn_from(model, settings.teacher)
     packer = Packer(
-        model.tokenizer,
-        model.num_visual_tokens,
+        model.prompt,
         config.vision.image_size,
         model.config_json["seg_token_id"],
         settings.max_length,

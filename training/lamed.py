@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
+from engine.models.answering import answer
 from engine.models.checkpoint import PARTS
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
-from engine.models.language_model import FAMILIES, causal_lm
-from engine.prompt import Prompt
+from engine.models.language_model import FAMILIES, causal_lm, families_on
 from training.data.sample import Sample
 from training.files import write_json
 from training.losses import language_loss, mask_loss
@@ -35,7 +35,6 @@ from training.starting_points import (
     BASE_DIGEST,
     EMBEDDINGS,
     HEAD,
-    PUBLISHED,
     LanguageModel,
     PackagedModel,
     begin_encoders,
@@ -75,6 +74,7 @@ _OWN_KEYS = {
     "proj_pooling_size",
     "segmentation_module",
     "max_position_embeddings",
+    "model_type",
 }
 
 
@@ -83,10 +83,11 @@ class Start:
     """Where the model starts from.
 
     language_model: a folder, Hugging Face id or package; an M3D-LaMed checkpoint brings its other parts along.
-    model: config.json's keys for our parts, where the language model is no M3D-LaMed. vision_tower, mm_projector,
-    seg_module: files or checkpoints (see `starting_points`), else what the language model brought, else random.
-    lora: `final` of an earlier finetune that is gone on with: its LoRA, embeddings and everything else that it trained,
-    but for the parts named above. dtype: of the frozen language model, float32 or bfloat16.
+    model: config.json's keys for our parts, where the language model is no M3D-LaMed; its `model_type` chooses a
+    family, and so the prompts, where the language model may have several (docs/language_models.md). vision_tower,
+    mm_projector, seg_module: files or checkpoints (see `starting_points`), else what the language model brought, else
+    random. lora: `final` of an earlier finetune that is gone on with: its LoRA, embeddings and everything else that it
+    trained, but for the parts named above. dtype: of the frozen language model, float32 or bfloat16.
     """
 
     language_model: str | PackagedModel
@@ -168,16 +169,16 @@ class TrainedLamed(StageModel):
             raise InvalidInput(f"start.dtype {start.dtype!r} is not known; known: float32, bfloat16")
         source = open_language_model(start.language_model)
         self.start, self.weights, self.train_parts = start, weights, train
-        self.tokenizer = prepare_tokenizer(source)
+        family = _family(source, start)
+        self.tokenizer = prepare_tokenizer(source, FAMILIES[family].layout)
         self.added_ids = self.tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS))
-        self.config_json = _config_json(source, start, self.tokenizer, segmentation, "added_tokens" in train)
+        self.config_json = _config_json(source, start, family, self.tokenizer, segmentation, "added_tokens" in train)
         self.tokenizer.model_max_length = self.config_json["max_position_embeddings"]
         parts = LamedConfig.from_dict(self.config_json)
         if parts.segmentation is None and {"seg_module", "seg_projector"} & set(train):
             raise InvalidInput("train names seg_module or seg_projector, but this model has no segmentation")
         self.lamed = Lamed(parts, with_llm=False)
-        self.num_visual_tokens = parts.num_visual_tokens
-        Prompt(self.tokenizer, self.num_visual_tokens, self.config_json["max_position_embeddings"])
+        self.prompt = parts.prompt(self.tokenizer)
         self._load_language_model(source, "added_tokens" in train, getattr(torch, start.dtype))
         self._load_parts(source, start)
         self.requires_grad_(False)
@@ -194,6 +195,11 @@ class TrainedLamed(StageModel):
     def _load_language_model(self, source: LanguageModel, rows_only: bool, dtype: torch.dtype) -> None:
         config, state = self.config_json, dict(source.state)
         llm = causal_lm(self.lamed.config.llm)
+        if len(set(getattr(llm.config, "layer_types", None) or ["all alike"])) > 1:
+            raise CheckpointError(
+                f"{source.name}: some layers look back over a window and some over everything; packed questions are "
+                "trained where all layers are alike (set use_sliding_window to false in its config.json)"
+            )
         rows, tied = config["vocab_size"], config.get("tie_word_embeddings", False)
         if tied:
             state.pop(HEAD, None)
@@ -333,7 +339,7 @@ class TrainedLamed(StageModel):
         """images: [B, 1, D, H, W]; the rest as `packing.Packer` collates it."""
         lamed, llm = self.lamed, self.lamed.llm
         hidden = self.hidden(
-            lamed.encode_images(images), **{key: batch.get(key) for key in ("bos", "ids", "positions", "mask")}
+            lamed.encode_images(images), **{key: batch.get(key) for key in ("head", "ids", "positions", "mask")}
         )
         logits = llm.lm_head(hidden[batch["answer_rows"], batch["answer_columns"]])
         parts = {"language": language_loss(logits, batch["answers"], batch["answer_weights"], totals["language"])}
@@ -346,14 +352,14 @@ class TrainedLamed(StageModel):
         return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
 
     def hidden(
-        self, visual_BNH: Tensor, bos: Tensor, ids: Tensor, positions: Tensor | None, mask: Tensor | None
+        self, visual_BNH: Tensor, head: Tensor, ids: Tensor, positions: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """Final hidden states [B, 1 + N + L, H] after the last norm: BOS, visual tokens, `ids` [B, L].
+        """Final hidden states [B, K + N + L, H] after the last norm: `head` [B, K], visual tokens, `ids` [B, L].
 
-        mask: [B, 1 + N + L, 1 + N + L], True where a row may attend to a column; None: causal.
+        mask: [B, K + N + L, K + N + L], True where a row may attend to a column; None: causal.
         """
         llm = self.lamed.llm
-        begin, rest = (llm.get_input_embeddings()(part) for part in (bos, ids))
+        begin, rest = (llm.get_input_embeddings()(part) for part in (head, ids))
         embeddings = torch.cat([begin, visual_BNH.to(begin.dtype), rest], dim=1)
         window = getattr(llm.config, "sliding_window", None)
         if mask is not None and window is not None:  # transformers takes a mask as it is
@@ -405,18 +411,19 @@ class TrainedLamed(StageModel):
         llm = self.lamed.llm
         device = next(llm.parameters()).device
         image = torch.from_numpy(sample.image)[None].to(device)
-        prompt = Prompt(self.tokenizer, self.num_visual_tokens, self.config_json["max_position_embeddings"])
+        prompt = self.prompt
         ids = torch.tensor([prompt.input_ids((" " if sample.space else "") + sample.question)], device=device)
-        embeds = self.lamed.prompt_embeddings(ids, self.lamed.encode_images(image).float())
+        embeds = self.lamed.prompt_embeddings(ids, self.lamed.encode_images(image).float(), len(prompt.head))
         with disable_input_dtype_casting(llm):
-            out = llm.generate(
-                inputs_embeds=embeds,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
+            said = answer(
+                llm,
+                embeds,
+                new_tokens,
+                states=False,
+                eos_token_id=list(prompt.stop_ids),
                 pad_token_id=self.tokenizer.pad_token_id,
-            )
-        return self.tokenizer.decode(out[0], skip_special_tokens=False).split(self.tokenizer.eos_token)[0].strip()
+            ).ids
+        return prompt.text(said[0].tolist())
 
     def sample_text(self) -> str:
         return "\n\n".join(
@@ -524,20 +531,29 @@ def _check_train(train: tuple[str, ...]) -> None:
         raise InvalidInput("train: added_tokens are rows of embeddings and lm_head; name one or the other")
 
 
-def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: bool, rows_only: bool) -> dict:
+def _family(source: LanguageModel, start: Start) -> str:
+    """config.json's model_type of what is written."""
+    own = source.config["model_type"]
+    known = families_on(FAMILIES[own].model_type if source.lamed else own)
+    family = (start.model or {}).get("model_type", own if source.lamed else known[0])
+    if family not in known:
+        raise InvalidInput(f"start.model: model_type {family!r} is not possible on {source.name}: {', '.join(known)}")
+    return family
+
+
+def _config_json(
+    source: LanguageModel, start: Start, family: str, tokenizer, segmentation: bool, rows_only: bool
+) -> dict:
     """config.json of what is written."""
-    given = start.model or {}
+    given = {**(start.model or {}), "model_type": family}
     unknown = sorted(set(given) - _OWN_KEYS)
     if unknown:
         raise InvalidInput(f"start.model: unknown {', '.join(unknown)}; known: {', '.join(sorted(_OWN_KEYS))}")
     if source.lamed:
         config = {"max_position_embeddings": 2048, **source.config, **given}
     else:
-        model_type = PUBLISHED[source.config["model_type"]]
         config = {
             **source.config,
-            "architectures": [FAMILIES[model_type].architecture],
-            "model_type": model_type,
             "vision_tower": "vit3d",
             "mm_projector_type": "spp",
             "proj_layer_type": "mlp",
@@ -549,6 +565,7 @@ def _config_json(source: LanguageModel, start: Start, tokenizer, segmentation: b
             "mm_hidden_size": (given.get("vision_config") or {}).get("hidden_size", 768),
             **given,
         }
+    config["architectures"] = [FAMILIES[family].architecture]
     if not segmentation:
         config["segmentation_module"] = None
     missing = [key for key in ("image_size", "patch_size") if key not in config]

@@ -1,7 +1,7 @@
 """Questions about scans become one batch; many questions about one scan share a sequence, each as if it stood alone.
 
-The prefix (BOS and visual tokens) is shared; every question sees the prefix and itself only, and its positions go on
-from the prefix. The result equals that of separate sequences, for a fraction of the work.
+The prefix (the prompt's head and the visual tokens) is shared; every question sees the prefix and itself only, and its
+positions go on from the prefix. The result equals that of separate sequences, for a fraction of the work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from engine.errors import InvalidInput
-from engine.prompt import IMAGE_TOKEN
+from engine.prompt import Prompt
 from training.data.sample import BrokenSample, Sample
 from training.data.selection import M3DQuestions, images_of
 
@@ -55,20 +55,13 @@ class Pack:
     state_owners: Tensor
 
 
-def sequence(tokenizer, sample: Sample, room: int | None = None) -> Sequence:
-    """question (behind a space or not: the reference's tasks differ), a space, answer, EOS.
+def sequence(prompt: Prompt, sample: Sample, room: int | None = None) -> Sequence:
+    """Question (behind a space or not: the reference's tasks differ), answer, and what ends it, as the layout has them.
 
-    Tokenised in one piece behind an image token, as the reference does. What exceeds `room` tokens is cut off.
+    What exceeds `room` tokens is cut off.
     """
-    question = (" " if sample.space else "") + sample.question
-    asked, whole = (_behind_image(tokenizer, text) for text in (question, f"{question} {sample.answer}"))
-    return Sequence([*whole, tokenizer.eos_token_id][:room], len(asked))
-
-
-def _behind_image(tokenizer, text: str) -> list[int]:
-    ids = tokenizer(IMAGE_TOKEN + text)["input_ids"][2:]
-    # A few tokenizers put EOS behind every text.
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    ids, answer_start = prompt.answered((" " if sample.space else "") + sample.question, sample.answer)
+    return Sequence(ids[:room], answer_start)
 
 
 def pack(
@@ -121,7 +114,7 @@ def filled_share(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
 class Packer:
     """Collates groups of Samples about one scan each for `TrainedLamed`.
 
-    num_visual_tokens, image_size: of the model. max_length: of BOS, visual tokens, question and answer together.
+    prompt, image_size: of the model. max_length: of prompt, visual tokens included, and answer together.
     weighting: see `pack`. grid: SegVol's patches (D, H, W), None for a model without segmentation; masks are compared
     at the model's volume, or if `at_decoder_grid` at four times that grid. mask_limit: of masks in a batch, None for
     all. taught: the structures that a teacher has prompts for, in order.
@@ -129,8 +122,7 @@ class Packer:
 
     def __init__(
         self,
-        tokenizer,
-        num_visual_tokens: int,
+        prompt: Prompt,
         image_size: tuple[int, int, int],
         seg_token_id: int,
         max_length: int,
@@ -143,14 +135,15 @@ class Packer:
     ):
         if weighting not in WEIGHTINGS:
             raise InvalidInput(f"answer_weights {weighting!r} is not known; known: {', '.join(WEIGHTINGS)}")
-        self.tokenizer, self.prefix, self.image_size = tokenizer, 1 + num_visual_tokens, tuple(image_size)
-        self.seg_token_id, self.room, self.weighting = seg_token_id, max_length - 1 - num_visual_tokens, weighting
+        self.prompt, self.image_size = prompt, tuple(image_size)
+        self.prefix = len(prompt.head) + prompt.num_visual_tokens
+        self.seg_token_id, self.room, self.weighting = seg_token_id, max_length - self.prefix, weighting
         self.grid, self.at_decoder_grid, self.mask_limit = grid, at_decoder_grid, mask_limit
         self.taught = {name: k for k, name in enumerate(taught)}
         if self.room < 2:
             raise InvalidInput(
-                f"max_length {max_length} leaves no room for a question and its answer behind BOS and "
-                f"{num_visual_tokens} visual tokens"
+                f"max_length {max_length} leaves no room for a question and its answer behind "
+                f"{len(prompt.head)} + {prompt.num_visual_tokens} tokens"
             )
 
     def __call__(self, groups: list[list[Sample]]) -> dict:
@@ -159,12 +152,12 @@ class Packer:
         if not kept:
             # Everything is broken: a batch that teaches nothing, but that every process can go through.
             blank = Sample(np.zeros((1, *self.image_size), np.float32), "", "", None, False, "", "")
-            kept = [[(blank, sequence(self.tokenizer, blank))]]
+            kept = [[(blank, sequence(self.prompt, blank))]]
         batch = pack(
             [[q for _, q in group] for group in kept],
             self.prefix,
             self.seg_token_id,
-            self.tokenizer.pad_token_id,
+            self.prompt.tokenizer.pad_token_id,
             self.weighting,
         )
         nothing = kept[0][0][0].task == ""
@@ -172,7 +165,7 @@ class Packer:
         collated = {
             "images": images_of([group[0][0] for group in kept]),
             "ids": batch.ids,
-            "bos": torch.full((len(kept), 1), self.tokenizer.bos_token_id),
+            "head": torch.tensor(self.prompt.head, dtype=torch.long).repeat(len(kept), 1),
             "answer_rows": batch.answer_rows,
             "answer_columns": batch.answer_columns,
             "answers": batch.answers,
@@ -192,7 +185,7 @@ class Packer:
 
     def room_for(self, sample: Sample) -> Sequence | None:
         """The question with its answer; None if the question leaves no room for it."""
-        found = sequence(self.tokenizer, sample, self.room)
+        found = sequence(self.prompt, sample, self.room)
         return found if len(found.ids) > found.answer_start else None
 
     def _sequence(self, sample: Sample) -> Sequence | None:

@@ -22,34 +22,13 @@ from torch import Tensor, nn
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
 from engine.models.checkpoint import PARTS, Weights, load_tokenizer, read_config, resolve
-from engine.models.language_model import FAMILIES
+from engine.models.language_model import FAMILIES, families_on, known_families
 from engine.models.vit3d import ViT3D
-from engine.prompt import IMAGE_TOKEN, SEG_TOKEN, SPECIAL_TOKENS
+from engine.prompt import SEG_TOKEN, SPECIAL_TOKENS, Layout
 
 ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
-# transformers' model type -> the published one of M3D-LaMed on it.
-PUBLISHED = {family.model_type: published for published, family in FAMILIES.items()}
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BASE_DIGEST = "base_model_digest"  # in config.json of what was trained on top of a language model
-_TOLD = {
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "rope_parameters",
-    "hidden_act",
-    "vocab_size",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "attention_bias",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-}
 
 
 @dataclass(frozen=True)
@@ -109,16 +88,21 @@ def open_language_model(source: str | PackagedModel) -> LanguageModel:
         parts = {key: weights[key] for key in weights if key.startswith(tuple(PARTS))}
         state = {key: weights[key] for key in weights if key not in parts}
         return LanguageModel(str(source), config, state, load_tokenizer(folder), parts)
-    if model_type not in PUBLISHED:
-        raise CheckpointError(
-            f"{source} is a {model_type!r}; language models that can be trained are of the families "
-            f"{', '.join(PUBLISHED)} (LLaMA-2, LLaMA-3, Phi-3), or M3D-LaMed checkpoints on them"
-        )
+    _check_known(str(source), model_type)
     from transformers import AutoConfig
 
     weights = Weights.open(folder)
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return LanguageModel(str(source), told(whole), {key: weights[key] for key in weights}, load_tokenizer(folder))
+
+
+def _check_known(name: str, model_type: str | None) -> None:
+    if not families_on(model_type):
+        raise CheckpointError(
+            f"{name} is a {model_type!r}; language models that can be trained are "
+            f"{', '.join(sorted({family.model_type for family in FAMILIES.values()}))}, for M3D-LaMed with model_type "
+            f"{known_families()}, or M3D-LaMed checkpoints of these"
+        )
 
 
 def _packaged(source: PackagedModel) -> LanguageModel:
@@ -127,33 +111,26 @@ def _packaged(source: PackagedModel) -> LanguageModel:
     spec = {"package": source.package, "version": source.version, "file": source.file}
     gguf = base.base_file(spec)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    _check_known(source.package, config.model_type)
     return LanguageModel(source.package, told(config), base.load_base(spec), base.load_base_tokenizer(spec))
 
 
 def told(config) -> dict:
-    """A transformers configuration as config.json should tell it: the sizes, and what is not as usual."""
-    usual = {
-        "architectures",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "_name_or_path",
-        "quantization_config",
-        "use_cache",
-        "auto_map",
-    }
-    told = set(config.to_diff_dict()) - usual | _TOLD
-    return {key: value for key, value in config.to_dict().items() if key in told and value is not None}
+    """A transformers configuration as config.json should tell it: all that the engine reads of it."""
+    family = FAMILIES[families_on(config.model_type)[0]]
+    return {key: value for key, value in family.told(config.to_dict()).items() if value is not None}
 
 
-def prepare_tokenizer(model: LanguageModel):
-    """Its tokenizer with our tokens, with BOS put in front and something to pad with.
+def prepare_tokenizer(model: LanguageModel, layout: type[Layout]):
+    """Its tokenizer with our tokens, with what the layout needs and something to pad with.
 
     Raises CheckpointError where a checkpoint's own tokenizer names tokens that its embeddings have no rows for.
     """
     tokenizer = model.tokenizer
     if not model.lamed:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+        # Beside those that it has, such as the ones of a chat template.
+        added = {"additional_special_tokens": list(SPECIAL_TOKENS)}
+        tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
         tokenizer.add_tokens([SEG_TOKEN])
     rows = len(model.state[EMBEDDINGS])
     ids = dict(zip(ADDED_TOKENS, tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS))))
@@ -168,15 +145,10 @@ def prepare_tokenizer(model: LanguageModel):
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        raise CheckpointError(f"the tokenizer of {model.name} has no BOS token, which stands before the visual tokens")
-    if tokenizer(IMAGE_TOKEN)["input_ids"][:2] != [bos, ids[IMAGE_TOKEN]]:
-        from tokenizers.processors import TemplateProcessing
-
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, bos)]
-        )
+    try:
+        layout.prepare(tokenizer)
+    except CheckpointError as error:
+        raise CheckpointError(f"{model.name}: {error}") from None
     return tokenizer
 
 

@@ -148,7 +148,7 @@ def _prompts(model: Lamed, config: LamedConfig, batch: int, device: str) -> Tens
     generator = torch.Generator().manual_seed(batch)
     count = 1 + config.num_visual_tokens + QUESTION
     ids = torch.randint(3, config.llm["vocab_size"] - 4, (batch, count), generator=generator).to(device)
-    return model.prompt_embeddings(ids, visual)
+    return model.prompt_embeddings(ids, visual, start=1)
 
 
 def _cache_changes_nothing(model: Lamed, config: LamedConfig, device: str) -> dict:

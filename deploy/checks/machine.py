@@ -40,11 +40,11 @@ def facts(context: Context) -> Iterator[dict]:
     yield _row("processor", f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {_memory_gib():.0f} GiB")
     yield _row("packages", ", ".join(_packages()))
     yield _row("programs", ", ".join(name for name in PROGRAMS if shutil.which(name)) or "none of those it looks for")
-    yield _row("checkout", _said("git", "rev-parse", "HEAD") or "unknown: no git here, or no repository")
+    yield _row("checkout", said("git", "rev-parse", "HEAD") or "unknown: no git here, or no repository")
     # As the driver words it: up to 580 "CUDA Version:", later ones "CUDA UMD Version:".
-    banner = next((line for line in _said("nvidia-smi").splitlines() if "Version" in line), "")
+    banner = next((line for line in said("nvidia-smi").splitlines() if "Version" in line), "")
     yield _row("driver", " ".join(banner.strip("| ").split()) or "no nvidia-smi")
-    yield _row("nvidia-smi", _said("nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader") or "no GPU")
+    yield _row("nvidia-smi", said("nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader") or "no GPU")
     yield from _torch()
 
 
@@ -97,7 +97,7 @@ def _packages() -> Iterator[str]:
             yield f"no {name}"
 
 
-def _said(*command: str) -> str:
+def said(*command: str) -> str:
     """What a program prints; empty if it is not there or fails."""
     if shutil.which(command[0]) is None:
         return ""

@@ -18,11 +18,13 @@ from deploy.checks.context import Context
 from deploy.checks.fixtures import Case
 from deploy.checks.timing import DTYPES, exact_fp32, use_tf32
 from engine.models.checkpoint import load_clip, load_lamed
+from engine.seg_states import merged
 
 # fp32: the absolute tolerances of tests/fixtures/README.md. The subtlest mistake that it names costs three times as
 # much.
 FEATURES, STEP_LOGITS, CLIP = 2e-5, 5e-5, 1e-6
 VOXELS = 3
+IMAGE_START = 1  # of the image tokens in the recorded prompts, behind BOS
 # Others: largest error as a share of the largest value, of an encoder or projector, and behind the language model or
 # the mask decoder. Seen on a CPU: bf16 0.015 and 0.036, fp16 0.0023 and 0.0054. TF32 has fp16's fraction.
 BOUNDS = {"bf16": (0.04, 0.1), "fp16": (0.005, 0.015), "tf32": (0.005, 0.015)}
@@ -72,7 +74,7 @@ def _answer(precision: str, case: Case, model, device: str, dtype: torch.dtype) 
     """The greedy answer and its mask. Beyond fp32 they inform: two tokens may be closer than the rounding."""
     asked = torch.tensor([case.spec["input_ids"]], device=device)
     ids, _, logits = model.generate(
-        case.volume.to(device, dtype), asked, max_new_tokens=case.spec["generate"]["max_new_tokens"]
+        case.volume.to(device, dtype), asked, IMAGE_START, max_new_tokens=case.spec["generate"]["max_new_tokens"]
     )
     said, wanted = ids.tolist(), case.spec["output_ids"]
     same = next((n for n, (a, b) in enumerate(zip(said, wanted)) if a != b), min(len(said), len(wanted)))
@@ -125,11 +127,12 @@ def lamed_values(case: Case, model, device: str, dtype: torch.dtype) -> Iterator
         yield Value(f"{name}_first", x[:4, :16], expected[f"{name}_first"], FEATURES)
         yield Value(f"{name}_grid", x[:: max(1, n // 16), :: max(1, c // 16)], expected[f"{name}_grid"], FEATURES)
     asked, said = (torch.tensor([case.spec[key]], device=device) for key in ("input_ids", "output_ids"))
-    rows = torch.cat([model.prompt_embeddings(asked, visual), model.llm.get_input_embeddings()(said[:, :-1])], dim=1)
+    answered = model.llm.get_input_embeddings()(said[:, :-1])
+    rows = torch.cat([model.prompt_embeddings(asked, visual, IMAGE_START), answered], dim=1)
     states = model.llm.model(inputs_embeds=rows).last_hidden_state[0, asked.shape[1] - 1 :]
     yield Value("step_hidden", _numpy(states), expected["step_hidden"], FEATURES)
     yield Value("step_logits", _numpy(model.llm.lm_head(states)), expected["step_logits"], STEP_LOGITS)
-    state = states[case.spec["seg_positions"]].mean(dim=0, keepdim=True)
+    state = merged(states[case.spec["seg_positions"]])[None]
     prompt, features = model.seg_projector(state), model.seg_module.encode(volume)
     yield Value("seg_prompt", _numpy(prompt), expected["seg_prompt"], FEATURES)
     low_res = _numpy(model.seg_module.decode_low_res(features, prompt)[0, 0])

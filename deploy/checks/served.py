@@ -8,41 +8,62 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import floor
-from benchmarks.floor import Rates
+from benchmarks.floor import Rates, Stage
 from benchmarks.samples import Sample
 from benchmarks.scans import BenchmarkScan, different, phantom, read
 from benchmarks.served import Served
 from deploy.checks import order, plans, roofline
 from deploy.checks.context import ROOT, Context, Failed
 from deploy.checks.geometry import volumes
+from deploy.checks.machine import said
 from engine import gpu, gpu_memory
 from engine.client import Segmentation, Study
 from engine.errors import M3DError
-from engine.gpu_memory import Plan
+from engine.gpu_memory import CONTEXT_BYTES, RESERVE_BYTES, Plan
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
 from engine.models.config import LamedConfig
 from engine.samples import write_sample
 from engine.server import Server, free_ports
 
-CLIENTS = (1, 8, 64)
 SEGMENTED_SCAN = "brain-mr"  # of engine.samples; the default question is about it
 # Scans whose masks are asked for at the same time lack so many sixteenths of its slices, from above. The first two
 # sixteenths are air, without which every scan is prepared.
 CROPPED = (2, 3, 4, 5)
-TOKENS, SEGMENT_TOKENS = 64, 32
+SEGMENT_TOKENS = 32
 QUESTIONS = ("What does this scan show?", "Is there a mass?", "Which organs are visible?", "Describe the liver.")
 QUESTION_TOKENS = 16  # about as many as those have
 SCAN_SHAPE = (256, 256, 64)
 LEAST_DICE = 0.99  # of a mask beside others and alone: answers in other company may differ in their last bits
+LARGE_START_S = 900.0  # of another checkpoint than the demo's
+START_S = 200.0  # until the models are ready; less than the limit of the step, so that the server says what is missing
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much is asked of the server.
+
+    rounds: of all volumes at the same time. clients: at the same time, each about a known scan of its own. new_scans:
+    one after the other. tokens: of an answer at most.
+    """
+
+    rounds: int
+    clients: tuple[int, ...]
+    new_scans: int
+    tokens: int
+
+
+LOAD = Load(rounds=4, clients=(1, 8, 64), new_scans=5, tokens=64)
+TINY_LOAD = Load(rounds=1, clients=(1, 2), new_scans=2, tokens=8)
 
 
 def serve(context: Context) -> Iterator[dict]:
@@ -51,36 +72,58 @@ def serve(context: Context) -> Iterator[dict]:
     manifest = Manifest.read(repository)
     if not context.rates:
         raise Failed("nothing to compare with: run the step roofline before")
-    before = _used()
+    own, before = plans.own_results(context), _used()
     (plan, *_) = gpu_memory.plans(repository, manifest, gpu.find_gpus()) or [None]
-    log = Path(context.work) / "triton.log"
-    with Server(repository, target="tensorrt", **free_ports(), log=log) as server:
+    with _server(repository, context) as server:
         yield from memory("when it is ready", before, plan)
-        own = plans.own_results(context)
-        images = volumes(plans.VOLUMES, manifest.image_size).numpy()
-        yield from not_mixed_up(server.url, images, own, manifest)
-        with closing(Served(server.url)) as served:
-            if served.serves("m3d_segment"):
-                yield _asked_for_masks(served, context)
-            fresh = different(phantom(SCAN_SHAPE))
-            studies = [served.upload(next(fresh)) for _ in range(max(CLIENTS))]
-            config, _, _ = open_lamed(context.checkpoint)
-            yield from latency(served, studies, config, manifest.precision, roofline.rates(context))
+        yield from asked(server, context, manifest, own)
         yield from memory("after the questions", before, plan)
 
 
-def not_mixed_up(url: str, images: np.ndarray, own: dict[str, np.ndarray], manifest: Manifest) -> Iterator[dict]:
+def asked(server: Server, context: Context, manifest: Manifest, own: Mapping[str, np.ndarray]) -> Iterator[dict]:
+    """Rows of all that is asked of a server that runs, for any target.
+
+    Args:
+        server: is ready. context: with the rates of this machine. manifest: of its repository.
+        own: the right results of `plans.VOLUMES` volumes by the encoder's name, [N, ...].
+    """
+    load = TINY_LOAD if context.tiny else LOAD
+    images = volumes(plans.VOLUMES, manifest.image_size).numpy()
+    # Clients reach no encoder: this asks Triton itself, behind the front.
+    yield from not_mixed_up(server.inside_url, images, own, manifest, load.rounds)
+    config, _, _ = open_lamed(context.checkpoint)
+    rates = roofline.rates(context)
+    with closing(Served(server.url)) as served:
+        fresh = different(phantom(SCAN_SHAPE))
+        studies = [served.upload(next(fresh)) for _ in range(max(load.clients))]
+        yield from latency(served, studies, config, manifest.precision, rates, load)
+        yield new_scans(served, fresh, config, manifest, rates, load)
+        if served.serves("m3d_segment"):
+            yield _asked_for_masks(served, context)
+
+
+def _server(repository: Path, context: Context) -> Server:
+    """A server of these plans, which says what it loads in the check's log."""
+    log = Path(context.work) / "triton.log"
+    start_s = START_S if context.is_demo else LARGE_START_S
+    return Server(repository, target="tensorrt", **free_ports(), log=log, start_timeout=start_s, on_progress=print)
+
+
+def not_mixed_up(
+    url: str, images: np.ndarray, own: Mapping[str, np.ndarray], manifest: Manifest, rounds: int
+) -> Iterator[dict]:
     """Rows for each encoder: volumes in the order A A A A B B B B A B, and all at the same time.
 
     Args:
-        url: of the server. images: fp32 [N, 1, D, H, W]. own: the right results by the encoder's name, [N, ...].
-        manifest: has the bounds.
+        url: Triton's own, which serves the encoders. images: fp32 [N, 1, D, H, W]. own: the right results by the
+            encoder's name, [N, ...]. manifest: has the bounds. rounds: of all volumes at the same time.
     """
     for name, results in own.items():
-        plan = manifest.graphs[name].get("plan", manifest.graphs[name])
+        entry = manifest.graphs[name]
+        bound = entry.get("plan", entry)["bound"]
         run = encoder(url, name, images)
-        for row in (order.in_a_row(run, results, plan["bound"]), order.at_once(run, results, plan["bound"])):
-            yield {**row, "what": f"{name}, {row['what']}"}
+        for check in (order.in_a_row(run, results, bound), order.at_once(run, results, bound, rounds)):
+            yield {**check, "what": f"{name}, {check['what']}"}
 
 
 def encoder(url: str, name: str, images: np.ndarray) -> Callable[[int], np.ndarray]:
@@ -140,59 +183,110 @@ def masks(served: Served, scan: BenchmarkScan, question: str) -> dict:
 
 
 def latency(
-    served: Served, studies: Sequence[Study], config: LamedConfig, precision: str, rates: Rates
+    served: Served, studies: Sequence[Study], config: LamedConfig, precision: str, rates: Rates, load: Load
 ) -> Iterator[dict]:
-    """Rows of what 1, 8 and 64 clients wait for, who ask about a known scan each, against the roofline."""
+    """Rows of what some clients at a time wait for, who ask about a known scan each, against the roofline."""
     numbers = itertools.count()  # no question twice, so that no answer's prefill is cached as a whole
 
-    def asked() -> list[str]:
+    def questions() -> list[str]:
         return [f"{question} ({next(numbers)})" for question in QUESTIONS]
 
-    served.chats(studies, asked()[:1], TOKENS, max(CLIENTS))  # every visual prefix is read once
-    for clients in CLIENTS:
-        seconds, samples = served.chats(studies, asked(), TOKENS, clients)
-        counted = floor.stages(
-            config,
-            llm=precision,
-            graphs=precision,
-            question_tokens=QUESTION_TOKENS,
-            answer_tokens=TOKENS,
-            at_once=clients,
-        )
-        yield _waited(clients, seconds, samples, counted["decode"].seconds(rates))
+    served.chats(studies, questions()[:1], load.tokens, max(load.clients))  # every visual prefix is read once
+    for clients in load.clients:
+        seconds, samples = served.chats(studies, questions(), load.tokens, clients)
+        counted = _stages(config, precision, precision, load, clients)
+        row = _waited("questions about known scans", clients, samples, counted["decode"].seconds(rates))
+        yield {**row, "tokens/s": sum(sample.tokens for sample in samples) / seconds}
 
 
-def _waited(clients: int, seconds: float, samples: Sequence[Sample], least_s: float) -> dict:
+def new_scans(
+    served: Served, fresh: Iterator[BenchmarkScan], config: LamedConfig, manifest: Manifest, rates: Rates, load: Load
+) -> dict:
+    """A row of what a client waits for who asks about new scans, one after the other; the upload counts.
+
+    Args:
+        fresh: scans that the server has never seen.
+    """
+    samples = [served.cold(next(fresh), QUESTIONS[0], load.tokens)[0] for _ in range(load.new_scans)]
+    graphs = manifest.plans.get("precision", "fp32")
+    # A plan in fp8 has fp16 beside it, which the floor knows.
+    counted = _stages(config, manifest.precision, "fp16" if graphs == "fp8" else graphs, load, 1)
+    least = counted["vision_encoder"].seconds(rates) + counted["prefill"].seconds(rates)
+    row = _waited("a question about a new scan", 1, samples, counted["decode"].seconds(rates))
+    parts = {
+        f"{name} ms": 1e3 * statistics.median(seconds)
+        for name in ("prepare", "vision_encoder", "prefill")
+        if (seconds := [sample.parts[name] for sample in samples if name in sample.parts])
+    }
+    return {**row, "least first token ms": 1e3 * least, **parts}
+
+
+def _stages(config: LamedConfig, llm: str, graphs: str, load: Load, at_once: int) -> dict[str, Stage]:
+    return floor.stages(
+        config,
+        llm=llm,
+        graphs=graphs,
+        question_tokens=QUESTION_TOKENS,
+        answer_tokens=load.tokens,
+        at_once=at_once,
+    )
+
+
+def _waited(what: str, clients: int, samples: Sequence[Sample], least_s: float) -> dict:
+    """A row of medians. least_s: that a step of all answers takes at the least."""
     first = [sample.first_s for sample in samples if sample.first_s is not None]
     later = [sample.per_token_s for sample in samples if sample.per_token_s is not None]
     if not first or not later:
         raise Failed("answers of fewer than two tokens: nothing to measure")
     token = statistics.median(later)
     return {
-        "what": "questions about known scans",
+        "what": what,
         "clients": clients,
         "first token ms": 1e3 * statistics.median(first),
         "worst first token ms": 1e3 * max(first),
         "ms a token": 1e3 * token,
         "least ms a token": 1e3 * least_s,
         "of the roofline": f"{least_s / token:.0%}",
-        "tokens/s": sum(sample.tokens for sample in samples) / seconds,
     }
 
 
 def memory(when: str, before: float, plan: Plan | None) -> Iterator[dict]:
-    """A row: what the server holds of the GPU, against the plan. before: GiB in use before it started."""
+    """Rows: what the server holds of the GPU, which must not be more than was planned, and what each process holds.
+
+    Args:
+        before: GiB in use before the server started. plan: of the first GPU; None if nvidia-smi finds none.
+    """
     if plan is None or plan.gpu.memory is None:
         return
     share = plan.share(plan.gpu.memory)
-    held = _used() - before
+    # The reserve stays free: on a GPU that the plan fills, more than that would be hidden else.
+    held, planned = _used() - before, (plan.others - RESERVE_BYTES + share) / 2**30
+    of_vllm = share + CONTEXT_BYTES
+    most = {"tritonserver": planned - of_vllm / 2**30, "VLLM::EngineCore": of_vllm / 2**30}
     yield {
         "what": f"GPU memory {when}, GiB",
         "held": held,
         "of": plan.gpu.memory / 2**30,
-        "planned": (plan.others + share) / 2**30,
+        "planned": planned,
         "of that the language model": share / 2**30,
+        "ok": held <= planned,
     }
+    for name, gib in held_by_process().items():
+        row = {"what": f"GPU memory of {name} {when}, GiB", "held": gib}
+        yield {**row, "planned": most[name], "ok": gib <= most[name]} if name in most else row
+
+
+def held_by_process() -> dict[str, float]:
+    """GiB of GPUs by the name of the program. Empty where nvidia-smi does not see processes, as in some containers."""
+    found: dict[str, float] = {}
+    for line in said(
+        "nvidia-smi", "--query-compute-apps=process_name,used_memory", "--format=csv,noheader,nounits"
+    ).splitlines():
+        name, _, mib = line.rpartition(",")
+        if mib.strip().isdecimal():
+            program = name.strip().rpartition("/")[2]
+            found[program] = found.get(program, 0.0) + int(mib) / 2**10
+    return found
 
 
 def _used() -> float:
@@ -220,7 +314,7 @@ def fixtures(context: Context) -> Iterator[dict]:
 def benchmark(context: Context) -> Iterator[dict]:
     """benchmarks/latency.py against a server of its own; no baseline, which would hold the model on the GPU twice."""
     repository, result = plans.repository(context, plans.SERVED), Path(context.work) / "latency.json"
-    with Server(repository, target="tensorrt", **free_ports(), log=Path(context.work) / "triton.log") as server:
+    with _server(repository, context) as server:
         plans.python(
             [
                 "benchmarks/latency.py",

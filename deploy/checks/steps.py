@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-LEAST_LIMIT_S = 120
+LEAST_LIMIT_S = 240
 TORCH = ("torch", "transformers", "safetensors")
 
 
@@ -67,7 +67,7 @@ STEPS = (
         "facts",
         "what this machine is, and whether PyTorch sees its GPU",
         10,
-        findings=(7, 8),
+        findings=(3, 7, 8),
         basic=True,
     ),
     Step(
@@ -113,7 +113,7 @@ STEPS = (
         "deploy/checks/decoder.py",
         "start",
         "whether vLLM's engine starts, answers like the reference and hands out the right [SEG] states",
-        75,
+        85,
         findings=(1, 3, 5, 10, 12),
         packages=(*TORCH, "vllm"),
     ),
@@ -132,7 +132,7 @@ STEPS = (
         "serve",
         "Triton: different volumes in a row and at the same time, masks, latency of 1, 8 and 64 clients, memory",
         90,
-        findings=(2, 4, 6, 11),
+        findings=(2, 4, 6, 11, 14),
         after="plans",
         serves=True,
     ),

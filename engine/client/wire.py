@@ -1,24 +1,22 @@
-"""Tensors and errors on Triton's gRPC protocol, and the connection that carries them.
-
-Each call is a gRPC call of its own on one shared channel (tritonclient's own stream object allows one stream a client),
-so that streams are independent, cancelled one by one, and paused by HTTP/2's flow control when nobody reads them.
-"""
+"""Tensors, requests and errors on Triton's gRPC protocol."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
 import numpy as np
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
-from engine.contract import Tensor
+from engine import contract
+from engine.contract import Tensor, encoded_texts
 from engine.errors import Cancelled, DeadlineExceeded, InvalidInput, M3DError, ResourceExhausted, Unavailable, from_wire
+from engine.methods import Outputs, not_served, other_version
 
+DEFAULT_URL = "localhost:8001"
 PART_BYTES = 4 << 20  # of a scan in one request: so small that all that handle it use the same memory again
 MAX_REQUEST_BYTES = (1 << 31) - (1 << 16)  # protobuf's 2 GiB, less the envelope
 DTYPES = {
@@ -29,7 +27,7 @@ DTYPES = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
-_OPTIONS = [
+OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     # A restarted server is found again at once, and one client's failures do not slow down another's.
@@ -39,7 +37,7 @@ _OPTIONS = [
     # The scan does not take a detour through a proxy that happens to be configured.
     ("grpc.enable_http_proxy", 0),
 ]
-_SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _BY_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidInput,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
@@ -53,11 +51,7 @@ def encode(tensor: Tensor, value) -> tuple[tuple[int, ...], tuple[bytes | memory
     """Shape and raw content of one input, in pieces. BYTES takes a text or a sequence of them, the others an array;
     UINT8 also takes a file, as bytes or in a tuple of pieces, which go out from where they are."""
     if tensor.dtype == "BYTES":
-        texts = [value] if isinstance(value, (str, bytes)) else list(value)
-        try:
-            raw = [text.encode() if isinstance(text, str) else text for text in texts]
-        except UnicodeEncodeError:
-            raise InvalidInput(f"the {tensor.name.lower()} is not valid Unicode text") from None
+        raw = encoded_texts(tensor, value)
         return (len(raw),), tuple(len(text).to_bytes(4, "little") + text for text in raw)
     if tensor.dtype == "UINT8" and isinstance(value, (bytes, tuple)):
         pieces = value if isinstance(value, tuple) else (value,)
@@ -149,31 +143,11 @@ def parts_of(pieces: Iterable[bytes | memoryview]) -> Iterator[tuple[memoryview,
         yield part
 
 
-class Outputs(dict[str, np.ndarray]):
-    """A response's outputs by name. One that the contract has and the server did not send is another version's."""
-
-    def __missing__(self, name: str):
-        raise other_version(f"its response has no {name}")
-
-
-def other_version(what: str) -> Unavailable:
-    """The error for a server whose tensors are not this client's."""
-    return Unavailable(
-        f"the server runs another version of m3d-engine than this client's {importlib.metadata.version('m3d-engine')} "
-        f"({what}): install the same version on both sides"
-    )
-
-
 def outputs_of(response: service_pb2.ModelInferResponse) -> Outputs:
     return Outputs(
         (output.name, decode(output.datatype, tuple(output.shape), content))
         for output, content in zip(response.outputs, response.raw_output_contents)
     )
-
-
-def text_of(array: np.ndarray) -> str:
-    """The one text of a BYTES tensor."""
-    return array.reshape(-1)[0].decode("utf-8", errors="replace")
 
 
 def server_error(message: str, status: grpc.StatusCode | None = None) -> M3DError:
@@ -182,10 +156,7 @@ def server_error(message: str, status: grpc.StatusCode | None = None) -> M3DErro
     if type(error) is not M3DError:
         return error
     if re.search(r"unknown model|model .*is not (ready|found)", message):
-        return Unavailable(
-            f"the server does not serve this: {message}. A repository serves what its checkpoint has: "
-            "ranking needs --clip-checkpoint at export, segmentation a checkpoint with a [SEG] token"
-        )
+        return not_served(message)
     if re.search(r"unexpected inference (in|out)put|expected \d+ inputs but got", message):
         return other_version(message)
     if "not healthy" in message:  # the process of a Python model died; the server is about to end
@@ -193,117 +164,67 @@ def server_error(message: str, status: grpc.StatusCode | None = None) -> M3DErro
     return _BY_STATUS.get(status, M3DError)(message)
 
 
-class Connection:
-    """A gRPC channel to one server. Thread-safe. The calls raise engine.errors only."""
-
-    def __init__(self, url: str):
-        self.url = url
-        self._channel = grpc.insecure_channel(url, options=_OPTIONS)
-        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        for name, kind, response in (
-            ("ModelInfer", self._channel.unary_unary, service_pb2.ModelInferResponse),
-            ("ModelStreamInfer", self._channel.stream_stream, service_pb2.ModelStreamInferResponse),
-        ):
-            setattr(self.stub, name, kind(f"/{_SERVICE}/{name}", InferRequest.serialized, response.FromString))
-        self._closed = False
-
-    def close(self) -> None:
-        """Close the channel; calls in progress end with Cancelled."""
-        self._closed = True
-        self._channel.close()
-
-    def call(self, method: str, request, timeout: float | None):
-        """A unary call of Triton's service."""
-        self._check_open()
-        try:
-            return getattr(self.stub, method)(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise self.error(error) from None
-
-    def infer(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> dict[str, np.ndarray]:
-        """One request, one response."""
-        return outputs_of(self.call("ModelInfer", request_of(model, inputs), timeout))
-
-    def infer_in_turn(
-        self, model: str, parts: Iterable[Mapping[Tensor, object]], timeout: float | None
-    ) -> dict[str, np.ndarray]:
-        """Requests in their order, none of which waits for the response to the one before; the last response.
-
-        They are let go once the last is sent. The first that fails ends it all.
-        """
-        self._check_open()
-        requests = [request_of(model, inputs) for inputs in parts]
-        wanted, waiting = len(requests), iter(requests)
-        del requests  # the iterator has them until the last is sent
-        responses = list(ResponseStream(self, self.stub.ModelStreamInfer(waiting, timeout=timeout), alone=wanted == 1))
-        if len(responses) < wanted:
-            raise Unavailable(f"the server closed the stream after {len(responses)} of {wanted} responses; see its log")
-        return responses[-1]
-
-    def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> ResponseStream:
-        """One request to a decoupled model, any number of responses. Sent at once."""
-        self._check_open()
-        call = self.stub.ModelStreamInfer(iter((request_of(model, inputs),)), timeout=timeout)
-        return ResponseStream(self, call, alone=True)
-
-    def error(self, error: grpc.RpcError, cancelled: bool = False) -> M3DError:
-        """The typed error that a failed call stands for. cancelled: whether this side cancelled it."""
-        status, details = error.code(), error.details() or ""
-        if cancelled or self._closed:
-            return Cancelled("the request was cancelled by this client")
-        went_away = status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-        if went_away and type(server_error(details)) is M3DError:
-            if any(words in details.lower() for words in ("failed to connect", "connection refused", "resolving")):
-                return Unavailable(
-                    f"no server answers at {self.url}: start one with `m3d serve`, or give the address of one that runs"
-                )
-            return Unavailable(f"the server at {self.url} went away during the request ({details}); see its log")
-        if status is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(
-                f"no complete answer from {self.url} within the client's deadline; give a longer "
-                "timeout (seconds), or fewer max_new_tokens"
-            )
-        return server_error(details or status.name, status)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise Unavailable(f"this client of {self.url} is closed: make a new one")
+# What gRPC for asyncio says of a call that it could not begin, as its deadline passed meanwhile.
+_CORE = "Internal error from Core"
 
 
-class ResponseStream(Iterator):
-    """The responses of one streaming call, as dicts of output name to array. Cancelled by `close`, or when dropped.
+def call_error(url: str, error: grpc.RpcError, cancelled: bool, late: bool = False) -> M3DError:
+    """The typed error that a failed call to `url` stands for.
 
-    alone: that one request is all that is sent, so that an error is the last response.
+    cancelled: whether this side cancelled it. late: whether its deadline has passed.
     """
+    status, details = error.code(), error.details() or ""
+    if late and details == _CORE:
+        status = grpc.StatusCode.DEADLINE_EXCEEDED
+    if cancelled:
+        return Cancelled("the request was cancelled by this client")
+    went_away = status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    if went_away and type(server_error(details)) is M3DError:
+        if any(words in details.lower() for words in ("failed to connect", "connection refused", "resolving")):
+            return Unavailable(
+                f"no server answers at {url}: start one with `m3d serve`, or give the address of one that runs"
+            )
+        return Unavailable(f"the server at {url} went away during the request ({details}); see its log")
+    if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(
+            f"no complete answer from {url} within the client's deadline; give a longer "
+            "timeout (seconds), or fewer max_new_tokens"
+        )
+    return server_error(details or status.name, status)
 
-    def __init__(self, connection: Connection, call, alone: bool):
-        self._connection = connection
-        self._alone = alone
-        self._call = call
-        self._cancelled = False
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        try:
-            message = next(self._call)
-        except grpc.RpcError as error:
-            raise self._connection.error(error, self._cancelled) from None
-        if message.error_message:
-            self.finish() if self._alone else self.close()
-            raise server_error(message.error_message)
-        return outputs_of(message.infer_response)
+def closed(url: str) -> Unavailable:
+    """The error for a client that was closed."""
+    return Unavailable(f"this client of {url} is closed: make a new one")
 
-    def finish(self) -> None:
-        """Read to the end of a stream whose last response has come, or failed.
 
-        Triton 2.51 keeps the socket of a call that is cancelled between its last response and its end.
-        """
-        with contextlib.suppress(grpc.RpcError):
-            for _ in self._call:
-                pass
+def checked_url(url: str) -> str:
+    """The server's address. Raises InvalidInput for what is none."""
+    if not url or "://" in url:
+        raise InvalidInput(f"the server's address is host:port of its gRPC port, such as {DEFAULT_URL}, not {url!r}")
+    return url
 
-    def close(self) -> None:
-        self._cancelled = True
-        self._call.cancel()
 
-    def __del__(self):
-        self._call.cancel()
+def upload_requests(
+    pieces: Sequence[bytes | memoryview], inputs: Mapping[Tensor, object]
+) -> Iterator[dict[Tensor, object]]:
+    """The inputs of the requests that bring a scan: of one with the whole file, or of one for each part.
+
+    pieces: of the file, one behind the other. inputs: what comes with the scan, which is with the last part.
+    """
+    parts: list[tuple[bytes | memoryview, ...]] = list(parts_of(pieces)) or [(b"",)]
+    size, start, name = sum(map(size_of, parts)), 0, secrets.token_hex(16)
+    for part in parts:
+        request: dict[Tensor, object] = {contract.VOLUME: part}
+        end = start + size_of(part)
+        if len(parts) > 1:
+            request |= {contract.UPLOAD: name, contract.UPLOAD_RANGE: (start, size)}
+        if end == size:
+            request |= inputs
+        yield request
+        start = end
+
+
+def too_few(responses: int, wanted: int) -> Unavailable:
+    """The error for an upload whose stream ended early."""
+    return Unavailable(f"the server closed the stream after {responses} of {wanted} responses; see its log")

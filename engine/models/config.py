@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from engine.errors import CheckpointError
-from engine.models.language_model import FAMILIES, context_length
+from engine.models.language_model import FAMILIES, context_length, known_families
+from engine.prompt import Prompt
 
 # What the published checkpoints leave unsaid: the reference hard-codes these sizes (multimodal_encoder/vit.py).
 PUBLISHED_VIT = {"hidden_size": 768, "mlp_dim": 3072, "num_layers": 12, "num_heads": 12}
@@ -57,12 +58,14 @@ class LamedConfig:
     """M3D-LaMed: 3D ViT, spatial-pooling projector, language model, and SegVol with its own encoder if
     `segmentation`.
 
-    llm: the language model's part of config.json, with transformers' name of its family as `model_type`.
+    family: config.json's model_type, one of FAMILIES. llm: the language model's part of config.json, with transformers'
+    name of its family as `model_type`.
     seg_token_id: id of `[SEG]`; None where the checkpoint does not name it (then the tokenizer does).
     """
 
     vision: ViTConfig
     segmentation: ViTConfig | None
+    family: str
     llm: dict
     proj_layer_type: str = "mlp"
     proj_layer_num: int = 2
@@ -91,14 +94,20 @@ class LamedConfig:
         """Tokens that prompt and answer may have together."""
         return context_length(self.llm)
 
+    def prompt(self, tokenizer: Any) -> Prompt:
+        """Prompts for this model. Raises CheckpointError if `tokenizer` is not the family's."""
+        told = self.llm.get("eos_token_id")
+        layout = FAMILIES[self.family].layout(tokenizer)
+        return Prompt(layout, self.num_visual_tokens, self.context_length, [told] if isinstance(told, int) else told)
+
     @classmethod
     def from_dict(cls, values: dict) -> LamedConfig:
         """From a checkpoint's config.json (keys as published; `vision_config` and `seg_config` for other sizes)."""
         model_type = values.get("model_type")
         if model_type not in FAMILIES:
             raise CheckpointError(
-                f"this is a checkpoint of architecture {model_type!r}; the engine reads M3D-LaMed on LLaMA or Phi-3 "
-                "(model_type 'lamed_llama' or 'lamed_phi3') and M3D-CLIP ('m3d_clip', with --clip-checkpoint)"
+                f"this is a checkpoint of architecture {model_type!r}; the engine reads M3D-LaMed with model_type "
+                f"{known_families()}, and M3D-CLIP ('m3d_clip', with --clip-checkpoint)"
             )
         required = (
             "image_size",
@@ -144,6 +153,7 @@ class LamedConfig:
         config = cls(
             vision=vision,
             segmentation=segmentation or None,
+            family=model_type,
             llm=FAMILIES[model_type].told(values),
             proj_layer_type=values.get("proj_layer_type", "mlp"),
             proj_layer_num=values.get("proj_layer_num", 2),
@@ -162,10 +172,10 @@ class LamedConfig:
                 f"proj_pooling_size {config.proj_pooling_size} leaves no visual token of the "
                 f"{' x '.join(map(str, vision.grid))} patches"
             )
-        if config.context_length <= 1 + config.num_visual_tokens:
+        if config.context_length <= config.num_visual_tokens:
             raise CheckpointError(
                 f"the language model has a context of {config.context_length} tokens, and a scan alone takes "
-                f"1 + {config.num_visual_tokens}: max_position_embeddings or the image size is wrong"
+                f"{config.num_visual_tokens}: max_position_embeddings or the image size is wrong"
             )
         seg, vocabulary = config.seg_token_id, values["vocab_size"]
         if segmentation and seg is not None and not (isinstance(seg, int) and 0 <= seg < vocabulary):

@@ -23,15 +23,15 @@ from engine.models.clip import M3DClip
 from engine.models.config import ClipConfig, LamedConfig, ViTConfig
 from engine.models.lamed import Lamed
 from engine.models.needs import Parts, parts_of
-from engine.prompt import IMAGE_TOKEN, SEG_TOKEN, SPECIAL_TOKENS, Prompt
+from engine.prompt import SEG_TOKEN, SPECIAL_TOKENS
 
 _Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """family: llama, phi3, or bert for M3D-CLIP's text encoder. context: tokens that prompt and answer share; of BERT,
-    tokens of a text."""
+    """family: transformers' model type, bert for M3D-CLIP's text encoder. context: tokens that prompt and answer share;
+    of BERT, tokens of a text."""
 
     family: str
     layers: int
@@ -141,14 +141,11 @@ def _lamed_tokenizer(
     except CheckpointError as error:
         problems.append(str(error))
         return Tokenizer(tokenizer_file(folder), ends=tuple(ends or ()))
-    ids, eos = {name: _id(tokenizer, name) for name in (*SPECIAL_TOKENS, SEG_TOKEN)}, tokenizer.eos_token_id
-    if ids[IMAGE_TOKEN] is None:
-        problems.append(f"the tokenizer does not know {IMAGE_TOKEN}")
-    else:
-        try:
-            Prompt(tokenizer, config.num_visual_tokens, config.context_length)
-        except CheckpointError as error:
-            problems.append(str(error))
+    ids, stops = {name: _id(tokenizer, name) for name in (*SPECIAL_TOKENS, SEG_TOKEN)}, tuple(ends or ())
+    try:
+        stops = config.prompt(tokenizer).layout.stop_ids(ends)
+    except CheckpointError as error:
+        problems.append(str(error))
     told, known = config.seg_token_id, ids[SEG_TOKEN]
     if config.segmentation is not None and told is None and known is None:
         problems.append(f"neither config.json (seg_token_id) nor the tokenizer knows {SEG_TOKEN}")
@@ -156,8 +153,8 @@ def _lamed_tokenizer(
         notes.append(f"config.json's seg_token_id is {told}, the tokenizer's {SEG_TOKEN} is {known}")
     return Tokenizer(
         tokenizer_file(folder),
-        {**ids, "bos": tokenizer.bos_token_id, "eos": eos},
-        tuple(ends or ([] if eos is None else [eos])),
+        {**ids, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id},
+        stops,
     )
 
 

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.models.answering import answer
 from engine.models.config import LamedConfig, ViTConfig
 from engine.models.language_model import causal_lm
 from engine.models.projector import SpatialPoolingProjector
 from engine.models.segvol import SegVol
 from engine.models.vit3d import ViT3D
+from engine.seg_states import merged
 
 
 class VisionTower(nn.Module):
@@ -53,35 +55,30 @@ class Lamed(nn.Module):
         """Visual tokens [B, N, H_llm] of volumes [B, 1, D, H, W] in 0..1."""
         return self.mm_projector(self.vision_tower(image_BCDHW))
 
-    def prompt_embeddings(self, input_ids: Tensor, visual_tokens_BNH: Tensor) -> Tensor:
-        """Embeddings [B, L, H_llm]: those of `input_ids`, the N after BOS replaced by the visual tokens."""
+    def prompt_embeddings(self, input_ids: Tensor, visual_tokens_BNH: Tensor, start: int) -> Tensor:
+        """Embeddings [B, L, H_llm]: those of `input_ids`, the N from index `start` on replaced by the visual tokens."""
         embedded = self.llm.get_input_embeddings()(input_ids)
-        n = visual_tokens_BNH.shape[1]
-        return torch.cat([embedded[:, :1], visual_tokens_BNH, embedded[:, n + 1 :]], dim=1)
+        end = start + visual_tokens_BNH.shape[1]
+        return torch.cat([embedded[:, :start], visual_tokens_BNH, embedded[:, end:]], dim=1)
 
     def segment(self, features_BEdhw: Tensor, states_BH: Tensor) -> Tensor:
         """Mask logits [B, 1, D, H, W] from SegVol's features and the mean `[SEG]` states of the answers."""
         return self.seg_module.decode(features_BEdhw, self.seg_projector(states_BH))
 
     @torch.inference_mode()
-    def generate(self, image_BCDHW: Tensor, input_ids: Tensor, max_new_tokens: int = 256, **sampling):
+    def generate(
+        self, image_BCDHW: Tensor, input_ids: Tensor, start: int, max_new_tokens: int = 256, **sampling
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The slow, obvious way that every fast path is compared with: one volume, one question.
 
-        input_ids: [1, L], BOS + image tokens + question. Returns (token ids [T], states [T, H_llm], logits or None):
-        `states[t]` is the state that token t was sampled from. An empty answer, or one without `[SEG]`, has no mask.
+        input_ids: [1, L], a prompt (`Prompt.input_ids`) whose image tokens begin at index `start`. Returns (token ids
+        [T], states [T, H_llm], logits or None): `states[t]` is the state that token t was sampled from. An empty
+        answer, or one without `[SEG]`, has no mask.
         """
-        embeds = self.prompt_embeddings(input_ids, self.encode_images(image_BCDHW))
-        out = self.llm.generate(
-            inputs_embeds=embeds,
-            max_new_tokens=max_new_tokens,
-            output_hidden_states=True,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            return_dict_in_generate=True,
-            **{"do_sample": False, **sampling},
-        )
-        ids = out.sequences[0]
-        states = torch.cat([step[-1][0, -1:] for step in out.hidden_states])
+        embeds = self.prompt_embeddings(input_ids, self.encode_images(image_BCDHW), start)
+        answered = answer(self.llm, embeds, max_new_tokens, **sampling)
+        ids, states = answered.ids[0], answered.states[0]
         chosen = states[ids == self.config.seg_token_id]
         if self.seg_module is None or len(chosen) == 0:
             return ids, states, None
-        return ids, states, self.segment(self.seg_module.encode(image_BCDHW), chosen.mean(dim=0, keepdim=True))
+        return ids, states, self.segment(self.seg_module.encode(image_BCDHW), merged(chosen)[None])

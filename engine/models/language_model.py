@@ -1,5 +1,5 @@
-"""The language models under M3D-LaMed, LLaMA (2 and 3) and Phi-3: what config.json says of them, and transformers'
-implementation."""
+"""The language models under M3D-LaMed: the table of their families, what config.json says of them, and transformers'
+implementation. docs/language_models.md says how to add one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from engine.errors import CheckpointError
+from engine.prompt.layout import Layout
+from engine.prompt.llama3 import Llama3Layout
+from engine.prompt.plain import PlainLayout
+from engine.prompt.qwen2 import Qwen2Layout
 
 _SHARED = (
     "hidden_size",
@@ -33,10 +37,13 @@ _SHARED = (
 
 @dataclass(frozen=True)
 class Family:
-    """model_type: transformers' name. architecture: M3D-LaMed's on it. own_keys: of config.json, beside the shared."""
+    """title: for people. model_type: transformers' name. architecture: M3D-LaMed's on it. layout: of its prompts.
+    own_keys: of config.json, beside the shared."""
 
+    title: str
     model_type: str
     architecture: str
+    layout: type[Layout]
     own_keys: tuple[str, ...]
 
     def told(self, values: dict) -> dict:
@@ -45,16 +52,39 @@ class Family:
         return {"model_type": self.model_type, **{key: values[key] for key in keys if key in values}}
 
 
-# By the published model_type. Phi-3 has q, k and v, and gate and up, in one weight each, and may look back no further
-# than sliding_window.
+_LLAMA_KEYS = ("attention_bias", "mlp_bias")
+# By config.json's model_type. Of several on one model type of transformers, training takes the first unless it is told.
+# Phi-3 has q, k and v, and gate and up, in one weight each, and may look back no further than sliding_window.
 FAMILIES = {
-    "lamed_llama": Family("llama", "LamedLlamaForCausalLM", ("attention_bias", "mlp_bias")),
+    "lamed_llama": Family("LLaMA", "llama", "LamedLlamaForCausalLM", PlainLayout, _LLAMA_KEYS),
     "lamed_phi3": Family(
+        "Phi-3",
         "phi3",
         "LamedPhi3ForCausalLM",
+        PlainLayout,
         ("sliding_window", "partial_rotary_factor", "original_max_position_embeddings", "resid_pdrop"),
     ),
+    "lamed_llama3": Family(
+        "Llama-3 with its chat template", "llama", "LamedLlama3ForCausalLM", Llama3Layout, _LLAMA_KEYS
+    ),
+    "lamed_qwen2": Family(
+        "Qwen2.5",
+        "qwen2",
+        "LamedQwen2ForCausalLM",
+        Qwen2Layout,
+        ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+    ),
 }
+
+
+def known_families() -> str:
+    """The families, for messages: 'lamed_llama' (LLaMA), ..."""
+    return ", ".join(f"{name!r} ({family.title})" for name, family in FAMILIES.items())
+
+
+def families_on(model_type: str | None) -> list[str]:
+    """The families, by config.json's model_type, that are built on a model type of transformers."""
+    return [name for name, family in FAMILIES.items() if family.model_type == model_type]
 
 
 def context_length(llm: dict) -> int:
@@ -86,8 +116,7 @@ def causal_lm_config(llm: dict, **changes):
 
 
 def causal_lm(llm: dict) -> nn.Module:
-    """`llm`, as `Family.told` gives it, as transformers' model with random weights: LlamaForCausalLM or
-    Phi3ForCausalLM."""
+    """`llm`, as `Family.told` gives it, as transformers' model with random weights."""
     # transformers is slow to import; the export of the graphs alone does not need it.
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -124,11 +124,11 @@ def _read_model(path: Path):
     except (OSError, DecodeError) as error:
         raise CheckpointError(f"{path} is no sentencepiece model ({error}): get the checkpoint again") from None
     if model.trainer_spec.model_type != BPE_MODEL or not model.pieces:
-        raise CheckpointError(f"{path} is no BPE model of sentencepiece, as LLaMA's and Phi-3's are")
+        raise CheckpointError(f"{path} is no BPE model of sentencepiece, the only kind that is read exactly")
     given = model.normalizer_spec
     if given.precompiled_charsmap or given.remove_extra_whitespaces or not given.escape_whitespaces:
         raise CheckpointError(
-            f"{path} normalises text (rule {given.name!r}); LLaMA's and Phi-3's models do not. Save the checkpoint's "
+            f"{path} normalises text (rule {given.name!r}), which is not read exactly. Save the checkpoint's "
             "tokenizer as tokenizer.json, and remove tokenizer.model"
         )
     return model

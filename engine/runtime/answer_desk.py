@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from engine.errors import Cancelled, StudyNotFound
-from engine.prompt import parse_boxes
+from engine.errors import Cancelled
 from engine.runtime import triton_io
-from engine.runtime.decoder import Decoder, Delta
-from engine.runtime.study_store import StudyStore
-from engine.sampling import Sampling
-from engine.volume.geometry import Geometry
+from engine.runtime.decoder_step import Asked, DecoderStep, LoopThread
 
 CANCEL_INTERVAL_S = 0.05
 SENDING_THREADS = 4
@@ -28,35 +22,15 @@ LAST_ANSWERS_S = 5.0  # for the answers in work to fail, when the language model
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a request asks. wanted: outputs. `return_logits` is not for the decoder: it passes it on."""
-
-    wanted: tuple[str, ...]
-    study: str
-    question: str
-    sampling: Sampling
-    stream: bool
-    return_logits: bool = False
-
-    @classmethod
-    def of(cls, request) -> Asked:
-        sampling = triton_io.text(request, "SAMPLING")
-        return cls(
-            tuple(request.requested_output_names()),
-            triton_io.needed_text(request, "STUDY"),
-            triton_io.needed_text(request, "QUESTION"),
-            Sampling.from_json(sampling) if sampling else Sampling(),
-            triton_io.flag(request, "STREAM"),
-            triton_io.flag(request, "RETURN_LOGITS"),
-        )
-
-
-@dataclass(frozen=True)
 class _Open:
-    """An answer in work: where its responses go, and what the front calls its request."""
+    """An answer in work: where its responses go, what the front calls its request, and which outputs it wants.
+
+    Not the request itself, whose shared memory would be kept as long.
+    """
 
     sender: Any
     id_: str
+    wanted: tuple[str, ...]
 
 
 class AnswerDesk:
@@ -71,13 +45,11 @@ class AnswerDesk:
 
     def __init__(
         self,
-        decoder: Decoder,
-        store: StudyStore,
+        step: DecoderStep,
         on_health: Callable[[str], None] = lambda words: None,
         on_broken: Callable[[str], None] = lambda words: None,
     ):
-        self.decoder = decoder
-        self.store = store
+        self.step = step
         self._on_health = on_health
         self._on_broken = on_broken
         self._cancellations = triton_io.Cancellations()
@@ -87,35 +59,34 @@ class AnswerDesk:
         # Triton frees an answer's state with its last response; asking about it then, or meanwhile, is a segfault.
         self._last_or_asking = threading.Lock()
         self._threads = ThreadPoolExecutor(SENDING_THREADS, "send-answers")
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
 
     def start(self) -> None:
         """Returns when the decoder is ready; raises what `Decoder.start` raises."""
-        self._thread.start()
+        self._thread = LoopThread("answers")
         try:
-            self._run(self.decoder.start(self._on_health, self._end_broken))
+            self._thread.run(self.step.decoder.start(self._on_health, self._end_broken))
         except BaseException:
             self._end_loop()
             raise
-        self._watch = asyncio.run_coroutine_threadsafe(self._cancel_what_clients_cancelled(), self._loop)
+        self._watch = self._thread.submit(self._cancel_what_clients_cancelled())
 
     def execute(self, requests) -> None:
         """Triton's `execute`: returns nothing, the senders answer."""
         for request in requests:
             sender = request.get_response_sender()
             try:
-                asked, id_ = Asked.of(request), self._cancellations.id_of(request)
+                asked = Asked.of(triton_io.Request(request))
+                answer = _Open(sender, self._cancellations.id_of(request), tuple(request.requested_output_names()))
             except Exception as error:
                 triton_io.send(sender, triton_io.error_response(error))
                 continue
-            asyncio.run_coroutine_threadsafe(self._serve(asked, _Open(sender, id_)), self._loop)
+            self._thread.submit(self._serve(asked, answer))
 
     def close(self) -> None:
         """Cancel what is in work and end the decoder with its processes."""
         self._watch.cancel()
-        self._run(self._cancel_all())
-        self._run(self.decoder.stop())
+        self._thread.run(self._cancel_all())
+        self._thread.run(self.step.decoder.stop())
         self._end_loop()
 
     # --- one answer --------------------------------------------------------------------------------------------------
@@ -125,7 +96,7 @@ class AnswerDesk:
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
         try:
-            last = await self._answer(asked, answer.sender)
+            last = await self._answer(asked, answer)
         except asyncio.CancelledError:
             last = triton_io.error_response(Cancelled("the request was cancelled by its client, or the server stops"))
         except Exception as error:
@@ -134,37 +105,14 @@ class AnswerDesk:
             self._open.pop(task)
         await self._in_thread(self._send_last, answer.sender, last)
 
-    async def _answer(self, asked: Asked, sender):
+    async def _answer(self, asked: Asked, answer: _Open):
         """Sends all responses but the last one, which it returns."""
-        geometry = Geometry.from_dict(self.store.info(asked.study)["geometry"])
-        visual_tokens = self.store.get(asked.study, "visual_tokens")
-        if visual_tokens is None:
-            raise StudyNotFound(f"study {asked.study} is not encoded yet: ask through m3d_chat or m3d_segment")
-        said, deltas = "", []
-        async with aclosing(self.decoder.answer(visual_tokens, asked.question, asked.sampling)) as answer:
-            async for delta in answer:
-                said += delta.text
-                deltas.append(delta)
-                if asked.stream and delta.finish_reason is None:
-                    await self._in_thread(sender.send, self._response(asked, deltas))
-                    deltas = []
-        return self._response(asked, deltas, geometry.boxes_to_scan(parse_boxes(said)))
-
-    def _response(self, asked: Asked, deltas: list[Delta], boxes: np.ndarray | None = None):
-        boxes = np.zeros((0, 6)) if boxes is None else boxes
-        last = deltas[-1]
-        no_states = np.zeros((0, self.decoder.manifest.llm_width), np.float32)
-        return triton_io.response(
-            asked.wanted,
-            TEXT="".join(delta.text for delta in deltas),
-            TOKEN_IDS=np.array([id_ for delta in deltas for id_ in delta.token_ids], np.int32),
-            FINISH_REASON=last.finish_reason or "",
-            BOXES=np.asarray(boxes, np.float64),
-            ANSWER_INFO="" if last.info is None else json.dumps(asdict(last.info)),
-            SEG_STATES=no_states if last.states is None else last.states,
-            STUDY=asked.study,
-            RETURN_LOGITS=np.array([asked.return_logits]),
-        )
+        async with aclosing(self.step(asked)) as responses:
+            async for outputs, is_last in responses:
+                response = triton_io.response(answer.wanted, outputs)
+                if is_last:
+                    return response
+                await self._in_thread(answer.sender.send, response)
 
     def _send_last(self, sender, response) -> None:
         with self._last_or_asking:
@@ -172,7 +120,7 @@ class AnswerDesk:
 
     async def _in_thread(self, send, *arguments) -> None:
         """Sending may block. Waited for even when cancelled: responses keep their order, and the last one goes."""
-        sending = self._loop.run_in_executor(self._threads, send, *arguments)
+        sending = self._thread.loop.run_in_executor(self._threads, send, *arguments)
         try:
             await asyncio.shield(sending)
         except asyncio.CancelledError:
@@ -183,7 +131,8 @@ class AnswerDesk:
     async def _cancel_what_clients_cancelled(self) -> None:
         while True:
             await asyncio.sleep(CANCEL_INTERVAL_S)
-            for task in await self._loop.run_in_executor(self._threads, self._cancelled, list(self._open.items())):
+            looking = self._thread.loop.run_in_executor(self._threads, self._cancelled, list(self._open.items()))
+            for task in await looking:
                 task.cancel()
 
     def _cancelled(self, answers: list[tuple[asyncio.Task, _Open]]) -> list[asyncio.Task]:
@@ -203,18 +152,13 @@ class AnswerDesk:
 
     def _end_broken(self, words: str) -> None:
         """The language model calls this in the middle of an answer that it fails."""
-        self._ending = self._loop.create_task(self._end_when_answered(words))
+        self._ending = self._thread.loop.create_task(self._end_when_answered(words))
 
     async def _end_when_answered(self, words: str) -> None:
         if self._serving:
             await asyncio.wait(self._serving, timeout=LAST_ANSWERS_S)
         self._on_broken(words)
 
-    def _run(self, work: Coroutine):
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
     def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.close()
         self._threads.shutdown()

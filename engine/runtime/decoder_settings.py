@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from engine.errors import RepositoryError
+from engine.manifest import Manifest
+
+ROOM = 32  # tokens for a short question and answer, beside the visual ones
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,16 @@ class DecoderSettings:
             )
         if self.block_size % 16:
             raise RepositoryError(f"decoder: parameter block_size must be a multiple of 16, not {self.block_size}")
+
+    def context_of(self, manifest: Manifest) -> int:
+        """Tokens that prompt and answer share. Raises RepositoryError if the model, or a question, does not fit."""
+        least = manifest.num_visual_tokens + ROOM
+        if self.context_length > manifest.context_length or 0 < self.context_length < least:
+            raise RepositoryError(
+                f"decoder: parameter context_length is {self.context_length}: the model has {manifest.context_length}, "
+                f"and a question about a scan takes {least} at least; 0 takes the model's"
+            )
+        return self.context_length or manifest.context_length
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> DecoderSettings:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from engine.contract import MODELS
 from engine.errors import InvalidInput, RepositoryError
 from engine.manifest import Manifest
+from engine.runtime.step import Inputs, Later, Outputs
 from engine.runtime.study import Infer
 from engine.runtime.study_store import StudyStore
 
@@ -42,10 +43,23 @@ class Retriever:
         Raises: StudyNotFound, InvalidInput.
         """
         _check(texts)
-        image = self.store.computed(handle, "clip_image", self._image)
+        image = self.embed(handle)
+        features, cut = self.embed_texts(texts)
+        return np.clip(features @ image, -1, 1), cut
+
+    def embed(self, handle: str) -> np.ndarray:
+        """The scan's embedding, float32 [E]. Raises StudyNotFound."""
+        return self.store.computed(handle, "clip_image", self._image)
+
+    def embed_texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings of T texts, float32 [T, E]; whether each was cut to `text_limit` tokens, bool [T].
+
+        Raises InvalidInput.
+        """
+        _check(texts)
         batches = [self._texts(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
         features, cut = (np.concatenate(parts) for parts in zip(*batches))
-        return np.clip(features @ image, -1, 1), cut
+        return features, cut
 
     def _image(self, image: np.ndarray) -> np.ndarray:
         return self.infer("clip_image_encoder", IMAGE=image[None])["IMAGE_EMBEDDING"][0]
@@ -59,6 +73,35 @@ class Retriever:
             ATTENTION_MASK=np.array([encoding.attention_mask for encoding in encodings], np.int64),
         )["TEXT_EMBEDDING"]
         return features, np.array([bool(encoding.overflowing) for encoding in encodings])
+
+
+class RetrievalStep:
+    """Ranks texts against a scan. Of a scan without texts, and of texts without a scan, it gives the embeddings."""
+
+    def __init__(self, retriever: Retriever):
+        self.retriever = retriever
+
+    def __call__(self, inputs: Inputs) -> Outputs | Later:
+        if inputs.array("STUDY") is None and inputs.array("TEXTS") is None:
+            raise InvalidInput("the request has neither STUDY nor TEXTS: give a scan's handle, texts, or both")
+        return lambda: self._outputs(inputs)
+
+    def _outputs(self, inputs: Inputs) -> Outputs:
+        scores, scan = np.zeros(0, np.float32), np.zeros(0, np.float32)
+        embeddings, cut = np.zeros((0, 0), np.float32), np.zeros(0, np.bool_)
+        if inputs.array("TEXTS") is None:
+            scan = self.retriever.embed(inputs.needed_text("STUDY"))
+        elif inputs.array("STUDY") is None:
+            embeddings, cut = self.retriever.embed_texts(inputs.texts("TEXTS"))
+        else:
+            scores, cut = self.retriever.rank(inputs.needed_text("STUDY"), inputs.texts("TEXTS"))
+        return {
+            "SCORES": scores,
+            "TEXT_CUT": cut,
+            "TEXT_LIMIT": np.array([self.retriever.text_limit], np.int32),
+            "SCAN_EMBEDDING": scan,
+            "TEXT_EMBEDDINGS": embeddings,
+        }
 
 
 def _check(texts: list[str]) -> None:

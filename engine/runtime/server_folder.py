@@ -1,4 +1,4 @@
-"""A private folder in shared memory that belongs to one tritonserver: common to its processes, gone when it is.
+"""A private folder in shared memory that belongs to one server: common to its processes, gone when it is.
 
 Nothing needs to be configured: the processes find it by the pid and the start time of the server above them. Each holds
 a shared lock on it; the last to leave removes it, and what a killed server left behind is swept by the next one.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import stat
 from pathlib import Path
@@ -32,6 +33,13 @@ class ServerFolder:
         pid = _server_pid()
         return cls(SHARED_MEMORY / f"{PREFIX}-{pid}-{_start_time(pid)}")
 
+    @classmethod
+    def of_process(cls) -> ServerFolder:
+        """A new folder that belongs to this process alone."""
+        sweep()
+        pid = os.getpid()
+        return cls(SHARED_MEMORY / f"{PREFIX}-{pid}-{_start_time(pid)}-{secrets.token_hex(4)}")
+
     def leave(self) -> None:
         if self._users is None:
             return
@@ -47,7 +55,7 @@ class ServerFolder:
 
 def sweep() -> None:
     """Remove this user's folders whose server is dead and which nobody has open."""
-    name = re.compile(rf"{PREFIX}-(\d+)-(\d+)")
+    name = re.compile(rf"{PREFIX}-(\d+)-(\d+)(-[0-9a-f]+)?")
     for path in SHARED_MEMORY.iterdir():
         server = name.fullmatch(path.name)
         if not server or _start_time(int(server[1])) == int(server[2]):

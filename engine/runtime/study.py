@@ -10,6 +10,7 @@ from typing import cast
 
 import numpy as np
 
+from engine.api import StudyInfo
 from engine.errors import InvalidInput, Unavailable
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest
@@ -62,13 +63,17 @@ class Studies:
         """Whether everything that a question needs is in the store. Raises StudyNotFound for an unknown handle."""
         return self.store.get(handle, "visual_tokens") is not None
 
-    def info(self, handle: str, cached: bool) -> dict:
-        """For the client: preset, reason, shape, spacing_mm, orientation, prepare_s, cached, model; crop if given."""
+    def info(self, handle: str, cached: bool) -> StudyInfo:
+        """For the user. cached: whether the scan was known before."""
         info = self.store.info(handle)
         del info["geometry"], info["header"]
-        return {**info, "cached": cached, "model": self.manifest.model}
+        return StudyInfo(**info, cached=cached, model=self.manifest.model)
 
-    def open(self, scan: ScanRequest) -> tuple[str, dict]:
+    def forget(self, handle: str) -> None:
+        """Drop a study. Raises StudyNotFound."""
+        self.store.remove(handle)
+
+    def open(self, scan: ScanRequest) -> tuple[str, StudyInfo]:
         """(handle, info) of the study, with its visual tokens in the store.
 
         Raises InvalidInput for a scan that cannot be used, StudyNotFound, ResourceExhausted, Unavailable.

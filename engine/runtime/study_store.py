@@ -188,6 +188,20 @@ class StudyStore:
                     found = cast(np.ndarray, self.get(handle, piece))
         return found
 
+    def remove(self, handle: str) -> None:
+        """Drop a study, whoever uses it: pieces that were read stay valid, one that is being computed finds no study.
+
+        Raises StudyNotFound.
+        """
+        folder = self._folder(handle)
+        with self._locked(_WHOLE_STORE, 1):
+            _remove(self.root / _UNFINISHED)
+            try:
+                folder.rename(self.root / _UNFINISHED)
+            except FileNotFoundError:
+                raise _not_found(handle) from None
+            _remove(self.root / _UNFINISHED)
+
     @contextmanager
     def lock(self, handle: str, piece: str):
         """Held while a piece is computed: others who want it wait here, and its study is not evicted meanwhile."""

@@ -14,8 +14,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from engine.contract import MODELS
-from engine.errors import InvalidInput, M3DError, RepositoryError, Unavailable, from_wire
-from engine.runtime.run_folder import RunFolder
+from engine.errors import M3DError, Unavailable, from_wire
+from engine.runtime.parameters import Parameters
+from engine.runtime.run_folder import PEER, RunFolder
+from engine.runtime.step import Inputs, Outputs
 
 # Names only: the stub completes `pb_utils` after it has imported the model's module.
 _CODES = {
@@ -27,58 +29,33 @@ _CODES = {
 }
 
 
-# --- inputs ----------------------------------------------------------------------------------------------------------
-def array(request, name: str) -> np.ndarray | None:
-    """An input as Triton holds it in shared memory (valid as long as `request` is), or None if it was not given."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    return None if tensor is None else tensor.as_numpy()
+# --- requests ---------------------------------------------------------------------------------------------------------
+class Request(Inputs):
+    """A request of Triton's. Its arrays lie in shared memory, and are valid as long as `triton` is."""
 
+    def __init__(self, request):
+        self.triton = request
 
-def needed_array(request, name: str) -> np.ndarray:
-    """An input as Triton holds it. Raises InvalidInput if it was not given."""
-    found = array(request, name)
-    if found is None:
-        raise InvalidInput(f"the request has no {name}, without which it cannot be answered: give one")
-    return found
+    def array(self, name: str) -> np.ndarray | None:
+        tensor = pb_utils.get_input_tensor_by_name(self.triton, name)
+        return None if tensor is None else tensor.as_numpy()
 
+    def peer(self) -> str:
+        """As the front tells it, which adds it to the request's parameters; empty if there is none."""
+        try:
+            value = json.loads(self.triton.parameters()).get(PEER)
+        except (AttributeError, TypeError, ValueError):  # Triton gives "" for none; clients name theirs as they like
+            return ""
+        return value if isinstance(value, str) else ""
 
-def texts(request, name: str) -> list[str]:
-    """A BYTES input as texts; empty if it was not given."""
-    values = array(request, name)
-    try:
-        return [] if values is None else [value.decode() for value in values.ravel()]
-    except UnicodeDecodeError:
-        raise InvalidInput(f"{name} must be UTF-8 text") from None
-
-
-def text(request, name: str) -> str | None:
-    """A BYTES input of one element, or None if it was not given or is empty."""
-    return (texts(request, name) or [""])[0] or None
-
-
-def needed_text(request, name: str) -> str:
-    """A BYTES input of one element. Raises InvalidInput if it was not given; it may be empty."""
-    needed_array(request, name)
-    return text(request, name) or ""
-
-
-def flag(request, name: str) -> bool:
-    values = array(request, name)
-    return values is not None and bool(values.any())
-
-
-def told(request, name: str) -> str:
-    """A text among the request's parameters, such as the front appends; empty if there is none."""
-    try:
-        value = json.loads(request.parameters()).get(name)
-    except (AttributeError, TypeError, ValueError):  # Triton gives "" for none; clients name theirs as they like
-        return ""
-    return value if isinstance(value, str) else ""
+    def response(self, outputs: Outputs) -> pb_utils.InferenceResponse:
+        """A response of those outputs that are wanted."""
+        return response(self.triton.requested_output_names(), outputs)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
-def response(wanted: Iterable[str], **outputs) -> pb_utils.InferenceResponse:
-    """A response of named outputs: arrays, or a text for a BYTES output of one element.
+def response(wanted: Iterable[str], outputs: Outputs) -> pb_utils.InferenceResponse:
+    """A response of named outputs.
 
     wanted: the request's `requested_output_names()`; the others stay out. A response sender would drop them itself, but
     without Python's lock: every now and then the process died of it.
@@ -153,19 +130,10 @@ def infer(model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
-def parameter(args: dict, name: str, default: int) -> int:
-    """A whole number from the `parameters` of a model's configuration. Raises RepositoryError for anything else."""
-    value = words(args, name, "")
-    if not value:
-        return default
-    if not value.isdecimal():
-        raise RepositoryError(f"parameter {name} of {args['model_name']} must be a whole number, not {value!r}")
-    return int(value)
-
-
-def words(args: dict, name: str, default: str) -> str:
-    """A text from the `parameters` of a model's configuration; the default where it is missing or empty."""
-    return json.loads(args["model_config"])["parameters"].get(name, {}).get("string_value", "").strip() or default
+def parameters(args: dict) -> Parameters:
+    """Those of the model's configuration; args: of `initialize`."""
+    values = json.loads(args["model_config"])["parameters"]
+    return Parameters(args["model_name"], {name: value["string_value"] for name, value in values.items()})
 
 
 def _tensor(name: str, value) -> pb_utils.Tensor:

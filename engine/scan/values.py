@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, Unavailable
 
 _LEVELS = 1 << 16  # steps of contrast that conversion to float32 keeps between the smallest and the largest value
 _SAMPLES = 1_000_000  # voxels that are looked at for an offset
@@ -70,7 +69,16 @@ def _without_border(array: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _at_border(mask: np.ndarray) -> int:
-    """How many voxels of `mask` are connected with the volume's border, face by face."""
+    """How many voxels of `mask` are connected with the volume's border, face by face.
+
+    Raises Unavailable without SciPy.
+    """
+    try:
+        from scipy import ndimage  # 110 MB, which a client need not have: few scans come here
+    except ImportError:
+        raise Unavailable(
+            "the scan has NaN; to tell background from damage takes SciPy, which is not installed: pip install scipy"
+        ) from None
     labels, parts = ndimage.label(mask)
     reaches = np.zeros(parts + 1, bool)
     for axis in range(mask.ndim):

@@ -69,12 +69,16 @@ def client(server):
 
 
 @pytest.fixture(scope="session")
-def demo_server(tmp_path_factory):
-    """A server of the demonstration model: what it says and draws means something."""
-    folder = tmp_path_factory.mktemp("demo")
-    repository = copy_repository(folder)
+def demo_repository(tmp_path_factory):
+    """The demonstration model, exported: what it says and draws means something."""
+    repository = copy_repository(tmp_path_factory.mktemp("demo"))
     export(str(DEMO), repository, clip_checkpoint=str(DEMO / "clip"))
-    with Server(repository, **free_ports(), log=folder / "triton.log") as server:
+    return repository
+
+
+@pytest.fixture(scope="session")
+def demo_server(demo_repository, tmp_path_factory):
+    with Server(demo_repository, **free_ports(), log=tmp_path_factory.mktemp("log") / "triton.log") as server:
         yield server
 
 

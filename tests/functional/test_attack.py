@@ -32,7 +32,8 @@ from tritonclient.grpc import service_pb2
 
 from engine import contract
 from engine.client import M3DClient
-from engine.client.wire import Connection, outputs_of, text_of
+from engine.client.connection import Connection
+from engine.client.wire import outputs_of
 from engine.errors import InvalidInput, ResourceExhausted, StudyNotFound, Unavailable
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest
@@ -450,7 +451,7 @@ def sent_in_parts(raw: Raw, scan: bytes, name: str) -> str:
     requests = part_of(scan, 0, half, name), part_of(scan, half, len(scan), name)
     outcome = raw.stream(*requests)
     assert outcome.error is None, outcome
-    return text_of(outputs_of(outcome.responses[-1])["STUDY"])
+    return outputs_of(outcome.responses[-1]).text("STUDY")
 
 
 def test_uploads_that_stand_still_leave_their_share_to_other_connections(small_server):
@@ -612,7 +613,7 @@ def test_a_server_whose_language_model_died_is_not_ready_until_it_is_back(reposi
         assert not client.is_ready() and page_of(server, "/health/live") == (200, "live\n")
         code, words = page_of(server, "/health/ready")
         assert code == 503 and words == "the language model is restarting\n"
-        assert client.upload(new_scan(8)).info["shape"]  # what does not need it goes on
+        assert client.upload(new_scan(8)).info.shape  # what does not need it goes on
         assert until(lambda: set(ready().values()) == {True})
         assert client.ask(study, QUESTION, max_new_tokens=8).token_ids == before.token_ids
 
@@ -650,7 +651,7 @@ def test_a_scan_has_another_handle_on_each_server(small_server, tmp_path):
     with Server(small_server.repository, **free_ports(), log=tmp_path / "triton.log") as server:
         with M3DClient(server.url) as one, M3DClient(small_server.url) as other:
             first, second = one.upload(scan), other.upload(scan)
-    assert first.info["model"] == second.info["model"] and first.handle != second.handle
+    assert first.info.model == second.info.model and first.handle != second.handle
 
 
 MISSING = [("m3d_chat", "QUESTION"), ("m3d_segment", "QUESTION"), ("decoder", "QUESTION"), ("decoder", "STUDY")]

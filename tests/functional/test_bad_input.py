@@ -15,7 +15,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from engine import contract
-from engine.client.wire import Connection, text_of
+from engine.client.connection import Connection
 from engine.errors import CheckpointError, InvalidInput, M3DError, StudyNotFound, Unavailable
 from export.build_engines import export
 from tests.conftest import copy_repository
@@ -237,7 +237,7 @@ def test_a_good_request_after_a_bad_one_on_the_same_connection_is_answered(conne
         connection.infer("study", {contract.VOLUME: b"nothing"}, PATIENCE_S)
     inputs = {contract.STUDY_IN: study.handle, contract.QUESTION: QUESTION, contract.SAMPLING: '{"max_new_tokens": 8}'}
     (answer,) = connection.stream("m3d_chat", inputs, PATIENCE_S)
-    assert text_of(answer["TEXT"]) == expected.text
+    assert answer.text("TEXT") == expected.text
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_name(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from engine import contract
 from engine.client import M3DClient, Study
-from engine.client.wire import Connection, text_of
+from engine.client.connection import Connection
 from engine.errors import Cancelled, DeadlineExceeded, M3DError, ResourceExhausted, StudyNotFound
 from tests.functional.footprint import Footprint
 from tests.tiny import QUESTION
@@ -83,7 +83,7 @@ def test_a_request_that_ends_early_frees_its_place_in_the_batch(client, study, l
         readers = [Reader(ask()) for _ in range(BATCH - 1)]
         assert all(reader.begun.wait(PATIENCE_S) for reader in readers)
         # In a full batch an answer takes longer than alone: the others are still at it when this deadline passes.
-        last = ask(timeout=0.5 * long_answer.timings["total_s"] if end is past_its_deadline else None)
+        last = ask(timeout=0.5 * long_answer.timings.total_s if end is past_its_deadline else None)
         next(last)
         waiting = Reader(ask())
         end(last)
@@ -128,8 +128,8 @@ def test_the_ensemble_answers_like_the_client(server, study, long_answer):
         contract.SAMPLING: f'{{"max_new_tokens": {LONG}}}',
     }
     responses = list(connection.stream("m3d_chat", inputs, PATIENCE_S))
-    assert "".join(text_of(response["TEXT"]) for response in responses) == long_answer.text
-    assert text_of(responses[-1]["FINISH_REASON"]) == "length"
+    assert "".join(response.text("TEXT") for response in responses) == long_answer.text
+    assert responses[-1].text("FINISH_REASON") == "length"
     connection.close()
 
 
@@ -156,7 +156,7 @@ def test_many_streams_of_the_ensemble_leave_the_server_alive(server, client, stu
 
 def test_a_handle_of_nothing_is_not_found(client):
     with pytest.raises(StudyNotFound):
-        client.ask(Study("0" * 64, {}), QUESTION)
+        client.ask(Study("0" * 64), QUESTION)
 
 
 def test_a_mask_and_its_answer_are_those_of_a_plain_question(client, study):
@@ -164,7 +164,7 @@ def test_a_mask_and_its_answer_are_those_of_a_plain_question(client, study):
     asked = client.ask(study, QUESTION, max_new_tokens=24)
     assert found.answer.token_ids == asked.token_ids
     assert "[SEG]" in asked.text and found.mask is not None
-    assert list(found.mask.shape) == study.info["shape"]
+    assert found.mask.shape == study.info.shape
 
 
 def test_clients_that_come_and_go_leave_triton_no_sockets(server, study):

@@ -26,13 +26,13 @@ def test_a_compressed_series_is_read_by_the_server(client, tmp_path, syntax):
         whole = encoded(dataset, syntax) if "PixelData" in dataset else dataset
         (tmp_path / f"{dataset.SOPInstanceUID}.dcm").write_bytes(saved(whole))
     info = client.upload(tmp_path).info
-    assert info["shape"] == [64, 64, 8] and info["spacing_mm"] == pytest.approx([0.9, 0.7, 2.5])
-    assert "the DICOM modality is CT" in info["reason"] and "1 SR" in info["reason"]
+    assert info.shape == (64, 64, 8) and info.spacing_mm == pytest.approx([0.9, 0.7, 2.5])
+    assert "the DICOM modality is CT" in info.reason and "1 SR" in info.reason
 
 
 def test_one_enhanced_file_is_read_by_the_server(client, tmp_path):
     (tmp_path / "enhanced.dcm").write_bytes(saved(enhanced(9)))
-    assert client.upload(tmp_path / "enhanced.dcm").info["shape"] == [12, 10, 9]
+    assert client.upload(tmp_path / "enhanced.dcm").info.shape == (12, 10, 9)
 
 
 def test_a_damaged_frame_is_refused_and_the_server_goes_on(client, tmp_path):
@@ -42,4 +42,4 @@ def test_a_damaged_frame_is_refused_and_the_server_goes_on(client, tmp_path):
         (tmp_path / name).write_bytes(zipped(datasets))
     with pytest.raises(InvalidInput, match="could not be decoded"):
         client.upload(tmp_path / "damaged.zip")
-    assert client.upload(tmp_path / "whole.zip").info["shape"] == [64, 64, 3]
+    assert client.upload(tmp_path / "whole.zip").info.shape == (64, 64, 3)

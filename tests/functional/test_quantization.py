@@ -12,6 +12,7 @@ from engine.errors import InvalidInput
 from engine.manifest import FILE_NAME, LLM_FOLDER, Manifest
 from engine.models.checkpoint import load_tokenizer
 from engine.prompt import Prompt
+from engine.prompt.plain import PlainLayout
 from export import quantize
 from export.build_engines import QUANTIZATIONS, export
 from export.graphs import ExportError
@@ -58,7 +59,7 @@ def test_a_quantised_language_model_is_smaller_and_nearly_as_sure_of_its_answers
     for name, data in before.items():
         (folder / name).write_bytes(data)
     monkeypatch.setitem(quantize.BOUNDS, scheme, LOOSE)
-    prompt = Prompt(load_tokenizer(folder), NUM_VISUAL_TOKENS, manifest.context_length)
+    prompt = Prompt(PlainLayout(load_tokenizer(folder)), NUM_VISUAL_TOKENS, manifest.context_length)
     visual = [
         torch.randn(NUM_VISUAL_TOKENS, manifest.llm_width, generator=torch.Generator().manual_seed(k)) for k in (0, 1)
     ]
@@ -79,7 +80,7 @@ def test_a_quantised_language_model_is_smaller_and_nearly_as_sure_of_its_answers
 @needs_llm_compressor
 def test_the_model_itself_agrees_with_its_own_answers(exported, questions):
     repository, manifest = exported
-    prompt = Prompt(load_tokenizer(repository / LLM_FOLDER), NUM_VISUAL_TOKENS, manifest.context_length)
+    prompt = Prompt(PlainLayout(load_tokenizer(repository / LLM_FOLDER)), NUM_VISUAL_TOKENS, manifest.context_length)
     answered = quantize.answer(
         repository / LLM_FOLDER, torch.float32, prompt, [torch.randn(NUM_VISUAL_TOKENS, manifest.llm_width)], print
     )

@@ -248,14 +248,14 @@ def test_clients_cannot_load_models(server):
 def test_a_repository_may_lie_anywhere(light_repository, scans, log, tmp_path):
     odd = shutil.copytree(light_repository, tmp_path / "mödel [re] pos" / "x y", symlinks=True)
     with Server(odd, **free_ports(), log=log) as server, M3DClient(server.url) as client:
-        assert client.upload(scans[0]).info["shape"]
+        assert client.upload(scans[0]).info.shape
     assert (odd / "study" / "config.pbtxt").is_file()  # the server removed its own link only
 
 
 def test_two_servers_run_side_by_side(light_repository, server, scans, tmp_path):
     with Server(light_repository, **free_ports(), log=tmp_path / "second.log") as second:
         with M3DClient(second.url) as client:
-            assert client.upload(scans[0]).info["shape"]
+            assert client.upload(scans[0]).info.shape
         footprint = Footprint(second.keeper_pid)
     assert footprint.left() == []
     assert server.is_ready()

@@ -19,7 +19,7 @@ import pytest
 
 from engine import contract
 from engine.client import M3DClient
-from engine.client.wire import Connection
+from engine.client.connection import Connection
 from engine.errors import M3DError
 from engine.server import Server, free_ports
 from tests.functional.raw import PUBLIC, Raw, Request, cases, good_requests, request_of
@@ -118,7 +118,7 @@ class Good(threading.Thread):
         affine = np.eye(4)
         affine[:3, 3] = [self.choice.uniform(1, 1000) for _ in range(3)]
         study = client.upload(self.scans[which], affine)
-        return "known" if study.info["cached"] else self.ask(client, study, which, question)
+        return "known" if study.info.cached else self.ask(client, study, which, question)
 
     def compared(self, which, question, answer) -> str:
         said = answer.token_ids, answer.text

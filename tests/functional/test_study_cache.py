@@ -16,7 +16,7 @@ from tritonclient.grpc import InferenceServerClient
 
 from engine import contract
 from engine.client import Study, wire
-from engine.client.wire import Connection, text_of
+from engine.client.connection import Connection
 from engine.errors import DeadlineExceeded, InvalidInput, StudyNotFound
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest
@@ -100,7 +100,7 @@ def test_a_second_question_runs_neither_preprocessing_nor_the_vision_encoder(cli
     study = client.upload(new_scan(0))
     uploaded = statistics()
     assert ran(before, uploaded) == {"vision_encoder": 1}
-    assert not study.info["cached"]
+    assert not study.info.cached
     image = folder_of(study) / "image.npy"
     prepared = image.stat()
     first, second = (chat(triton, study)["TOKEN_IDS"] for _ in range(2))
@@ -114,15 +114,15 @@ def test_the_same_scan_sent_again_is_recognised(client, statistics, triton):
     study = client.upload(new_scan(1))
     before = statistics()
     again = client.upload(new_scan(1))
-    assert again.handle == study.handle and again.info["cached"]
+    assert again.handle == study.handle and again.info.cached
     inputs = {contract.VOLUME: npy(new_scan(1)), contract.QUESTION: QUESTION}
     answer = next(triton.stream("m3d_chat", inputs, 60))
-    assert text_of(answer["STUDY_HANDLE"]) == study.handle
+    assert answer.text("STUDY_HANDLE") == study.handle
     assert ran(before, statistics()) == {}
 
 
 def test_a_scan_sent_in_parts_is_the_study_that_it_is_at_once(client, triton, statistics, monkeypatch):
-    at_once = text_of(triton.infer("study", {contract.VOLUME: npy(new_scan(20))}, 60)["STUDY"])
+    at_once = triton.infer("study", {contract.VOLUME: npy(new_scan(20))}, 60).text("STUDY")
     before = statistics()
     monkeypatch.setattr(wire, "PART_BYTES", 1000)
     studies = at_the_same_time(8, lambda i: client.upload(new_scan(20 + i % 2)))
@@ -135,7 +135,7 @@ def test_a_scan_uploaded_by_many_at_the_same_time_is_encoded_once(client, statis
     before = statistics()
     studies = at_the_same_time(8, lambda i: client.upload(new_scan(2)))
     assert len({study.handle for study in studies}) == 1
-    assert sum(not study.info["cached"] for study in studies) == 1
+    assert sum(not study.info.cached for study in studies) == 1
     assert ran(before, statistics()) == {"vision_encoder": 1}
 
 
@@ -228,8 +228,8 @@ def test_of_a_cropped_scan_the_model_sees_the_region_and_answers_lie_in_the_whol
     cropped, alone = client.upload(scan, GRID, crop=CROP), client.upload(scan[part], shifted)
     whole = client.upload(scan, GRID)
     assert len({study.handle for study in (cropped, alone, whole)}) == 3
-    assert cropped.info["crop"] == [list(edges) for edges in REGION] and "crop" not in whole.info
-    assert cropped.info["shape"] == [*scan.shape] and CROP in cropped.info["reason"]
+    assert cropped.info.crop == tuple(tuple(edges) for edges in REGION) and whole.info.crop is None
+    assert cropped.info.shape == scan.shape and CROP in cropped.info.reason
     found, expected = (client.segment(study, QUESTION, max_new_tokens=24) for study in (cropped, alone))
     assert found.answer.token_ids == expected.answer.token_ids
     placed = np.zeros(scan.shape, bool)
@@ -253,7 +253,7 @@ def test_a_crop_in_mm_is_the_region_where_the_world_says(client):
     corner = GRID @ [10, 12, 5, 1], GRID @ [19, 29, 9, 1]
     low, high = np.min(corner, 0)[:3] - 0.1, np.max(corner, 0)[:3] + 0.1
     crop = ",".join(f"{a}:{b}" for a, b in zip(low, high)) + "mm"
-    assert client.upload(scan, GRID, crop=crop).info["crop"] == [[10, 20], [12, 30], [5, 10]]
+    assert client.upload(scan, GRID, crop=crop).info.crop == ((10, 20), (12, 30), (5, 10))
 
 
 def test_the_ensembles_take_a_crop(client, triton):
@@ -263,9 +263,9 @@ def test_the_ensembles_take_a_crop(client, triton):
     sent = {contract.VOLUME: npy(scan), contract.AFFINE_IN: GRID, contract.PRESET: "auto", contract.CROP: box}
     asked = {contract.QUESTION: QUESTION}
     for model in ("m3d_chat", "m3d_segment"):
-        assert text_of(next(triton.stream(model, sent | asked, 60))["STUDY_HANDLE"]) == handle
+        assert next(triton.stream(model, sent | asked, 60)).text("STUDY_HANDLE") == handle
     ranked = triton.infer("m3d_retrieve", sent | {contract.CROP_UNIT: "voxels", contract.TEXTS: ["w1"]}, 60)
-    assert text_of(ranked["STUDY_HANDLE"]) == handle
+    assert ranked.text("STUDY_HANDLE") == handle
 
 
 def test_an_evicted_cropped_study_is_sent_again_with_its_crop(client, folder_of):
@@ -379,4 +379,4 @@ def test_ranking_embeds_a_scan_once(client, statistics):
 def test_a_bad_scan_is_refused_with_its_cause_and_the_next_request_works(client, triton, inputs, cause):
     with pytest.raises(InvalidInput, match=cause):
         triton.infer("study", inputs, 60)
-    assert client.upload(new_scan(13)).info["preset"] == "raw"
+    assert client.upload(new_scan(13)).info.preset == "raw"

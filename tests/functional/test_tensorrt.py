@@ -52,7 +52,8 @@ def full_size(request, tmp_path_factory):
             model = M3DClip(ClipConfig(vision=vit, bert={"num_hidden_layers": 1}))
             graph = graphs.clip_graphs(model)[0]
         else:
-            lamed = Lamed(LamedConfig(vision=vit, segmentation=vit, llm={"hidden_size": 4096}), with_llm=False)
+            config = LamedConfig(vision=vit, segmentation=vit, family="lamed_llama", llm={"hidden_size": 4096})
+            lamed = Lamed(config, with_llm=False)
             graph = graphs.lamed_graphs(lamed)[contract.IMAGE_ENCODERS.index(request.param)]
     graph.module.to_empty(device="cpu").eval()
     for parameter in graph.module.parameters():
@@ -82,7 +83,7 @@ def test_a_full_size_encoder_builds_for_every_architecture(full_size, precision)
         assert entry["profiles"] == [[1, 1, 1], [1, 4, 4]] and entry["bytes"] > 80e6
         # Unfused scores alone are 0.2 GB a volume in fp32.
         one, four = (size / 1e6 for size in entry["context_bytes"])
-        assert (400 < one < 500 and four < 2000) if precision == "fp32" else (25 < one < 45 and 90 < four < 140)
+        assert (400 < one < 650 and four < 2000) if precision == "fp32" else (25 < one < 45 and 90 < four < 140)
         assert entry["context_source"] == "build log"
         # In reduced precision every attention is one kernel; in fp32 TensorRT has none.
         assert entry["fused_attentions"] == (0 if precision == "fp32" else BLOCKS * PROFILES)
@@ -124,7 +125,7 @@ def test_the_documented_command_builds_plans_of_the_published_size(published, tm
         assert plan["fused_attentions"] == (0 if precision == "fp32" else BLOCKS * PROFILES)
         weights = (repository / name / "1" / "model.rtx.plan").stat().st_size
         assert plan["bytes"] == memory["weights"] == weights > {"fp32": 350e6, "fp8": 100e6}.get(precision, 150e6)
-        assert sum(memory["contexts"]) < (2.3e9 if precision == "fp32" else 0.18e9)
+        assert sum(memory["contexts"]) < (2.4e9 if precision == "fp32" else 0.18e9)
         for config in ("config.pbtxt", TENSORRT_CONFIG):
             assert refusals(read(repository / name / config), bindings(repository, manifest, name)) == []
     command = [sys.executable, "-m", "engine.cli", "doctor", "--target", "tensorrt", "--repository", repository]
@@ -355,6 +356,7 @@ def test_a_node_that_tensorrt_does_not_know_is_named_with_its_module(tmp_path):
         ({"builder": "rtx", "compute_capability": "9.9"}, "9.9"),
         ({"compute_capability": "8.9"}, "of this machine"),
         ({"builder": "rtx", "compute_capability": "8.9", "strip_weights": True}, "--strip-weights"),
+        ({"version_compatible": True, "strip_weights": True}, "leave out --version-compatible or --strip-weights"),
         ({"batches": ()}, "1 volume or more"),
         ({"batches": (0, 4)}, "1 volume or more"),
         ({"workspace_gib": 0}, "above 0"),
@@ -363,6 +365,21 @@ def test_a_node_that_tensorrt_does_not_know_is_named_with_its_module(tmp_path):
 def test_settings_that_do_not_go_together_are_refused(settings, words):
     with pytest.raises(InvalidInput, match=words):
         BuildSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"builder": "rtx", "compute_capability": "8.6"}, "8.9 or later, not 8.6"),
+        ({"hardware_compatible": True}, "--hardware-compatible"),
+        ({"strip_weights": True}, "--strip-weights"),
+    ],
+)
+def test_settings_that_do_not_go_with_fp8_are_refused(settings, words):
+    given = BuildSettings(**settings)
+    given.refuse("fp16")
+    with pytest.raises(InvalidInput, match=words):
+        given.refuse("fp8")
 
 
 @pytest.mark.parametrize(

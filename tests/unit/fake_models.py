@@ -22,6 +22,7 @@ def manifest(**changes) -> Manifest:
                 precision="fp32",
                 image_size=SIZE,
                 patch_size=(2, 4, 4),
+                family="lamed_llama",
                 num_visual_tokens=8,
                 llm_width=WIDTH,
                 vocab_size=10,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,6 +21,32 @@ from engine.client.wire import decode, encode
 ANSWER = ("The ", "liver ", "is ", "normal.")
 HANDLE = "ab" * 32
 PATIENCE_S = 60
+MODEL = {
+    "checkpoint": "a checkpoint",
+    "checkpoint_sha256": "1" * 64,
+    "target": "cpu",
+    "precision": "fp32",
+    "manifest_sha256": "2" * 64,
+}
+STUDY_INFO = {
+    "preset": "ct",
+    "reason": "it was asked for",
+    "shape": [3, 4, 5],
+    "spacing_mm": [1.0, 2.0, 3.0],
+    "orientation": "RAS",
+    "prepare_s": 0.25,
+    "cached": False,
+    "model": MODEL,
+    "crop": None,
+}
+ANSWER_INFO = {
+    "prompt_tokens": 3,
+    "cached_tokens": 0,
+    "answer_tokens": 4,
+    "first_token_s": 1e-5,
+    "last_token_s": 3e-5,
+}
+EMBEDDING = np.array([0.6, 0.8], np.float32)
 
 
 def response(**tensors) -> service_pb2.ModelInferResponse:
@@ -69,9 +96,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.silent = False
         self.unfinished = False
         self.mask = np.zeros((2, 3, 5), bool)
+        self.answer = ANSWER
+        self.segments: list[np.ndarray] = []  # masks of the answer's [SEG], for MERGE each; one otherwise
         self.text_limit = 512
-        self.study_info = {"preset": "ct"}
-        self.answer_info = {"prompt_tokens": 3}
+        self.study_info = dict(STUDY_INFO)
+        self.answer_info = dict(ANSWER_INFO)
+        self.info = {"model": MODEL, "models": ["m3d_chat", "m3d_segment"], "version": "1.2"}
         self.sent = 0
         self.on_answer = lambda: None
         self.cancelled = threading.Event()
@@ -101,22 +131,33 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             self.hints += 1
             if self.evicted:
                 context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
-            return response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info))
+            return response(STUDY=self.handle, STUDY_INFO=json.dumps(self.study_info), MODEL_INFO="")
         if self.plain_error:
             context.abort(*self.plain_error)
+        if "DESCRIBE" in inputs:
+            return response(STUDY="", STUDY_INFO="", MODEL_INFO=json.dumps(self.info))
         self.asked.append((request.model_name, inputs))
         if self.evicted:
             context.abort(grpc.StatusCode.NOT_FOUND, "NOT_FOUND: study is unknown")
+        if "FORGET" in inputs:
+            self.evicted = True
+            return response(STUDY="", STUDY_INFO="", MODEL_INFO="")
         if request.model_name == "segmentation":
+            each = inputs["MERGE"][0] == b"each"
+            bits = [np.packbits(mask) for mask in self.segments]
             return response(
+                SEGMENT_MASKS=np.stack(bits) if each else np.zeros((0, 0), np.uint8),
+                SEGMENT_SCORES=np.linspace(0.9, 0.6, len(bits)) if each else [0.75],
                 MASK=np.packbits(self.mask),
                 MASK_SHAPE=np.array(self.mask.shape),
                 MASK_AFFINE=np.diag([1.0, 2, 3, 1]),
                 MASK_HEADER=np.zeros(0, np.uint8),
                 LOGITS=np.zeros((0, 0, 0), np.float32),
             )
-        texts = inputs["TEXTS"]
+        texts = inputs.get("TEXTS", np.array([]))
         return response(
+            SCAN_EMBEDDING=EMBEDDING,
+            TEXT_EMBEDDINGS=np.tile(EMBEDDING, (texts.size, 1)),
             SCORES=np.linspace(0, 1, texts.size),
             TEXT_CUT=np.array([len(text.split()) > self.text_limit for text in texts]),
             TEXT_LIMIT=self.text_limit,
@@ -173,12 +214,17 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         info = json.dumps(self.answer_info)
         box = np.array([[0, 1, 2, 3, 4, 5.0]])
         streams = "STREAM" in inputs and bool(inputs["STREAM"][0])
-        texts = ANSWER if streams else ("".join(ANSWER),)
+        texts = self.answer if streams else ("".join(self.answer),)
         for i, text in enumerate(texts):
             last = i == len(texts) - 1 and not self.unfinished
-            ids = [i] if streams else list(range(len(ANSWER)))
+            ids = [i] if streams else list(range(len(self.answer)))
             outputs = piece(text, ids, "stop", box, info) if last else piece(text, ids)
-            yield outputs | {"SEG_STATES": np.ones((int(last and self.mask.any()), 4), np.float32)}
+            spans = [found.span() for found in re.finditer(r"\[SEG\]", "".join(self.answer))] or [(0, 0)]
+            spans = spans if last and self.mask.any() else []
+            yield outputs | {
+                "SEG_STATES": np.ones((len(spans), 4), np.float32),
+                "SEG_SPANS": np.array(spans, np.int64).reshape(-1, 2),
+            }
 
 
 class HeldTriton(service_pb2_grpc.GRPCInferenceServiceServicer):

@@ -39,7 +39,6 @@ from engine.errors import InvalidInput
 from engine.models.checkpoint import load_clip, load_lamed
 from engine.models.config import ClipConfig, LamedConfig
 from engine.processor import has_bf16
-from engine.prompt import Prompt
 from engine.runtime.decoder import llm_engine
 from engine.scan import pack_scan, read_scan
 from engine.volume import prepare
@@ -698,11 +697,11 @@ def test_what_cannot_be_compared_is_an_error_of_its_own(tmp_path, monkeypatch, c
 @torch.inference_mode()
 def test_a_made_checkpoint_repeats_the_last_token_and_draws_a_mask_after_seg(checkpoint):
     model, tokenizer = load_lamed(checkpoint)
-    prompt = Prompt(tokenizer, model.config.num_visual_tokens, 512)
+    prompt = model.config.prompt(tokenizer)
     image = torch.rand(1, 1, *IMAGE_SIZE)
     for question in ("What does this scan show?", "Segment it: [SEG]"):
         ids = prompt.input_ids(question)
-        said, _, logits = model.generate(image, torch.tensor([ids]), max_new_tokens=12)
+        said, _, logits = model.generate(image, torch.tensor([ids]), len(prompt.head), max_new_tokens=12)
         assert said.tolist() == [ids[-1]] * 12
         assert (logits is not None) == question.endswith("[SEG]")
     assert 0.01 < (logits > 0).float().mean() < 0.99

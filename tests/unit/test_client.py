@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import json
 import socket
 import threading
 import weakref
+from contextlib import nullcontext
 
 import grpc
 import nibabel
@@ -14,19 +17,23 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from engine import contract, errors
-from engine.client import M3DClient, Study, wire
+from engine.api import EngineInfo, ModelInfo
+from engine.client import AsyncM3DClient, M3DClient, Study, wire
 from engine.sampling import Sampling
 from engine.scan import pack_scan
-from tests.unit.fake_triton import ANSWER, HANDLE
+from engine.source import Source
+from tests.awaited import Awaited
+from tests.unit.fake_triton import ANSWER, EMBEDDING, HANDLE, MODEL
 
 VOLUME = np.linspace(0, 1, 60, dtype=np.float32).reshape(1, 3, 4, 5)
 PATIENCE_S = 60
 
 
-@pytest.fixture
-def client(triton):
-    with M3DClient(triton.url, timeout=PATIENCE_S) as client:
-        yield client
+@pytest.fixture(params=[M3DClient, Awaited], ids=["M3DClient", "AsyncM3DClient"])
+def client(request, triton):
+    client = request.param(triton.url, timeout=PATIENCE_S)
+    yield client
+    client.end() if isinstance(client, Awaited) else client.close()
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def test_a_file_is_sent_as_it_is(tmp_path, client, triton):
     sent = triton.uploads[0]
     assert sent["VOLUME"].tobytes() == path.read_bytes()
     assert sent["PRESET"].tolist() == [b"mr"]
-    assert study.handle == HANDLE and study.info == {"preset": "ct"}
+    assert study.handle == HANDLE and study.info.preset == "ct"
 
 
 def test_an_array_is_sent_with_its_affine(client, triton):
@@ -115,6 +122,24 @@ def test_a_question_carries_handle_and_sampling(client, triton, study):
     assert Sampling.from_json(sent["SAMPLING"][0]) == Sampling(temperature=0.5, seed=3)
 
 
+def test_a_conversation_carries_what_was_said_before_its_last_question(client, triton, study):
+    turns = [("user", "A scan\u00e9?"), ("assistant", "Yes."), ("user", "What is this?")]
+    client.ask(study, messages=turns)
+    client.ask(study, messages=turns[-1:])
+    (_, talked), (_, alone) = triton.asked
+    assert talked["QUESTION"].tolist() == [b"What is this?"] == alone["QUESTION"].tolist()
+    assert json.loads(talked["HISTORY"][0]) == [list(turn) for turn in turns[:-1]]
+    assert "HISTORY" not in alone
+
+
+def test_a_conversation_of_too_many_bytes_is_refused_before_it_is_sent(client, triton, study):
+    most = contract.HISTORY.max_bytes - len(json.dumps([["user", "a"], ["assistant", ""]]))
+    for length, is_sent in ((most, True), (most + 1, False)):
+        with nullcontext() if is_sent else pytest.raises(errors.InvalidInput, match="history has 1,048,577 bytes, at"):
+            client.ask(study, messages=[("user", "a"), ("assistant", "b" * length), ("user", "What is this?")])
+    assert len(triton.asked) == 1
+
+
 def test_a_scan_may_stand_for_its_study(client, triton):
     assert client.ask(VOLUME, "What is this?").text == "".join(ANSWER)
     assert len(triton.uploads) == 1
@@ -166,7 +191,7 @@ def test_a_stream_gives_the_pieces_and_then_the_whole(client, study):
     assert stream.answer.token_ids == (0, 1, 2, 3)
     assert stream.answer.finish_reason == "stop"
     assert stream.answer.boxes.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert stream.answer.timings["prompt_tokens"] == 3
+    assert stream.answer.timings.prompt_tokens == 3
     assert next(stream, None) is None
 
 
@@ -222,10 +247,52 @@ def test_a_ranking_says_which_texts_were_cut(client, triton, study):
     assert ranking.cut == (False, True, False, True) and ranking.text_limit == 2
 
 
-def test_server_info_says_what_is_served(client):
+def test_info_says_which_model_answers_and_what_it_serves(client):
     assert client.is_ready()
-    info = client.server_info()
-    assert info["models"] == {"m3d_chat": True, "m3d_segment": True, "m3d_retrieve": False}
+    assert client.info() == EngineInfo(ModelInfo(**MODEL), ("m3d_chat", "m3d_segment"), "1.2")
+
+
+def test_what_is_told_of_a_study_is_typed(client, triton):
+    triton.study_info["crop"] = [[0, 1], [2, 3], [4, 5]]
+    info = client.upload(VOLUME).info
+    assert info.shape == (3, 4, 5) and info.spacing_mm == (1, 2, 3) and info.orientation == "RAS"
+    assert info.crop == ((0, 1), (2, 3), (4, 5)) and info.model == ModelInfo(**MODEL) and info.cached is False
+
+
+@pytest.mark.parametrize("change", [lambda info: info.pop("reason"), lambda info: info.update(more=1)])
+def test_a_server_that_tells_other_things_of_a_study_is_another_version(client, triton, change):
+    change(triton.study_info)
+    with pytest.raises(errors.Unavailable, match="another version.*(reason|more)"):
+        client.upload(VOLUME)
+
+
+def test_embeddings_are_those_of_the_server(client, study):
+    np.testing.assert_array_equal(client.embed(study), EMBEDDING)
+    found = client.embed_texts(["a", "b"])
+    np.testing.assert_array_equal(found.embeddings, [EMBEDDING, EMBEDDING])
+    assert found.texts == ("a", "b") and found.cut == (False, False) and found.text_limit == 512
+
+
+def test_a_forgotten_study_is_not_sent_again(client, triton, study):
+    client.forget(study)
+    with pytest.raises(errors.StudyNotFound):
+        client.ask(study, "What?")
+    assert len(triton.uploads) == 1
+
+
+def test_a_study_that_was_evicted_before_it_is_forgotten_is_not_sent_again_either(client, triton, study):
+    triton.evicted = True
+    for _ in range(2):
+        with pytest.raises(errors.StudyNotFound):
+            client.forget(study)
+    with pytest.raises(errors.StudyNotFound):
+        client.ask(study, "What?")
+    assert len(triton.uploads) == 1
+
+
+def test_only_a_study_can_be_forgotten(client):
+    with pytest.raises(errors.InvalidInput, match="a study.*not str"):
+        client.forget(HANDLE)
 
 
 # --- ends before the end ---------------------------------------------------------------------------------------------
@@ -343,7 +410,7 @@ def test_a_closed_port_is_a_clear_error_at_once():
     with M3DClient(f"127.0.0.1:{port}") as client:
         assert not client.is_ready()
         with pytest.raises(errors.Unavailable, match=f"127.0.0.1:{port}.*m3d serve"):
-            client.ask(Study(HANDLE, {}), "What?")
+            client.ask(Study(HANDLE), "What?")
 
 
 def test_a_server_that_goes_away_mid_stream_is_a_clear_error(client, triton, study):
@@ -368,7 +435,7 @@ def test_a_closed_client_says_so(triton):
     client = M3DClient(triton.url)
     client.close()
     with pytest.raises(errors.Unavailable, match="closed"):
-        client.ask(Study(HANDLE, {}), "What?")
+        client.ask(Study(HANDLE), "What?")
 
 
 # --- a region of interest --------------------------------------------------------------------------------------------
@@ -449,7 +516,7 @@ def test_a_source_that_changed_is_not_measured(segmented, tmp_path):
 
 
 def test_a_bare_handle_has_no_intensities(segmented):
-    found = segmented(Study(HANDLE, {})).measurements
+    found = segmented(Study(HANDLE)).measurements
     assert found.volume_ml > 0 and found.intensity_mean is found.intensity_unit is None
 
 
@@ -486,12 +553,11 @@ def test_an_evicted_study_is_sent_again_once_only(client, triton, study):
 def test_a_bare_handle_cannot_be_sent_again(client, triton):
     triton.evicted = True
     with pytest.raises(errors.StudyNotFound):
-        client.ask(Study(HANDLE, {}), "What?")
+        client.ask(Study(HANDLE), "What?")
 
 
 @pytest.mark.parametrize("segments", [False, True], ids=["ask", "segment"])
 def test_a_server_that_was_started_anew_gets_the_study_once_and_knows_it_by_its_new_handle(client, triton, segments):
-    triton.study_info = {"preset": "ct", "model": {"manifest_sha256": "1"}, "spacing_mm": [1, 2, 3]}
     triton.mask[:] = True
     study = client.upload(VOLUME)
     triton.evicted, triton.handle = True, "cd" * 32
@@ -528,11 +594,15 @@ def test_a_source_that_changed_is_not_taken_for_the_evicted_study(client, triton
 
 @pytest.mark.parametrize(
     "changed",
-    [{"model": {"manifest_sha256": "2"}}, {"spacing_mm": [1, 2, 4]}, {"orientation": "LPS"}, {"shape": [1, 2, 3]}],
+    [
+        {"model": {**MODEL, "manifest_sha256": "3"}},
+        {"spacing_mm": [1, 2, 4]},
+        {"orientation": "LPS"},
+        {"shape": [1, 2, 3]},
+    ],
     ids=lambda changed: next(iter(changed)),
 )
 def test_another_model_or_space_is_not_taken_for_that_of_the_evicted_study(client, triton, changed):
-    triton.study_info = {"model": {"manifest_sha256": "1"}, "spacing_mm": [1, 2, 3], "orientation": "RAS", "shape": [3]}
     study = client.upload(VOLUME)
     triton.evicted, triton.handle, triton.study_info = True, "cd" * 32, triton.study_info | changed
     with pytest.raises(errors.InvalidInput, match="server's model, is another"):
@@ -584,3 +654,127 @@ def test_an_answer_is_read_to_the_streams_end(client, triton, study, request_of_
         triton.stream_error = "INVALID_ARGUMENT: no"
     request_of_a_kind(client, study)
     assert triton.read_whole.acquire(timeout=PATIENCE_S)
+
+
+# --- asyncio ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("closes", [False, True], ids=["its task is cancelled", "it is closed"])
+def test_an_answer_that_is_awaited_ends_on_the_server_when(triton, closes):
+    triton.endless = True
+
+    async def ask():
+        async with AsyncM3DClient(triton.url, timeout=PATIENCE_S) as client:
+            stream = client.stream(await client.upload(VOLUME), "What?")
+            await anext(stream)
+            if closes:
+                await stream.aclose()
+                with pytest.raises(errors.Cancelled):
+                    await anext(stream)
+            else:
+                task = asyncio.create_task(_all(stream))
+                await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert await asyncio.to_thread(triton.cancelled.wait, PATIENCE_S)
+
+    asyncio.run(ask())
+
+
+async def _all(stream):
+    return [text async for text in stream]
+
+
+def test_a_question_whose_task_is_cancelled_ends_on_the_server(triton):
+    triton.endless, begun = True, threading.Event()
+    triton.on_answer = begun.set
+
+    async def ask():
+        async with AsyncM3DClient(triton.url, timeout=PATIENCE_S) as client:
+            asking = asyncio.create_task(client.ask(VOLUME, "What?"))
+            assert await asyncio.to_thread(begun.wait, PATIENCE_S)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            assert await asyncio.to_thread(triton.cancelled.wait, PATIENCE_S)
+
+    asyncio.run(ask())
+
+
+def test_many_questions_are_awaited_at_the_same_time(triton):
+    async def ask_all():
+        async with AsyncM3DClient(triton.url, timeout=PATIENCE_S) as client:
+            study = await client.upload(VOLUME)
+            return await asyncio.gather(*(client.ask(study, f"What is {n}?") for n in range(8)))
+
+    assert [answer.text for answer in asyncio.run(ask_all())] == ["".join(ANSWER)] * 8
+
+
+# --- one mask for each [SEG] -----------------------------------------------------------------------------------------
+@pytest.fixture
+def of_two(client, triton):
+    """of_two(of, **arguments) -> the segmentation by an answer with two [SEG], whose masks overlap."""
+    triton.answer = ("The liver: ", "[SEG]", ", and the spleen", " is [SEG].")
+    triton.segments = [np.zeros((3, 4, 5), bool) for _ in range(2)]
+    triton.segments[0][1, 0, 2:4] = triton.segments[1][1, 0, 3:5] = True
+    triton.mask = np.any(triton.segments, axis=0)
+    return lambda of, **arguments: client.segment(of, "Segment both.", **arguments)
+
+
+def test_each_seg_has_its_mask_its_score_and_the_words_that_lead_to_it(of_two, triton, tmp_path):
+    found = of_two(VOLUME, merge="each")
+    assert len(found.segments) == 2 and found.logits is None
+    for segment, mask, words, score in zip(
+        found.segments, triton.segments, ("The liver", "and the spleen is"), (0.9, 0.6)
+    ):
+        np.testing.assert_array_equal(segment.mask, mask)
+        assert segment.words == words == found.answer.text[slice(*segment.span)]
+        assert segment.score == pytest.approx(score) and segment.logits is None
+        saved = nibabel.load(segment.save(tmp_path / "mask.nii.gz"))
+        np.testing.assert_array_equal(np.asarray(saved.dataobj), mask)
+        np.testing.assert_array_equal(saved.affine, found.affine)
+    np.testing.assert_array_equal(found.mask, np.any(triton.segments, axis=0))
+
+
+def test_one_mask_of_all_seg_is_one_segment(of_two, triton):
+    found = of_two(VOLUME)
+    (segment,) = found.segments
+    assert segment.mask is found.mask and triton.asked[-1][1]["MERGE"].tolist() == [b"reference"]
+    assert segment.words == "The liver: [SEG], and the spleen is" and segment.score == 0.75
+    assert segment.measurements == found.measurements
+
+
+def test_segments_are_measured_each_by_itself_with_one_reading_of_the_scan(of_two, monkeypatch):
+    reads = []
+    read = Source.read
+    monkeypatch.setattr(Source, "read", lambda self: reads.append(self) or read(self))
+    first, second = of_two(VOLUME, merge="each").segments
+    assert not reads
+    assert first.measurements.bounding_box_voxels == (1, 0, 2, 2, 1, 4)
+    assert second.measurements.bounding_box_voxels == (1, 0, 3, 2, 1, 5)
+    assert second.measurements.intensity_max == VOLUME[0, 1, 0, 3:5].max() and len(reads) == 1
+
+
+def test_no_seg_means_no_segments(client, study):
+    assert client.segment(study, "What is this?", merge="each").segments == ()
+
+
+def test_masks_that_do_not_fit_the_answer_are_another_versions(of_two, triton):
+    triton.segments.pop()
+    with pytest.raises(errors.Unavailable, match="1 masks with 1 scores for 2 .SEG."):
+        of_two(VOLUME, merge="each")
+
+
+@pytest.mark.parametrize("merge", ["all", "", 3])
+def test_an_unknown_merge_is_refused_at_once(client, triton, study, merge):
+    asked = len(triton.asked)
+    with pytest.raises(errors.InvalidInput, match="reference, each"):
+        client.segment(study, "Segment it.", merge=merge)
+    assert len(triton.asked) == asked
+
+
+@pytest.mark.parametrize(("late", "kind"), [(True, errors.DeadlineExceeded), (False, errors.M3DError)])
+def test_a_call_that_grpc_could_not_begin_before_its_deadline_exceeded_it(late, kind):
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details="Internal error from Core"
+    )
+    assert type(wire.call_error("localhost:1", error, False, late)) is kind

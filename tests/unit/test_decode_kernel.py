@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
-from importlib.machinery import EXTENSION_SUFFIXES
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from engine import doctor
+from engine.runtime import compile_kernel
 from engine.runtime.decoder import decode_kernel
 from engine.runtime.decoder.decode_kernel import DecodeKernel, Geometry, Weights
 
@@ -97,14 +97,28 @@ def test_a_kernel_of_another_version_is_not_used(monkeypatch, broken):
 
 @pytest.mark.parametrize("built, state", [(True, "ok"), (False, "note")])
 def test_the_doctor_says_whether_it_was_compiled(monkeypatch, tmp_path, built, state):
-    folder = tmp_path / "runtime/decoder"
-    folder.mkdir(parents=True)
-    (folder / "_decode_kernel.cpython-27-sparc.so").write_text("")  # of another Python
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(compile_kernel, "LIBRARY", tmp_path / "_decode_kernel.so")
     if built:
-        (folder / f"_decode_kernel{EXTENSION_SUFFIXES[0]}").write_text("")
+        (tmp_path / "_decode_kernel.so").write_text("")
     finding = doctor._decode_kernel()
     assert finding.state == state and ("gcc" in finding.detail) is not built
+
+
+@needs_compiler
+def test_a_compiler_that_fails_or_is_not_there_is_told_and_leaves_the_kernel_that_is_there(monkeypatch, tmp_path):
+    library = tmp_path / "_decode_kernel.so"
+    library.write_text("as it was")
+    monkeypatch.setattr(compile_kernel, "LIBRARY", library)
+    for compiler, words in (("false", "false failed"), (str(tmp_path / "none"), "No such file")):
+        monkeypatch.setenv("CC", compiler)
+        assert words in compile_kernel.compile_kernel()
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(compile_kernel.shutil, "which", lambda name: None)
+    assert "no C compiler" in compile_kernel.compile_kernel()
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["as it was"]
+    monkeypatch.undo()
+    monkeypatch.setattr(compile_kernel, "LIBRARY", library)
+    assert compile_kernel.compile_kernel() is None and library.stat().st_size > 1000
 
 
 @needs_compiler

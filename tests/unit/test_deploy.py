@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import ensurepip
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -14,11 +15,12 @@ import subprocess
 import sys
 import sysconfig
 import threading
-import tomllib
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import tomllib
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -27,14 +29,18 @@ from typer.main import get_command
 from deploy import gpu_check
 from deploy.tensorrt_bindings import requirement
 from engine import cli
-from engine.server import flaws
+from engine.errors import InvalidInput
+from engine.server import SHM_NEEDED, Server, flaws
+from engine.server.triton import Triton
+from export import build_engines, quantize
 from locks import lock
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 README = (DEPLOY / "README.md").read_text()
-SERVICE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["m3d"]
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+SERVICE = COMPOSE["services"]["m3d"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = list(map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["gpu"]]))
 CPU, IMAGE = (lock.pins(ROOT / "locks" / name) for name in ("cpu.txt", "image.txt"))
@@ -45,13 +51,58 @@ def instructions(name: str) -> list[str]:
     return [line.removeprefix(name).strip() for line in joined.splitlines() if line.startswith(f"{name} ")]
 
 
-def command_with(word: str) -> list[str]:
-    """The words of the README's docker command that has `word` among them."""
-    commands = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ").splitlines()
-    (found,) = [
-        words for words in (shlex.split(line, comments=True) for line in commands) if {"docker", word} <= {*words}
-    ]
+@dataclass(frozen=True)
+class Container:
+    """A documented `docker run`. given: the values of each option, in order."""
+
+    given: dict[str, list[str]]
+    image: str
+    arguments: list[str]
+
+    def the(self, option: str) -> str:
+        (value,) = self.given[option]
+        return value
+
+    @property
+    def mounts(self) -> dict[str, tuple[str, bool]]:
+        """Source, and whether it is read-only, by the path in the container."""
+        split = [value.split(":") for value in self.given.get("-v", ())]
+        assert all(rest in ([], ["ro"]) for _, _, *rest in split)
+        return {path: (source, rest == ["ro"]) for source, path, *rest in split}
+
+    @property
+    def program(self) -> str:
+        return self.the("--entrypoint") if "--entrypoint" in self.given else "m3d"
+
+
+def documented(*words: str) -> list[list[str]]:
+    """What follows these words in each of the README's commands that has them."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    found = []
+    for line in blocks.splitlines():
+        split = shlex.split(line, comments=True)
+        places = [n for n in range(len(split)) if tuple(split[n : n + len(words)]) == words]
+        found += [split[n + len(words) :] for n in places]
     return found
+
+
+def container(words: list[str]) -> Container:
+    """What stands behind `docker run`; an option that is not known here is an error."""
+    given: dict[str, list[str]] = {}
+    words = list(words)
+    while words[0].startswith("-"):
+        option = words.pop(0)
+        assert option in DOCKER_OPTIONS, option
+        given.setdefault(option, []).extend([words.pop(0)] if DOCKER_OPTIONS[option] else [])
+    return Container(given, words[0], words[1:])
+
+
+# Whether a value follows.
+DOCKER_OPTIONS = {"--rm": False} | dict.fromkeys(
+    ("--gpus", "--user", "--shm-size", "--entrypoint", "-e", "-v", "-w"), True
+)
+CONTAINERS = list(map(container, documented("docker", "run")))
+HOME = "/home/m3d"
 
 
 # Of Triton, of deploy/tensorrt_bindings.py, and of the other target.
@@ -267,18 +318,127 @@ def test_the_ports_are_the_fronts_and_metrics_can_be_published():
     assert (defaults["grpc_port"], defaults["metrics_port"]) == (8001, 8002)
 
 
-def test_the_documented_doctor_has_the_shared_memory_of_the_service():
-    words = command_with("doctor")
-    assert dict(zip(words, words[1:]))["--shm-size"] == SERVICE["shm_size"]
+# --- what is documented ----------------------------------------------------------------------------------------------
+def test_a_documented_image_is_one_that_a_documented_command_builds():
+    stages = dict(reversed(re.fullmatch(r"(\S+)(?: AS (\S+))?", line).groups()) for line in instructions("FROM"))
+    built = {}
+    for words in documented("docker", "build"):
+        given = dict(zip(words, words[1:]))
+        assert (ROOT / given["-f"]).samefile(DEPLOY / "Dockerfile") and words[-1] == "."
+        assert "--target" not in given or given["--target"] in stages
+        built[given["-t"]] = given.get("--target")
+    assert built == {"m3d-engine": None, "m3d-engine-quantizing": "quantizing"}
+    # Without a target the last stage is built: the server, which is what compose builds, too.
+    assert instructions("FROM")[-1] == "server" and stages["server"] == "${TRITON_IMAGE}"
+    assert SERVICE["image"] == "m3d-engine" and "target" not in SERVICE["build"]
+    assert len(CONTAINERS) >= 6 and {one.image for one in CONTAINERS} == set(built)
+
+
+@pytest.mark.parametrize("one", CONTAINERS, ids=lambda one: " ".join(one.arguments[:1]))
+def test_what_a_documented_container_is_told_is_understood(one):
+    assert "--rm" in one.given
+    if one.program == "cat":
+        return
+    assert one.the("--gpus") == "all"
+    if one.program == "m3d":
+        group = get_command(cli.app)
+        with group.make_context("m3d", list(one.arguments)) as context:
+            name, command, rest = group.resolve_command(context, list(one.arguments))
+            repository = command.make_context(name, rest, parent=context).params["repository"]
+        assert one.mounts[str(repository)][1]  # it only looks
+        return
+    assert one.program == "python3"
+    program, *rest = one.arguments
+    parser = {"export/build_engines.py": build_engines._parser, "deploy/gpu_check.py": gpu_check._parser}[program]
+    parser().parse_args(rest)
+    # Whoever runs it owns what it writes, and the image does not know him.
+    assert one.the("--user") == "$(id -u):$(id -g)" and {"HOME=/tmp", "USER=m3d"} <= set(one.given["-e"])
+
+
+@pytest.mark.parametrize("image", ["m3d-engine", "m3d-engine-quantizing"])
+def test_a_documented_export_writes_to_the_repository_alone(image):
+    (one,) = [one for one in CONTAINERS if one.image == image and "export/build_engines.py" in one.arguments]
+    given = build_engines._parser().parse_args(one.arguments[1:])
+    mounts = one.mounts
+    assert mounts.pop(str(given.repository)) == ("$PWD/model_repository", False)
+    assert all(read_only for _, read_only in mounts.values()) and given.checkpoint in mounts
+    assert {str(scan.parent) for scan in given.calibration or ()} <= set(mounts)
+    assert (given.target, bool(given.llm_quantization)) == ("tensorrt", image != "m3d-engine")
+
+
+@pytest.mark.parametrize("program", ["doctor", "deploy/gpu_check.py"])
+def test_a_documented_container_that_looks_at_shared_memory_has_that_of_the_service(program):
+    (one,) = [one for one in CONTAINERS if program in one.arguments]
+    assert one.the("--shm-size") == SERVICE["shm_size"] == "8gb" and SHM_NEEDED < 8 << 30
 
 
 def test_the_documented_gpu_check_sees_the_checkout_and_writes_to_its_out_folder_alone():
-    words = command_with("deploy/gpu_check.py")
-    options, arguments = words[: words.index("m3d-engine")], words[words.index("m3d-engine") + 1 :]
-    given = dict(zip(options, options[1:]))
-    mounts = [value for option, value in zip(options, options[1:]) if option == "-v"]
-    assert mounts == ["$PWD:/src:ro", "$PWD/out:/src/out"]
-    assert given["-w"] == "/src" and given["--entrypoint"] == "python3" and given["--gpus"] == "all"
-    assert given["--user"] == "$(id -u):$(id -g)" and given["--shm-size"] == SERVICE["shm_size"]
-    assert arguments[0] == "deploy/gpu_check.py"
-    assert gpu_check._parser().parse_args(arguments[1:]).out.parts[0] == "out"
+    (one,) = [one for one in CONTAINERS if "deploy/gpu_check.py" in one.arguments]
+    assert one.mounts == {"/src": ("$PWD", True), "/src/out": ("$PWD/out", False)} and one.the("-w") == "/src"
+    assert gpu_check._parser().parse_args(one.arguments[1:]).out.parts[0] == "out"
+    assert "M3D_CACHE=/src/out/cache" in one.given["-e"] and one.image == "m3d-engine"
+
+
+def test_the_documented_compose_command_gives_the_repository():
+    ((option, file, action),) = documented("docker", "compose")
+    assert (option, action) == ("-f", "up") and (ROOT / file).samefile(DEPLOY / "compose.yaml")
+    (bind,) = [volume for volume in SERVICE["volumes"] if volume["type"] == "bind"]
+    assert bind["source"].startswith("${MODELS:?") and re.search(r"^MODELS=\S+ docker compose", README, re.M)
+    (command,) = [json.loads(line) for line in instructions("CMD")]
+    assert bind["target"] == dict(zip(command, command[1:]))["--repository"] and bind["read_only"] is True
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+def test_caches_and_the_log_are_on_a_volume_that_the_user_of_the_service_may_write_to(monkeypatch, tmp_path):
+    (volume,) = [volume for volume in SERVICE["volumes"] if volume["type"] == "volume"]
+    name, kept = COMPOSE["volumes"][volume["source"]]["name"], Path(volume["target"])
+    assert not volume.get("read_only") and SERVICE["read_only"] is True
+    # Docker gives a new volume the owner and the mode of the image's folder.
+    (made,) = [line for line in instructions("RUN") if "useradd" in line]
+    user = SERVICE["user"].split(":")[0]
+    assert f"--create-home --uid {user} m3d" in made and kept.is_relative_to(HOME)
+    assert f"install --directory --mode 0700 --owner {user} --group {user} {kept}" in made
+    # vLLM takes them from its process, which has the server's environment. By default the second is not in ~/.cache.
+    vllm = Path(importlib.util.find_spec("vllm").origin).parent
+    for variable, source in (("VLLM_CACHE_ROOT", "envs.py"), ("TRITON_CACHE_DIR", "compilation/compiler_interface.py")):
+        folder = SERVICE["environment"][variable]
+        assert Path(folder).is_relative_to(kept) and f'"{variable}"' in (vllm / source).read_text()
+        monkeypatch.setenv(variable, folder)
+        assert Triton(Path("tritonserver"), None, "").environment(tmp_path)[variable] == folder
+    monkeypatch.setenv("HOME", HOME)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("M3D_CACHE", raising=False)
+    log = Server("/models", target="tensorrt").log
+    shown = [one.arguments for one in CONTAINERS if one.program == "cat"]
+    assert all(one.mounts == {"/cache": (name, True)} for one in CONTAINERS if one.program == "cat")
+    assert shown == [[f"/cache/{log.relative_to(kept)}{suffix}"] for suffix in ("", ".1")]
+    assert documented("docker", "volume", "rm") == [[name]]
+
+
+def test_what_is_written_into_memory_may_be_run_and_is_the_users():
+    folders = dict(one.split(":") for one in SERVICE["tmpfs"])
+    assert set(folders) == {"/tmp", HOME} and all("exec" in options.split(",") for options in folders.values())
+    assert "uid=1000" in folders[HOME] and "mode=0700" in folders[HOME] and "mode=1777" in folders["/tmp"]
+
+
+# --- quantisation ----------------------------------------------------------------------------------------------------
+def test_llm_compressor_is_where_the_export_looks_and_is_installed_as_make_does():
+    (step,) = [line for line in instructions("RUN") if "uv venv" in line]
+    folder = Path("/opt/m3d") / quantize.PYTHON.relative_to(sys.prefix).parents[1]
+    assert f"uv venv --python /opt/m3d/bin/python3 {folder} " in step and f"--python {folder}/bin/python " in step
+    assert f"uv=={CPU['uv']}" in step
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (made,) = [line for line in makefile.splitlines() if "--override export/quantizing" in line]
+    options = re.findall(r"--(?:override|constraints|requirements) \S+", made)
+    assert len(options) == 3 and all(option in step for option in options)
+    copied = {source for line in instructions("COPY") for source in line.split()[:-1]}
+    assert {"export", "locks/quantizing.txt"} <= copied
+
+
+def test_an_export_without_llm_compressor_says_how_to_get_it_in_a_checkout_and_in_a_container(monkeypatch, tmp_path):
+    monkeypatch.setattr(quantize, "PYTHON", tmp_path / "quantizing" / "bin" / "python")
+    with pytest.raises(InvalidInput) as refused:
+        quantize.check("awq", scans=1)
+    words = str(refused.value)
+    assert str(tmp_path / "quantizing") in words and "`make quantizing` in the checkout" in words
+    assert "`docker build --target quantizing`" in words and "deploy/README.md" in words

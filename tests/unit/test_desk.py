@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import runpy
 import sys
 import threading
 from functools import partial
@@ -13,11 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engine.errors import InvalidInput, StudyNotFound, Unavailable
+from engine import contract
+from engine.api import ModelInfo, StudyInfo
+from engine.errors import InvalidInput, RepositoryError, StudyNotFound, Unavailable
+from engine.runtime.request_pool import RequestPool
+from engine.runtime.retrieval import RetrievalStep
 from engine.runtime.run_folder import VARIABLE, RunFolder
-from engine.runtime.uploads import Uploads
+from engine.runtime.segmentation import SegmentationStep
+from engine.runtime.step import LocalInputs
+from engine.runtime.study_step import StudyStep
 from engine.scan.limits import Limits
-from tests.conftest import ROOT
 
 MODULES = ("engine.runtime.triton_io", "engine.runtime.desk")
 
@@ -61,6 +65,15 @@ class Request:
         return response
 
 
+def desk_of(kind, step, threads, waiting):
+    return kind(step, RequestPool(threads, waiting))
+
+
+def said(response):
+    """What a response says as STUDY."""
+    return response.outputs["STUDY"][0].decode()
+
+
 @pytest.fixture
 def triton(monkeypatch):
     """The modules under test, on a fake `triton_python_backend_utils`. log: what was logged as an error."""
@@ -94,7 +107,7 @@ def triton(monkeypatch):
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     io, desk = map(importlib.import_module, MODULES)
-    yield SimpleNamespace(io=io, Desk=desk.Desk, log=log, called=called, backend=backend)
+    yield SimpleNamespace(io=io, desk=partial(desk_of, desk.Desk), log=log, called=called, backend=backend)
     for name in MODULES:  # no other test shall find modules that hold on to the fake
         del sys.modules[name]
         delattr(sys.modules["engine.runtime"], name.rpartition(".")[2])
@@ -105,14 +118,14 @@ def test_a_quick_request_is_answered_while_slow_ones_are_in_work(triton):
 
     def later():
         assert go.wait(30)
-        return "slow"
+        return {"STUDY": "slow"}
 
-    desk = triton.Desk(lambda request: request.inputs.get("quick", later), threads=2, waiting=8)
-    slow, quick = [Request() for _ in range(5)], Request(quick="quick")
+    desk = triton.desk(lambda inputs: inputs.triton.inputs.get("quick", later), threads=2, waiting=8)
+    slow, quick = [Request() for _ in range(5)], Request(quick={"STUDY": "quick"})
     assert desk.execute([*slow, quick]) is None
-    assert quick.answers == ["quick"] and not any(request.answers for request in slow)
+    assert said(quick.answer()) == "quick" and not any(request.answers for request in slow)
     go.set()
-    assert [request.answer() for request in slow] == ["slow"] * 5
+    assert [said(request.answer()) for request in slow] == ["slow"] * 5
     desk.close()
 
 
@@ -121,22 +134,22 @@ def test_more_slow_requests_than_there_are_places_are_refused_and_places_become_
 
     def later():
         assert go.wait(30)
-        return "slow"
+        return {"STUDY": "slow"}
 
-    desk = triton.Desk(lambda request: later, threads=1, waiting=2)
+    desk = triton.desk(lambda inputs: later, threads=1, waiting=2)
     requests = [Request() for _ in range(4)]
     desk.execute(requests)
     error = requests[-1].answer().error
     assert error.code == "UNAVAILABLE" and error.text.startswith("RESOURCE_EXHAUSTED: 3 requests")
     go.set()
-    assert [request.answer() for request in requests[:-1]] == ["slow"] * 3
+    assert [said(request.answer()) for request in requests[:-1]] == ["slow"] * 3
     desk.close()
-    assert all(desk.places.acquire(blocking=False) for _ in range(3))
+    assert all(desk.pool.places.acquire(blocking=False) for _ in range(3))
 
 
 def test_a_request_cancelled_while_it_waited_is_not_worked_on(triton):
     worked = []
-    desk = triton.Desk(lambda request: partial(worked.append, request), threads=1, waiting=1)
+    desk = triton.desk(lambda inputs: partial(worked.append, inputs), threads=1, waiting=1)
     request = Request(cancelled=True)
     desk.execute([request])
     assert request.answer().error.code == "CANCELLED" and not worked
@@ -153,14 +166,15 @@ def run_folder(tmp_path, monkeypatch):
 def test_a_request_that_the_front_gave_up_while_it_waited_is_not_worked_on(triton, run_folder):
     worked, go = [], threading.Event()
 
-    def later(request):
+    def later(inputs):
         assert go.wait(30)
-        worked.append(request)
+        worked.append(inputs.triton)
+        return {"STUDY": "done"}
 
     def never_asked():
         raise AssertionError("Triton is not to be asked about a request of the front")
 
-    desk = triton.Desk(lambda request: partial(later, request), threads=1, waiting=4)
+    desk = triton.desk(lambda inputs: partial(later, inputs), threads=1, waiting=4)
     first, gone, other = (Request(id_=id_) for id_ in "123")
     for request in (first, gone, other):
         request.is_cancelled = never_asked
@@ -169,12 +183,12 @@ def test_a_request_that_the_front_gave_up_while_it_waited_is_not_worked_on(trito
     run_folder.cancel("2")
     go.set()
     assert gone.answer().error.code == direct.answer().error.code == "CANCELLED"
-    assert other.answer() is None and worked == [first, other]
+    assert said(other.answer()) == "done" and worked == [first, other]
     desk.close()
 
 
 def test_without_a_front_triton_is_asked_about_a_request_with_an_id(triton):
-    desk = triton.Desk(lambda request: lambda: "done", threads=1, waiting=1)
+    desk = triton.desk(lambda inputs: lambda: {"STUDY": "done"}, threads=1, waiting=1)
     request = Request(cancelled=True, id_="1")
     desk.execute([request])
     assert request.answer().error.code == "CANCELLED"
@@ -196,16 +210,16 @@ def test_without_a_front_triton_is_asked_about_a_request_with_an_id(triton):
 )
 @pytest.mark.parametrize("slow", [False, True], ids=["at once", "later"])
 def test_an_error_reaches_the_client_with_its_code_and_the_desk_goes_on(triton, error, code, text, slow):
-    def fail(request):
-        if request.inputs.get("bad"):
+    def fail(inputs):
+        if inputs.triton.inputs.get("bad"):
             raise error
-        return "fine"
+        return {"STUDY": "fine"}
 
-    desk = triton.Desk(partial(partial, fail) if slow else fail, threads=1, waiting=4)
+    desk = triton.desk(partial(partial, fail) if slow else fail, threads=1, waiting=4)
     bad, good = Request(bad=True), Request()
     desk.execute([bad, good])
     assert (bad.answer().error.code, bad.answer().error.text) == (code, text)
-    assert good.answer() == "fine"
+    assert said(good.answer()) == "fine"
     assert bool(triton.log) == (code == "INTERNAL")
     if triton.log:
         assert "secret detail" in triton.log[0] and "Traceback" in triton.log[0]
@@ -219,12 +233,12 @@ def test_inputs_are_optional_and_texts_must_be_utf8(triton):
         EMPTY=Tensor("EMPTY", np.array([b""], object)),
         BAD=Tensor("BAD", np.array([b"\xff"], object)),
     )
-    io = triton.io
-    assert io.texts(request, "TEXTS") == ["ä", "b"] and io.texts(request, "absent") == []
-    assert io.text(request, "TEXTS") == "ä" and io.text(request, "EMPTY") is None and io.text(request, "absent") is None
-    assert not io.flag(request, "NO") and not io.flag(request, "absent") and io.array(request, "absent") is None
+    inputs = triton.io.Request(request)
+    assert inputs.texts("TEXTS") == ["ä", "b"] and inputs.texts("absent") == []
+    assert inputs.text("TEXTS") == "ä" and inputs.text("EMPTY") is None and inputs.text("absent") is None
+    assert not inputs.flag("NO") and not inputs.flag("absent") and inputs.array("absent") is None
     with pytest.raises(InvalidInput, match="BAD must be UTF-8"):
-        io.text(request, "BAD")
+        inputs.text("BAD")
 
 
 @pytest.mark.parametrize(
@@ -239,42 +253,36 @@ def test_inputs_are_optional_and_texts_must_be_utf8(triton):
         (None, ""),
     ],
 )
-def test_a_requests_parameter_is_told_where_there_is_one(triton, parameters, said):
-    assert triton.io.told(Request(parameters=parameters), "m3d_peer") == said
-    assert triton.io.told(SimpleNamespace(), "m3d_peer") == ""  # of another Triton
+def test_a_requests_peer_is_known_where_the_front_tells_it(triton, parameters, said):
+    assert triton.io.Request(Request(parameters=parameters)).peer() == said
+    assert triton.io.Request(SimpleNamespace()).peer() == ""  # of another Triton
 
 
 def test_an_input_that_is_needed_and_missing_is_named(triton):
-    request = Request(STUDY=Tensor("STUDY", np.array([b""], object)))
-    assert triton.io.needed_text(request, "STUDY") == ""
-    for needed in (triton.io.needed_array, triton.io.needed_text):
+    inputs = triton.io.Request(Request(STUDY=Tensor("STUDY", np.array([b""], object))))
+    assert inputs.needed_text("STUDY") == ""
+    for needed in (inputs.needed_array, inputs.needed_text):
         with pytest.raises(InvalidInput, match="no QUESTION"):
-            needed(request, "QUESTION")
+            needed("QUESTION")
 
 
 @pytest.mark.parametrize(
-    "name, given, missing",
+    "step, given, missing",
     [
-        ("segmentation", (), "SEG_STATES"),
-        ("segmentation", ("SEG_STATES",), "STUDY"),
-        ("retrieval", ("STUDY",), "TEXTS"),
-        ("retrieval", ("TEXTS",), "STUDY"),
+        (SegmentationStep(None), (), "no SEG_STATES"),
+        (SegmentationStep(None), (contract.SEG_STATES,), "no STUDY"),
+        (RetrievalStep(None), (), "neither STUDY nor TEXTS"),
     ],
 )
-def test_a_model_without_an_input_says_so(triton, name, given, missing):
-    model = runpy.run_path(str(ROOT / f"model_repository/{name}/1/model.py"))["TritonPythonModel"]()
-    model.segmenter = model.retriever = SimpleNamespace(mask=None, rank=None)  # not reached
-    values = {"SEG_STATES": np.ones((1, 4), np.float32), "STUDY": np.array([b"a"], object)}
-    values["TEXTS"] = values["STUDY"]
-    request = Request(**{input_: Tensor(input_, values[input_]) for input_ in given})
-    with pytest.raises(InvalidInput, match=f"no {missing}"):
-        answer = model._scores(request) if name == "retrieval" else model._answer(request)
-        answer()
+def test_a_step_without_an_input_says_so(step, given, missing):
+    values = {contract.SEG_STATES: np.ones((1, 4), np.float32)}
+    with pytest.raises(InvalidInput, match=missing):
+        step(LocalInputs({tensor: values[tensor] for tensor in given}))()
 
 
 def test_another_models_answer_is_copied_out_of_tritons_memory(triton):
     tokens = np.ones((1, 2, 3), np.float32)
-    triton.called.append(triton.io.response(["VISUAL_TOKENS"], VISUAL_TOKENS=tokens))
+    triton.called.append(triton.io.response(["VISUAL_TOKENS"], {"VISUAL_TOKENS": tokens}))
     answered = triton.io.infer("vision_encoder", IMAGE=np.zeros((1, 1, 2, 2, 2), np.float32))
     tokens[:] = 0
     assert answered["VISUAL_TOKENS"].all()
@@ -299,24 +307,24 @@ def test_another_models_error_is_raised_as_its_kind(triton, message, kind, text)
 
 
 def test_parameters_are_whole_numbers(triton):
-    def args(value):
+    def parameters(value):
         config = f'{{"parameters": {{"threads": {{"string_value": "{value}"}}}}}}'
-        return {"model_name": "study", "model_config": config}
+        return triton.io.parameters({"model_name": "study", "model_config": config})
 
-    assert triton.io.parameter(args("3"), "threads", 1) == 3
-    assert triton.io.parameter(args(""), "threads", 1) == triton.io.parameter(args("3"), "other", 1) == 1
+    assert parameters("3").integer("threads", 1) == 3
+    assert parameters("").integer("threads", 1) == parameters("3").integer("other", 1) == 1
     for value in ("-1", "two", "1.5"):
-        with pytest.raises(Exception, match="threads of study must be a whole number"):
-            triton.io.parameter(args(value), "threads", 1)
+        with pytest.raises(RepositoryError, match="threads of study must be a whole number"):
+            parameters(value).integer("threads", 1)
 
 
 @pytest.mark.parametrize("part_bytes", [1000, 100], ids=["at once", "in parts"])
 def test_a_scan_is_decoded_where_it_was_put_together(triton, part_bytes):
-    model = runpy.run_path(str(ROOT / "model_repository/study/1/model.py"))["TritonPythonModel"]()
-    model.uploads, added, opened = Uploads(Limits()), [], []
-    add = model.uploads.add
-    model.uploads.add = lambda *part: added.append(add(*part)) or added[-1]
-    model.studies = SimpleNamespace(open=lambda scan: opened.append(scan) or ("handle", {}))
+    info = StudyInfo("ct", "", (1, 1, 1), (1, 1, 1), "RAS", 0, False, ModelInfo("", "", "", "", ""))
+    added, opened = [], []
+    step = StudyStep(SimpleNamespace(limits=Limits(), open=lambda scan: opened.append(scan) or ("handle", info)), None)
+    add = step.uploads.add
+    step.uploads.add = lambda *part: added.append(add(*part)) or added[-1]
     parameters = json.dumps({"m3d_peer": "a client's connection"})
     file = np.arange(1000).astype(np.uint8)
     for start in range(0, file.size, part_bytes):
@@ -324,8 +332,8 @@ def test_a_scan_is_decoded_where_it_was_put_together(triton, part_bytes):
         if part_bytes < file.size:
             inputs |= {"UPLOAD": np.array([b"name"], object), "UPLOAD_RANGE": np.array([start, file.size])}
         tensors = {name: Tensor(name, array) for name, array in inputs.items()}
-        answer = model._answer(Request(parameters=parameters, **tensors))
-    assert answer().outputs["STUDY"] == np.array([b"handle"], object)
+        answer = step(triton.io.Request(Request(parameters=parameters, **tensors)))
+    assert answer()["STUDY"] == "handle"
     assert opened[0].data is (added[-1].data if added else inputs["VOLUME"])
     assert all(upload.peer == "a client's connection" for upload in added[-1:])
     np.testing.assert_array_equal(opened[0].data, file)

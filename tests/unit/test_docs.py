@@ -9,6 +9,7 @@ import pytest
 import typer.main
 
 from engine import cli
+from engine.models.language_model import FAMILIES
 from export import build_engines
 from tests.conftest import ROOT
 
@@ -37,7 +38,13 @@ def test_the_commands_of_a_document_are_understood(document, count):
             command.make_context(name, arguments, parent=context)
 
 
-@pytest.mark.parametrize("document", ["docs/checkpoints.md", "README.md"])
+def test_every_family_of_language_models_is_documented():
+    text = (ROOT / "docs" / "language_models.md").read_text()
+    for name in FAMILIES:
+        assert f"| `{name}` |" in text
+
+
+@pytest.mark.parametrize("document", ["docs/checkpoints.md", "README.md", "training/README.md"])
 def test_the_links_of_a_document_lead_to_files(document):
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]

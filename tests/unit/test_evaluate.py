@@ -162,8 +162,8 @@ def test_many_questions_at_once_are_answered_as_one_by_one(tmp_path):
     image = np.random.default_rng(0).random(answerer.size, dtype=np.float32)
     answers, masks = answerer(image, [Question("", text, "") for text in texts], 12)
     for text, answer, mask in zip(texts, answers, masks):
-        ids = torch.tensor([answerer.prompt.input_ids(text)])
-        ids, _, logits = answerer.lamed.generate(torch.from_numpy(image)[None, None], ids, 12)
+        ids, start = torch.tensor([answerer.prompt.input_ids(text)]), len(answerer.prompt.head)
+        ids, _, logits = answerer.lamed.generate(torch.from_numpy(image)[None, None], ids, start, 12)
         alone = answerer.tokenizer.decode(ids, skip_special_tokens=False).split(answerer.tokenizer.eos_token)[0].strip()
         assert answer == alone
         assert (mask is None) == (logits is None) and (

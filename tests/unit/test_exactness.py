@@ -8,7 +8,6 @@ import torch
 import write_checkpoint
 
 from engine.models.checkpoint import load_clip, load_lamed
-from engine.prompt import Prompt
 
 pytestmark = pytest.mark.integration
 
@@ -26,6 +25,7 @@ def answer(dev_small, lamed):
     return model.generate(
         dev_small.volume,
         torch.tensor([dev_small.spec["input_ids"]]),
+        1,
         max_new_tokens=dev_small.spec["generate"]["max_new_tokens"],
     )
 
@@ -80,7 +80,7 @@ def test_mask_logits_match_the_reference(dev_small, lamed, answer):
 
 
 def test_the_prompt_is_tokenised_as_the_reference_tokenises_it(dev_small, lamed):
-    prompt = Prompt(lamed[1], dev_small.spec["num_image_tokens"], context_length=512)
+    prompt = lamed[0].config.prompt(lamed[1])
     assert prompt.input_ids(write_checkpoint.question(dev_small.spec)) == dev_small.spec["input_ids"]
 
 

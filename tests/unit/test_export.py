@@ -268,25 +268,33 @@ def test_a_language_model_with_values_that_are_not_finite_is_refused_by_key(chec
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_language_model_that_was_compared_leaves_nothing_on_the_gpu(monkeypatch, tmp_path):
-    emptied = []
+def test_a_language_model_that_has_answered_or_was_compared_leaves_nothing_on_the_gpu(monkeypatch, tmp_path):
+    loaded, gone = [], []
 
     class Model:
-        device = torch.device("cpu")
+        device, dtype = torch.device("cpu"), torch.float32
 
         def __call__(self, inputs_embeds, logits_to_keep):
             return SimpleNamespace(logits=torch.eye(4)[None, :logits_to_keep])
 
+        def get_input_embeddings(self):
+            return torch.nn.Embedding(4, 8)
+
+        def generate(self, **_):
+            return SimpleNamespace(sequences=torch.tensor([[0, 1]]))
+
     def load(*_):
         model = Model()
-        emptied.append(weakref.ref(model))
+        loaded.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr(quantize, "_load", load)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(emptied[0]() is None))
-    answered = [quantize.Answered(torch.zeros(4, 8), torch.tensor([0, 1]))]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gone.append(loaded[-1]() is None))
+    prompt = SimpleNamespace(around=lambda question: ([2], [3]), stop_ids=(2,))
+    answered = quantize.answer(tmp_path, torch.float32, prompt, [torch.zeros(4, 8)], lambda text: None)
     _, agreement = quantize.compare(tmp_path, torch.float32, answered)
-    assert agreement == 1 and emptied[1:] == [True]  # the model was gone before PyTorch was asked for its memory
+    # Each model was gone before PyTorch was asked for its memory.
+    assert agreement == 1 and len(loaded) == 2 and gone == [True, True]
 
 
 @pytest.mark.parametrize("text, words", [("[]", "is not a JSON object"), ("{", "is not JSON"), ("{}", "format None")])

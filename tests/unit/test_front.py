@@ -255,7 +255,7 @@ def chat(handle: str = "a", id_: str = "mine", wants_end: bool | None = None) ->
 
 
 def handle_of(answered: service_pb2.ModelInferResponse) -> str:
-    return wire.text_of(wire.outputs_of(answered)["STUDY"])
+    return wire.outputs_of(answered).text("STUDY")
 
 
 def said(response: service_pb2.ModelStreamInferResponse) -> tuple[str, str]:
@@ -342,7 +342,7 @@ def test_a_streams_responses_come_as_triton_gave_them_in_their_order(client, hel
     stream = client.stream()
     stream.send(chat(id_="first"), chat(id_="second"))
     answered = stream.rest()
-    texts = [(a.infer_response.id, wire.text_of(wire.outputs_of(a.infer_response)["TEXT"])) for a in answered]
+    texts = [(a.infer_response.id, wire.outputs_of(a.infer_response).text("TEXT")) for a in answered]
     assert texts == [(id_, f"liver {n}") for id_ in ("first", "second") for n in range(50)]
     assert {a.infer_response.model_name for a in answered} == {"m3d_chat"}
 
@@ -860,7 +860,7 @@ def test_a_slow_reader_holds_up_its_own_stream_alone(new_client, held):
         quick.send(study(str(n)))
         assert handle_of(quick.receive().infer_response) == str(n)
     assert held.count["sent"] - 100 < most / 4
-    texts = [wire.text_of(wire.outputs_of(r.infer_response)["TEXT"]) for r in stream.rest()]
+    texts = [wire.outputs_of(r.infer_response).text("TEXT") for r in stream.rest()]
     assert len(texts) == most and set(texts) == {megabyte}
 
 
@@ -961,7 +961,7 @@ def test_of_a_stream_that_nobody_reads_next_to_nothing_is_taken_from_triton_and_
             context.reads.set()
             await steps()
             assert call.taken > 10 and len(context.written) <= call.taken <= len(context.written) + 3
-            texts = [wire.text_of(wire.outputs_of(r.infer_response)["TEXT"]) for r in context.written]
+            texts = [wire.outputs_of(r.infer_response).text("TEXT") for r in context.written]
             assert texts == [str(n + 1) for n in range(len(texts))]
             call.end_with = StopAsyncIteration
             handled.cancel()
@@ -1422,6 +1422,29 @@ def test_a_page_is_read_without_the_body_that_comes_with_it(running, metrics, bo
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: here\r\n" + body)
         assert connection.recv(1 << 10).startswith(b"HTTP/1.1 200 OK")
     assert page(running, "/metrics") == (200, METRICS)
+
+
+def test_a_server_is_not_ready_before_all_that_is_loaded_last_is_there(tmp_path):
+    seen = []
+
+    class Loading(front.Front):
+        async def _says(self, method, request):
+            return True
+
+        async def _call(self, method, request, timeout=None):
+            name = service_pb2.RepositoryModelLoadRequest.FromString(request).model_name
+            self.folder.health = READY  # the language model is there from the first on
+            seen.append((name, await self.is_ready()))
+            return b""
+
+    async def run():
+        loading = Loading("unix:/nowhere", RunFolder(tmp_path), contract.MODELS)
+        await loading.load(contract.DECODER_MODELS)
+        ready = await loading.is_ready()
+        await loading.close()
+        return ready
+
+    assert asyncio.run(run()) and seen == [(name, False) for name in contract.DECODER_MODELS]
 
 
 # --- the process -----------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ MANIFEST = Manifest(
     precision="fp16",
     image_size=(32, 256, 256),
     patch_size=(4, 16, 16),
+    family="lamed_llama",
     num_visual_tokens=256,
     llm_width=4096,
     vocab_size=32000,
@@ -66,8 +67,8 @@ def nvidia_smi(tmp_path, monkeypatch):
     program.write_text(
         "#!/bin/sh\n"
         'case "$1" in --query-gpu=*)\n'
-        "echo '0, GPU-11aa, NVIDIA L4, 580.95.05, 8.9, 23034, 455, 22000'\n"
-        "echo '1, GPU-22bb, NVIDIA RTX 5090, 580.95.05, 12.0, 32607, [N/A], 32000'\n"
+        "echo '0, GPU-11aa, NVIDIA L4, 580.95.05, 8.9, 23034, 455, 22000, [N/A]'\n"
+        "echo '1, GPU-22bb, NVIDIA RTX 5090, 580.95.05, 12.0, 32607, [N/A], 32000, Disabled'\n"
         ";; *) echo '| NVIDIA-SMI 580.95.05   Driver Version: 580.95.05   CUDA Version: 13.0  |' ;; esac\n"
     )
     program.chmod(0o755)
@@ -187,6 +188,33 @@ def test_a_gpu_that_shares_the_cpus_memory_is_taken_as_it_is(nvidia_smi, exporte
 def test_a_machine_without_a_working_driver_has_no_gpu(nvidia_smi, program):
     nvidia_smi.unlink() if program is None else nvidia_smi.write_text(program)
     assert gpu.find_gpus() == [] and gpu.cuda_version() is None
+
+
+def test_a_gpu_that_is_split_is_not_said_to_fit(nvidia_smi, exported):
+    nvidia_smi.write_text(nvidia_smi.read_text().replace("22000, [N/A]", "22000, Enabled").replace("5090", "4090"))
+    first, second = gpu.find_gpus()
+    assert first.split and first.memory is None and first.free is None and not second.split
+    found = examined(exported)
+    assert "split by MIG" in found["GPU"][0].detail
+    assert any(one.state == "note" and "is not known" in one.detail for one in found["fits this machine"])
+
+
+@pytest.mark.parametrize("row", ["'[N/A], GPU-11aa, NVIDIA L4, 580, 8.9, 23034, 455, 22000, [N/A]'", "'GPU is lost'"])
+def test_a_row_that_says_nothing_is_left_out(nvidia_smi, row):
+    nvidia_smi.write_text(re.sub(r"'0, GPU-11aa.*'", row, nvidia_smi.read_text()))
+    assert [found.number for found in gpu.find_gpus()] == [1]
+
+
+def test_a_driver_that_is_too_old_is_refused_before_anything_starts(nvidia_smi, exported):
+    nvidia_smi.write_text(nvidia_smi.read_text().replace("CUDA Version: 13.0", "CUDA Version: 12.4"))
+    with pytest.raises(RepositoryError, match="supports CUDA 12.4; needed is CUDA 13.0 or later, .* driver 580"):
+        Server(exported, target="tensorrt", **free_ports())._check()
+
+
+def test_a_language_model_in_bf16_does_not_fit_a_gpu_without_it():
+    manifest = replace(planned(hardware_compatible=True), precision="bf16")
+    assert "export with --precision fp16" in gpu.misfits(manifest, [T4], "11.4.0")[0]
+    assert gpu.misfits(manifest, [L4], "11.4.0") == []
 
 
 def test_a_repository_built_on_this_gpu_fits_it():

@@ -1,28 +1,19 @@
-"""The GPU check: its steps run here at small sizes, on a machine that has PyTorch alone, and find what is wrong."""
+"""What the GPU check asks, computes and compares, without a process; tests/functional/test_gpu_check.py runs it."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
-import json
-import os
 import re
 import runpy
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import floor, latency
@@ -32,18 +23,13 @@ from deploy.checks import encoders, language_model, order, plans, reference, run
 from deploy.checks.context import Context, Failed
 from deploy.checks.geometry import lamed_config, made
 from deploy.checks.report import Report
-from deploy.checks.steps import STEPS, Step, has_package
-from engine import gpu
+from deploy.checks.steps import STEPS, has_package
+from engine import gpu, gpu_memory
 from engine.gpu_memory import LanguageModel, Plan
-from engine.models.checkpoint import load_clip, load_lamed
 from engine.models.lamed import Lamed
 from tests.conftest import ROOT
 
-STEP = Step("", "tests/unit/gpu_check_steps.py", "", "something", 1)
 CONTEXT = Context("cpu", True, "", "training/demo", "", {})
-BARE = ("torch", "numpy", "transformers", "onnxruntime")
-# A machine with PyTorch and transformers has none of these, whatever brings them here.
-ABSENT = {"pydantic", "pydantic_core", "nibabel", "blake3", "vllm", "tritonclient", "scipy", "h5py", "pydicom", "grpc"}
 BASIC = [step.name for step in STEPS if step.basic]
 
 
@@ -55,238 +41,46 @@ def table(text: str, first: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows][1:]
 
 
-def brought_by(names: tuple[str, ...]) -> set[str]:
-    """These distributions and all that they require."""
-    todo, brought = [canonicalize_name(name) for name in names], set()
-    while todo:
-        name = todo.pop()
-        if name in brought:
-            continue
-        try:
-            lines = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        brought.add(name)
-        needed = [Requirement(line) for line in lines]
-        todo += [canonicalize_name(r.name) for r in needed if not r.marker or r.marker.evaluate({"extra": ""})]
-    return brought
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory) -> dict[str, str]:
-    """The environment of a Python that has BARE and what they require, and finds nothing else."""
-    brought = brought_by(BARE)
-    modules = {
-        module
-        for module, owners in importlib.metadata.packages_distributions().items()
-        if brought & set(map(canonicalize_name, owners))
-    }
-    ours = {"engine", "deploy", "benchmarks", "export", "weights", "write_checkpoint"}
-    known = sorted((modules | sys.stdlib_module_names | ours) - ABSENT)
-    folder = tmp_path_factory.mktemp("bare")
-    # Python imports a module of this name when it starts. What is not known is not found, as if it were not installed.
-    (folder / "sitecustomize.py").write_text(
-        f"""import sys
-
-
-class OnlyKnown:
-    KNOWN = {set(known)!r}
-    BROUGHT = {brought!r}
-
-    def __init__(self, finders):
-        self.finders = finders
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in self.KNOWN and not name.startswith("_sysconfigdata"):
-            return None
-        found = (finder.find_spec(name, path, target) for finder in self.finders if hasattr(finder, "find_spec"))
-        return next((spec for spec in found if spec is not None), None)
-
-    def find_distributions(self, *context):
-        for finder in self.finders:
-            if hasattr(finder, "find_distributions"):
-                found = finder.find_distributions(*context)
-                yield from (one for one in found if one.name.lower().replace("_", "-") in self.BROUGHT)
-
-
-sys.meta_path[:] = [OnlyKnown(list(sys.meta_path))]
-"""
-    )
-    return {**os.environ, "PYTHONPATH": str(folder)}
-
-
-# --- on a machine with PyTorch alone ---------------------------------------------------------------------------------
-@pytest.mark.integration
-def test_every_module_of_the_models_imports_with_pytorch_and_transformers_alone(bare):
-    program = """
-import importlib, pkgutil, sys
-sys.path.insert(0, "")
-import engine.models
-for module in pkgutil.iter_modules(engine.models.__path__):
-    importlib.import_module(f"engine.models.{module.name}")
-try:
-    import pydantic
-except ModuleNotFoundError:
-    print(engine.models.__file__)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=bare, capture_output=True, text=True)
-    assert (done.stdout.strip(), done.stderr) == (str(ROOT / "engine" / "models" / "__init__.py"), "")
-
-
-@pytest.mark.integration
-def test_the_basic_steps_pass_with_pytorch_and_transformers_alone_and_the_others_say_what_is_missing(bare, tmp_path):
-    command = [sys.executable, ROOT / "deploy" / "gpu_check.py", "--out", tmp_path, "--device", "cpu", "--tiny"]
-    done = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "gpu-check.log").read_text()
-    steps = {step["name"]: step for step in json.loads((tmp_path / "gpu-check.json").read_text())["steps"]}
-    assert [name for name, step in steps.items() if step["state"] == "passed"] == BASIC
-    assert all(step["state"] == "not run" and step["why"] for name, step in steps.items() if name not in BASIC)
-    assert steps["decoder"]["why"] == "no package vllm" and "no tritonclient" in steps["served"]["why"]
-
-    checked = [row for row in steps["reference"]["rows"] if row["precision"] == "fp32" and "error" in row]
-    assert len(checked) == 16 and all(row["ok"] for row in checked)
-    timed = {(row["what"], row["batch"]) for row in steps["encoders"]["rows"] if "least ms" in row}
-    parts = ("vision encoder", "mask encoder", "mask head", "CLIP, scans", "CLIP, texts")
-    assert {(part, batch) for part in parts for batch in (1, 8)} <= timed
-    decoded = {(row["what"], row["batch"]) for row in steps["language-model"]["rows"] if "least ms" in row}
-    assert {(what, batch) for what in ("prefill", "decode, a token") for batch in (1, 8, 64)} <= decoded
-    markdown = (tmp_path / "gpu-check.md").read_text()
-    assert "## Not run" in markdown and "- decoder: no package vllm" in markdown
-
-
-@pytest.mark.integration
-def test_a_machine_without_a_gpu_runs_nothing_else_and_says_what_is_missing(tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert gpu_check.main(["--out", str(tmp_path)]) == 1
-    said = capsys.readouterr().err
-    assert "PyTorch finds no GPU: --device cpu --tiny" in said and "-- reference: nothing but a GPU is missing" in said
-    assert "-- plans: " in said and "no TensorRT" in said
-    steps = json.loads((tmp_path / "gpu-check.json").read_text())["steps"]
-    assert [step["name"] for step in steps] == [step.name for step in STEPS]
-    assert [step["state"] for step in steps] == ["passed"] + ["not run"] * (len(STEPS) - 1)
-
-
-@pytest.mark.integration
-def test_a_machine_whose_facts_are_not_known_is_not_said_to_have_no_gpu(tmp_path, monkeypatch, capsys):
-    broken = tuple(replace(s, function="no_such") if s.name == "machine" else s for s in STEPS)
-    monkeypatch.setattr(gpu_check, "STEPS", broken)
-    assert gpu_check.main(["--out", str(tmp_path), "--steps", "machine,roofline"]) == 1
-    assert "the step machine has not passed" in capsys.readouterr().err
-    steps = json.loads((tmp_path / "gpu-check.json").read_text())["steps"]
-    assert [step["state"] for step in steps] == ["failed", "not run"] and "no_such" in steps[0]["why"]
-
-
+# --- the command -----------------------------------------------------------------------------------------------------
 def test_a_step_that_is_unknown_is_refused_with_those_there_are(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--out", str(tmp_path), "--steps", "machine,masks"])
     assert "masks: no such step; there are machine, reference" in capsys.readouterr().err
 
 
-def test_what_travels_to_such_a_machine_fits_into_64_mib():
+def test_what_travels_to_a_bare_machine_fits_into_64_mb():
+    """As `git archive` packs it: a block of 512 bytes for each file's name, and whole blocks of its content."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    files = [ROOT / name for name in filter(None, names.split("\0"))]
-    assert sum(file.stat().st_size for file in files if file.is_file()) < 60 << 20  # and what git adds
+    files = [ROOT / name for name in filter(None, names.split("\0")) if (ROOT / name).is_file()]
+    assert len(files) > 300 and sum(512 + -(-file.stat().st_size // 512) * 512 for file in files) < 64e6
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
-def run(folder: Path, *steps: Step, budget: float = 60, serving: list[str] | None = None) -> Report:
-    report = Report(folder, steps, {"command": "a test"})
-    runner.run(steps, CONTEXT, report, budget, lambda: serving or [], lambda text: None)
-    return report
+@pytest.mark.parametrize(
+    ("given", "taken"), [("mine", "{here}/mine"), ("training/demo", "training/demo"), ("owner/name", "owner/name")]
+)
+def test_a_checkpoints_folder_is_the_callers_own_before_it_is_the_checkouts(tmp_path, monkeypatch, given, taken):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert gpu_check._parser().parse_args(["--checkpoint", given]).checkpoint == taken.format(here=tmp_path)
 
 
-def named(name: str, function: str | None = None, **changes) -> Step:
-    return replace(STEP, name=name, function=function or name.replace(" ", "_"), **changes)
+def test_a_package_that_serving_needs_and_that_does_not_import_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "engine.doctor", None)
+    monkeypatch.delattr("engine.doctor", raising=False)  # another test may have imported it
+    assert "no package engine.doctor" in gpu_check.what_serving_lacks.__wrapped__()
 
 
-@pytest.mark.integration
-def test_a_step_may_end_in_any_way_and_the_next_ones_run_all_the_same(tmp_path):
-    ways = ("is wrong", "is wrong by numpy", "raises", "crashes", "leaves", "tells nothing", "passes")
-    report = run(tmp_path, *map(named, ways))
-    assert report.states == dict.fromkeys(ways[:-1], "failed") | {"passes": "passed"} and not report.ok
-    why = {name: result.why for name, result in report.results.items()}
-    assert why["is wrong"] == "not as it should be: another"
-    assert why["is wrong by numpy"] == "not as it should be: far off"
-    assert why["raises"] == "Failed: too far off (first in the log: RootError: what an engine's process said)"
-    assert why["crashes"].startswith("its process was ended by SIGSEGV")
-    assert why["leaves"].startswith("its process ended with status 3")
-    assert why["tells nothing"] == "it told nothing"
-    assert all(report.results[name].rows[0] == {"what": "before"} for name in ("raises", "crashes", "leaves"))
-    text = (tmp_path / "gpu-check.json").read_text()
-    written = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert [step["state"] for step in written["steps"]] == list(report.states.values()) and written["ok"] is False
-    assert "too far off" in (tmp_path / "gpu-check.md").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"gpu-check.json", "gpu-check.md", "gpu-check.log"}
+def test_a_checkpoint_of_another_size_has_the_whole_budget(monkeypatch, tmp_path):
+    limits = []
+    monkeypatch.setattr(runner, "_run_step", lambda step, context, report, limit, say: limits.append(limit))
+    step = next(step for step in STEPS if step.serves)
+    for checkpoint in ("training/demo", "owner/other"):
+        report = Report(tmp_path, [step], {})
+        runner.run([step], replace(CONTEXT, checkpoint=checkpoint), report, 1e6, list, lambda text: None)
+    assert limits[0] == step.limit and limits[1] > 9e5
 
 
-@pytest.mark.integration
-def test_a_step_that_hangs_is_ended_with_all_that_it_has_started(tmp_path, monkeypatch):
-    monkeypatch.setattr("deploy.checks.steps.LEAST_LIMIT_S", 0)
-    monkeypatch.setattr(runner, "GRACE_S", 1)
-    report = run(tmp_path, named("hangs"), named("passes"))
-    assert report.states == {"hangs": "failed", "passes": "passed"}
-    assert report.results["hangs"].why.startswith("not done after 3 s")
-    (row,) = report.results["hangs"].rows
-    end = time.monotonic() + 10
-    while any(map(psutil.pid_exists, row["value"])) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in row["value"])
-
-
-@pytest.mark.integration
-def test_rows_are_in_the_report_before_their_step_ends(tmp_path):
-    seen = []
-
-    def say(text: str) -> None:
-        if "pids" in text:
-            seen.append(json.loads((tmp_path / "gpu-check.json").read_text())["steps"][0])
-            raise KeyboardInterrupt
-
-    steps = [named("hangs"), named("passes")]
-    report = Report(tmp_path, steps, {})
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "GRACE_S", 1)
-        runner.run(steps, CONTEXT, report, 60, list, say)
-    assert seen[0]["state"] == "running" and seen[0]["rows"][0]["what"] == "pids"
-    left = {step["name"]: step for step in json.loads((tmp_path / "gpu-check.json").read_text())["steps"]}
-    assert left["hangs"]["state"] == "failed" and left["hangs"]["why"] == "interrupted"
-    assert left["passes"]["state"] == "waiting" and not report.ok
-
-
-@pytest.mark.integration
-def test_no_step_begins_that_would_outlast_the_budget(tmp_path):
-    report = run(tmp_path, named("passes", seconds=50), named("long", "passes", seconds=61), budget=60)
-    assert report.states == {"passes": "passed", "long": "not run"}
-    assert re.fullmatch(
-        r"(59|60) of 60 s were left, and it takes 61: give a larger --budget", report.results["long"].why
-    )
-    assert report.ok and not run(tmp_path, named("long", "passes", seconds=61, basic=True)).ok
-
-
-@pytest.mark.integration
-def test_a_step_waits_for_packages_programs_another_step_and_all_that_serving_needs(tmp_path):
-    report = run(
-        tmp_path,
-        named("is wrong"),
-        named("a", "passes", packages=("no_such_package",), programs=("no-such-program",)),
-        named("b", "passes", after="is wrong", serves=True),
-        named("c", "passes", after="a"),
-        serving=["no Triton"],
-    )
-    assert [result.why for result in report.results.values()][1:] == [
-        "no package no_such_package; no program no-such-program",
-        "the step is wrong has not passed; no Triton",
-        "the step a has not passed",
-    ]
-
-
-@pytest.mark.integration
-def test_later_steps_are_given_the_rates_that_were_measured(tmp_path):
-    report = run(tmp_path, named("roofline", "rates"), named("tells its rates"))
-    assert report.results["tells its rates"].rows == [{"rates": {"copy": 2.0}}]
-
-
+# --- the steps -------------------------------------------------------------------------------------------------------
 def test_the_steps_are_files_and_functions_that_exist_and_the_basic_ones_fit_into_half_of_the_budget():
     for step in STEPS:
         assert f"def {step.function}(context: Context)" in (ROOT / step.module).read_text()
@@ -301,8 +95,18 @@ def test_the_readme_lists_the_steps_with_their_seconds_and_findings():
     text = (ROOT / "deploy" / "README.md").read_text()
     told = [(row[0], row[1], row[3]) for row in table(text, "step")]
     assert told == [(f"`{s.name}`", str(s.seconds), ", ".join(map(str, s.findings)) or "–") for s in STEPS]
-    decided = {number for step in STEPS for number in step.findings}
-    assert decided <= {int(row[0]) for row in table(text, "finding")}
+
+
+def test_the_readme_lists_what_holds_each_finding_of_the_audit():
+    """Tests that there are, and the steps that say of themselves that they decide it."""
+    text = (ROOT / "deploy" / "README.md").read_text()
+    rows = table(text, "finding")
+    assert [int(number) for number, *_ in rows] == list(range(1, 15))
+    for number, _, tests, steps, decided in rows:
+        for path, name in (test.split("::") for test in re.findall(r"`([^`]+)`", tests)):
+            assert re.search(rf"^def {name}\(", (ROOT / "tests" / path).read_text(), re.M), name
+        assert "::" in tests and decided == "not yet"
+        assert re.findall(r"`([^`]+)`", steps) == [step.name for step in STEPS if int(number) in step.findings], number
 
 
 def test_packages_that_cannot_be_imported_are_not_there():
@@ -310,48 +114,6 @@ def test_packages_that_cannot_be_imported_are_not_there():
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
-def wrong(values, precision: str) -> list[str]:
-    return [value.what for value in values if not value.error <= reference.bound(precision, value)]
-
-
-@pytest.mark.integration
-def test_the_subtlest_mistakes_of_the_modules_are_found_in_fp32(dev_small):
-    model, _ = load_lamed(dev_small.folder)
-
-    def found() -> list[str]:
-        return wrong(reference.lamed_values(dev_small, model, "cpu", torch.float32), "fp32")
-
-    (gelu,) = [part for part in model.mm_projector.projector if isinstance(part, nn.GELU)]
-    gelu.approximate = "tanh"
-    assert {"proj_first"} == {"proj_first", "vision_first"} & set(found())
-    gelu.approximate = "none"
-    for norm in (part for part in model.vision_tower.modules() if isinstance(part, nn.LayerNorm)):
-        norm.eps = 1e-6
-    assert {"vision_first"} == {"vision_first", "seg_image_first"} & set(found())
-
-
-@pytest.mark.integration
-def test_a_state_or_a_term_of_the_mask_that_is_wrong_is_found_in_bf16(dev_small, monkeypatch):
-    model, _ = load_lamed(dev_small.folder, torch.bfloat16)
-
-    def found(case=dev_small) -> list[str]:
-        return wrong(reference.lamed_values(case, model, "cpu", torch.bfloat16), "bf16")
-
-    # The state of [SEG] itself, not the one that predicts it.
-    spec = {**dev_small.spec, "seg_positions": [dev_small.spec["seg_positions"][0] + 1]}
-    assert "seg_prompt" in found(replace(dev_small, spec=spec))
-    text_term = model.seg_module.mask_decoder.txt_align_upscaled_embedding
-    monkeypatch.setattr(text_term, "forward", lambda prompt: torch.zeros_like(prompt[:, : text_term.out_features]))
-    assert set(found()) == {"seg_low_res", "seg_logits", "seg_logits_mid"}
-
-
-@pytest.mark.integration
-def test_clip_without_its_normalisation_is_found(dev_clip):
-    model, _ = load_clip(dev_clip.folder)
-    assert wrong(reference.clip_values(dev_clip, model, "cpu", torch.float32), "fp32") == []
-    with torch.no_grad():
-        model.logit_scale.copy_(model.logit_scale.exp())
-    assert wrong(reference.clip_values(dev_clip, model, "cpu", torch.float32), "fp32") == ["clip logits_per_image"]
 
 
 def test_a_value_that_is_not_a_number_is_an_error():
@@ -549,18 +311,68 @@ def test_masks_of_scans_in_company_are_those_of_each_alone(monkeypatch):
         assert not served.masks(fake, scan, "")["ok"]
 
 
-def test_the_memory_is_told_against_the_plan(monkeypatch):
+@pytest.mark.parametrize(("free", "fits"), [(2, True), (1, False), (0, False)])
+def test_the_memory_is_told_by_process_and_must_not_be_more_than_planned(monkeypatch, free, fits):
     gib = 2**30
-    found = gpu.Gpu("L4", "580", "8.9", memory=22 * gib, free=2 * gib)
+    found = gpu.Gpu("L4", "580", "8.9", memory=22 * gib, free=free * gib)
     monkeypatch.setattr(gpu, "find_gpus", lambda: [found])
+    said = "/opt/tritonserver/bin/tritonserver, 2048\nVLLM::EngineCore, 15360\nVLLM::EngineCore, 512\n[N/A], [N/A]"
+    monkeypatch.setattr(served, "said", lambda *command: said)
     llm = LanguageModel(weights=13 * gib, working=gib, row=1 << 19, context=4096, chat=512)
-    plan = Plan(found, {"Triton": gib, "vision_encoder": 3 * gib}, frozenset(), llm, most=0.9)
-    (row,) = served.memory("now", 1.0, plan)
-    assert (row["held"], row["of"], row["planned"], row["of that the language model"]) == (19, 22, 22, 18)
+    plan = Plan(found, {"Triton": gib, "vision_encoder": 3 * gib}, frozenset(), llm, most=0.75)
+    reserve, context = gpu_memory.RESERVE_BYTES / gib, gpu_memory.CONTEXT_BYTES / gib
+    whole, *processes = served.memory("now", 0.5, plan)
+    assert (whole["held"], whole["of"]) == (21.5 - free, 22) and whole["ok"] is fits
+    assert (whole["planned"], whole["of that the language model"]) == (20.5 - reserve, 16.5)
+    assert [(row["what"], row["held"], row["planned"], row["ok"]) for row in processes] == [
+        ("GPU memory of tritonserver now, GiB", 2, 4 - reserve - context, True),
+        ("GPU memory of VLLM::EngineCore now, GiB", 15.5, 16.5 + context, True),
+    ]
+    # What one holds too much must not hide behind the other.
+    monkeypatch.setattr(served, "said", lambda *command: said.replace("2048", "4096").replace("15360", "4096"))
+    assert [row["ok"] for row in served.memory("now", 0.5, plan)][1:] == [False, True]
 
 
 def test_a_latency_of_answers_without_tokens_is_refused():
-    row = served._waited(8, 2.0, [Sample(1.0, 0.1, 10)] * 16, 0.05)
-    assert row["ms a token"] == pytest.approx(100) and row["tokens/s"] == 80 and row["of the roofline"] == "50%"
+    row = served._waited("", 8, [Sample(1.0, 0.1, 10)] * 16, 0.05)
+    assert row["ms a token"] == pytest.approx(100) and row["of the roofline"] == "50%"
     with pytest.raises(Failed, match="nothing to measure"):
-        served._waited(1, 1.0, [Sample(1.0, None, 0)], 0.05)
+        served._waited("", 1, [Sample(1.0, None, 0)], 0.05)
+
+
+class Chats:
+    """A server whose answers of 10 tokens take a second for each client that asks beside them."""
+
+    def __init__(self):
+        self.asked = []
+
+    def chats(self, studies, questions, tokens, clients):
+        self.asked.append((clients, len(questions), len(studies[:clients])))
+        return float(clients), [Sample(clients + 0.1, 0.1, 11)] * (clients * len(questions))
+
+    def cold(self, scan, question, tokens):
+        parts = {"prepare": 0.1, "vision_encoder": 0.2, "prefill": 0.01}
+        return Sample(2.0, 1.0 + 0.1 * scan, 11, parts=parts), None
+
+
+RATES = floor.Rates({"fp32": 1e12, "fp16": 2e12, "bf16": 2e12}, 1e11)
+
+
+def test_clients_ask_at_the_same_time_and_the_tokens_of_all_of_them_count():
+    server = Chats()
+    rows = list(served.latency(server, list(range(64)), lamed_config(True), "fp16", RATES, served.LOAD))
+    assert server.asked == [(64, 1, 64), (1, 4, 1), (8, 4, 8), (64, 4, 64)]
+    assert [(row["clients"], row["tokens/s"], round(row["ms a token"])) for row in rows] == [
+        (1, 44, 100),
+        (8, 44, 800),
+        (64, 44, 6400),
+    ]
+
+
+@pytest.mark.parametrize("graphs", ["fp16", "fp8"])
+def test_a_new_scan_is_told_with_its_parts_beside_the_least_time(graphs):
+    manifest = SimpleNamespace(plans={"precision": graphs}, precision="bf16")
+    row = served.new_scans(Chats(), iter(range(5)), lamed_config(True), manifest, RATES, served.LOAD)
+    assert (row["first token ms"], row["worst first token ms"]) == (pytest.approx(1200), pytest.approx(1400))
+    assert (row["prepare ms"], row["vision_encoder ms"], row["prefill ms"]) == (100, 200, 10)
+    assert 0 < row["least first token ms"] < 1

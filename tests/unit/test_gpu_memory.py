@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.make_checkpoint import config_of
 from engine import doctor, gpu, gpu_memory
 from engine.errors import RepositoryError, Unavailable
 from engine.gpu import Gpu
-from engine.manifest import Manifest
+from engine.runtime.decoder.llm_engine import LlmEngine
 from engine.runtime.decoder_settings import DecoderSettings
 from tests.conftest import ROOT
+from tests.unit import fake_models
 
 GIB, MB = 1 << 30, 1_000_000
 # Bytes that programs can have, as vLLM's and NVIDIA's documents print them.
@@ -38,34 +41,24 @@ BF16 = {"7B": 6_738_000_000 * 2, "4B": 3_821_000_000 * 2}
 QUANTIZED = {"bf16": 1.0, "fp8": 0.53, "int4": 0.30}
 # What an export of the published size has recorded (fp16 plans of batches of 1 and 4; ONNX graphs), 30 November 2026.
 ENCODER = {"weights": 194 * MB, "contexts": [40 * MB, 126 * MB], "bindings": 59 * MB, "source": "engine"}
-FP32_ENCODER = {"weights": 354 * MB, "contexts": [445 * MB, 1780 * MB], "bindings": 59 * MB, "source": "engine"}
+FP32_ENCODER = {"weights": 442 * MB, "contexts": [630 * MB, 1741 * MB], "bindings": 59 * MB, "source": "engine"}
 HEAD = {"weights": 107 * MB, "contexts": [544 * MB], "bindings": 29 * MB, "source": "graph"}
+GRAPHS = ("vision_encoder", "segmentation_encoder", "segmentation_head", "clip_image_encoder", "clip_text_encoder")
 BERT = {"weights": 439 * MB, "contexts": [1404 * MB], "bindings": 1 * MB, "source": "graph"}
 
 
 def exported(folder, size="7B", weights="bf16", encoder=ENCODER, clip=True, precision="bf16", **parameters):
-    """A repository for target tensorrt, as far as a plan reads it."""
+    """A repository for target tensorrt, as far as a plan reads it. parameters: of the decoder."""
     graphs = {"vision_encoder": encoder, "segmentation_encoder": encoder, "segmentation_head": HEAD}
     if clip:
         graphs |= {"clip_image_encoder": encoder, "clip_text_encoder": BERT}
     bytes_ = BF16[size] * QUANTIZED[weights] * (2 if precision == "fp32" else 1)
-    manifest = Manifest(
-        checkpoint="lamed",
-        checkpoint_sha256="0",
+    manifest = fake_models.manifest(
         target="tensorrt",
         precision=precision,
-        image_size=(32, 256, 256),
-        patch_size=(4, 16, 16),
         num_visual_tokens=256,
-        llm_width=CONFIGS[size]["hidden_size"],
-        vocab_size=CONFIGS[size]["vocab_size"],
         context_length=4096,
-        image_token_id=1,
-        seg_token_id=2,
-        eos_token_ids=(2,),
-        models=("study",),
         graphs={name: {"gpu_memory": memory} for name, memory in graphs.items()},
-        versions={},
         plans={"builder": "tensorrt"},
         files={"decoder/1/llm/model.safetensors": round(bytes_)},
         quantization={} if weights == "bf16" else {"scheme": weights},
@@ -127,20 +120,93 @@ def test_what_does_not_fit_is_refused_with_what_would_make_it_fit(tmp_path, card
     assert ("--precision bf16" in words) == (manifest.precision == "fp32")
 
 
-def test_every_way_out_that_is_named_is_one(tmp_path):
-    """Of two that are tried: what a smaller context and no M3D-CLIP leave fits, so both are named, and do fit."""
-    card = replace(T4, memory=round(11.6 * GIB))
-    (words,) = gpu_memory.misfits(*exported(tmp_path, weights="int4"), [card])
-    assert "without --clip-checkpoint" in words and "context_length to 1024" in words
-    assert gpu_memory.misfits(*exported(tmp_path, weights="int4", clip=False), [card]) == []
-    assert gpu_memory.misfits(*exported(tmp_path, weights="int4", context_length=1024), [card]) == []
+@pytest.mark.parametrize(
+    ("card", "how", "named"),
+    [
+        (replace(T4, memory=round(11.6 * GIB)), {"weights": "int4"}, {"clip_checkpoint", "context_length"}),
+        (L4, {"gpu_memory_utilization": 0.5}, {"gpu_memory_utilization", "awq", "tensor_parallel_size"}),
+        (H100, {"gpu_memory_utilization": 0.1}, {"gpu_memory_utilization"}),
+        (L4, {"kv_cache_gib": 40}, {"kv_cache_gib"}),
+        (L4, {"max_num_batched_tokens": 65536}, {"max_num_batched_tokens"}),
+        (L4, {"max_num_seqs": 100000}, {"max_num_seqs"}),
+        (replace(L4, memory=12 * GIB), {"tensor_parallel_size": 2, "clip": False}, {"context_length", "awq", "to 4"}),
+    ],
+)
+def test_the_setting_at_fault_is_named_and_every_way_out_that_is_named_is_one(tmp_path, card, how, named):
+    cards = [replace(card, number=number) for number in range(8)]
+    count = how.get("tensor_parallel_size", 1)
+    repository, manifest = exported(tmp_path, **how)
+    words = gpu_memory.misfits(repository, manifest, cards[:count])[0]
+    assert all(name.replace("_", "-") in words or name in words for name in named), words
+    changes = re.findall(r"set the decoder's parameter (\w+) to ([\d.]+)", words)
+    assert {name for name, _ in changes} <= named | {"context_length", "tensor_parallel_size"}
+    for name, value in changes:
+        changed = {**how, name: value}
+        used = cards[: int(changed.get("tensor_parallel_size", 1))]
+        assert gpu_memory.misfits(*exported(tmp_path, **changed), used) == [], (name, value)
+    if "--clip-checkpoint" in words:
+        assert gpu_memory.misfits(*exported(tmp_path, **{**how, "clip": False}), cards[:count]) == []
 
 
-def test_a_cap_that_is_too_low_for_the_language_model_is_refused(tmp_path):
-    repository, manifest = exported(tmp_path, gpu_memory_utilization=0.5)
-    (words,) = gpu_memory.misfits(repository, manifest, [L4])
-    assert "it needs" in words
-    assert gpu_memory.misfits(repository, manifest, [H100]) == []
+def test_a_kv_cache_of_the_settings_is_planned_as_vllm_takes_it(tmp_path):
+    plan = planned(tmp_path, H100, kv_cache_gib=4)
+    assert plan.llm.cache(plan.share(H100.memory)) == 4 * GIB
+    assert plan.share(H100.memory) == plan.llm.weights + plan.llm.working + 4 * GIB
+    # One context is kept room for, however small the setting.
+    least = planned(tmp_path, H100, kv_cache_gib=0.001).llm
+    assert least.cache(0) == least.row * least.context
+
+
+def test_a_gpu_is_left_out_only_if_the_others_are_enough(tmp_path):
+    small = replace(L4, memory=4 * GIB)
+    repository, manifest = exported(tmp_path)
+    assert "CUDA_VISIBLE_DEVICES=1" in gpu_memory.misfits(repository, manifest, [small, replace(L4, number=1)])[0]
+    assert "CUDA_VISIBLE" not in gpu_memory.misfits(repository, manifest, [small, replace(T4, number=1)])[0]
+    repository, manifest = exported(tmp_path, tensor_parallel_size=2)
+    assert "CUDA_VISIBLE" not in gpu_memory.misfits(repository, manifest, [L4, replace(small, number=1)])[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"context_length": 8192}, "the model has 4096"),
+        ({"context_length": 5}, "takes 288 at least"),
+        ({"tensor_parallel_size": 3}, "does not divide the 32 heads"),
+    ],
+)
+def test_settings_that_the_decoder_or_vllm_would_refuse_are_refused_before_anything_is_loaded(
+    tmp_path, settings, words
+):
+    with pytest.raises(RepositoryError, match=words):
+        gpu_memory.misfits(*exported(tmp_path, **settings), [H100, H100, H100])
+
+
+def test_the_parts_of_a_plan_are_what_the_manifest_says_and_what_processes_take_beside(tmp_path):
+    parts = planned(tmp_path, L4).parts
+    assert parts["vision_encoder"] == (194 + 40 + 126 + 59) * MB
+    assert parts["segmentation_head"] == (107 + 544 + 29) * MB
+    processes = {name: size for name, size in parts.items() if name not in GRAPHS}
+    # Contexts of Triton and of the language model's engine; Triton's own pool; what stays free.
+    assert sum(processes.values()) == 2 * gpu_memory.CONTEXT_BYTES + (256 << 20) + gpu_memory.RESERVE_BYTES
+
+
+def test_vllm_is_told_the_share_of_the_plan_and_not_the_setting(tmp_path, monkeypatch):
+    repository, manifest = exported(tmp_path)
+    manifest.write(repository)
+    monkeypatch.setattr(gpu, "find_gpus", lambda: [replace(L4, free=L4.memory - round(4.5 * GIB))])
+    told = {}
+    engine = LlmEngine(
+        repository / "decoder" / "1" / "llm",
+        torch.bfloat16,
+        4096,
+        0,
+        gpu_memory.decoder_settings(repository),
+        memory_share=lambda: gpu_memory.decoder_share(repository, manifest),
+    )
+    monkeypatch.setattr("vllm.engine.arg_utils.AsyncEngineArgs", lambda **settings: told.update(settings))
+    monkeypatch.setattr("vllm.v1.engine.async_llm.AsyncLLM.from_engine_args", lambda arguments: None)
+    engine._make()
+    assert told["gpu_memory_utilization"] == gpu_memory.decoder_share(repository, manifest) < 0.8
 
 
 def test_every_gpu_holds_the_graphs_and_as_many_as_the_setting_says_the_language_model(tmp_path):
@@ -197,7 +263,7 @@ def test_the_language_model_takes_the_least_of_setting_plan_and_what_is_free(
 def test_a_language_model_that_finds_too_little_memory_says_how_much_it_needs(tmp_path, monkeypatch):
     repository, manifest = exported(tmp_path)
     monkeypatch.setattr(gpu, "find_gpus", lambda: [replace(L4, free=12 * GIB)])
-    with pytest.raises(Unavailable, match=r"NVIDIA L4 \(GPU 0\) has 12.00 GiB of 22.05 GiB free, and .* needs 1\d\."):
+    with pytest.raises(Unavailable, match=r"10.88 GiB of NVIDIA L4 .* 12.00 GiB of 22.05 GiB free, and needs 1\d\."):
         gpu_memory.decoder_share(repository, manifest)
     (words,) = gpu_memory.occupied(repository, manifest, gpu.find_gpus())
     assert "has 12.00 GiB of memory free" in words and "nvidia-smi" in words
@@ -245,6 +311,8 @@ def test_a_repository_that_lacks_what_a_plan_needs_is_refused(tmp_path, damage):
 def test_the_doctor_prints_the_plan(tmp_path, monkeypatch, cards, said):
     repository, manifest = exported(tmp_path)
     found = doctor._gpu_memory(repository, manifest, cards)
-    assert said in found[0].what + found[0].detail and {finding.state for finding in found} == {""}
+    fits, *lines = found if cards else [None, *found]
+    assert said in lines[0].what + lines[0].detail and {line.state for line in lines} == {""}
+    assert fits is None or (fits.state, fits.what) == ("ok", "fits this machine")
     assert any("vision_encoder" in finding.what for finding in found)
     assert any("tokens" in finding.detail for finding in found) == bool(cards)

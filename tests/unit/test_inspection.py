@@ -21,7 +21,7 @@ from engine.inspection_table import rows, verdict
 from engine.models.checkpoint import bytes_read, read_config
 from engine.models.config import LamedConfig
 from engine.models.needs import needs, parts_of
-from tests import tiny
+from tests import tiny, tiny_chats
 from tests.conftest import ROOT
 from tests.unit.fake_hub import FakeHub
 
@@ -64,6 +64,22 @@ def test_a_whole_checkpoint_is_described_and_ready(checkpoint):
     assert (found.tokenizer.ids["bos"], found.tokenizer.ids["eos"]) == (1, 2)
     assert found.keys == inspection.Keys(len(tensors))
     assert found.ready and verdict(found) == "ready to export"
+
+
+@pytest.mark.parametrize("kind, title", [("qwen2", "Qwen2.5"), ("llama3", "Llama-3 with its chat template")])
+def test_a_language_model_with_a_chat_template_is_described_and_ready(kind, title, tmp_path):
+    folder = tiny_chats.write(kind, tmp_path / "lamed")
+    chat, found = tiny_chats.Chat(kind, folder), inspect(folder)
+    assert found.ready and found.tokenizer.ends == tuple(chat.ends)
+    assert found.tokenizer.ids["bos"] == chat.tokenizer.bos_token_id and (
+        kind == "llama3" or not chat.tokenizer.bos_token
+    )
+    (line,) = [detail for _, what, detail in rows(found) if what == "checkpoint"]
+    assert line.endswith(f"M3D-LaMed on {title} ({tiny_chats.KINDS[kind].model_type})")
+    for name in TOKENIZER:
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace(tiny_chats.KINDS[kind].turn_end, "<other>"))
+    assert not inspect(folder).ready and any("does not know <" in problem for problem in inspect(folder).problems)
 
 
 def test_precisions_are_told_apart(folder):

@@ -33,7 +33,7 @@ def phi3(tmp_path_factory):
 def answer(model, tokenizer, length=40):
     ids = tokenizer("<im_patch>" * tiny.NUM_VISUAL_TOKENS + tiny.QUESTION, return_tensors="pt")["input_ids"]
     image = torch.from_numpy(tiny.volume())[None]
-    return ids, image, model.generate(image, ids, max_new_tokens=length)
+    return ids, image, model.generate(image, ids, 1, max_new_tokens=length)
 
 
 def test_phi3_computes_what_the_reference_recorded_for_the_llama_with_its_weights(dev_small, tmp_path):
@@ -42,6 +42,7 @@ def test_phi3_computes_what_the_reference_recorded_for_the_llama_with_its_weight
     ids, states, _ = model.generate(
         dev_small.volume,
         torch.tensor([dev_small.spec["input_ids"]]),
+        1,
         max_new_tokens=dev_small.spec["generate"]["max_new_tokens"],
     )
     assert ids.tolist() == dev_small.expected["output_ids"].tolist()
@@ -60,7 +61,7 @@ def test_phi3_answers_token_by_token_like_transformers_own(phi3):
     for window in (PHI3["sliding_window"], None):
         alone = Phi3ForCausalLM(Phi3Config(**{**told, "sliding_window": window})).eval()
         alone.load_state_dict(tensors)
-        rows = lamed.prompt_embeddings(ids, lamed.encode_images(image)).detach()
+        rows = lamed.prompt_embeddings(ids, lamed.encode_images(image), 1).detach()
         for _ in range(len(said)):  # without a cache, the obvious way
             with torch.inference_mode():
                 last = alone.model(inputs_embeds=rows, use_cache=False).last_hidden_state

@@ -68,14 +68,14 @@ def test_several_seg_tokens_are_averaged_into_one_prompt_and_none_gives_no_mask(
     config = LamedConfig.from_dict({**tiny.LAMED, "seg_token_id": 7})
     model = Lamed(config).eval()
     image, ids = torch.rand(1, 1, *tiny.IMAGE_SIZE), torch.tensor([[1, *[315] * 8, 20]])
-    said, states, _ = model.generate(image, ids, max_new_tokens=4)
+    said, states, _ = model.generate(image, ids, 1, max_new_tokens=4)
     object.__setattr__(config, "seg_token_id", int(said[0]))
-    said, states, logits = model.generate(image, ids, max_new_tokens=4)
+    said, states, logits = model.generate(image, ids, 1, max_new_tokens=4)
     mean = states[said == int(said[0])].mean(dim=0, keepdim=True)
     torch.testing.assert_close(logits, model.segment(model.seg_module.encode(image), mean))
     assert logits.shape == (1, 1, *tiny.IMAGE_SIZE)
     object.__setattr__(config, "seg_token_id", 9999)
-    assert model.generate(image, ids, max_new_tokens=4)[2] is None
+    assert model.generate(image, ids, 1, max_new_tokens=4)[2] is None
 
 
 @torch.inference_mode()
@@ -83,8 +83,8 @@ def test_an_answer_that_ends_at_once_is_empty_and_has_no_mask():
     torch.manual_seed(0)
     model = Lamed(LamedConfig.from_dict({**tiny.LAMED, "seg_token_id": 7})).eval()
     image, ids = torch.rand(1, 1, *tiny.IMAGE_SIZE), torch.tensor([[1, *[315] * 8, 20]])
-    said, _, _ = model.generate(image, ids, max_new_tokens=4)
-    ended, _, logits = model.generate(image, ids, max_new_tokens=4, eos_token_id=int(said[0]))
+    said, _, _ = model.generate(image, ids, 1, max_new_tokens=4)
+    ended, _, logits = model.generate(image, ids, 1, max_new_tokens=4, eos_token_id=int(said[0]))
     assert ended.tolist() == [int(said[0])] and logits is None
 
 

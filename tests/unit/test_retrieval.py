@@ -6,10 +6,12 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
+from engine import contract
 from engine.errors import InvalidInput, RepositoryError, StudyNotFound
 from engine.models.checkpoint import load_clip, load_tokenizer
 from engine.runtime import retrieval
-from engine.runtime.retrieval import BATCH, Retriever
+from engine.runtime.retrieval import BATCH, RetrievalStep, Retriever
+from engine.runtime.step import LocalInputs
 from engine.runtime.study_store import StudyStore
 from tests import tiny
 from tests.tiny import words
@@ -166,3 +168,26 @@ def test_an_export_that_cannot_rank_says_so(retriever, tokenizer, models, tmp_pa
     (tokenizer / "tokenizer_config.json").write_text('{"pad_token": "[NONE]"}')
     with pytest.raises(RepositoryError, match="NONE"):
         Retriever(retriever.store, manifest(), tokenizer, models)
+
+
+def outputs(retriever, **inputs):
+    tensors = {"STUDY": contract.STUDY_IN, "TEXTS": contract.TEXTS}
+    return RetrievalStep(retriever)(LocalInputs({tensors[name]: value for name, value in inputs.items()}))()
+
+
+def test_a_scan_and_texts_are_compared_and_either_alone_is_embedded(retriever):
+    texts = ["lung", "lung nodule"]
+    both = outputs(retriever, STUDY=HANDLE, TEXTS=texts)
+    scan, alone = outputs(retriever, STUDY=HANDLE), outputs(retriever, TEXTS=texts)
+    np.testing.assert_array_equal(alone["TEXT_EMBEDDINGS"] @ scan["SCAN_EMBEDDING"], both["SCORES"])
+    np.testing.assert_array_equal(both["SCORES"], [1, 0])
+    assert not both["SCAN_EMBEDDING"].size and not both["TEXT_EMBEDDINGS"].size and not alone["SCORES"].size
+    assert alone["TEXT_CUT"].tolist() == both["TEXT_CUT"].tolist() == [False, False]
+    assert not scan["TEXT_CUT"].size and scan["TEXT_LIMIT"].tolist() == [5]
+
+
+@pytest.mark.parametrize("inputs", [{"TEXTS": ["lung", " "]}, {"TEXTS": ["lung", " "], "STUDY": HANDLE}])
+def test_bad_texts_are_refused_with_and_without_a_scan(retriever, models, inputs):
+    with pytest.raises(InvalidInput, match="text 1 is empty"):
+        outputs(retriever, **inputs)
+    assert not models.calls

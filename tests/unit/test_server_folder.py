@@ -22,6 +22,22 @@ def test_the_last_to_leave_removes_the_folder(tmp_path):
     third.leave()
 
 
+def test_a_process_has_a_folder_for_each_of_its_engines_and_a_sweep_leaves_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_folder, "SHARED_MEMORY", tmp_path)
+    first, second = ServerFolder.of_process(), ServerFolder.of_process()
+    assert first.path != second.path
+    server_folder.sweep()
+    assert first.path.exists() and second.path.exists()
+    first.leave()
+    assert not first.path.exists() and second.path.exists()
+    second.leave()
+    # Of a process that is gone, and had the number that this one has.
+    left = tmp_path / f"{server_folder.PREFIX}-{os.getpid()}-1-0a1b2c3d"
+    left.mkdir(mode=0o700)
+    server_folder.sweep()
+    assert not left.exists()
+
+
 def test_a_folder_that_others_can_enter_is_refused(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o755)

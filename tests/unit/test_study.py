@@ -57,7 +57,7 @@ def test_a_scan_is_prepared_and_encoded_once_however_often_it_comes(studies, sto
     by, info_by = studies.open(by_handle(handle))
     assert handle == again == by
     assert models.calls == {"vision_encoder": 1}
-    assert [i["cached"] for i in (info, info_again, info_by)] == [False, True, True]
+    assert [i.cached for i in (info, info_again, info_by)] == [False, True, True]
     np.testing.assert_array_equal(store.get(handle, "image"), volume())
     np.testing.assert_array_equal(store.get(handle, "visual_tokens"), models.tokens(volume()))
     assert models.batches[0][1]["IMAGE"].shape == (1, 1, *SIZE)
@@ -68,16 +68,10 @@ def test_the_client_hears_preset_reason_shape_spacing_orientation_time_and_model
         np.random.default_rng(0).integers(0, 900, (20, 30, 10)).astype(np.int16), np.diag([-2, 1.5, 4, 1])
     )
     _, info = studies.open(upload(np.frombuffer(image.to_bytes(), np.uint8), preset="mr"))
-    assert info.pop("reason") and info.pop("prepare_s") > 0
-    assert info == {
-        "preset": "mr",
-        "shape": [20, 30, 10],
-        "spacing_mm": [2, 1.5, 4],
-        "orientation": "LAS",
-        "cached": False,
-        "model": studies.manifest.model,
-    }
-    assert info["model"]["manifest_sha256"] == studies.manifest.identity
+    assert info.reason and info.prepare_s > 0
+    assert (info.preset, info.orientation, info.cached, info.crop) == ("mr", "LAS", False, None)
+    assert (info.shape, info.spacing_mm) == ([20, 30, 10], [2, 1.5, 4])
+    assert info.model == studies.manifest.model and info.model.manifest_sha256 == studies.manifest.identity
 
 
 def test_scans_presets_affines_and_models_do_not_share_a_study(store, models):
@@ -99,10 +93,10 @@ def test_the_model_sees_the_crop_only_and_the_client_hears_which(studies, store)
     handle, info = studies.open(ScanRequest(data, affine, "mr", None, None, Crop.of("2:18,5:25,3:11")))
     again, _ = studies.open(ScanRequest(data, affine, "mr", None, None, Crop.of((2, 5, 3, 18, 25, 11))))
     assert handle == again
-    assert info["crop"] == [[2, 18], [5, 25], [3, 11]] and "2:18,5:25,3:11" in info["reason"]
-    assert info["shape"] == [20, 30, 16] and info["spacing_mm"] == [2, 1.5, 4]
+    assert info.crop == [[2, 18], [5, 25], [3, 11]] and "2:18,5:25,3:11" in info.reason
+    assert info.shape == [20, 30, 16] and info.spacing_mm == [2, 1.5, 4]
     _, alone = studies.open(ScanRequest(bytes_of(scan[2:18, 5:25, 3:11]), affine, "mr", None))
-    assert "crop" not in alone
+    assert alone.crop is None
     image = prepare(read_scan(bytes_of(scan[2:18, 5:25, 3:11]), affine=affine), SIZE, "mr").image
     np.testing.assert_array_equal(store.get(handle, "image"), image)
     geometry = Geometry.from_dict(store.info(handle)["geometry"])
@@ -194,7 +188,7 @@ def test_after_a_failed_encoding_the_next_request_encodes_again(studies, models)
         studies.open(upload(bytes_of(volume())))
     models.tokens = tokens
     handle, info = studies.open(upload(bytes_of(volume())))
-    assert studies.is_ready(handle) and info["cached"]
+    assert studies.is_ready(handle) and info.cached
     assert models.calls == {"vision_encoder": 2}
 
 

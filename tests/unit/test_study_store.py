@@ -101,6 +101,31 @@ def test_an_unknown_handle_is_not_found_and_says_to_upload_again(store, handle):
         assert len(str(error.value)) < 200
 
 
+def test_a_removed_study_is_unknown_and_what_was_read_of_it_stays(store):
+    kept, gone = handle_of("kept"), handle_of("gone")
+    for handle in (kept, gone):
+        store.add(handle, {}, image_of(1))
+    image = store.get(gone, "image")
+    store.remove(gone)
+    assert gone not in store and kept in store and store.used_bytes < 2 * MB
+    np.testing.assert_array_equal(image, image_of(1))
+    with pytest.raises(StudyNotFound):
+        store.remove(gone)
+
+
+def test_a_study_that_is_removed_while_a_piece_is_computed_is_not_there_for_it(store):
+    handle = handle_of("scan")
+    store.add(handle, {}, image_of(1))
+
+    def compute(image):
+        store.remove(handle)
+        return image
+
+    with pytest.raises(StudyNotFound):
+        store.computed(handle, "visual_tokens", compute)
+    assert store.used_bytes == 0
+
+
 def test_the_least_recently_used_study_is_evicted_first(store):
     a, b, c, d = (handle_of(name) for name in "abcd")
     for n, handle in enumerate((a, b, c)):

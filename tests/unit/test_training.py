@@ -18,6 +18,7 @@ from engine.models import base, checkpoint
 from engine.models.config import LamedConfig, ViTConfig
 from engine.models.lamed import Lamed
 from engine.prompt import Prompt
+from engine.prompt.plain import PlainLayout
 from tests import toy_models as toy
 from training import align_projector, finetune, merge_lora, pretrain_clip, pretrain_segvol, starting_points
 from training.config import build
@@ -154,34 +155,36 @@ QUESTIONS = [
 ]
 
 
-def _tokenizer(packaged):
-    return starting_points.prepare_tokenizer(starting_points.open_language_model(packaged))
+def _prompt(packaged) -> Prompt:
+    tokenizer = starting_points.prepare_tokenizer(starting_points.open_language_model(packaged), PlainLayout)
+    return Prompt(PlainLayout(tokenizer), 4, 512)
 
 
 @pytest.mark.parametrize("weighting, power", [("tokens", 1.0), ("root", 0.5)])
 def test_answers_weigh_by_their_tokens_or_by_the_root_of_them(packaged, weighting, power):
-    tokenizer = _tokenizer(packaged)
-    sequences = [sequence(tokenizer, q) for q in QUESTIONS]
+    prompt = _prompt(packaged)
+    sequences = [sequence(prompt, q) for q in QUESTIONS]
     lengths = [len(s.ids) - s.answer_start for s in sequences]
     assert len(set(lengths)) == 3
-    weights = pack([sequences], 3, 262, tokenizer.pad_token_id, weighting).answer_weights.split(lengths)
+    weights = pack([sequences], 3, 262, prompt.tokenizer.pad_token_id, weighting).answer_weights.split(lengths)
     torch.testing.assert_close(torch.stack([w.sum() for w in weights]), torch.tensor(lengths) ** power)
 
 
 def test_question_and_answer_are_tokenised_in_one_piece_behind_the_image_tokens(packaged):
-    tokenizer = _tokenizer(packaged)
-    found = sequence(tokenizer, QUESTIONS[0])
+    prompt = _prompt(packaged)
+    tokenizer, found = prompt.tokenizer, sequence(prompt, QUESTIONS[0])
     whole = tokenizer("<im_patch>" * 2 + " Segment it. It is [SEG].")["input_ids"]
     assert found.ids == [*whole[3:], tokenizer.eos_token_id]
     assert tokenizer.decode(found.ids[: found.answer_start]) == " Segment it."
-    assert sequence(tokenizer, QUESTIONS[0], room=15).ids == found.ids[:15]
+    assert sequence(prompt, QUESTIONS[0], room=15).ids == found.ids[:15]
 
 
 def _hidden(model, groups, visual_tokens):
     """Final states where answers are predicted, the answers, and the states that predict [SEG]."""
-    batch = pack(groups, 1 + visual_tokens.shape[1], model.config_json["seg_token_id"], model.tokenizer.pad_token_id)
-    bos = torch.full((len(groups), 1), model.tokenizer.bos_token_id)
-    hidden = model.hidden(visual_tokens, bos, batch.ids, batch.positions, batch.mask)
+    head = torch.tensor([model.prompt.head] * len(groups))
+    prefix, seg = head.shape[1] + visual_tokens.shape[1], model.config_json["seg_token_id"]
+    batch = pack(groups, prefix, seg, model.tokenizer.pad_token_id)
+    hidden = model.hidden(visual_tokens, head, batch.ids, batch.positions, batch.mask)
     return hidden[batch.answer_rows, batch.answer_columns], batch.answers, hidden[batch.state_rows, batch.state_columns]
 
 
@@ -204,8 +207,8 @@ def test_they_look_back_no_further_than_phi3_s_window(tmp_path):
 def assert_packed_equals_alone(model) -> torch.Tensor:
     """Returns the states where answers are predicted."""
     torch.manual_seed(0)
-    visual_tokens = torch.randn(1, model.num_visual_tokens, 32)
-    sequences = [sequence(model.tokenizer, q) for q in QUESTIONS]
+    visual_tokens = torch.randn(1, model.prompt.num_visual_tokens, 32)
+    sequences = [sequence(model.prompt, q) for q in QUESTIONS]
     with torch.no_grad():
         # Two scans, so that one group is padded.
         packed = _hidden(model, [sequences, sequences[:1]], visual_tokens.expand(2, -1, -1))
@@ -224,8 +227,7 @@ def test_losses_of_many_questions_in_a_batch_are_those_of_each_alone(packaged, a
     names = ("left lung", "heart", "right lung")
     model.teacher = torch.nn.Embedding(3, 32)
     packer = Packer(
-        model.tokenizer,
-        model.num_visual_tokens,
+        model.prompt,
         SIZE,
         model.config_json["seg_token_id"],
         256,
@@ -294,9 +296,9 @@ def test_losses_of_many_questions_in_a_batch_are_those_of_each_alone(packaged, a
 
 
 def test_only_answers_and_their_end_are_learned(packaged):
-    tokenizer = _tokenizer(packaged)
-    seg = tokenizer.convert_tokens_to_ids("[SEG]")
-    batch = pack([[sequence(tokenizer, q) for q in QUESTIONS]], 3, seg, tokenizer.pad_token_id)
+    prompt = _prompt(packaged)
+    tokenizer, seg = prompt.tokenizer, prompt.tokenizer.convert_tokens_to_ids("[SEG]")
+    batch = pack([[sequence(prompt, q) for q in QUESTIONS]], 3, seg, tokenizer.pad_token_id)
     assert tokenizer.decode(batch.answers) == " It is [SEG].</s> No.</s> [SEG] and [SEG]</s>"
     # Each is predicted one position before it stands.
     inside = batch.answer_columns - 3 + 1
@@ -305,9 +307,9 @@ def test_only_answers_and_their_end_are_learned(packaged):
 
 
 def test_prompts_begin_with_bos_and_image_tokens(packaged):
-    tokenizer = _tokenizer(packaged)
-    letter = tokenizer.convert_tokens_to_ids("H")
-    assert Prompt(tokenizer, 4, 512).input_ids("Hi")[:6] == [257, 259, 259, 259, 259, letter]
+    prompt = _prompt(packaged)
+    tokenizer, letter = prompt.tokenizer, prompt.tokenizer.convert_tokens_to_ids("H")
+    assert prompt.input_ids("Hi")[:6] == [257, 259, 259, 259, 259, letter]
     assert tokenizer.convert_tokens_to_ids("[SEG]") == small(packaged).config_json["seg_token_id"] == 262
 
 
@@ -352,14 +354,14 @@ def test_the_demo_s_stages_run_in_order_and_end_in_a_checkpoint_that_the_engine_
     trained = small(packaged, lora=Lora(8, 16, 0.0))
     trained.restore(tmp_path / "5_finetune" / "final")
     trained.eval()
-    image, s = torch.rand(1, 1, *SIZE), sequence(tokenizer, QUESTIONS[0])
+    image, s = torch.rand(1, 1, *SIZE), sequence(trained.prompt, QUESTIONS[0])
     with torch.no_grad():
         tokens = trained.lamed.encode_images(image)
         # The merged copy holds half precision.
         torch.testing.assert_close(lamed.encode_images(image), tokens, atol=2e-3, rtol=2e-3)
         hidden, answers, _ = _hidden(trained, [[s]], tokens)
         ids = torch.tensor([[tokenizer.bos_token_id, *[0] * tokens.shape[1], *s.ids]])
-        out = lamed.llm(inputs_embeds=lamed.prompt_embeddings(ids, tokens)).logits
+        out = lamed.llm(inputs_embeds=lamed.prompt_embeddings(ids, tokens, 1)).logits
         torch.testing.assert_close(
             out[0, -len(answers) - 1 : -1], trained.lamed.llm.lm_head(hidden), atol=2e-2, rtol=2e-2
         )
@@ -484,7 +486,7 @@ def test_scans_and_tasks_that_are_unknown_or_never_drawn_are_refused(scans, chan
 def test_visual_tokens_are_led_to_the_words_of_the_scan_and_of_their_own_part(packaged, scans):
     """The lens compares with every word; a token that is exactly the right mixture of words has the least loss."""
     table = torch.randn(262, 64)
-    lens = align_projector.Lens(["CT", "chest", "left lung", "right lung"], _tokenizer(packaged), table)
+    lens = align_projector.Lens(["CT", "chest", "left lung", "right lung"], _prompt(packaged).tokenizer, table)
     view = view_of(scans[0], None, SIZE, np.random.default_rng(0))
     target = align_projector.words_of(view, lens, (1, 1, 2))
     left, right, about = lens.row(["left lung"]), lens.row(["right lung"]), lens.row(["CT", "chest"])
@@ -610,9 +612,25 @@ def test_a_published_checkpoint_is_a_starting_point(dev_small):
 
 
 def test_a_language_model_of_an_unknown_family_is_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(CheckpointError, match="'qwen2'.*LLaMA-2, LLaMA-3, Phi-3"):
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    with pytest.raises(CheckpointError, match="'mistral'.*llama, phi3, qwen2.*'lamed_llama' .LLaMA"):
         starting_points.open_language_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["lamed_phi3", "lamed_nothing"])
+def test_a_family_that_the_language_model_cannot_have_is_refused_with_those_that_it_can(tmp_path, model_type):
+    source = toy.language_model(tmp_path / "llama")
+    with pytest.raises(InvalidInput, match=f"model_type '{model_type}'.*lamed_llama, lamed_llama3"):
+        TrainedLamed(Start(source, {**toy.PARTS, "model_type": model_type}), ("mm_projector",))
+    with pytest.raises(CheckpointError, match=r"does not know <\|eot_id\|>"):
+        TrainedLamed(Start(source, {**toy.PARTS, "model_type": "lamed_llama3"}), ("mm_projector",))
+
+
+def test_a_language_model_whose_layers_look_back_differently_is_refused(tmp_path):
+    changes = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    source = toy.language_model(tmp_path / "qwen", "qwen2-chat", **changes)
+    with pytest.raises(CheckpointError, match="some layers look back over a window"):
+        TrainedLamed(Start(source, toy.PARTS), ("mm_projector",))
 
 
 def test_the_committed_demo_holds_what_its_config_promises_and_is_small():

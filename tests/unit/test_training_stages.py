@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base, checkpoint, layout
-from engine.prompt import Prompt
+from engine.models.language_model import FAMILIES
 from tests import m3d_data
 from tests import toy_models as toy
 from tests.conftest import ROOT
@@ -483,12 +483,13 @@ def assert_answers_as_in_training(merged: Path, trained: Path, values: dict) -> 
     model.restore(trained)
     model.eval()
     image = torch.rand(1, 1, *m3d_data.SIZE)
-    ids = torch.tensor([Prompt(tokenizer, lamed.config.num_visual_tokens, 512).input_ids(" Where?")])
+    prompt = lamed.config.prompt(tokenizer)
+    ids, start = torch.tensor([prompt.input_ids(" Where?")]), len(prompt.head)
     with torch.no_grad():
         tokens = lamed.encode_images(image)
         torch.testing.assert_close(model.lamed.encode_images(image), tokens)
-        embeds = lamed.prompt_embeddings(ids, tokens)
-        torch.testing.assert_close(model.lamed.prompt_embeddings(ids, tokens), embeds)
+        embeds = lamed.prompt_embeddings(ids, tokens, start)
+        torch.testing.assert_close(model.lamed.prompt_embeddings(ids, tokens, start), embeds)
         torch.testing.assert_close(
             model.lamed.llm(inputs_embeds=embeds).logits, lamed.llm(inputs_embeds=embeds).logits, atol=1e-5, rtol=1e-4
         )
@@ -534,11 +535,16 @@ def test_a_merged_checkpoint_starts_the_next_training_with_nothing_lost(tmp_path
     [
         ("phi3", ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
         ("llama3", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        ("llama3-chat", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        ("qwen2-chat", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
     ],
 )
 def test_other_families_are_trained_and_merged_and_answer_in_the_engine_as_in_training(tmp_path, data, family, targets):
     source = toy.language_model(tmp_path / f"tiny-{family}", family)
-    values = {**toy.finetune_configuration(tmp_path / "run", data, source, max_steps=2), "sample_every": 0}
+    values = toy.finetune_configuration(tmp_path / "run", data, source, max_steps=2)
+    values |= {"sample_every": 2, "max_length": 320}
+    if family == "llama3-chat":  # else a LLaMA is trained without a chat template
+        values["start"]["model"] = {**toy.PARTS, "model_type": "lamed_llama3"}
     trained = run(finetune, values)
     adapter = load_file(trained / base.ADAPTER_WEIGHTS)
     assert json.loads((trained / base.ADAPTER_CONFIG).read_text())["target_modules"] == targets
@@ -548,7 +554,10 @@ def test_other_families_are_trained_and_merged_and_answer_in_the_engine_as_in_tr
     config, _, _ = checkpoint.open_lamed(merged)
     for key, value in json.loads((Path(source) / "config.json").read_text()).items():
         if key in ("rope_parameters", "sliding_window", "num_key_value_heads", "eos_token_id"):
-            assert config.llm[key] == value
+            assert config.llm.get(key) == value
+    published = {"phi3": "lamed_phi3", "llama3-chat": "lamed_llama3", "qwen2-chat": "lamed_qwen2"}
+    assert config.family == published.get(family, "lamed_llama")
+    assert checkpoint.read_config(merged)["architectures"] == [FAMILIES[config.family].architecture]
     assert_answers_as_in_training(merged, trained, values)
 
 

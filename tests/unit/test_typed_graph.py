@@ -24,7 +24,10 @@ VOLUME = tiny.volume()
 def exported(tmp_path_factory):
     """The ONNX file of a small vision encoder: two blocks and the projector."""
     config = LamedConfig(
-        vision=ViTConfig(tiny.IMAGE_SIZE, tiny.PATCH_SIZE, **tiny.VIT), segmentation=None, llm={"hidden_size": 128}
+        vision=ViTConfig(tiny.IMAGE_SIZE, tiny.PATCH_SIZE, **tiny.VIT),
+        segmentation=None,
+        family="lamed_llama",
+        llm={"hidden_size": 128},
     )
     model = Lamed(config, with_llm=False).eval()
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

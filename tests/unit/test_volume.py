@@ -283,7 +283,7 @@ def test_ct_of_nothing_but_air_keeps_the_whole_scan():
 
 
 def test_a_crop_on_a_coarse_grid_loses_nothing_of_the_body(monkeypatch):
-    monkeypatch.setattr("engine.volume._COARSE", 12)
+    monkeypatch.setattr("engine.volume.presets._COARSE", 12)
     geometry = prepare(phantom(), SIZE, "ct").geometry
     body = phantom().array > -500
     body[:5, :5, :5] = False

@@ -87,7 +87,8 @@ class Norms:
 
 
 def _fits(model) -> bool:
-    """Whether it consists of LLaMA's own layers (Phi-3 has them, too), whole in this process and not quantised."""
+    """Whether it consists of LLaMA's own layers (Phi-3 has them, too), without biases, whole in this process and not
+    quantised. A family that vLLM has another class for keeps vLLM's own pass."""
     from vllm.model_executor.layers.attention.attention import Attention
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel

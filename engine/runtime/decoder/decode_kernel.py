@@ -1,20 +1,20 @@
 """What lies between two attentions of a LLaMA, for the few rows of a step that decodes: `decode_kernel.c`.
 
-It is compiled when the package is installed; without a C compiler it is absent, and decoding takes longer.
+`engine.runtime.compile_kernel` compiles it; where that has not been done it is absent, and decoding takes longer.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
 
-MODULE = f"{__package__}._decode_kernel"
+from engine.runtime.compile_kernel import LIBRARY
+
 # The kernel has weights of its own beside vLLM's, and large products are near the memory's bandwidth without it.
 MOST_BYTES = 1 << 30
 _LINE = 32  # floats that it takes at once, at most
@@ -27,9 +27,8 @@ def library() -> ctypes.CDLL | None:
 
     Compiled by GCC it shares PyTorch's OpenMP threads, as PyTorch is loaded by now.
     """
-    spec = importlib.util.find_spec(MODULE)
     try:
-        found = ctypes.CDLL(spec.origin) if spec else None
+        found = ctypes.CDLL(str(LIBRARY)) if LIBRARY.is_file() else None
         current = found and found.m3d_structures() == sum(map(ctypes.sizeof, (_Geometry, _Layer, _Step)))
     except (OSError, AttributeError):  # built for another machine; of another version
         return None

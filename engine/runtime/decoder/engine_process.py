@@ -1,14 +1,59 @@
-"""What the process of vLLM's engine needs beyond vLLM itself. Runs inside that process."""
+"""What the process of vLLM's engine needs beyond vLLM itself. All but `spawned_apart` runs inside that process."""
 
 from __future__ import annotations
 
 import os
 import select
 import signal
+import tempfile
 import threading
 from contextlib import contextmanager
-from multiprocessing import util
+from multiprocessing import spawn, util
+from pathlib import Path
 from typing import Any
+
+_spawning = threading.Lock()
+
+
+@contextmanager
+def spawned_apart(temporary: Path | None = None):
+    """Let processes that this thread spawns meanwhile leave this program's main module alone.
+
+    Python's `spawn` imports it in each new process. A user's script would run again there, from its top, and start
+    another engine, unless all of it is behind `if __name__ == "__main__":`. vLLM's engine needs nothing of it.
+
+    temporary: a folder for vLLM's sockets and temporary files, which it does not remove; None for the usual ones.
+    """
+    mine = threading.get_ident()
+
+    def without_main(name: str) -> dict:
+        data = preparation(name)
+        if threading.get_ident() == mine:
+            data.pop("init_main_from_name", None)
+            data.pop("init_main_from_path", None)
+        return data
+
+    with _spawning:
+        preparation = spawn.get_preparation_data
+        spawn.get_preparation_data = without_main
+        try:
+            with _folder_for_vllm(temporary):
+                yield
+        finally:
+            spawn.get_preparation_data = preparation
+
+
+@contextmanager
+def _folder_for_vllm(temporary: Path | None):
+    tempfile.gettempdir()  # which keeps this process's own for good
+    names = () if temporary is None else ("TMPDIR", "VLLM_RPC_BASE_PATH")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(temporary)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def end_with(owner: int) -> None:
@@ -22,6 +67,12 @@ def end_with(owner: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="end-with-owner", daemon=True).start()
+
+
+def ignore_interrupts() -> None:
+    """Let Ctrl-C pass: a terminal sends it to all processes, and who interrupts an answer wants to ask again. To be
+    called on the main thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_at_once_when_asked() -> None:
@@ -38,6 +89,18 @@ def end_at_once_when_asked() -> None:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, end)
+
+
+def rank_tokens_without_compiling(runner) -> None:
+    """Let a CPU's sampler count the ranks of tokens, which belong to log-probabilities, by PyTorch itself.
+
+    vLLM compiles that function when the first request asks for log-probabilities: all others wait for seconds, and
+    without a C++ compiler the engine dies. Only model runner V1.
+    """
+    if runner.device.type == "cpu":
+        from vllm.v1.sample import sampler
+
+        sampler.batched_count_greater_than = lambda scores, least: (scores >= least).sum(-1)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from engine.errors import InvalidInput, M3DError, Unavailable, one_line
-from engine.gpu_memory import cache_row_bytes
-from engine.runtime.decoder import seg_states, vllm_environment, worker_extension
+from engine.gpu_memory import cache_bytes
+from engine.runtime.decoder import engine_process, seg_states, vllm_environment, worker_extension
 from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
 from engine.runtime.decoder_settings import DecoderSettings
@@ -40,6 +40,7 @@ class LlmEngine:
     `settings.restarts` times an hour; `health` says where it stands (READY, or words for the client), `layers` how the
     layers are computed. on_health: is told `health` whenever it changes. on_broken: is told, once, what happened when
     the engine has died too often or does not start again; it never comes back then. Both are called on the loop.
+    temporary: a folder for what vLLM leaves.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class LlmEngine:
         on_health: Callable[[str], None] = lambda words: None,
         on_broken: Callable[[str], None] = lambda words: None,
         memory_share: Callable[[], float] | None = None,
+        temporary: Path | None = None,
     ):
         self.folder = folder
+        self.temporary = temporary
         self.dtype = dtype
         self.context_length = context_length
         self.padding_id = padding_id
@@ -109,6 +112,12 @@ class LlmEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             await _end(llm)
+
+    async def abandon(self) -> None:
+        """This process is about to end, and the engine's with it: nobody is to report that, or to restart it."""
+        self._become(STOPPED)
+        if self._llm is not None and self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()
 
     async def restarted(self) -> None:
         """Wait for the restart in the background, if there is one."""
@@ -166,6 +175,8 @@ class LlmEngine:
             async with aclosing(llm.generate(prompt, params, key)) as outputs:
                 async for output in outputs:
                     if output.finished and output.outputs[0].finish_reason not in ("stop", "length"):
+                        if params.structured_outputs is not None and not llm.errored:
+                            raise _not_held()
                         raise Unavailable(
                             "the language model was stopped in the middle of this answer "
                             f"({output.outputs[0].finish_reason}): ask again when the server is ready"
@@ -175,6 +186,8 @@ class LlmEngine:
             raise InvalidInput(f"the language model refuses this request: {one_line(error)}") from error
         except (EngineDeadError, EngineGenerateError) as error:
             if not llm.errored:
+                if params.structured_outputs is not None:
+                    raise _not_held() from error
                 raise
             self._died(llm)
             raise Unavailable(
@@ -197,38 +210,37 @@ class LlmEngine:
 
     # --- inside ------------------------------------------------------------------------------------------------------
     def _make(self):
+        from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         settings = self.settings
-        return AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=str(self.folder),
-                dtype=str(self.dtype).removeprefix("torch."),
-                enable_prompt_embeds=True,
-                worker_extension_cls=worker_extension.NAME,
-                max_model_len=self.context_length,
-                max_num_seqs=settings.max_num_seqs,
-                block_size=settings.block_size,
-                enable_prefix_caching=True,
-                # Never less than the longest prompt, so that a prompt alone is never cut into chunks.
-                max_num_batched_tokens=max(settings.max_num_batched_tokens, self.context_length),
-                kv_cache_memory_bytes=self._kv_cache_bytes(),
-                gpu_memory_utilization=self._memory_share(),
-                tensor_parallel_size=settings.tensor_parallel_size,
-                enforce_eager=settings.enforce_eager,
-                generation_config="vllm",
-                disable_log_stats=True,
-            )
+        arguments = AsyncEngineArgs(
+            model=str(self.folder),
+            dtype=str(self.dtype).removeprefix("torch."),
+            enable_prompt_embeds=True,
+            worker_extension_cls=worker_extension.NAME,
+            max_model_len=self.context_length,
+            max_num_seqs=settings.max_num_seqs,
+            block_size=settings.block_size,
+            enable_prefix_caching=True,
+            # Never less than the longest prompt, so that a prompt alone is never cut into chunks.
+            max_num_batched_tokens=max(settings.max_num_batched_tokens, self.context_length),
+            kv_cache_memory_bytes=self._kv_cache_bytes(),
+            gpu_memory_utilization=self._memory_share(),
+            tensor_parallel_size=settings.tensor_parallel_size,
+            enforce_eager=settings.enforce_eager,
+            generation_config="vllm",
+            # One library, whose limits are known. JSON without spaces at will: a model may write them without end.
+            structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
+            disable_log_stats=True,
         )
+        with engine_process.spawned_apart(self.temporary):
+            return AsyncLLM.from_engine_args(arguments)
 
     def _kv_cache_bytes(self) -> int | None:
-        """What the settings say, but room for one whole context at least; None leaves it to vLLM."""
-        if not self.settings.kv_cache_gib:
-            return None
-        row = cache_row_bytes(json.loads((self.folder / "config.json").read_text()), self.dtype.itemsize)
-        rows = self.context_length + 2 * self.settings.block_size  # whole blocks, and one that vLLM keeps for itself
-        return max(int(self.settings.kv_cache_gib * 2**30), rows * row)
+        config = json.loads((self.folder / "config.json").read_text())
+        return cache_bytes(config, self.dtype.itemsize, self.context_length, self.settings)
 
     async def _watch(self, llm) -> None:
         while not llm.errored:
@@ -272,6 +284,14 @@ class LlmEngine:
     def _way_out(self) -> str:
         """For a client, when it is not ready."""
         return "try again in a minute" if self.health in (STARTING, RESTARTING) else "the server must be started again"
+
+
+def _not_held() -> InvalidInput:
+    """The error for an answer that cannot go on within its constraint, or whose constraint cannot be compiled."""
+    return InvalidInput(
+        "the answer cannot be held to its json_schema or choices: no token of this model continues it within them; "
+        "give another schema, or none"
+    )
 
 
 def _processes(llm) -> list:

@@ -23,11 +23,13 @@ _ALWAYS = {
     # A Triton stub starts in the C locale; the engine's process inherits this.
     "LC_ALL": "C.UTF-8",
     # To ask PyTorch for a GPU makes a fork of this process useless to CUDA, unless PyTorch asks the driver's NVML. vLLM
-    # would fork its engine all the same, and a stub has many threads: the engine starts as a program of its own.
+    # would fork its engine all the same, and this process has many threads: the engine starts as a program of its own.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # FlashInfer's sampler would be compiled by nvcc at every start; vLLM's own one needs no compiler but gcc.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # Megabytes of compiled JSON schemas, which clients choose.
+    "VLLM_XGRAMMAR_CACHE_MB": "64",
     # OpenAI's Triton would compute products of fp32 in TF32: an export in fp32 is fp32.
     "TRITON_F32_DEFAULT": "ieee",
 }
@@ -44,7 +46,8 @@ _DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING"}
 
 def prepare(threads: int) -> None:
     """Set this process up for importing vLLM and for starting its engine. threads: of the engine, on a CPU."""
-    locale.setlocale(locale.LC_ALL, "C.UTF-8")  # vLLM reads its sources as text while it is imported
+    if locale.getencoding() != "UTF-8":
+        locale.setlocale(locale.LC_ALL, "C.UTF-8")  # vLLM reads its sources as text while it is imported
     os.environ.update(_ALWAYS)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -1,7 +1,6 @@
 """The language model behind vLLM: answers questions about studies, streaming, many at a time."""
 
 import atexit
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,19 +9,19 @@ from engine.runtime import triton_io
 from engine.runtime.answer_desk import AnswerDesk
 from engine.runtime.decoder import Decoder
 from engine.runtime.decoder_settings import DecoderSettings
+from engine.runtime.decoder_step import DecoderStep
 from engine.runtime.run_folder import READY, RunFolder
 from engine.runtime.study_store import StudyStore
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        parameters = json.loads(args["model_config"])["parameters"]
-        settings = DecoderSettings.from_parameters({name: value["string_value"] for name, value in parameters.items()})
+        settings = DecoderSettings.from_parameters(triton_io.parameters(args).values)
         self.health = "starting"
         self.folder = RunFolder.of_server()
         self.store = StudyStore.of_server()
         decoder = Decoder(Path(args["model_repository"]).parent, settings)
-        self.desk = AnswerDesk(decoder, self.store, self._tell, _end)
+        self.desk = AnswerDesk(DecoderStep(decoder, self.store), self._tell, _end)
         self.desk.start()
 
     def is_ready(self):
