@@ -6,7 +6,7 @@
 
 ROOT has M3D-Data's published layout (training/data/README.md). In --out lie bench.json, report.html, preflight.json,
 rows/ (what was answered: a run that was cut off goes on from there) and samples/ (the same with every metric). Without
---server and --repository the rows that --out has are scored again.
+--server and --repository the rows that --out has are scored again. See docs/m3d_bench.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench import compare, preflight, scoring
-from benchmarks.bench.answerer import Answerer
 from benchmarks.bench.layouts import POOLS, fingerprint, looked_for, pool_of, samples_of
 from benchmarks.bench.metrics import models
 from benchmarks.bench.metrics.masks import NSD_MM
@@ -33,13 +32,18 @@ from benchmarks.bench.metrics.text import load_meteor
 from benchmarks.bench.report import page
 from benchmarks.bench.rows import RowStore, read_rows
 from benchmarks.bench.runner import NEW_TOKENS, Run, run
-from benchmarks.bench.samples import TASKS
+from benchmarks.bench.samples import MASKED, TASKS
 from benchmarks.bench.summary import summarise
 from benchmarks.command import at_least, say, several
 from benchmarks.command import run as run_command
+from engine import M3DClient, M3DEngine
+from engine.api import M3D
 from engine.errors import InvalidInput, M3DError, Unavailable
+from training.data.reading import read_json
 
 FORMAT = 1
+# What a server must serve for a task; for the others m3d_chat.
+_SERVED = {"retrieval": "m3d_retrieve", **dict.fromkeys(MASKED, "m3d_segment")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,10 +62,18 @@ def _options(argv: list[str]) -> argparse.Namespace:
     where.add_argument("--server", metavar="HOST:PORT", help="gRPC address of a running server")
     where.add_argument("--repository", type=Path, metavar="DIR", help="a model repository, run in this process")
     parser.add_argument("--out", type=Path, default=Path("out/m3d-bench"), help="folder of the results")
+    parser.add_argument("--anew", action="store_true", help="delete rows of another model, other data or settings")
     parser.add_argument("--limit", type=at_least(1), help="samples of each task at most")
     parser.add_argument("--concurrency", type=at_least(1, most=256), default=8, help="samples in flight")
     parser.add_argument("--new-tokens", type=at_least(1), default=NEW_TOKENS, help="tokens of an answer at most")
-    parser.add_argument("--broken-share", type=at_least(0, float, 1), default=preflight.MOST_BROKEN)
+    parser.add_argument(
+        "--broken-share",
+        type=at_least(0, float, 1),
+        default=preflight.MOST_BROKEN,
+        help="of a task's samples, how many may be broken, and how many may fail (default: %(default)s)",
+    )
+    parser.add_argument("--eager", metavar="CHECKPOINT", help="time eager PyTorch, one sample at a time, beside this")
+    parser.add_argument("--eager-samples", type=at_least(1), default=40, help="samples that both are timed on")
     parser.add_argument("--nsd-mm", type=at_least(0, float), default=NSD_MM, help="tolerance of NSD, mm")
     parser.add_argument("--bertscore", type=Path, metavar="DIR", help="roberta-large, for BERTScore")
     parser.add_argument("--bertscore-layer", type=at_least(1), default=models.BERTSCORE_LAYER)
@@ -88,8 +100,10 @@ def _bench(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with _answerer(options) as answerer:
-        failed = {} if answerer is None else _ask_all(options, checked, answerer)
-    seconds = time.monotonic() - started
+        failed = {} if answerer is None else _ask_all(options, checked, not_run, answerer)
+        seconds = time.monotonic() - started
+        if answerer is not None and options.eager:
+            _time(options, checked, answerer)
     scorers = _scorers(options, checked)
     bench = {"format": FORMAT, "model": None, "settings": _settings(options), "tasks": {}, "not_run": not_run}
     rows: dict[str, list[dict]] = {}
@@ -98,16 +112,18 @@ def _bench(options: argparse.Namespace) -> int:
         if not found:
             bench["not_run"][task] = "no sample was answered"
             continue
+        if bench["model"] not in (None, header["model"]):
+            raise InvalidInput(f"{options.out}: the rows of {task} are of another model than those of {list(rows)}")
+        bench["model"] = header["model"]
         say(f"scoring {len(found)} rows of {task}")
         by = scorers(task, header, found)
         rows[task] = scoring.score(task, found, by)
         _write_samples(options.out, task, header, rows[task])
         gaps = scoring.gaps_of(task, rows[task], by)
         bench["tasks"][task] = {**summarise(rows[task], gaps), "missing": len(checked[task].samples) - len(found)}
-        bench["model"] = header["model"]
     _write(options.out / "bench.json", bench)
     facts = _facts(options, bench, seconds if answerer is not None else None)
-    text = page(bench, facts, rows, options.out / "predictions")
+    text = page(bench, facts, rows, options.out / "predictions", _timed(options.out, bench["model"]))
     (options.out / "report.html").write_text(text, encoding="utf-8")
     say(f"{options.out / 'bench.json'} and {options.out / 'report.html'} are written")
     return _ended(failed)
@@ -159,25 +175,58 @@ def _need_libraries(tasks: Collection[str]) -> None:
 
 
 def _ask_all(
-    options: argparse.Namespace, checked: dict[str, preflight.Checked], answerer: Answerer
+    options: argparse.Namespace, checked: dict[str, preflight.Checked], not_run: dict[str, str], answerer: M3D
 ) -> dict[str, list[str]]:
-    model = asdict(answerer.info().model)
-    failed = {}
-    for task, found in checked.items():
-        settings = Run(
-            answerer,
-            options.out / "predictions",
-            options.concurrency,
-            options.new_tokens,
-            options.nsd_mm,
-            likelihoods=_gives_likelihoods(),
-            most_failed=int(options.broken_share * len(found.samples)),
-        )
-        data = fingerprint(task, options.data)
-        header = {"format": FORMAT, "task": task, "model": model, "data": data, **_settings(options)}
-        with RowStore(options.out / "rows" / f"{task}.jsonl", header) as store:
-            failed[task] = run(task, found.samples, store, settings)
-    return failed
+    """task -> what failed. Tasks that are not served move from `checked` to `not_run`, unless they were named."""
+    info = answerer.info()
+    for task in list(checked):
+        if (model := _SERVED.get(task, "m3d_chat")) not in info.models:
+            why = f"{model} is not served: export with --clip-checkpoint, or a checkpoint with [SEG]"
+            if options.task != ("all",):
+                raise Unavailable(f"{task} cannot be run: {why}")
+            not_run[task] = why
+            del checked[task]
+    settings = Run(
+        answerer,
+        options.out / "predictions",
+        options.concurrency,
+        options.new_tokens,
+        options.nsd_mm,
+        options.broken_share,
+    )
+    with contextlib.ExitStack() as opened:
+        stores = {}
+        for task in checked:
+            data = fingerprint(task, options.data)
+            header = {"format": FORMAT, "task": task, "model": asdict(info.model), "data": data, **_settings(options)}
+            store = RowStore(options.out / "rows" / f"{task}.jsonl", header, options.anew)
+            stores[task] = opened.enter_context(store)
+        return run({task: found.samples for task, found in checked.items()}, stores, settings)
+
+
+def _time(options: argparse.Namespace, checked: dict[str, preflight.Checked], answerer: M3D) -> None:
+    """Write speed.json: some of the samples once more, and by eager PyTorch in the export's precision if it has it."""
+    from benchmarks.baseline import Baseline
+    from benchmarks.bench import speed
+    from benchmarks.machine import DTYPES
+
+    samples = speed.chosen({task: found.samples for task, found in checked.items()}, options.eager_samples)
+    if not samples:
+        raise InvalidInput("--eager times answers, and retrieval has none: choose other tasks, too")
+    model = answerer.info().model
+    precision = model.precision if model.precision in DTYPES else "fp32"
+    say(f"timing {len(samples)} samples, and eager PyTorch in {precision}")
+    baseline = Baseline(options.eager, precision)
+    found = speed.compared(answerer, baseline, samples, options.concurrency, options.new_tokens)
+    _write(options.out / "speed.json", {"model": asdict(model), **found})
+    say(f"eager PyTorch takes {found['ratio']} times as long")
+
+
+def _timed(out: Path, model: dict | None) -> dict | None:
+    """speed.json of this model, or None."""
+    path = out / "speed.json"
+    found = read_json(path) if path.is_file() else None
+    return found if found is not None and found["model"] == model else None
 
 
 def _settings(options: argparse.Namespace) -> dict:
@@ -185,22 +234,12 @@ def _settings(options: argparse.Namespace) -> dict:
     return {"new_tokens": options.new_tokens, "nsd_mm": options.nsd_mm}
 
 
-def _gives_likelihoods() -> bool:
-    from engine.sampling import Sampling
-
-    return "choices" in Sampling.__dataclass_fields__
-
-
 @contextlib.contextmanager
-def _answerer(options: argparse.Namespace) -> Iterator[Answerer | None]:
+def _answerer(options: argparse.Namespace) -> Iterator[M3D | None]:
     if options.server:
-        from engine.client import M3DClient
-
         with M3DClient(options.server) as client:
             yield client
     elif options.repository:
-        from engine import M3DEngine
-
         with M3DEngine(options.repository) as engine:
             yield engine
     else:
@@ -234,7 +273,7 @@ def _scorers(
 
     def of(task: str, header: dict, rows: list[dict]) -> scoring.Scorers:
         found = {
-            metric: _kept_scores(options.out, metric, where, scorer, header, rows)
+            metric: _kept_scores(options.out, metric, where, scorer, header, rows, options.anew)
             for metric, (where, scorer) in loaded.items()
             if task in scoring.MODEL_METRICS[metric][1]
         }
@@ -256,11 +295,13 @@ def _models(options: argparse.Namespace) -> dict[str, tuple[object, Callable[[],
 
 
 def _kept_scores(
-    out: Path, metric: str, where: str, scorer: models.Scorer, header: dict, rows: list[dict]
+    out: Path, metric: str, where: str, scorer: models.Scorer, header: dict, rows: list[dict], anew: bool
 ) -> dict[str, float]:
     """key -> score; those that were computed before, by the same model of the same rows, are not computed again."""
     task, name = header["task"], metric.lower().replace(" ", "-")
-    with RowStore(out / "scores" / f"{task}.{name}.jsonl", {"metric": metric, "by": where, "rows": header}) as store:
+    with RowStore(
+        out / "scores" / f"{task}.{name}.jsonl", {"metric": metric, "by": where, "rows": header}, anew
+    ) as store:
         left = [row for row in rows if row["key"] not in store]
         if left:
             say(f"{metric} of {len(left)} rows of {task}")

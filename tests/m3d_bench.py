@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from engine.api import Answer, Segmentation, Timings
 from tests.m3d_data import LIVER, SIZE
 
 REPORT = "Finding 5. The left lung is clear."
@@ -26,20 +27,30 @@ class Model:
 
 
 class Answerer:
-    """Answers every question about the liver rightly, and all others as if they were about the liver.
+    """What M3D-Bench uses of `engine.api.M3D`.
+
+    It answers every question about the liver rightly, and draws the liver for all others.
 
     texts: question's part -> what is said then. killed_after: kills this process with that answer.
+    models: that are served.
     """
 
-    def __init__(self, model: Model = Model(), texts: dict[str, str] | None = None, killed_after: int | None = None):
-        self.model, self.texts, self.killed_after = model, texts or {}, killed_after
+    def __init__(
+        self,
+        model: Model = Model(),
+        texts: dict[str, str] | None = None,
+        killed_after: int | None = None,
+        models: tuple[str, ...] = ("m3d_chat", "m3d_segment", "m3d_retrieve"),
+    ):
+        self.model, self.texts, self.killed_after, self.models = model, texts or {}, killed_after, models
         self.uploads: list[str] = []
         self.questions: list[str] = []
+        self.forgotten: list[str] = []
         self.in_flight = 0
         self._lock = threading.Lock()
 
     def info(self):
-        return SimpleNamespace(model=self.model)
+        return SimpleNamespace(model=self.model, models=self.models)
 
     def upload(self, scan):
         with self._lock:
@@ -54,18 +65,25 @@ class Answerer:
         said = next((text for part, text in self.texts.items() if part in question), None)
         if said is None:
             said = "A. Axial" if "Choices:" in question else BOX if "liver" in question else REPORT
-        timings = SimpleNamespace(first_token_s=0.25)
-        answer = SimpleNamespace(text=said, token_ids=(1, 2, 3), finish_reason="stop", timings=timings)
-        if "choices" in sampling:
-            answer.choices = {letter: -float(number) for number, letter in enumerate(sampling["choices"])}
-        return answer
+        return Answer(
+            text=said,
+            token_ids=(1, 2, 3),
+            finish_reason="stop",
+            boxes=np.zeros((0, 6)),
+            timings=Timings(100, 0, 3, 0.25, 0.5, 0.25, 0.5),
+            choices={choice: -float(number) for number, choice in enumerate(sampling.get("choices", ()))},
+        )
 
     def segment(self, study, question, return_logits=False, **sampling):
         answer = self.ask(study, question, **sampling)
         mask = np.zeros(SIZE, bool)
         mask[LIVER] = True
         logits = np.where(mask, 9, -9).astype(np.float32) if return_logits else None
-        return SimpleNamespace(answer=answer, mask=mask, affine=np.eye(4), logits=logits)
+        return Segmentation(answer=answer, mask=mask, affine=np.eye(4), logits=logits)
+
+    def forget(self, study):
+        with self._lock:
+            self.forgotten.append(study.path)
 
     def embed(self, study):
         return embedding(Path(study.path).parent.name[-1])

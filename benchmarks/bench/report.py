@@ -54,7 +54,9 @@ dt{font-weight:600}dd{margin:0 0 .3rem}
 """
 
 
-def page(bench: dict, facts: dict, rows: dict[str, Sequence[dict]], predictions: Path) -> str:
+def page(
+    bench: dict, facts: dict, rows: dict[str, Sequence[dict]], predictions: Path, speed: dict | None = None
+) -> str:
     """The page.
 
     Args:
@@ -62,6 +64,7 @@ def page(bench: dict, facts: dict, rows: dict[str, Sequence[dict]], predictions:
         facts: what the run was: date, hardware, model, settings, seconds: written as they are.
         rows: task -> scored rows.
         predictions: folder of the masks that the run kept.
+        speed: as speed.json; None if eager PyTorch was not timed.
     """
     body = [
         "<h1>M3D-Bench</h1>",
@@ -70,6 +73,8 @@ def page(bench: dict, facts: dict, rows: dict[str, Sequence[dict]], predictions:
         f"<p class=quiet>The figures of {' and '.join(PAPERS)} are published ones, of M3D-Data's own test sets.</p>",
         *(_task(task, bench["tasks"][task], rows[task], predictions) for task in bench["tasks"]),
     ]
+    if speed is not None:
+        body.append(_speed(speed))
     if bench.get("not_run"):
         body.append("<h2>Not run</h2>" + _table(("task", "why"), bench["not_run"].items()))
     return (
@@ -119,6 +124,22 @@ def _task(task: str, found: dict, rows: Sequence[dict], predictions: Path) -> st
     if task in CASES_BY:
         parts.append(_cases(task, rows, predictions))
     return "".join(parts)
+
+
+def _speed(speed: dict) -> str:
+    """The same samples by both sides."""
+    ways = {f"engine, {speed['concurrency']} at a time": speed["engine"]}
+    ways[f"eager PyTorch, {speed['precision']}, one at a time"] = speed["eager"]
+    rows = []
+    for name, way in ways.items():
+        parts = "; ".join(f"{part} {seconds / speed['n']:.2f}" for part, seconds in way["parts"].items())
+        rows.append((name, f"{way['seconds']:.1f}", f"{way['seconds'] / speed['n']:.2f}", parts))
+    heads = ("", "seconds", "a sample", "where a sample's seconds go, those it waits for others included")
+    return (
+        f"<h2 id=speed>Speed</h2><p>{speed['n']} samples of {speed['scans']} images that neither side knew: eager "
+        f"PyTorch takes <b>{speed['ratio']:.1f} times</b> as long. It is the reference's way: each sample from the "
+        f"file on, one after the other.</p>{_table(heads, rows)}"
+    )
 
 
 def _figures(task: str, found: dict) -> str:

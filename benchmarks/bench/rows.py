@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from benchmarks.command import say
 from engine.errors import InvalidInput, shortened
 
 
@@ -18,13 +19,14 @@ class RowStore:
     Args:
         path: of the file; it is made if it is not there.
         header: JSON-ready; a file with another one is refused.
+        anew: it is not refused, but emptied, and this is said.
 
     Raises:
         InvalidInput: if the file was made by something else, is damaged, or is open in another run.
     """
 
-    def __init__(self, path: Path, header: dict):
-        self.path, self.header = path, json.loads(json.dumps(header))
+    def __init__(self, path: Path, header: dict, anew: bool = False):
+        self.path, self.header, self._anew = path, json.loads(json.dumps(header)), anew
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -84,7 +86,16 @@ class RowStore:
             self._write(self.header)
             return {}
         header, *rows = (self._parsed(number, line) for number, line in enumerate(lines, start=1))
-        self._same(header)
+        if differences := self._differences(header):
+            if not self._anew:
+                raise InvalidInput(
+                    f"{self.path} was made by another run and cannot be resumed ({differences}): choose another "
+                    "folder with --out, or delete those rows with --anew"
+                )
+            say(f"{self.path} was made by another run ({differences}): its {len(rows)} rows are deleted")
+            os.ftruncate(self._file, 0)
+            self._write(self.header)
+            return {}
         found: dict[str, dict] = {}
         for number, row in enumerate(rows, start=2):
             if not isinstance(row.get("key"), str) or row["key"] in found:
@@ -103,17 +114,12 @@ class RowStore:
             )
         return row
 
-    def _same(self, header: dict) -> None:
-        differences = [
+    def _differences(self, header: dict) -> str:
+        return "; ".join(
             f"{name}: {shortened(header.get(name))} there, {shortened(self.header.get(name))} now"
             for name in sorted({*header, *self.header})
             if header.get(name) != self.header.get(name)
-        ]
-        if differences:
-            raise InvalidInput(
-                f"{self.path} was made by another run and cannot be resumed ({'; '.join(differences)}): "
-                "choose another folder with --out"
-            )
+        )
 
 
 def read_rows(path: Path) -> tuple[dict, list[dict]]:

@@ -1,4 +1,4 @@
-"""Asks all samples of a task: several in flight, each scan uploaded once, a row for each answer."""
+"""Asks all samples, whatever their tasks: several in flight, each scan uploaded once, a row for each answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.bench.answerer import Answerer, choice_logprobs
 from benchmarks.bench.metrics import boxes, masks
 from benchmarks.bench.rows import RowStore
-from benchmarks.bench.samples import Sample, Truth, is_nifti, read_truth
+from benchmarks.bench.samples import MASKED, TASKS, Sample, Truth, is_nifti, read_truth
+from engine.api import M3D, Answer, Segmentation, Study
 from engine.errors import InvalidInput, M3DError
 from engine.prompt import parse_boxes
 from training.data.sample import BrokenSample
@@ -32,44 +32,52 @@ _TEXT_BATCH = 16
 class Run:
     """How samples are asked.
 
-    concurrency: samples in flight. new_tokens: of an answer at most. nsd_mm: tolerance of NSD.
-    likelihoods: whether closed questions are asked a second time, for the log-probability of each choice.
+    answerer: a server's client, or an engine in this process. concurrency: samples in flight. new_tokens: of an answer
+    at most. nsd_mm: tolerance of NSD.
     predictions: folder where predicted masks are kept, for the report's pictures.
-    most_failed: how many samples of a task may fail before the run stops.
+    failed_share: of a task's samples, how many may fail before the run stops.
     """
 
-    answerer: Answerer
+    answerer: M3D
     predictions: Path
     concurrency: int = 8
     new_tokens: int = NEW_TOKENS
     nsd_mm: float = masks.NSD_MM
-    likelihoods: bool = False
-    most_failed: int = 0
+    failed_share: float = 0.0
 
 
-def run(task: str, samples: Sequence[Sample], store: RowStore, settings: Run) -> list[str]:
-    """Ask all samples that `store` has no row of. Returns what failed, in words; their rows are missing.
+def run(samples: Mapping[str, Sequence[Sample]], stores: Mapping[str, RowStore], settings: Run) -> dict[str, list[str]]:
+    """Ask all samples that have no row yet, those of one scan together: it is encoded once for all tasks.
+
+    Args:
+        samples, stores: of each task.
+
+    Returns:
+        Of each task what failed, in words; those rows are missing.
 
     Raises:
-        M3DError: of the sample that failed last, when more than `most_failed` have, and at once if the server is gone.
+        M3DError: of the sample that failed last, when more than `failed_share` of a task have, and at once if the
+            server is gone.
     """
-    pending = [sample for sample in samples if sample.key not in store]
+    failed: dict[str, list[str]] = {task: [] for task in samples}
+    pending = [sample for task, found in samples.items() for sample in found if sample.key not in stores[task]]
     if not pending:
-        return []
-    studies = _Studies(settings.answerer, pending)
-    failures = TextColumn("{task.fields[failed]}")
-    columns = (TextColumn(task), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), failures)
-    with Progress(*columns) as progress:
-        bar = progress.add_task(task, total=len(samples), completed=len(samples) - len(pending), failed="")
-        failed: list[str] = []
-        for sample, outcome in _in_flight(_jobs(task, pending, studies, settings), settings.concurrency):
+        return failed
+    pending.sort(key=lambda sample: (str(sample.image), TASKS.index(sample.task), sample.key))
+    total, studies = sum(map(len, samples.values())), Studies(settings.answerer, pending)
+    columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[failed]}")) as progress:
+        bar = progress.add_task("", total=total, completed=total - len(pending), failed="")
+        for sample, outcome in _in_flight(_jobs(pending, studies, settings), settings.concurrency):
+            task = sample.task
             if isinstance(outcome, M3DError):
-                failed.append(f"{sample.key}: {outcome}")
-                progress.update(bar, failed=f"{len(failed)} failed")
-                if not isinstance(outcome, (InvalidInput, BrokenSample)) or len(failed) > settings.most_failed:
+                failed[task].append(f"{sample.key}: {outcome}")
+                progress.update(bar, failed=f"{sum(map(len, failed.values()))} failed")
+                most = int(settings.failed_share * len(samples[task]))
+                if not isinstance(outcome, (InvalidInput, BrokenSample)) or len(failed[task]) > most:
                     raise outcome
             else:
-                store.append(outcome)
+                stores[task].append(outcome)
             progress.advance(bar)
     return failed
 
@@ -77,17 +85,17 @@ def run(task: str, samples: Sequence[Sample], store: RowStore, settings: Run) ->
 Job = tuple[Sample, Callable[[], dict]]
 
 
-def _jobs(task: str, samples: Sequence[Sample], studies: _Studies, settings: Run) -> Iterator[Job]:
-    if task != "retrieval":
-        answered = {"rec": _box, "seg-semantic": _mask, "seg-referring": _mask, "vqa-closed": _closed}.get(task, _text)
-        for sample in samples:
-            yield sample, lambda sample=sample: _asked(sample, studies, settings, answered)
-        return
-    for start in range(0, len(samples), _TEXT_BATCH):
-        batch = samples[start : start + _TEXT_BATCH]
-        texts = _Texts(settings.answerer, batch)
-        for sample in batch:
-            yield sample, lambda sample=sample, texts=texts: _embedded(sample, studies, texts, settings)
+def _jobs(samples: Sequence[Sample], studies: Studies, settings: Run) -> Iterator[Job]:
+    texts: dict[str, _Texts] = {}
+    pairs = [sample for sample in samples if sample.task == "retrieval"]
+    for start in range(0, len(pairs), _TEXT_BATCH):
+        batch = pairs[start : start + _TEXT_BATCH]
+        texts |= dict.fromkeys((sample.key for sample in batch), _Texts(settings.answerer, batch))
+    for sample in samples:
+        if sample.task == "retrieval":
+            yield sample, lambda sample=sample: _embedded(sample, studies, texts[sample.key], settings)
+        else:
+            yield sample, lambda sample=sample: _asked(sample, studies, settings)
 
 
 def _in_flight(jobs: Iterator[Job], concurrency: int) -> Iterator[tuple[Sample, dict | M3DError]]:
@@ -132,16 +140,16 @@ class _Once:
         return self._future.result(), mine
 
 
-class _Studies:
+class Studies:
     """Each scan's study, uploaded when its first sample wants it, and let go of with its last one."""
 
-    def __init__(self, answerer: Answerer, samples: Sequence[Sample]):
+    def __init__(self, answerer: M3D, samples: Sequence[Sample]):
         self._answerer = answerer
         self._left = Counter(sample.image for sample in samples)
         self._studies: dict[Path, _Once] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, image: Path) -> tuple[Any, float]:
+    def __call__(self, image: Path) -> tuple[Study, float]:
         """(study, seconds that the upload took: 0 if another sample made it)."""
         started = time.monotonic()
         with self._lock:
@@ -159,7 +167,7 @@ class _Studies:
 class _Texts:
     """The embeddings of a batch of reports, computed when the first of its samples wants one."""
 
-    def __init__(self, answerer: Answerer, samples: Sequence[Sample]):
+    def __init__(self, answerer: M3D, samples: Sequence[Sample]):
         self._places = {sample.key: number for number, sample in enumerate(samples)}
 
         def embed() -> np.ndarray:
@@ -172,20 +180,21 @@ class _Texts:
 
 
 # --- one sample ------------------------------------------------------------------------------------------------------
-def _asked(sample: Sample, studies: _Studies, settings: Run, answered: Callable) -> dict:
+def _asked(sample: Sample, studies: Studies, settings: Run) -> dict:
     """The row of a sample: what was asked and answered, what was measured of boxes and masks, and times."""
     try:
         truth = read_truth(sample)
         study, upload_s = studies(sample.image)
         started = time.monotonic()
-        answer, more = answered(sample, truth, study, settings)
+        found = answered(settings.answerer, sample, truth, study, settings.new_tokens)
         seconds = time.monotonic() - started
+        answer = found.answer if isinstance(found, Segmentation) else found
         return {
             **_common(sample),
             "question": truth.question,
             "answer": truth.answer,
             "prediction": answer.text,
-            **more,
+            **_measured(sample, truth, found, settings),
             "tokens": len(answer.token_ids),
             "finish_reason": answer.finish_reason,
             "times": {
@@ -198,6 +207,22 @@ def _asked(sample: Sample, studies: _Studies, settings: Run, answered: Callable)
         studies.done(sample.image)
 
 
+def answered(m3d: M3D, sample: Sample, truth: Truth, study: Study, new_tokens: int) -> Answer | Segmentation:
+    """What is said about a sample; of closed questions with the likelihood of each letter."""
+    if sample.task in MASKED:
+        return m3d.segment(study, truth.question, not is_nifti(sample.image), max_new_tokens=new_tokens)
+    return m3d.ask(study, truth.question, max_new_tokens=new_tokens, choices=tuple(sample.choices))
+
+
+def _measured(sample: Sample, truth: Truth, found: Answer | Segmentation, settings: Run) -> dict:
+    """What a row holds beside texts."""
+    if isinstance(found, Segmentation):
+        return _mask(sample, truth, found, settings)
+    if sample.task == "vqa-closed":
+        return {"choices": sample.choices, "choice": sample.choice, "logprobs": dict(found.choices)}
+    return _box(truth, found) if sample.task == "rec" else {}
+
+
 def _common(sample: Sample) -> dict:
     row = {"key": sample.key, "scan": sample.scan, "image": str(sample.image), "groups": sample.groups}
     if sample.structure is not None:
@@ -205,23 +230,9 @@ def _common(sample: Sample) -> dict:
     return row
 
 
-def _text(sample: Sample, truth: Truth, study, settings: Run) -> tuple[Any, dict]:
-    return settings.answerer.ask(study, truth.question, max_new_tokens=settings.new_tokens), {}
-
-
-def _closed(sample: Sample, truth: Truth, study, settings: Run) -> tuple[Any, dict]:
-    answer = settings.answerer.ask(study, truth.question, max_new_tokens=settings.new_tokens)
-    row: dict[str, Any] = {"choices": sample.choices, "choice": sample.choice}
-    if settings.likelihoods:
-        likely = settings.answerer.ask(study, truth.question, max_new_tokens=1, choices=tuple(sample.choices))
-        row["logprobs"] = {letter: float(choice_logprobs(likely)[letter]) for letter in sample.choices}
-    return answer, row
-
-
-def _box(sample: Sample, truth: Truth, study, settings: Run) -> tuple[Any, dict]:
-    answer = settings.answerer.ask(study, truth.question, max_new_tokens=settings.new_tokens)
+def _box(truth: Truth, answer: Answer) -> dict:
     found = parse_boxes(answer.text)
-    return answer, {
+    return {
         "box": None if truth.box is None else truth.box.tolist(),
         "predicted_box": found[0].tolist() if len(found) else None,
         "size": list(truth.mask.shape),
@@ -229,9 +240,7 @@ def _box(sample: Sample, truth: Truth, study, settings: Run) -> tuple[Any, dict]
     }
 
 
-def _mask(sample: Sample, truth: Truth, study, settings: Run) -> tuple[Any, dict]:
-    in_model_space = not is_nifti(sample.image)
-    found = settings.answerer.segment(study, truth.question, in_model_space, max_new_tokens=settings.new_tokens)
+def _mask(sample: Sample, truth: Truth, found: Segmentation, settings: Run) -> dict:
     present = bool(truth.mask.any())
     if found.mask is not None and found.mask.shape != truth.mask.shape:
         raise InvalidInput(
@@ -246,8 +255,9 @@ def _mask(sample: Sample, truth: Truth, study, settings: Run) -> tuple[Any, dict
     if truth.spacing_mm is not None:
         sound["HD95"] = masks.hd95(mask, truth.mask, truth.spacing_mm) if present else None
         sound["NSD"] = masks.nsd(mask, truth.mask, truth.spacing_mm, settings.nsd_mm) if present else None
-    reference = {"Dice": masks.soft_dice(found.logits, truth.mask)} if in_model_space else {}
-    return found.answer, {
+    # The true mask of a NIfTI file is not known in the model's volume, where the logits are.
+    reference = {} if is_nifti(sample.image) else {"Dice": masks.soft_dice(found.logits, truth.mask)}
+    return {
         "mask": str(sample.mask),
         "label": sample.label,
         "share": float(truth.mask.mean()),
@@ -272,7 +282,7 @@ def read_kept(path: Path) -> np.ndarray:
         return np.unpackbits(found["bits"], count=int(np.prod(shape))).reshape(shape).astype(bool)
 
 
-def _embedded(sample: Sample, studies: _Studies, texts: _Texts, settings: Run) -> dict:
+def _embedded(sample: Sample, studies: Studies, texts: _Texts, settings: Run) -> dict:
     """The row of a pair: the embeddings of scan and report, base64 of float32."""
     try:
         truth = read_truth(sample)

@@ -18,6 +18,7 @@ from training.data.sets import box_of
 from training.data.wording import choose, descriptions, templates
 
 TASKS = ("retrieval", "report", "vqa-closed", "vqa-open", "rec", "reg", "seg-semantic", "seg-referring")
+MASKED = ("seg-semantic", "seg-referring")
 _STRUCTURE_TASKS = {"rec": "rec", "reg": "reg", "seg-semantic": "segmentation", "seg-referring": "segmentation"}
 _NIFTI = (".nii", ".nii.gz")
 
@@ -49,10 +50,6 @@ class Sample:
     style: str | None = None
     structure: str | None = None
     groups: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(path for path in (self.image, self.text, self.mask) if path is not None)
 
 
 @dataclass(frozen=True, eq=False)

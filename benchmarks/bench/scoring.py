@@ -20,6 +20,7 @@ from benchmarks.bench.runner import decoded
 
 REFERENCE, SOUND = "reference", "sound"
 SIDES = (REFERENCE, SOUND)
+LIKELIEST = "accuracy of the likeliest choice"
 Scores = dict[str, dict[str, object]]  # side -> metric -> score
 
 TEXT_TASKS = ("report", "vqa-open", "reg")
@@ -77,8 +78,6 @@ def gaps_of(task: str, rows: Sequence[dict], scorers: Scorers) -> dict[str, dict
             gaps[side][metric] = scorers.gaps.get(metric, "no model was given")
     if task in TEXT_TASKS and all(row["scores"][SOUND]["CIDEr"] is None for row in rows):
         gaps[SOUND]["CIDEr"] = "all samples have the same answer: no word is rare"
-    if task == "vqa-closed" and not any("accuracy of the likeliest choice" in row["scores"][SOUND] for row in rows):
-        gaps[SOUND]["accuracy of the likeliest choice"] = "whoever answered gives no log-probabilities of choices"
     if task.startswith("seg"):
         for metric in ("HD95", "NSD"):
             if not any(row["scores"][SOUND].get(metric) is not None for row in rows):
@@ -157,14 +156,13 @@ def _closed(rows: list[dict], scorers: Scorers) -> list[tuple[Scores, Scores]]:
         guess = 1 / len(row["choices"])
         scores: Scores = {
             REFERENCE: {"accuracy": float(choices.substring_right(row["prediction"], row["choice"]))},
-            SOUND: {"accuracy": float(chosen == row["choice"]), "unparseable": float(chosen is None)},
+            SOUND: {
+                "accuracy": float(chosen == row["choice"]),
+                "unparseable": float(chosen is None),
+                LIKELIEST: float(choices.likeliest(row["logprobs"]) == row["choice"]),
+            },
         }
-        chance: Scores = {REFERENCE: {"accuracy": guess}, SOUND: {"accuracy": guess}}
-        if row.get("logprobs"):
-            scores[SOUND]["accuracy of the likeliest choice"] = float(
-                choices.likeliest(row["logprobs"]) == row["choice"]
-            )
-            chance[SOUND]["accuracy of the likeliest choice"] = guess
+        chance: Scores = {REFERENCE: {"accuracy": guess}, SOUND: {"accuracy": guess, LIKELIEST: guess}}
         found.append((scores, chance))
     return found
 

