@@ -50,9 +50,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """differences: of all metrics that both have. notes: what was not compared, and why."""
+    """differences: of all metrics that both have. same: task -> (samples, answers that are the same word for word), of
+    tasks with answers. notes: what was not compared, and why."""
 
     differences: tuple[Difference, ...]
+    same: dict[str, tuple[int, int]]
     notes: tuple[str, ...]
 
 
@@ -67,6 +69,7 @@ def compare(a: Path, b: Path) -> Compared:
         raise InvalidInput(f"{a} and {b} have no task in common")
     notes = [f"{task}: only in {a if task in tasks_a else b}" for task in sorted(tasks_a ^ tasks_b)]
     differences: list[Difference] = []
+    same: dict[str, tuple[int, int]] = {}
     for task in sorted(tasks_a & tasks_b):
         rows_a, rows_b = (_rows(path, task) for path in (a, b))
         keys = sorted(rows_a.keys() & rows_b.keys())
@@ -78,10 +81,12 @@ def compare(a: Path, b: Path) -> Compared:
         if not keys:
             notes.append(f"{task}: no sample in common")
             continue
+        if all("prediction" in rows_a[k] for k in keys):
+            same[task] = len(keys), sum(rows_a[k]["prediction"] == rows_b[k]["prediction"] for k in keys)
         differences += _differences(task, [rows_a[k] for k in keys], [rows_b[k] for k in keys])
         if (scans := len({rows_a[k]["scan"] for k in keys})) < LEAST_SCANS:
             notes.append(f"{task}: {scans} scans in common; what is noise can be told from {LEAST_SCANS} on")
-    return Compared(tuple(differences), tuple(notes))
+    return Compared(tuple(differences), same, tuple(notes))
 
 
 def words(compared: Compared, a: Path, b: Path) -> str:
@@ -100,6 +105,7 @@ def words(compared: Compared, a: Path, b: Path) -> str:
         "",
         f"{len(beyond)} of {len(judged)} differences are beyond noise. "
         f"By chance alone about {0.05 * len(judged):.1f} would be.",
+        *(f"{task}: {same} of {n} answers are the same, word for word" for task, (n, same) in compared.same.items()),
         *compared.notes,
     ]
     return "\n".join(lines)

@@ -246,6 +246,11 @@ def _mask(sample: Sample, truth: Truth, found: Segmentation, settings: Run) -> d
         raise InvalidInput(
             f"{sample.image}: the predicted mask has shape {found.mask.shape}, the true one {truth.mask.shape}"
         )
+    if found.logits is not None and found.logits.shape != truth.mask.shape:
+        raise InvalidInput(
+            f"{sample.image} has shape {truth.mask.shape}, the model's volume {found.logits.shape}, where the "
+            "reference's Dice is taken: write the data in the model's size"
+        )
     mask = np.zeros_like(truth.mask) if found.mask is None else found.mask
     sound: dict[str, float | None] = {
         "Dice": masks.dice(mask, truth.mask) if present else None,

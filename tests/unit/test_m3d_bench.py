@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,6 +200,18 @@ def test_a_server_that_is_gone_stops_the_run_at_once_and_keeps_the_rows(root, tm
     with pytest.raises(Unavailable, match="gone"):
         asked("rec", root, tmp_path, Gone(), concurrency=1, failed_share=1)
     assert len(read_rows(tmp_path / "rec.jsonl")[1]) == 3
+
+
+def test_logits_of_another_shape_than_the_true_mask_are_refused(root, tmp_path):
+    """A data root whose images do not have the model's size."""
+
+    class Small(Answerer):
+        def segment(self, study, question, return_logits=False, **sampling):
+            found = super().segment(study, question, return_logits, **sampling)
+            return replace(found, logits=found.logits[1:])
+
+    with pytest.raises(InvalidInput, match=r"has shape \(8, 32, 32\).*model's volume \(7, 32, 32\)"):
+        asked("seg-semantic", root, tmp_path, Small())
 
 
 def test_a_scan_is_uploaded_once_for_all_tasks(root, tmp_path):
@@ -737,14 +750,20 @@ def test_a_comparison_tells_what_is_beyond_noise(many, tmp_path, capsys):
     bench(arguments("b"), Answerer(texts={"liver": REPORT}))  # no boxes
     bench(arguments("c"), Answerer())
     a, b, c = (tmp_path / name / "bench.json" for name in "abc")
-    found = {(d.side, d.metric): d for d in compare.compare(a, b).differences if d.task == "rec"}
+    both = compare.compare(a, b)
+    found = {(d.side, d.metric): d for d in both.differences if d.task == "rec"}
+    assert both.same == {"rec": (24, 12), "vqa-closed": (1, 1)}  # descriptions do not say "liver"
     iou = found["sound", "IoU"]
     assert iou.verdict == "worse" and iou.low <= iou.difference <= iou.high < 0
     assert iou.n == 24  # each case is asked by name and by description
     assert {d.verdict for d in compare.compare(a, c).differences if d.task == "rec"} == {"equal"}
     assert m3d_bench.main(["compare", str(a), str(b)]) == 0
     said = capsys.readouterr().out
-    assert "worse" in said and "By chance alone about" in said
+    assert (
+        "rec: 12 of 24 answers are the same, word for word" in said
+        and "worse" in said
+        and "By chance alone about" in said
+    )
     assert "vqa-closed: 1 scans in common" in said
 
 
