@@ -47,14 +47,19 @@ _SERVED = {"retrieval": "m3d_retrieve", **dict.fromkeys(MASKED, "m3d_segment")}
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["compare"]:
-        return run_command(lambda: _compare(argv[1:]))
-    options = _options(argv)
-    return run_command(lambda: _bench(options))
+    options = parsed(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: options.body(options))
 
 
-def _options(argv: list[str]) -> argparse.Namespace:
+def parsed(argv: list[str]) -> argparse.Namespace:
+    """The options of a run, or of `compare`; body: what does it."""
+    comparing = argv[:1] == ["compare"]
+    options = _compare_parser().parse_args(argv[1:]) if comparing else _parser().parse_args(argv)
+    options.body = _compare if comparing else _bench
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="data root, laid out as M3D-Data")
     parser.add_argument("--task", type=several(), default=("all",), help=f"all, or some of {', '.join(TASKS)}")
@@ -82,14 +87,17 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--green", type=Path, metavar="DIR", help="model of the package green_score")
     parser.add_argument("--judge", metavar="URL", help="a server with OpenAI's protocol, for the LLM judge")
     parser.add_argument("--judge-model", default="judge", metavar="NAME", help="the judge's model there")
-    return parser.parse_args(argv)
+    return parser
 
 
-def _compare(argv: list[str]) -> int:
+def _compare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="m3d_bench.py compare", description="Which differences are beyond noise.")
     parser.add_argument("a", type=Path, metavar="A.json")
     parser.add_argument("b", type=Path, metavar="B.json")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def _compare(options: argparse.Namespace) -> int:
     print(compare.words(compare.compare(options.a, options.b), options.a, options.b))
     return 0
 
