@@ -90,7 +90,7 @@ m3d-bench: $(VENV)/testing  ## M3D-Bench's eight tasks on the demo's held-out sc
 	@$(EXPORT_DEMO)
 	@$(BIN)/python benchmarks/make_m3d_data.py $(DEMO)/8_evaluate.json $(OUT)/m3d-bench/data
 	@$(BIN)/python benchmarks/m3d_bench.py --data $(OUT)/m3d-bench/data --repository model_repository \
-	  --out $(OUT)/m3d-bench --anew --eager training/demo
+	  --out $(OUT)/m3d-bench --anew --eager training/demo --eager-samples 60
 
 rehearse-7b: $(VENV)/testing  ## export, serve and ask a random model of the published 7B's size (20 GB of memory, 40 of disk)
 	@$(BIN)/python benchmarks/make_checkpoint.py --llm 7b $(OUT)/7b/checkpoint

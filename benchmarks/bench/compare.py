@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.bench.rows import read_rows
 from benchmarks.bench.scoring import SIDES
 from benchmarks.bench.statistics import LEAST_SCANS, paired
-from benchmarks.bench.summary import LOWER_IS_BETTER, metrics_of, statistics_of, value
+from benchmarks.bench.summary import LOWER_IS_BETTER, applies, metrics_of, statistics_of, value
 from engine.errors import InvalidInput
 from training.data.reading import read_json
 
@@ -18,7 +18,7 @@ SAMPLES = "samples"  # the folder beside bench.json that has the scored rows
 
 @dataclass(frozen=True)
 class Difference:
-    """B against A in one metric, over the samples that both have.
+    """B against A in one metric, over the samples that both have; n: of them, those to which the metric applies.
 
     low, high: of b - a, 95 %; None where fewer than LEAST_SCANS scans are shared. verdict: better, worse, within noise,
     equal, or unknown.
@@ -121,7 +121,7 @@ def _differences(task: str, a: Sequence[dict], b: Sequence[dict]) -> list[Differ
             _, ends = paired(statistics_a, statistics_b, scans, value_of)
             low, high = ends or (None, None)
             value_a, value_b = (value(rows, side, metric) for rows in (a, b))
-            found.append(Difference(task, side, metric, len(a), value_a, value_b, low, high))
+            found.append(Difference(task, side, metric, applies(a, side, metric), value_a, value_b, low, high))
     return found
 
 

@@ -58,7 +58,7 @@ def figure(rows: Sequence[dict], side: str, name: str) -> dict:
     statistics, value_of = statistics_of(rows, side, name)
     ends = interval(statistics, [row["scan"] for row in rows], value_of)
     low, high = (None, None) if ends is None else map(_rounded, ends)
-    return {"value": value(rows, side, name), "low": low, "high": high, "n": _applies(rows, side, name)}
+    return {"value": value(rows, side, name), "low": low, "high": high, "n": applies(rows, side, name)}
 
 
 def value(rows: Sequence[dict], side: str, name: str) -> float:
@@ -74,7 +74,8 @@ def statistics_of(rows: Sequence[dict], side: str, name: str) -> tuple[np.ndarra
     return as_statistics(scores), mean_of
 
 
-def _applies(rows: Sequence[dict], side: str, name: str) -> int:
+def applies(rows: Sequence[dict], side: str, name: str) -> int:
+    """To how many rows a metric applies."""
     return sum(row["scores"][side].get(name) is not None for row in rows)
 
 
@@ -88,7 +89,7 @@ def _groups(rows: Sequence[dict]) -> dict:
         kind: {
             name: {
                 side: {
-                    m: {"value": value(found, side, m), "n": _applies(found, side, m)} for m in metrics_of(found, side)
+                    m: {"value": value(found, side, m), "n": applies(found, side, m)} for m in metrics_of(found, side)
                 }
                 for side in SIDES
             }
