@@ -15,38 +15,40 @@ from benchmarks.bench.rows import read_rows
 from benchmarks.bench.runner import decoded
 from benchmarks.bench.samples import TASKS
 from tests.conftest import ROOT
+from tests.functional.conftest import DEMO
 from tests.m3d_data import write_root
-from tests.tiny import IMAGE_SIZE
 
 NEW_TOKENS = "8"
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return write_root(tmp_path_factory.mktemp("bench") / "root", IMAGE_SIZE)
+    """In the demonstration model's size: the tiny one's tokenizer has no capital letters to choose from."""
+    size = tuple(json.loads((DEMO / "config.json").read_text())["image_size"])
+    return write_root(tmp_path_factory.mktemp("bench") / "root", size)
 
 
 @pytest.mark.integration
-def test_a_server_is_asked_all_eight_tasks_and_its_answers_are_the_rows(client, server, root, tmp_path):
-    arguments = ["--data", str(root), "--out", str(tmp_path), "--new-tokens", NEW_TOKENS, "--server", server.url]
+def test_a_server_is_asked_all_eight_tasks_and_its_answers_are_the_rows(demo_client, demo_server, root, tmp_path):
+    arguments = ["--data", str(root), "--out", str(tmp_path), "--new-tokens", NEW_TOKENS, "--server", demo_server.url]
     assert m3d_bench.main(arguments) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     assert list(found["tasks"]) == list(TASKS) and not found["not_run"]
-    assert found["model"]["manifest_sha256"] == client.info().model.manifest_sha256
+    assert found["model"]["manifest_sha256"] == demo_client.info().model.manifest_sha256
     rows = {task: read_rows(tmp_path / f"rows/{task}.jsonl")[1] for task in TASKS}
     for task in ("report", "rec", "seg-semantic"):
         for row in rows[task]:
-            assert row["prediction"] == client.ask(row["image"], row["question"], max_new_tokens=8).text
+            assert row["prediction"] == demo_client.ask(row["image"], row["question"], max_new_tokens=8).text
     (closed,) = rows["vqa-closed"]
-    likely = client.ask(closed["image"], closed["question"], max_new_tokens=1, choices=LETTERS).choices
+    likely = demo_client.ask(closed["image"], closed["question"], max_new_tokens=1, choices=LETTERS).choices
     assert closed["logprobs"] == pytest.approx(dict(likely), abs=1e-4) and set(likely) == set(LETTERS)
     (pair,) = rows["retrieval"]
     score = decoded(pair["scan_embedding"]) @ decoded(pair["text_embedding"])
-    np.testing.assert_allclose(score, client.rank(pair["image"], [pair["answer"]]).scores[0], atol=1e-6)
+    np.testing.assert_allclose(score, demo_client.rank(pair["image"], [pair["answer"]]).scores[0], atol=1e-6)
 
 
 @pytest.mark.slow(group="faults")
-def test_a_run_of_an_engine_that_is_killed_goes_on_and_ends_with_the_same_figures(repository, root, tmp_path):
+def test_a_run_of_an_engine_that_is_killed_goes_on_and_ends_with_the_same_figures(demo_repository, root, tmp_path):
     def arguments(out):
         return [
             "--data",
@@ -54,7 +56,7 @@ def test_a_run_of_an_engine_that_is_killed_goes_on_and_ends_with_the_same_figure
             "--new-tokens",
             NEW_TOKENS,
             "--repository",
-            str(repository),
+            str(demo_repository),
             "--out",
             tmp_path / out,
         ]
