@@ -46,6 +46,7 @@ class Answerer:
         self.uploads: list[str] = []
         self.questions: list[str] = []
         self.forgotten: list[str] = []
+        self.choices: list[tuple[str, ...]] = []
         self.in_flight = 0
         self._lock = threading.Lock()
 
@@ -60,6 +61,7 @@ class Answerer:
     def ask(self, study, question, **sampling):
         with self._lock:
             self.questions.append(question)
+            self.choices.append(sampling.get("choices", ()))
             if len(self.questions) == self.killed_after:
                 os.kill(os.getpid(), signal.SIGKILL)
         said = next((text for part, text in self.texts.items() if part in question), None)

@@ -207,11 +207,14 @@ def _asked(sample: Sample, studies: Studies, settings: Run) -> dict:
         studies.done(sample.image)
 
 
-def answered(m3d: M3D, sample: Sample, truth: Truth, study: Study, new_tokens: int) -> Answer | Segmentation:
-    """What is said about a sample; of closed questions with the likelihood of each letter."""
+def answered(
+    m3d: M3D, sample: Sample, truth: Truth, study: Study, new_tokens: int, likelihoods: bool = True
+) -> Answer | Segmentation:
+    """What is said about a sample; of closed questions with the likelihood of each letter, if it is asked for."""
     if sample.task in MASKED:
         return m3d.segment(study, truth.question, not is_nifti(sample.image), max_new_tokens=new_tokens)
-    return m3d.ask(study, truth.question, max_new_tokens=new_tokens, choices=tuple(sample.choices))
+    choices = tuple(sample.choices) if likelihoods else ()
+    return m3d.ask(study, truth.question, max_new_tokens=new_tokens, choices=choices)
 
 
 def _measured(sample: Sample, truth: Truth, found: Answer | Segmentation, settings: Run) -> dict:

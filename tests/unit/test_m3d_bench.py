@@ -606,6 +606,7 @@ def test_both_sides_answer_the_same_samples_and_the_engine_knows_none_of_the_sca
     assert len(samples) == 5 and len({sample.image for sample in samples}) == 2  # a scan's stand together
     answerer, eager = Answerer(), Eager()
     found = speed.compared(answerer, eager, samples, 3, 7)
+    assert not any(answerer.choices)  # the reference asks for no likelihoods
     assert sorted(answerer.forgotten) == sorted({str(sample.image) for sample in samples})
     asked = [read_truth(sample).question for sample in samples]
     assert sorted(answerer.questions) == sorted(asked)
