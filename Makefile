@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. `make help` lists the rest.
 # Tests come in three tiers, which the markers in pyproject.toml decide: check, test, test-all.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve check lint types unit test test-all lock quantizing bench bench-forgetful bench-settings rehearse-7b gpu-check train-demo clean
+.PHONY: help demo serve check lint types unit test test-all lock quantizing bench bench-forgetful bench-settings m3d-bench rehearse-7b gpu-check train-demo clean
 SHELL := /bin/bash
 
 ifneq (1,$(words $(CURDIR)))
@@ -84,6 +84,13 @@ bench-settings: $(VENV)/testing  ## after `make bench`: precisions of the encode
 	@$(BIN)/python benchmarks/encoders.py --checkpoint $(OUT)/bench/checkpoint --repository $(OUT)/bench/model_repository \
 	  --json $(OUT)/bench/encoders.json
 	@$(BIN)/python benchmarks/decode.py --repository $(OUT)/bench/model_repository --json $(OUT)/bench/decode.json
+
+# Rows that were answered by another export are deleted, and m3d_bench.py says so (--anew).
+m3d-bench: $(VENV)/testing  ## M3D-Bench's eight tasks on the demo's held-out scans, as a page (under 15 minutes)
+	@$(EXPORT_DEMO)
+	@$(BIN)/python benchmarks/make_m3d_data.py $(DEMO)/8_evaluate.json $(OUT)/m3d-bench/data
+	@$(BIN)/python benchmarks/m3d_bench.py --data $(OUT)/m3d-bench/data --repository model_repository \
+	  --out $(OUT)/m3d-bench --anew --eager training/demo --eager-samples 60
 
 rehearse-7b: $(VENV)/testing  ## export, serve and ask a random model of the published 7B's size (20 GB of memory, 40 of disk)
 	@$(BIN)/python benchmarks/make_checkpoint.py --llm 7b $(OUT)/7b/checkpoint

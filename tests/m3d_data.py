@@ -25,15 +25,15 @@ REFSEG_COLUMNS = ("Image", "Mask", "Mask_ID", "Question_Type", "Question", "Answ
 LIVER, RIGHT_KIDNEY = (slice(1, 5), slice(4, 16), slice(2, 12)), (slice(2, 4), slice(18, 26), slice(5, 10))
 
 
-def image(seed: int) -> np.ndarray:
+def image(seed: int, size: tuple[int, int, int] = SIZE) -> np.ndarray:
     """float32 [1, D, H, W]: dim noise with the liver and the right kidney brighter."""
-    volume = np.random.default_rng(seed).random((1, *SIZE), dtype=np.float32) * 0.3
+    volume = np.random.default_rng(seed).random((1, *size), dtype=np.float32) * 0.3
     volume[0][LIVER], volume[0][RIGHT_KIDNEY] = 0.7, 0.9
     return volume
 
 
-def mask(*boxes) -> np.ndarray:
-    volume = np.zeros((1, *SIZE), bool)
+def mask(*boxes, size: tuple[int, int, int] = SIZE) -> np.ndarray:
+    volume = np.zeros((1, *size), bool)
     for box in boxes:
         volume[0][box] = True
     return volume
@@ -53,12 +53,12 @@ def write_csv(path: Path, columns, rows) -> None:
         writer.writerows(rows)
 
 
-def write_root(root: Path) -> Path:
+def write_root(root: Path, size: tuple[int, int, int] = SIZE) -> Path:
     """All four sets: 6 image-text pairs, 4 questions of each kind, 2 data sets of M3D-Seg, 2 referring questions."""
     pairs = []
     for k in range(6):
         case = f"M3D_Cap_npy/ct_case/{k:06}"
-        save(root / case / "Axial.npy", image(k))
+        save(root / case / "Axial.npy", image(k, size))
         (root / case / "text.txt").write_text(f"Finding {k}.\nThe left lung is clear.")
         pairs.append({"image": f"{case}/Axial.npy", "text": f"{case}/text.txt"})
     index = {"train": pairs[:4], "validation": pairs[4:5], "test": pairs[5:]}
@@ -75,16 +75,16 @@ def write_root(root: Path) -> Path:
     for code, classes in (("0010", {0: LIVER, 1: RIGHT_KIDNEY}), ("0000", {0: LIVER})):
         entries = []
         for case in ("a", "b"):
-            save(seg / code / case / "image.npy", image(7))
+            save(seg / code / case / "image.npy", image(7, size))
             for number, box in classes.items():
                 label = f"{code}/{case}/masks/mask_{number}.npy"
-                save(seg / label, mask(box))
+                save(seg / label, mask(box, size=size))
                 entries.append({"image": f"{code}/{case}/image.npy", "label": label})
         half = len(entries) // 2
         (seg / code / f"{code}.json").write_text(json.dumps({"train": entries[:half], "test": entries[half:]}))
     case = "M3D_RefSeg_npy/s0000"
-    save(root / case / "ct.npy", image(9))
-    save(root / case / "mask.npy", (mask(LIVER) + 2.0 * mask(RIGHT_KIDNEY)).astype(np.float32))
+    save(root / case / "ct.npy", image(9, size))
+    save(root / case / "mask.npy", (mask(LIVER, size=size) + 2.0 * mask(RIGHT_KIDNEY, size=size)).astype(np.float32))
     rows = [
         (f"{case}/ct.npy", f"{case}/mask.npy", number, 0, f"Segment lesion {number}.", "It is [SEG] on the right.")
         for number in (1, 2)

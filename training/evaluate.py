@@ -27,6 +27,8 @@ from accelerate.utils import gather_object
 from rich.progress import track
 from scipy import stats
 
+from benchmarks.bench.metrics.boxes import iou as box_iou
+from benchmarks.bench.metrics.masks import dice
 from engine.cli import console
 from engine.errors import InvalidInput
 from engine.models import answering
@@ -137,21 +139,6 @@ class Answerer:
                 state = merged(states[row][found[row]])
                 masks[row] = (self.lamed.segment(features, state[None])[0, 0] > 0).numpy()
         return masks
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
-
-
-def box_iou(a: np.ndarray, b: np.ndarray, size: tuple[int, int, int]) -> float:
-    """Intersection over union (a true union, unlike the reference's hull) of boxes given by first and last voxels."""
-
-    def edges(box):
-        return box[:3] * size, box[3:] * size + 1
-
-    (a0, a1), (b0, b1) = edges(a), edges(b)
-    both = np.prod(np.maximum(0, np.minimum(a1, b1) - np.maximum(a0, b0)))
-    return float(both / (np.prod(a1 - a0) + np.prod(b1 - b0) - both))
 
 
 # --- what is known without a look ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import typer.main
 
-from benchmarks import latency
+from benchmarks import latency, m3d_bench
 from engine.cli.app import app
 from engine.models.language_model import FAMILIES
 from export import build_engines
@@ -26,12 +26,15 @@ PATH = re.compile(rf"`((?:{FOLDERS})/[^`\s]*)`")
 WRITTEN = re.compile(r"\.onnx|\.plan|layers\.txt|manifest\.json|tensorrt\.pbtxt|/llm\b|\*|…")
 
 
+COMMANDS = ("/m3d", "build_engines.py", "m3d_bench.py")
+
+
 def commands(block: documents.Block) -> list[list[str]]:
-    """The words of each line that runs `m3d` or the export."""
+    """The words of each line that runs `m3d`, the export or M3D-Bench."""
     lines = block.text.replace("\\\n", " ").splitlines()
     split = [shlex.split(line, comments=True) for line in lines]
     parts = [words[words.index("&&") + 1 :] if "&&" in words else words for words in split]
-    return [words for words in parts if any(word.endswith(("/m3d", "build_engines.py")) for word in words)]
+    return [words for words in parts if any(word.endswith(COMMANDS) for word in words)]
 
 
 @pytest.mark.parametrize("block", [block for block in SHELL if commands(block)], ids=str)
@@ -45,6 +48,8 @@ def test_the_commands_of_the_documents_are_understood(block):
 def parse(words: list[str]) -> None:
     if "export/build_engines.py" in words:
         build_engines._parser().parse_args(words[words.index("export/build_engines.py") + 1 :])
+    elif "benchmarks/m3d_bench.py" in words:
+        m3d_bench.parsed(words[words.index("benchmarks/m3d_bench.py") + 1 :])
     elif words[0].endswith("/m3d"):
         group = typer.main.get_command(app)
         with group.make_context("m3d", words[1:], resilient_parsing=False) as context:

@@ -218,6 +218,26 @@ def test_signals_are_handled_after_bf16_graphs_are_gone(tmp_path):
     assert (done.returncode, done.stdout) == (0, "child ended\n"), done.stderr
 
 
+@pytest.mark.parametrize("attempt", range(4))
+def test_two_threads_may_be_the_first_to_read_weights_through_openvino(attempt):
+    """As in `M3DEngine`, which opens its graphs together. Every other attempt would hang, and the process with it."""
+    code = """if True:
+        import sys, threading
+        import openvino
+        from engine.runtime.cpu import openvino_session
+        constant = openvino.op.Constant(openvino.Type.f32, openvino.Shape([2]), [1.0, 2.0])
+        both = threading.Barrier(2)
+        def read():
+            both.wait()
+            constant.data
+        sys.setswitchinterval(1e-7)
+        threads = [threading.Thread(target=read) for _ in range(2)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not has_bf16(), reason="this processor does not multiply bf16")
 def test_the_contract_holds_in_bf16_too(tmp_path):
     with pytest.raises(RepositoryError, match="segmentation_head.*export the repository again"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import openvino
@@ -21,6 +20,13 @@ _KEEP_BF16 = {"Reshape", "Transpose", "Slice", "Squeeze", "Gelu"}
 _EMBEDDING, _BLOCK = 1, 4
 _FP32, _BF16 = openvino.Type.f32, openvino.Type.bf16
 _TYPES = {_FP32: "tensor(float)", openvino.Type.i64: "tensor(int64)"}
+# One for this process, made while one thread imports this. Each Core gives the process an alternate signal stack and on
+# its end puts back the one that it found: two that end in the order in which they began leave one that is gone, and the
+# next signal kills.
+_CORE = openvino.Core()
+# The bindings' first use of NumPy. Two threads that both have it wait for each other for ever, one with the
+# interpreter's lock, the other with that of the bindings.
+op.constant(np.zeros(1, np.float32)).data  # noqa: B018
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,13 @@ class OpenVinoSession:
     """
 
     def __init__(self, path: str, threads: int):
-        model = _core().read_model(path)
+        model = _CORE.read_model(path)
         self._inputs, self._outputs = ([_node(port) for port in ports] for ports in (model.inputs, model.outputs))
         model.reshape(
             {node.name: [1, *(-1 if size is None else size for size in node.shape[1:])] for node in self._inputs}
         )
         _multiply_in_bf16(model)
-        self._model = _core().compile_model(
+        self._model = _CORE.compile_model(
             model,
             "CPU",
             {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads},
@@ -67,13 +73,6 @@ class OpenVinoSession:
     def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = self._request.infer(inputs, share_inputs=True)
         return {node.name: found[self._model.output(node.name)] for node in self._outputs}
-
-
-@cache
-def _core() -> openvino.Core:
-    """One for this process. Each Core gives the process an alternate signal stack and on its end puts back the one that
-    it found: two that end in the order in which they began leave one that is gone, and the next signal kills."""
-    return openvino.Core()
 
 
 def _multiply_in_bf16(model: openvino.Model) -> None:

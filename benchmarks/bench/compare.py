@@ -1,0 +1,139 @@
+"""Two runs over the same samples: which differences are beyond noise, by a paired bootstrap over scans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.bench.rows import read_rows
+from benchmarks.bench.scoring import SIDES
+from benchmarks.bench.statistics import LEAST_SCANS, paired
+from benchmarks.bench.summary import LOWER_IS_BETTER, applies, metrics_of, statistics_of, value
+from engine.errors import InvalidInput
+from training.data.reading import read_json
+
+SAMPLES = "samples"  # the folder beside bench.json that has the scored rows
+
+
+@dataclass(frozen=True)
+class Difference:
+    """B against A in one metric, over the samples that both have; n: of them, those to which the metric applies.
+
+    low, high: of b - a, 95 %; None where fewer than LEAST_SCANS scans are shared. verdict: better, worse, within noise,
+    equal, or unknown.
+    """
+
+    task: str
+    side: str
+    metric: str
+    n: int
+    a: float
+    b: float
+    low: float | None
+    high: float | None
+
+    @property
+    def difference(self) -> float:
+        return self.b - self.a
+
+    @property
+    def verdict(self) -> str:
+        if self.low is None or self.high is None:
+            return "unknown"
+        if self.low == self.high == 0:
+            return "equal"
+        if self.low <= 0 <= self.high:
+            return "within noise"
+        return "better" if (self.difference > 0) != (self.metric in LOWER_IS_BETTER) else "worse"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """differences: of all metrics that both have. same: task -> (samples, answers that are the same word for word), of
+    tasks with answers. notes: what was not compared, and why."""
+
+    differences: tuple[Difference, ...]
+    same: dict[str, tuple[int, int]]
+    notes: tuple[str, ...]
+
+
+def compare(a: Path, b: Path) -> Compared:
+    """Compare two bench.json, by the rows that lie beside each.
+
+    Raises:
+        InvalidInput: for a file that is none, or without its rows, and if no task is in both.
+    """
+    tasks_a, tasks_b = (set(_tasks(path)) for path in (a, b))
+    if not tasks_a & tasks_b:
+        raise InvalidInput(f"{a} and {b} have no task in common")
+    notes = [f"{task}: only in {a if task in tasks_a else b}" for task in sorted(tasks_a ^ tasks_b)]
+    differences: list[Difference] = []
+    same: dict[str, tuple[int, int]] = {}
+    for task in sorted(tasks_a & tasks_b):
+        rows_a, rows_b = (_rows(path, task) for path in (a, b))
+        keys = sorted(rows_a.keys() & rows_b.keys())
+        if other := len(rows_a.keys() ^ rows_b.keys()):
+            notes.append(f"{task}: {other} samples are in one of both runs only and are left out")
+        asked = [k for k in keys if rows_a[k].get("question") != rows_b[k].get("question")]
+        if asked:
+            raise InvalidInput(f"{task}: {len(asked)} samples were asked otherwise in the two runs, such as {asked[0]}")
+        if not keys:
+            notes.append(f"{task}: no sample in common")
+            continue
+        if all("prediction" in rows_a[k] for k in keys):
+            same[task] = len(keys), sum(rows_a[k]["prediction"] == rows_b[k]["prediction"] for k in keys)
+        differences += _differences(task, [rows_a[k] for k in keys], [rows_b[k] for k in keys])
+        if (scans := len({rows_a[k]["scan"] for k in keys})) < LEAST_SCANS:
+            notes.append(f"{task}: {scans} scans in common; what is noise can be told from {LEAST_SCANS} on")
+    return Compared(tuple(differences), same, tuple(notes))
+
+
+def words(compared: Compared, a: Path, b: Path) -> str:
+    """A table, what is beyond noise first in words."""
+    lines = [f"A: {a}", f"B: {b}", ""]
+    lines += ["| task | metric | n | A | B | B - A | 95 % | verdict |", "|---|---|---|---|---|---|---|---|"]
+    for d in compared.differences:
+        ends = "" if d.low is None else f"{d.low:+.4f} to {d.high:+.4f}"
+        metric = f"{d.metric} ({d.side})"
+        lines.append(
+            f"| {d.task} | {metric} | {d.n} | {d.a:.4f} | {d.b:.4f} | {d.difference:+.4f} | {ends} | {d.verdict} |"
+        )
+    beyond = [d for d in compared.differences if d.verdict in ("better", "worse")]
+    judged = [d for d in compared.differences if d.verdict != "unknown"]
+    lines += [
+        "",
+        f"{len(beyond)} of {len(judged)} differences are beyond noise. "
+        f"By chance alone about {0.05 * len(judged):.1f} would be.",
+        *(f"{task}: {same} of {n} answers are the same, word for word" for task, (n, same) in compared.same.items()),
+        *compared.notes,
+    ]
+    return "\n".join(lines)
+
+
+def _differences(task: str, a: Sequence[dict], b: Sequence[dict]) -> list[Difference]:
+    scans, found = [row["scan"] for row in a], []
+    for side in SIDES:
+        for metric in metrics_of(a, side):
+            if metric not in metrics_of(b, side):
+                continue
+            (statistics_a, value_of), (statistics_b, _) = (statistics_of(rows, side, metric) for rows in (a, b))
+            _, ends = paired(statistics_a, statistics_b, scans, value_of)
+            low, high = ends or (None, None)
+            value_a, value_b = (value(rows, side, metric) for rows in (a, b))
+            found.append(Difference(task, side, metric, applies(a, side, metric), value_a, value_b, low, high))
+    return found
+
+
+def _tasks(path: Path) -> dict:
+    bench = read_json(path)
+    if not isinstance(bench, dict) or not isinstance(bench.get("tasks"), dict):
+        raise InvalidInput(f"{path} is no bench.json: it has no tasks")
+    return bench["tasks"]
+
+
+def _rows(path: Path, task: str) -> dict[str, dict]:
+    file = path.parent / SAMPLES / f"{task}.jsonl"
+    if not file.is_file():
+        raise InvalidInput(f"{path} has no rows beside it: {file} is missing, and a paired comparison needs it")
+    return {row["key"]: row for row in read_rows(file)[1]}

@@ -1,0 +1,133 @@
+"""What is missing or broken, before anything runs: every sample's files are looked at, headers only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from benchmarks.bench.samples import Sample, is_nifti
+from engine.errors import InvalidInput
+from training.data.reading import ABSENT, read_text
+from training.data.sample import BrokenSample
+
+MOST_BROKEN = 0.01  # share of a task's samples
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A sample that cannot be asked about. path: the file; cause: what is wrong with it."""
+
+    key: str
+    path: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The samples of a task that can be asked about, and those that cannot."""
+
+    task: str
+    samples: tuple[Sample, ...]
+    broken: tuple[Broken, ...]
+
+    @cached_property
+    def causes(self) -> Counter:
+        """How many samples are broken, by cause."""
+        return Counter(broken.cause for broken in self.broken)
+
+    def refuse(self, most: float = MOST_BROKEN) -> None:
+        """Raises InvalidInput, with files and causes, if more than this share is broken."""
+        total = len(self.samples) + len(self.broken)
+        if len(self.broken) <= most * total:
+            return
+        raise InvalidInput(
+            f"{len(self.broken)} of {total} samples of {self.task} are broken, and at most {most:.1%} may be "
+            f"(--broken-share):\n{self.words()}"
+        )
+
+    def words(self) -> str:
+        """The causes with their counts, and the first files."""
+        lines = [f"  {count} x {cause}" for cause, count in self.causes.most_common(_SHOWN)]
+        lines += [f"  {broken.path}: {broken.cause}" for broken in self.broken[:_SHOWN]]
+        if len(self.broken) > _SHOWN:
+            lines.append(f"  ... and {len(self.broken) - _SHOWN} more")
+        return "\n".join(lines)
+
+
+def check(task: str, samples: Sequence[Sample]) -> Checked:
+    """Look at the files of all samples, each file once."""
+    look = _Look()
+    good, broken = [], []
+    for sample in samples:
+        try:
+            look(sample)
+            good.append(sample)
+        except BrokenSample as error:
+            broken.append(Broken(sample.key, " and ".join(error.paths), error.cause))
+    return Checked(task, tuple(good), tuple(broken))
+
+
+class _Look:
+    """Raises BrokenSample for a sample that cannot be asked about."""
+
+    def __init__(self):
+        self._images: dict[Path, tuple[int, ...] | BrokenSample] = {}
+
+    def __call__(self, sample: Sample) -> None:
+        self._words(sample)
+        shape = self._image(sample)
+        if sample.text is not None:
+            read_text(sample.text)
+        if sample.mask is None:
+            return
+        found = stored_shape(sample.mask)
+        if found != shape and not (found == ABSENT and sample.label is None):
+            raise BrokenSample(sample.mask, f"the mask has shape {found}, its image {shape}")
+
+    def _image(self, sample: Sample) -> tuple[int, ...]:
+        if sample.image not in self._images:
+            try:
+                shape = stored_shape(sample.image)
+                if not is_nifti(sample.image) and (len(shape) != 4 or shape[0] != 1):
+                    raise BrokenSample(sample.image, f"the image has shape {shape}, wanted is 1 x D x H x W")
+                self._images[sample.image] = shape
+            except BrokenSample as error:
+                self._images[sample.image] = error
+        found = self._images[sample.image]
+        if isinstance(found, BrokenSample):
+            raise found
+        return found
+
+    @staticmethod
+    def _words(sample: Sample) -> None:
+        if sample.text is None and sample.structure is None and not (sample.question and sample.answer):
+            raise BrokenSample(sample.image, f"the row has no {'answer' if sample.question else 'question'}")
+        if sample.choices and sample.choice not in sample.choices:
+            raise BrokenSample(
+                sample.image, f"the row has Answer Choice {sample.choice!r}, none of {', '.join(sample.choices)}"
+            )
+        if sample.label is not None and sample.label < 1:
+            raise BrokenSample(sample.image, "the row has a Mask_ID that is no whole number from 1")
+
+
+def stored_shape(path: Path) -> tuple[int, ...]:
+    """The shape that a file's header says, of which the file has all bytes. Raises BrokenSample."""
+    try:
+        if is_nifti(path):
+            return tuple(nibabel.load(path).shape)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise BrokenSample(path, "is missing") from None
+    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+        kind = "NIfTI" if is_nifti(path) else ".npy"
+        raise BrokenSample(path, f"is not a whole {kind} file ({type(error).__name__})") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise BrokenSample(path, "is not one .npy array of real numbers")
+    return array.shape

@@ -1,0 +1,240 @@
+"""What M3D-Bench reads of M3D-Data's published layouts, and what it says of missing and broken files."""
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+
+from benchmarks.bench.layouts import fingerprint, samples_of
+from benchmarks.bench.preflight import check
+from benchmarks.bench.samples import TASKS, read_truth
+from engine.errors import InvalidInput
+from engine.prompt import parse_boxes
+from tests.m3d_data import LIVER, SIZE, VQA_COLUMNS, image, mask, save, write_csv, write_root
+from training.data.sample import BrokenSample
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_root(tmp_path / "root")
+
+
+def one(task, root, contains=""):
+    return next(sample for sample in samples_of(task, root) if contains in sample.key)
+
+
+@pytest.mark.parametrize(("task", "count"), list(zip(TASKS, (1, 1, 1, 1, 6, 6, 3, 5))))
+def test_each_task_reads_the_test_part_of_its_published_layout(task, count, root):
+    samples = samples_of(task, root)
+    assert len(samples) == count == len(check(task, samples).samples)
+    for sample in samples:
+        truth = read_truth(sample)
+        assert truth.answer and (truth.question or task == "retrieval")
+        assert truth.question.startswith(" ") != (task in ("retrieval", "report"))  # as in training
+
+
+def test_a_report_is_the_text_of_its_case_in_one_line(root):
+    sample = one("report", root)
+    assert read_truth(sample).answer == "Finding 5. The left lung is clear."
+    assert sample.scan == "M3D_Cap_npy/ct_case/000005"
+
+
+def test_a_closed_question_has_its_choices_behind_it(root):
+    truth = read_truth(sample := one("vqa-closed", root))
+    assert truth.question == " Which plane? Choices: A. Axial B. Coronal C. Sagittal D. None"
+    assert (truth.answer, sample.choice, sample.groups) == ("A. Axial", "A", {"question type": "1"})
+
+
+def test_choices_that_are_empty_are_not_asked(root):
+    row = ("M3D_Cap_npy/ct_case/000005/Axial.npy", "", 4, "Is it?", "Yes", "No", "", "", "No", "B")
+    write_csv(root / "M3D-VQA/M3D_VQA_test.csv", VQA_COLUMNS, [row])
+    assert read_truth(one("vqa-closed", root)).question == " Is it? Choices: A. Yes B. No"
+
+
+def test_boxes_are_asked_for_by_name_and_by_description(root):
+    samples = samples_of("rec", root)
+    assert {sample.groups["asked"] for sample in samples} == {"by name", "by description"}
+    truth = read_truth(one("rec", root, "0000/b/masks/mask_0.npy by_name"))
+    first, last = [axis.start for axis in LIVER], [axis.stop - 1 for axis in LIVER]
+    assert truth.box == pytest.approx(np.array([*first, *last]) / np.tile(SIZE, 2))
+    assert parse_boxes(truth.answer)[0] == pytest.approx(truth.box, abs=6e-4)
+
+
+def test_reg_shows_the_box_and_wants_the_name(root):
+    truth = read_truth(one("reg", root, "0000/b/masks/mask_0.npy by_name"))
+    assert len(parse_boxes(truth.question)) == 1 and "liver" in truth.answer
+
+
+@pytest.mark.parametrize("task", ["rec", "reg", "seg-semantic"])
+def test_a_structure_that_is_not_in_the_scan_is_asked_for_and_denied(task, root):
+    np.save(root / "M3D_Seg_npy/0000/b/masks/mask_0.npy", np.zeros((1, 1, 1, 1)))
+    sample = one(task, root, "0000/b/masks/mask_0.npy by_name")
+    assert check(task, [sample]).samples
+    truth = read_truth(sample)
+    assert truth.box is None and not truth.mask.any() and truth.mask.shape == SIZE
+    assert "liver" in truth.question and "[SEG]" not in truth.answer and not len(parse_boxes(truth.answer))
+
+
+def test_referring_questions_come_from_both_sets(root):
+    samples = samples_of("seg-referring", root)
+    assert {sample.groups["data set"] for sample in samples} == {"RefSeg", "0000", "0010"}
+    truth = read_truth(one("seg-referring", root, "000002"))
+    assert (truth.question, truth.answer) == (" Segment lesion 2.", "It is [SEG] on the right.")
+    assert truth.mask.sum() == 2 * 8 * 5  # the second label's voxels only
+
+
+def test_either_set_alone_is_enough_for_referring_questions(root):
+    (root / "M3D_RefSeg_npy/M3D_RefSeg_test.csv").unlink()
+    assert {s.groups["data set"] for s in samples_of("seg-referring", root)} == {"0000", "0010"}
+
+
+def test_the_voxel_size_of_an_npy_image_stands_beside_it_or_is_unknown(root):
+    sample = one("seg-semantic", root, "0000/b")
+    assert read_truth(sample).spacing_mm is None
+    sample.image.with_name("image.spacing.json").write_text("[5, 0.7, 0.7]")
+    assert read_truth(sample).spacing_mm == (5.0, 0.7, 0.7)
+    sample.image.with_name("image.spacing.json").write_text("[5, 0, 0.7]")
+    with pytest.raises(BrokenSample, match="three numbers above 0"):
+        read_truth(sample)
+
+
+def test_scans_in_nifti_are_segmented_in_their_own_space(root):
+    folder, affine = root / "M3D_Seg_npy/0000/n", np.diag([0.5, -0.5, 3, 1])
+    folder.mkdir(parents=True)
+    nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((20, 20, 6)), affine), folder / "image.nii.gz")
+    label = np.zeros((20, 20, 6), np.uint8)
+    label[2:5, 3:6, 1:3] = 1
+    nibabel.save(nibabel.Nifti1Image(label, affine), folder / "mask_0.nii.gz")
+    entries = [{"image": "0000/n/image.nii.gz", "label": "0000/n/mask_0.nii.gz"}]
+    (root / "M3D_Seg_npy/0000/0000.json").write_text(json.dumps({"train": [], "test": entries}))
+    sample = one("seg-semantic", root, "0000/n")
+    assert check("seg-semantic", [sample]).samples
+    truth = read_truth(sample)
+    assert truth.mask.sum() == 18 and truth.spacing_mm == pytest.approx((0.5, 0.5, 3))
+    # Boxes are written in the model's volume, which is not known of a NIfTI file's mask.
+    assert all("0010" in sample.key for sample in samples_of("rec", root))
+
+
+def test_a_limit_takes_the_same_samples_in_every_run_and_more_of_them_when_it_is_greater(root):
+    everything = {sample.key for sample in samples_of("rec", root)}
+    few, more = ({sample.key for sample in samples_of("rec", root, n)} for n in (2, 4))
+    assert len(few) == 2 and few < more < everything
+    assert few == {sample.key for sample in samples_of("rec", root, 2)}
+
+
+def test_questions_of_one_scan_stand_together(root):
+    images = [sample.image for sample in samples_of("rec", root)]
+    assert images == sorted(images)
+
+
+def test_the_fingerprint_tells_indices_apart(root):
+    before = {task: fingerprint(task, root) for task in TASKS}
+    index = root / "M3D_Seg_npy/0000/0000.json"
+    index.write_text(index.read_text() + "\n")
+    changed = {task for task in TASKS if fingerprint(task, root) != before[task]}
+    assert changed == {"rec", "reg", "seg-semantic", "seg-referring"}
+
+
+# --- what is missing or broken ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_without_data_says_what_it_looked_for(task, tmp_path):
+    wanted = {"rec": "NNNN.json", "reg": "NNNN.json", "seg-semantic": "NNNN.json"}
+    name = wanted.get(task, "M3D_RefSeg_test.csv" if task == "seg-referring" else "M3D_")
+    with pytest.raises(InvalidInput, match=f"(?s)lacks.*{name}.* looked for"):
+        samples_of(task, tmp_path)
+
+
+def test_a_root_that_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="is not a folder"):
+        samples_of("rec", tmp_path / "nowhere")
+
+
+def test_entries_that_stand_there_twice_are_refused(root):
+    index = root / "M3D_Cap_npy/M3D_Cap.json"
+    found = json.loads(index.read_text())
+    found["test"] *= 2
+    index.write_text(json.dumps(found))
+    with pytest.raises(InvalidInput, match="1 entries for report stand there twice"):
+        samples_of("report", root)
+
+
+def vqa_row(**changes):
+    row = {
+        **dict.fromkeys(VQA_COLUMNS, ""),
+        "Image Path": "M3D_Cap_npy/ct_case/000005/Axial.npy",
+        "Question Type": "1",
+        "Question": "Which?",
+        "Choice A": "x",
+        "Answer": "x",
+        "Answer Choice": "A",
+    }
+    return tuple((row | changes)[column] for column in VQA_COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"Image Path": "nowhere.npy"}, "is missing"),
+        ({"Answer Choice": "B"}, "the row has Answer Choice 'B', none of A"),
+    ],
+)
+def test_a_broken_row_is_listed_and_counted(changes, cause, root):
+    write_csv(root / "M3D-VQA/M3D_VQA_test.csv", VQA_COLUMNS, [vqa_row(), vqa_row(**changes), vqa_row(**changes)])
+    checked = check("vqa-closed", samples_of("vqa-closed", root))
+    assert len(checked.samples) == 1 and checked.causes == {cause: 2}
+    assert f"2 x {cause}" in checked.words()
+
+
+def test_a_row_without_a_question_is_broken(root):
+    write_csv(root / "M3D-VQA/M3D_VQA_test.csv", VQA_COLUMNS, [vqa_row(Question="", **{"Choice A": ""})])
+    assert check("vqa-open", samples_of("vqa-open", root)).causes == {"the row has no question": 1}
+
+
+BROKEN_FILES = {
+    "is not a whole .npy file (ValueError)": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "is not one .npy array of real numbers": lambda path: np.save(path, np.array(["text"])),
+    "is missing": lambda path: path.unlink(),
+    "the image has shape (32, 32), wanted is 1 x D x H x W": lambda path: np.save(path, np.zeros((32, 32))),
+}
+
+
+@pytest.mark.parametrize("cause", BROKEN_FILES)
+def test_a_broken_image_is_found_by_its_header(cause, root):
+    BROKEN_FILES[cause](root / "M3D_Seg_npy/0000/b/image.npy")
+    samples = [sample for sample in samples_of("rec", root) if "0000/b" in sample.key]
+    assert check("rec", samples).causes == {cause: 2}
+
+
+def test_a_mask_of_another_shape_is_broken(root):
+    save(root / "M3D_Seg_npy/0000/b/masks/mask_0.npy", mask(LIVER)[:, :4])
+    (broken,) = check("seg-semantic", [one("seg-semantic", root, "0000/b")]).broken
+    assert "the mask has shape (1, 4, 32, 32), its image (1, 8, 32, 32)" in broken.cause
+
+
+def test_a_referring_question_whose_label_is_not_in_the_mask_is_broken(root):
+    save(root / "M3D_RefSeg_npy/s0000/mask.npy", np.zeros((1, *SIZE)))
+    with pytest.raises(BrokenSample, match="no voxel of the mask is 2"):
+        read_truth(one("seg-referring", root, "000002"))
+
+
+def test_more_than_the_share_of_broken_samples_stops_the_run(root):
+    rows = [vqa_row() for _ in range(9)] + [vqa_row(**{"Image Path": "nowhere.npy"})]
+    write_csv(root / "M3D-VQA/M3D_VQA_test.csv", VQA_COLUMNS, rows)
+    checked = check("vqa-open", samples_of("vqa-open", root))
+    checked.refuse(0.1)
+    with pytest.raises(
+        InvalidInput, match=r"(?s)1 of 10 samples of vqa-open are broken.*5\.0%.*nowhere.npy: is missing"
+    ):
+        checked.refuse(0.05)
+
+
+def test_an_image_that_many_samples_share_is_looked_at_once(root, monkeypatch):
+    from benchmarks.bench import preflight
+
+    looked, stored_shape = [], preflight.stored_shape
+    monkeypatch.setattr(preflight, "stored_shape", lambda path: looked.append(path) or stored_shape(path))
+    check("rec", samples_of("rec", root))
+    images = [path for path in looked if path.name == "image.npy"]
+    assert len(images) == len(set(images)) == 2
+    assert image(0).shape[1:] == SIZE
