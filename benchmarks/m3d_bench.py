@@ -34,10 +34,10 @@ from benchmarks.bench.rows import RowStore, read_rows
 from benchmarks.bench.runner import NEW_TOKENS, Run, run
 from benchmarks.bench.samples import MASKED, TASKS
 from benchmarks.bench.summary import summarise
-from benchmarks.command import at_least, say, several
-from benchmarks.command import run as run_command
+from benchmarks.command import SIGNALS, at_least, say, several
 from engine import M3DClient, M3DEngine
 from engine.api import M3D
+from engine.cli import console
 from engine.errors import InvalidInput, M3DError, Unavailable
 from training.data.reading import read_json
 
@@ -48,7 +48,7 @@ _SERVED = {"retrieval": "m3d_retrieve", **dict.fromkeys(MASKED, "m3d_segment")}
 
 def main(argv: list[str] | None = None) -> int:
     options = parsed(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: options.body(options))
+    return console.run(lambda: options.body(options), SIGNALS)
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:

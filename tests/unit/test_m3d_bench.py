@@ -306,7 +306,7 @@ def test_tasks_without_data_are_named_and_the_others_run(root, tmp_path):
         for index in (root / folder).glob("M3D*"):
             index.unlink()
     assert bench(["--data", str(root), "--out", str(tmp_path), "--task", "rec"], Answerer()) == 0
-    assert bench(["--data", str(root), "--out", str(tmp_path / "2"), "--task", "report"], Answerer()) == 1
+    assert bench(["--data", str(root), "--out", str(tmp_path / "2"), "--task", "report"], Answerer()) == 2
     assert bench(["--data", str(root), "--out", str(tmp_path / "all")], Answerer()) == 0
     found = figures(tmp_path / "all")
     assert list(found["tasks"]) == ["rec", "reg", "seg-semantic", "seg-referring"]
@@ -315,7 +315,7 @@ def test_tasks_without_data_are_named_and_the_others_run(root, tmp_path):
 
 
 def test_a_root_without_any_data_is_refused(tmp_path, capsys):
-    assert bench(["--data", str(tmp_path), "--out", str(tmp_path / "out")], Answerer()) == 1
+    assert bench(["--data", str(tmp_path), "--out", str(tmp_path / "out")], Answerer()) == 2
     assert "has data of no task" in capsys.readouterr().err
 
 
@@ -326,7 +326,7 @@ def test_a_library_that_is_missing_is_named_before_anything_is_asked(root, tmp_p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "monai" else there(name, *a))
     answerer = Answerer()
     arguments = ["--data", str(root), "--out", str(tmp_path), "--task"]
-    assert bench([*arguments, "seg-semantic"], answerer) == 1
+    assert bench([*arguments, "seg-semantic"], answerer) == 2
     assert (
         not answerer.uploads and "monai cannot be imported: pip install 'm3d-engine[bench]'" in capsys.readouterr().err
     )
@@ -336,7 +336,7 @@ def test_a_library_that_is_missing_is_named_before_anything_is_asked(root, tmp_p
 def test_broken_files_are_listed_before_anything_is_asked(root, tmp_path, capsys):
     (root / "M3D_Seg_npy/0000/b/image.npy").unlink()
     answerer, arguments = Answerer(), ["--data", str(root), "--task", "rec", "--out", str(tmp_path)]
-    assert bench(arguments, answerer) == 1
+    assert bench(arguments, answerer) == 2
     assert not answerer.uploads and "2 of 6 samples of rec are broken" in capsys.readouterr().err
     listed = json.loads((tmp_path / "preflight.json").read_text())["rec"]
     assert listed["samples"] == 4 and listed["causes"] == {"is missing": 2}
@@ -384,7 +384,7 @@ def test_a_run_of_another_model_or_other_data_is_not_resumed(other, root, tmp_pa
         index = root / "M3D_Seg_npy/0000/0000.json"
         index.write_text(index.read_text() + "\n")
     answerer = Answerer(Model(manifest_sha256="1" * 64) if other == "model" else Model())
-    assert bench(arguments, answerer) == 1
+    assert bench(arguments, answerer) == 2
     assert not answerer.uploads and f"cannot be resumed ({other}: " in capsys.readouterr().err
 
 
@@ -413,7 +413,7 @@ def test_rows_of_two_models_are_not_one_result(root, tmp_path, capsys):
     arguments = ["--data", str(root), "--out", str(tmp_path), "--task"]
     bench([*arguments, "rec"], Answerer())
     bench([*arguments, "vqa-closed"], Answerer(Model(manifest_sha256="1" * 64)))
-    assert bench([*arguments, "rec,vqa-closed"], None) == 1
+    assert bench([*arguments, "rec,vqa-closed"], None) == 2
     assert "the rows of vqa-closed are of another model than those of ['rec']" in capsys.readouterr().err
 
 
@@ -427,7 +427,7 @@ def test_rows_can_be_scored_again_without_anybody_who_answers(root, tmp_path):
 
 
 def test_an_unknown_task_is_refused(root, tmp_path, capsys):
-    assert bench(["--data", str(root), "--task", "sing", "--out", str(tmp_path)], Answerer()) == 1
+    assert bench(["--data", str(root), "--task", "sing", "--out", str(tmp_path)], Answerer()) == 2
     assert "there is no task 'sing': choose from retrieval" in capsys.readouterr().err
 
 
@@ -797,5 +797,5 @@ def test_runs_that_cannot_be_compared_are_refused(spoil, cause, root, tmp_path, 
     for name in "ab":
         bench(["--data", str(root), "--task", "rec", "--out", str(tmp_path / name)], Answerer())
     spoil(tmp_path / "b")
-    assert m3d_bench.main(["compare", str(tmp_path / "a/bench.json"), str(tmp_path / "b/bench.json")]) == 1
+    assert m3d_bench.main(["compare", str(tmp_path / "a/bench.json"), str(tmp_path / "b/bench.json")]) == 2
     assert cause in capsys.readouterr().err
