@@ -49,7 +49,7 @@ from engine.manifest import FILE_NAME as MANIFEST  # noqa: E402
 from engine.manifest import Manifest  # noqa: E402
 from engine.models.checkpoint import open_lamed, resolve, sha256  # noqa: E402
 from engine.runtime.onnx_session import chosen_precision  # noqa: E402
-from engine.server import Server, free_ports  # noqa: E402
+from engine.server.server import Server, free_ports  # noqa: E402
 
 QUESTIONS = (
     "What does this scan show?",

@@ -17,7 +17,8 @@ from engine.manifest import Manifest
 from engine.memory import meminfo
 from engine.processor import has_bf16
 from engine.runtime.acceleration import lacking
-from engine.server import SHM_NEEDED, flaws, supervisor
+from engine.server import flaws, supervisor
+from engine.server.server import SHM_NEEDED
 from engine.server.triton import Triton
 
 PYTHONS = ((3, 11), (3, 12))

@@ -18,7 +18,7 @@ from engine.cli import console
 from engine.client import M3DClient
 from engine.errors import M3DError
 from engine.picture import montage
-from engine.server import Server, free_ports
+from engine.server.server import Server, free_ports
 from m3d_demo.samples import write_sample
 
 QUESTIONS = (

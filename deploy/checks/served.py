@@ -33,7 +33,7 @@ from engine.gpu_memory import CONTEXT_BYTES, RESERVE_BYTES, Plan
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
 from engine.models.config import LamedConfig
-from engine.server import Server, free_ports
+from engine.server.server import Server, free_ports
 from m3d_demo.samples import write_sample
 
 SEGMENTED_SCAN = "brain-mr"  # of m3d_demo.samples; the default question is about it

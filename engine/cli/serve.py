@@ -51,7 +51,7 @@ def serve(
     audit: AuditFile = None,
     audit_questions: AuditQuestions = False,
 ) -> None:
-    from engine.server import Server
+    from engine.server.server import Server
 
     entrance = None
     given = (http_port, keys_file, no_keys or None, tls, client_ca, audit, audit_questions or None)

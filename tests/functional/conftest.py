@@ -13,7 +13,7 @@ import pytest
 from engine import contract
 from engine.client import M3DClient
 from engine.manifest import Manifest
-from engine.server import Server, free_ports
+from engine.server.server import Server, free_ports
 from export.build_engines import export
 from tests.conftest import ROOT, copy_repository
 from tests.functional.footprint import Footprint

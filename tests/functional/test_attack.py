@@ -37,8 +37,9 @@ from engine.client.wire import outputs_of
 from engine.errors import InvalidInput, ResourceExhausted, StudyNotFound, Unavailable
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest
-from engine.server import Server, free_ports, supervisor
+from engine.server import supervisor
 from engine.server.requests import MAX_BESIDE_BYTES
+from engine.server.server import Server, free_ports
 from tests.functional.raw import PATIENCE_S, PUBLIC, Case, Raw, Request, cases, good_requests, npy, request_of
 from tests.functional.test_client import BATCH, LONG
 from tests.functional.tree import Tree, as_root, as_stranger, strangers_eyes

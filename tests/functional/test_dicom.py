@@ -6,7 +6,7 @@ import pytest
 
 from engine.client import M3DClient
 from engine.errors import InvalidInput
-from engine.server import Server, free_ports
+from engine.server.server import Server, free_ports
 from tests.unit.test_dicom import JPEG_LS, LOSSLESS_SV1, beside, encoded, frame_of, with_frames
 from tests.unit.test_scan import enhanced, saved, series, zipped
 

@@ -19,7 +19,7 @@ from engine.client import M3DClient
 from engine.contract import MODELS
 from engine.processor import has_bf16
 from engine.runtime.onnx_session import OnnxGraph
-from engine.server import Server, free_ports
+from engine.server.server import Server, free_ports
 from tests.conftest import ROOT, copy_repository
 
 pytestmark = pytest.mark.integration

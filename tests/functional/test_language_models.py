@@ -20,7 +20,7 @@ from engine.manifest import LLM_FOLDER, Manifest
 from engine.models.checkpoint import load_lamed, read_config
 from engine.prompt import IMAGE_TOKEN
 from engine.runtime.acceleration import Pass
-from engine.server import Server, free_ports
+from engine.server.server import Server, free_ports
 from tests import tiny, tiny_chats
 from tests.conftest import ROOT, copy_repository
 from tests.functional.test_decoder_engine import AT_ONCE, FURTHEST, LENGTH, started

@@ -491,7 +491,7 @@ def test_it_says_what_it_is(m3d, repository):
         (lambda m, s: list(m.stream(s, "w1 " * 600)), InvalidInput, "question has"),
         (lambda m, s: m.segment(s, ""), InvalidInput, "question is empty"),
         (lambda m, s: m.segment(s, QUESTION, merge="all"), InvalidInput, "reference, each"),
-        (lambda m, s: m.ask(s), InvalidInput, "question is empty"),
+        (lambda m, s: m.ask(s), InvalidInput, "question must be a text"),
         (lambda m, s: m.ask(s, QUESTION, messages=TURNS), InvalidInput, "give one of them"),
         (lambda m, s: m.ask(s, messages=[]), InvalidInput, "roles of the turns are none"),
         (lambda m, s: m.ask(s, messages=QUESTION), InvalidInput, "messages must be a list of turns"),

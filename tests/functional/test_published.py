@@ -18,7 +18,7 @@ from engine.manifest import LLM_FOLDER, Manifest
 from engine.models.checkpoint import bytes_read
 from engine.models.config import LamedConfig
 from engine.models.needs import needs, parts_of
-from engine.server import Server, free_ports
+from engine.server.server import Server, free_ports
 from tests.conftest import ROOT, copy_repository
 from tests.functional.footprint import run_watched
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from engine.runtime.server_folder import SHARED_MEMORY
-from engine.server import free_ports
+from engine.server.server import free_ports
 from m3d_demo.samples import write_sample
 from tests import documents
 from tests.conftest import ROOT

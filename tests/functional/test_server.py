@@ -22,7 +22,8 @@ from engine.client import M3DClient
 from engine.contract import DECODER_MODELS
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
-from engine.server import Server, free_ports, supervisor
+from engine.server import supervisor
+from engine.server.server import Server, free_ports
 from tests.conftest import ROOT, copy_repository
 from tests.functional.footprint import Footprint, stub_of
 from tests.tiny import QUESTION

@@ -21,7 +21,7 @@ from engine import contract
 from engine.client import M3DClient
 from engine.client.connection import Connection
 from engine.errors import M3DError
-from engine.server import Server, free_ports
+from engine.server.server import Server, free_ports
 from tests.functional.raw import PUBLIC, Raw, Request, cases, good_requests, request_of
 from tests.functional.test_attack import CHUNKS, LLM_WIDTH, address_of, answer_of
 from tests.functional.tree import Tree

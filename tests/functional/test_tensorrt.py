@@ -25,7 +25,7 @@ from engine.models.clip import M3DClip
 from engine.models.config import ClipConfig, LamedConfig, ViTConfig
 from engine.models.lamed import Lamed
 from engine.models.needs import needs, parts_of
-from engine.server import Server, free_ports
+from engine.server.server import Server, free_ports
 from engine.server.triton import Triton
 from export import graphs, tensorrt, typed_graph
 from export.build_engines import export

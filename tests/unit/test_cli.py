@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from engine.errors import Unavailable
-from engine.server import free_ports
+from engine.server.server import free_ports
 from tests.conftest import ROOT, copy_repository
 from tests.unit.fake_triton import ANSWER
 
@@ -214,7 +214,9 @@ class Served:
 def served(monkeypatch):
     """What `m3d serve` makes: a list of servers that never start."""
     made = []
-    monkeypatch.setattr("engine.server.Server", lambda *_, **arguments: made.append(Served(**arguments)) or made[-1])
+    monkeypatch.setattr(
+        "engine.server.server.Server", lambda *_, **arguments: made.append(Served(**arguments)) or made[-1]
+    )
     monkeypatch.setattr("signal.signal", lambda *_: None)  # the tests' own stay
     return made
 

@@ -30,7 +30,8 @@ from deploy import gpu_check
 from deploy.tensorrt_bindings import requirement
 from engine.cli.app import app
 from engine.errors import InvalidInput
-from engine.server import SHM_NEEDED, Server, flaws
+from engine.server import flaws
+from engine.server.server import SHM_NEEDED, Server
 from engine.server.triton import Triton
 from export import build_engines, quantize
 from locks import lock

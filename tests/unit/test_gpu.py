@@ -15,7 +15,7 @@ from engine import doctor, gpu
 from engine.errors import RepositoryError, Unavailable
 from engine.gpu import Gpu
 from engine.manifest import Manifest
-from engine.server import Server, free_ports
+from engine.server.server import Server, free_ports
 from engine.server.triton import Sockets, Triton
 from tests.conftest import ROOT
 

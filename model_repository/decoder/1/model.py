@@ -54,6 +54,6 @@ class TritonPythonModel:
 def _end(words):
     """Only a new process can help: the supervisor ends the server without this one, and a service manager
     starts it again."""
-    # Not a record of the log: `engine.server` looks for these words at the start of a line.
+    # Not a record of the log: `engine.server.server` looks for these words at the start of a line.
     print(f"decoder: {words}: find the cause above, and start the server again", file=sys.stderr, flush=True)
     os._exit(1)
