@@ -42,7 +42,7 @@ from engine.errors import InvalidInput  # noqa: E402
 from engine.models.answering import answer  # noqa: E402
 from engine.models.checkpoint import load_lamed  # noqa: E402
 from engine.models.lamed import Lamed  # noqa: E402
-from engine.processor import has_bf16  # noqa: E402
+from engine.cpu_features import has_bf16  # noqa: E402
 from engine.runtime.onnx_session import OnnxGraph  # noqa: E402
 from engine.scan import pack_scan, read_scan  # noqa: E402
 from engine.seg_states import merged  # noqa: E402

@@ -1,8 +1,8 @@
 """The tensors that cross a model boundary: names, dtypes, shapes, ranges, axis order.
 
 This is the only place that says so: the configurations in model_repository/ are written from it
-(`python -m engine.server.repository`), export and runtime take the names from here. A new answer tensor is a `Tensor`
-in `_ANSWER`, and what `engine/runtime/decoder_step.py` puts into it.
+(`python -m engine.server.repository`), export and runtime take the names from here. CONTRIBUTING.md says how a tensor is
+added.
 
 Legend of the dimensions: D H W axes of the model volume (slices, rows, columns), N visual tokens, H_llm width of the
 language model, E width of the segmentation encoder, K number of `[SEG]` tokens in an answer, S of its masks, T texts. A
@@ -90,7 +90,7 @@ def encoded_texts(tensor: Tensor, value: Any) -> list[bytes]:
 
 
 # --- a scan and its study --------------------------------------------------------------------------------------------
-VOLUME = Tensor("VOLUME", "UINT8", (-1,), "bytes of a scan file: NIfTI, zipped DICOM series or npy", optional=True)
+VOLUME = Tensor("VOLUME", "UINT8", (-1,), "bytes of a scan file: NIfTI, NRRD, MetaImage, MGH, npy or a zipped DICOM series", optional=True)
 AFFINE_IN = Tensor(
     "AFFINE", "FP64", (4, 4), "voxel-to-world of an npy scan, mm, RAS+ as in NIfTI; files bring theirs", optional=True
 )

@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from engine.api import AnswerDetails, AnswerInfo
 from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable
-from engine.processor import has_bf16
+from engine.cpu_features import has_bf16
 from engine.runtime.acceleration import Pass
 from engine.runtime.cpu import decode_kernel
 from engine.runtime.decoder import Decoder, llm_engine

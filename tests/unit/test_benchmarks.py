@@ -38,7 +38,7 @@ from engine.cli import console
 from engine.errors import InvalidInput
 from engine.models.checkpoint import load_clip, load_lamed
 from engine.models.config import ClipConfig, LamedConfig
-from engine.processor import has_bf16
+from engine.cpu_features import has_bf16
 from engine.runtime.decoder import llm_engine
 from engine.scan import pack_scan, read_scan
 from engine.volume import prepare

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from engine.processor import has_bf16
+from engine.cpu_features import has_bf16
 from engine.runtime.cpu.compile_kernel import LIBRARY, MODULE
 
 # How much nicer than the language model. Each of a token's hundreds of products ends when its last thread does, so an
