@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # imported when they are used: they read scans
 class ModelInfo:
     """Which model answers, from the manifest of its repository.
 
-    checkpoint: as the export was told it. checkpoint_sha256: over the files that were read of it.
+    checkpoint: as given to the export. checkpoint_sha256: over the files that were read of it.
     target: cpu or tensorrt. precision: of the language model.
     manifest_sha256: of the whole manifest: two exports are the same if it is equal.
     """
@@ -338,7 +338,7 @@ class AnswerStream(Protocol):
 
 
 class M3D(Protocol):
-    """Whoever answers questions about scans. Methods may be called by several threads at the same time.
+    """Interface for questions about scans. Methods may be called by several threads at the same time.
 
     Where a method wants a study it also takes what `upload` takes. All errors are of engine.errors: InvalidInput for
     what cannot be used, StudyNotFound for a study that is not held (any more), ResourceExhausted and Unavailable where
@@ -469,7 +469,7 @@ class M3D(Protocol):
         ...
 
     def is_ready(self) -> bool:
-        """Whether all that answers is there."""
+        """Whether all models are loaded."""
         ...
 
     def info(self, *, timeout: float | None = None) -> EngineInfo:

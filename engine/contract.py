@@ -1,8 +1,8 @@
 """The tensors that cross a model boundary: names, dtypes, shapes, ranges, axis order.
 
 This is the only place that says so: the configurations in model_repository/ are written from it
-(`python -m engine.server.repository`), export and runtime take the names from here. CONTRIBUTING.md says how a tensor is
-added.
+(`python -m engine.server.repository`), export and runtime take the names from here. CONTRIBUTING.md says how to add a
+tensor.
 
 Legend of the dimensions: D H W axes of the model volume (slices, rows, columns), N visual tokens, H_llm width of the
 language model, E width of the segmentation encoder, K number of `[SEG]` tokens in an answer, S of its masks, T texts. A
@@ -90,7 +90,13 @@ def encoded_texts(tensor: Tensor, value: Any) -> list[bytes]:
 
 
 # --- a scan and its study --------------------------------------------------------------------------------------------
-VOLUME = Tensor("VOLUME", "UINT8", (-1,), "bytes of a scan file: NIfTI, NRRD, MetaImage, MGH, npy or a zipped DICOM series", optional=True)
+VOLUME = Tensor(
+    "VOLUME",
+    "UINT8",
+    (-1,),
+    "bytes of a scan file: NIfTI, NRRD, MetaImage, MGH, npy or a zipped DICOM series",
+    optional=True,
+)
 AFFINE_IN = Tensor(
     "AFFINE", "FP64", (4, 4), "voxel-to-world of an npy scan, mm, RAS+ as in NIfTI; files bring theirs", optional=True
 )
@@ -112,7 +118,7 @@ UPLOAD = Tensor(
     "BYTES",
     (1,),
     "name of a scan that comes in several requests, of which VOLUME is the next part, "
-    "at most 16 MiB; 1 to 64 characters, random, so that nobody else has it; all parts come over one connection, "
+    "at most 16 MiB; 1 to 64 characters, random, so that no other client has it; all parts come over one connection, "
     "the other inputs with the last part",
     optional=True,
 )
@@ -326,7 +332,7 @@ MODELS: dict[str, Model] = {
             "retrieval",
             (KNOWN_STUDY, SOME_TEXTS),
             (SCORES, TEXT_CUT, TEXT_LIMIT, SCAN_EMBEDDING, TEXT_EMBEDDINGS),
-            "cosine similarities of a scan and texts; of only one of both its embeddings",
+            "cosine similarities of a scan and texts; given only one of them, its embeddings",
             public=True,
         ),
         Model(

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import gpu, gpu_memory
+from engine.cpu_features import has_bf16
 from engine.errors import M3DError
 from engine.manifest import Manifest
 from engine.memory import meminfo
-from engine.cpu_features import has_bf16
 from engine.runtime.acceleration import lacking
 from engine.server import SHM_NEEDED, flaws, supervisor
 from engine.server.triton import Triton

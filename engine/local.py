@@ -189,7 +189,7 @@ class LocalTransport:
         from engine.runtime.decoder import Decoder
         from engine.runtime.decoder_step import DecoderStep, LoopThread
 
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a library is quiet
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a library logs errors only
         decoder = Decoder(self.repository, settings, temporary=store.root)
         loop = LoopThread("answers")
         opened.callback(loop.close)
@@ -210,7 +210,7 @@ class LocalTransport:
         waiting: Future = Future()
 
         def tell(done: Future) -> None:
-            with contextlib.suppress(InvalidStateError):  # nobody waits any more
+            with contextlib.suppress(InvalidStateError):  # the caller's timeout has passed
                 if done.cancelled():
                     waiting.set_exception(_cancelled())
                 elif error := done.exception():

@@ -1,4 +1,4 @@
-"""What each method of the API does, as a sequence of requests, whoever carries them out.
+"""What each method of the API does, as a sequence of requests, independent of the transport.
 
 A method is a generator: it yields calls of a transport, is sent their results, and returns what the user gets. `run`
 carries them out with a blocking transport; `AsyncM3DClient` awaits them. A transport has
@@ -63,7 +63,7 @@ Steps = Generator[Call, Any, T]
 Inputs = dict[Tensor, object]
 
 # The steps of m3d_chat and m3d_segment, asked one by one: Triton does not pass a cancellation on to a step of an
-# ensemble that is running, so that an answer nobody waits for any more would be decoded to its end.
+# ensemble that is running, so that a cancelled answer would be decoded to its end.
 STUDY, DECODER, SEGMENTATION, RETRIEVAL = "study", "decoder", "segmentation", "retrieval"
 
 
@@ -84,7 +84,7 @@ class Responses(Protocol):
 
 
 class File:
-    """A scan's file, in pieces that lie one behind the other. Whoever sends it takes them, and nobody else has them."""
+    """A scan's file, in pieces that lie one behind the other. `take` returns the pieces and drops the reference."""
 
     def __init__(self, pieces: Sequence[bytes | memoryview]):
         self._pieces: Sequence[bytes | memoryview] | None = pieces
@@ -95,7 +95,7 @@ class File:
 
 
 class Outputs(dict[str, np.ndarray]):
-    """A response's outputs by name. One that the contract has and the server did not send is another version's."""
+    """A response's outputs by name. A missing output raises Unavailable: client and server versions differ."""
 
     def __missing__(self, name: str):
         raise other_version(f"its response has no {name}")

@@ -1,7 +1,7 @@
 """A connection to a server, as a transport of `engine.methods`.
 
 Each call is a gRPC call of its own on one shared channel (tritonclient's own stream object allows one stream a client),
-so that streams are independent, cancelled one by one, and paused by HTTP/2's flow control when nobody reads them.
+so that streams are independent, cancelled one by one, and paused by HTTP/2's flow control while they are not read.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class InferRequest:
         return b"".join(self._pieces())
 
     def ByteSize(self) -> int:
-        """As protobuf's messages tell theirs."""
+        """Serialized size in bytes."""
         return size_of(self._pieces())
 
     def _pieces(self) -> Iterator[bytes | memoryview]:

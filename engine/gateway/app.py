@@ -1,4 +1,4 @@
-"""The application: all routes, what they share, and how their errors are told."""
+"""The application: all routes, what they share, and the form of their errors."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Weights:
 
     @property
     def never_run(self) -> list[str]:
-        """Keys that later versions of MONAI add and nobody uses; iterating leaves them out."""
+        """Keys that later versions of MONAI add and no module uses; iterating leaves them out."""
         return [key for key in self._tensors if NEVER_RUN.search(key)]
 
     def __getitem__(self, key: str) -> Tensor:

@@ -118,8 +118,8 @@ class Prompt:
             choice: without spaces around it.
 
         Raises:
-            InvalidInput: the choice holds what separates turns or ends answers, or cannot be told from the question's
-                end.
+            InvalidInput: the choice holds what separates turns or ends answers, or cannot be separated from the
+                question's end.
         """
         if held := [token for token in self.layout.reserved if token in choice]:
             raise InvalidInput(f"a choice holds {held[0]}, which separates turns: leave it out")

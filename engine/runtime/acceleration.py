@@ -9,7 +9,11 @@ from engine.errors import RepositoryError
 
 
 class Pass(IntEnum):
-    """Through a language model's layers: vLLM's own, one with vLLM's kernels only, and with the decode kernel, too."""
+    """Which implementation runs the language model's layers.
+
+    VLLM: vLLM's modules. VLLM_KERNELS: our loop over vLLM's kernels. DECODE_KERNEL: that, with the decode kernel for
+    batches of few tokens.
+    """
 
     VLLM = 0
     DIRECT = 1

@@ -42,10 +42,11 @@ class DecoderService:
     """Serves the requests of one Triton model instance; many at a time.
 
     The next delta is fetched when the last one was sent, so that a client that cannot follow makes the decoder join
-    tokens instead of filling a queue. Whether a client has cancelled is asked again and again, as nobody tells.
+    tokens instead of filling a queue. Cancellation is polled every 50 ms.
 
-    on_health: is told, on the service's thread, how the language model is, see `LlmEngine`. on_broken: is told there,
-    once, that it will not come back, when the answers in work have failed (after LAST_ANSWERS_S at the latest).
+    on_health: called with the language model's health, see `LlmEngine`. on_broken: called once with the reason when the
+    language model will not come back and the answers in work have failed (after LAST_ANSWERS_S at the latest). Both are
+    called on the service's thread.
     """
 
     def __init__(

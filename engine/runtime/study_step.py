@@ -31,7 +31,7 @@ _NOTHING: Outputs = {contract.STUDY: "", contract.STUDY_INFO: "", contract.MODEL
 class StudyStep:
     """Opens, forgets and describes.
 
-    Uploads that do not go on are forgotten by `uploads.forget_idle`, which somebody calls now and then.
+    `uploads.forget_idle` forgets uploads that do not go on. The Triton model calls `forget_idle` on each execute.
     """
 
     def __init__(self, studies: Studies):
@@ -96,7 +96,7 @@ class StudyStep:
     def _encode_early(self, handle: str) -> None:
         try:
             self.studies.encode_for_segmentation(handle)
-        except Exception as error:  # not lost: the segmentation model runs into it again, and tells its client
+        except Exception as error:  # not lost: the segmentation model raises it again, and its client gets it
             _log.error("encoding early for segmentation failed", exc_info=error)
 
 

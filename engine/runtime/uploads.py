@@ -1,7 +1,7 @@
 """Scans that come in parts, a request each: put together in memory, and digested, as they come.
 
-A whole scan in one message is copied, as a whole, by each of the hands it passes through, into memory that none of them
-has touched yet. Parts use the same memory again, and while one is sent another is taken in.
+If a scan comes in one message, each process copies a whole message, into memory that it has not touched yet. Parts use
+the same memory again, and while one is sent another is taken in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engine.scan.limits import Limits
 MAX_NAME_LENGTH = 64
 MOST = 1000  # uploads at a time, however small
 MOST_OF_PEER = 100
-IDLE_S = 600.0  # as long as our client waits, unless it is told otherwise
+IDLE_S = 600.0  # as long as our client waits by default
 SLOW_S = 90.0  # between two parts of our client on a line of half a megabit per second, and half as long again
 PROGRESS_BYTES = 1 << 20  # that an upload brings within SLOW_S, or others may have its memory
 DEADLINE_S = 7200.0  # of a whole upload; the largest scan takes it on a line of 2.4 megabit per second

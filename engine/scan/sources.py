@@ -109,7 +109,7 @@ def _file_bytes(source: bytes | bytearray | memoryview) -> bytes | memoryview:
 
 
 def _read(file: Any) -> bytes | memoryview:
-    """All of a file object, from its start if it can go there: whoever has written a buffer stands at its end."""
+    """All of a file object, from its start if it can seek: a buffer that was just written stands at its end."""
     what = f"the file object ({type(file).__module__}.{type(file).__qualname__})"
     if isinstance(file, io.TextIOBase):
         raise InvalidInput(f"{what} is open as text: open the file with mode 'rb'")

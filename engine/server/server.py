@@ -65,7 +65,7 @@ class Server:
     listen on, for gRPC, and for metrics and health over HTTP; other machines are kept out unless they say otherwise.
     log: file for the words of Triton and its models, by default one per gRPC port in the cache folder. trace: files for
     the timestamps of all requests; Triton appends .0, .1, ... to the name. start_timeout: seconds until all models must
-    be ready. on_progress: is told what loads.
+    be ready. on_progress: called with each model or step that loads.
     """
 
     def __init__(

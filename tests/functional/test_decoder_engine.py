@@ -20,8 +20,8 @@ from tokenizers import pre_tokenizers
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from engine.api import AnswerDetails, AnswerInfo
-from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable
 from engine.cpu_features import has_bf16
+from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable
 from engine.runtime.acceleration import Pass
 from engine.runtime.cpu import decode_kernel
 from engine.runtime.decoder import Decoder, llm_engine

@@ -1,4 +1,4 @@
-"""The way in: what `engine.runtime.acceleration` hands on. Nothing large is imported before it is needed."""
+"""Functions that `acceleration` re-exports. Nothing large is imported before it is needed."""
 
 from __future__ import annotations
 

@@ -309,7 +309,7 @@ class Decoder:
             repetition_penalty=sampling.repetition_penalty,
             seed=sampling.seed,
             stop=list(sampling.stop),
-            # What ends an answer is told, whatever vLLM reads from tokenizer and configuration.
+            # Pass the stop ids explicitly: vLLM may read others from tokenizer and configuration.
             stop_token_ids=list(self.manifest.eos_token_ids),
             ignore_eos=True,
             # vLLM's own text serves to find stop texts only.

@@ -38,12 +38,13 @@ class LlmEngine:
     """One AsyncLLM at a time, used from one asyncio loop.
 
     folder: an exported language model. context_length: rows of prompt and answer. padding_id: a token id no answer has.
-    memory_share: tells, at each start, which part of a GPU's memory vLLM may take; by default the settings say it.
+    memory_share: returns, at each start, which part of a GPU's memory vLLM may take; by default the settings say it.
 
     An engine that dies fails the answers in progress with Unavailable and is restarted in the background, at most
     `settings.restarts` times an hour; `health` says where it stands (READY, or words for the client), `layers` how the
-    layers are computed. on_health: is told `health` whenever it changes. on_broken: is told, once, what happened when
-    the engine has died too often or does not start again; it never comes back then. Both are called on the loop.
+    layers are computed. on_health: called with `health` whenever it changes. on_broken: called once, with the
+    reason, when the engine has died too often or does not start again; it never comes back then. Both are called on the
+    loop.
     temporary: a folder for what vLLM leaves.
     """
 
@@ -126,7 +127,7 @@ class LlmEngine:
             await _end(llm)
 
     async def abandon(self) -> None:
-        """This process is about to end, and the engine's with it: nobody is to report that, or to restart it."""
+        """This process is about to end, and the engine's with it: do not report that, and do not restart the engine."""
         self._become(STOPPED)
         if self._llm is not None and self._llm.output_handler is not None:
             self._llm.output_handler.cancel()
