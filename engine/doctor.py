@@ -16,7 +16,7 @@ from engine.cpu_features import has_bf16
 from engine.errors import M3DError
 from engine.manifest import Manifest
 from engine.memory import meminfo
-from engine.runtime.acceleration import lacking
+from engine.runtime.acceleration import missing_parts
 from engine.server import SHM_NEEDED, flaws, supervisor
 from engine.server.triton import Triton
 
@@ -149,7 +149,7 @@ def _compiler() -> Finding:
 
 
 def _acceleration() -> Finding:
-    words = lacking()
+    words = missing_parts()
     return Finding("note" if words else "ok", "speed on a CPU", words or "all that this engine has for it is there")
 
 

@@ -19,7 +19,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from engine.api import EngineInfo, ModelInfo
-from engine.contract import MODELS
+from engine.contract import MODELS, RETRIEVE, SEGMENT
 from engine.errors import RepositoryError
 from engine.validation import CHECKED, checked
 
@@ -133,11 +133,11 @@ class Manifest:
 
     @property
     def segments(self) -> bool:
-        return "m3d_segment" in self.models
+        return SEGMENT in self.models
 
     @property
     def retrieves(self) -> bool:
-        return "m3d_retrieve" in self.models
+        return RETRIEVE in self.models
 
     @property
     def graph_plans(self) -> dict[str, dict]:

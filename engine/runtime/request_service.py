@@ -14,7 +14,7 @@ from engine import logs
 from engine.errors import Cancelled
 from engine.runtime import triton_io
 from engine.runtime.request_pool import RequestPool
-from engine.runtime.step import Later, Outputs, Step
+from engine.runtime.step import Deferred, Outputs, Step
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class RequestService:
         triton_io.send(sender, response)
         _log.debug("answered at once")
 
-    def _work(self, later: Later, request: triton_io.Request, sender) -> None:
+    def _work(self, later: Deferred, request: triton_io.Request, sender) -> None:
         started = time.perf_counter()
         with logs.request(request.id):
             try:
@@ -59,7 +59,7 @@ class RequestService:
             except Exception as error:  # this thread's result is not read
                 _log.error("a response could not be sent", exc_info=error)
 
-    def _unless_cancelled(self, later: Later, request: triton_io.Request) -> Outputs:
+    def _unless_cancelled(self, later: Deferred, request: triton_io.Request) -> Outputs:
         if self.cancellations.look()(self.cancellations.id_of(request.triton), request.triton):
             raise Cancelled("the request was cancelled before its turn came")
         return later()

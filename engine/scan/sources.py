@@ -36,7 +36,7 @@ def pack_scan(source: Any, affine: Any = None, limits: Limits = Limits()) -> tup
 
 
 def scan_pieces(source: Any, affine: Any = None, limits: Limits = Limits()) -> tuple[Pieces, np.ndarray | None]:
-    """What a client sends: (one behind the other, a file that `read_scan` reads; affine or None).
+    """What a client sends of a scan.
 
     Args:
         source: a file's path, its bytes, or a binary file object, which is read from its start if it can be (all as
@@ -46,6 +46,10 @@ def scan_pieces(source: Any, affine: Any = None, limits: Limits = Limits()) -> t
             SimpleITK image.
         affine: for arrays and .npy files, [4, 4], RAS+ mm.
         limits: for a folder and a list of paths.
+
+    Returns:
+        (pieces of bytes that are, one behind the other, a file that `read_scan` reads; the affine, float64 [4, 4],
+        voxel to world, RAS+ mm, or None where the file brings it).
 
     Raises:
         InvalidInput: naming what was given, and what may be.

@@ -38,7 +38,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from engine import logs
-from engine.contract import DECODER_MODELS, MAX_PART_BYTES, MODELS
+from engine.contract import DECODER_MODEL, DECODER_MODELS, MAX_PART_BYTES, MODELS
 from engine.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -200,7 +200,7 @@ class Front:
         return "Triton is starting" if self._decoder_is_ready() else f"the language model is {self.folder.health}"
 
     def _decoder_is_ready(self) -> bool:
-        return "decoder" not in self.served or self.folder.health == READY
+        return DECODER_MODEL not in self.served or self.folder.health == READY
 
     async def _says(self, method: str, request: bytes) -> bool:
         """Whether Triton's answer is `true`, the only field of these responses."""

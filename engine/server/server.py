@@ -29,6 +29,7 @@ from typing import IO, cast
 from engine import gpu, gpu_memory
 from engine.cache import cache_folder
 from engine.contract import DECODER_MODELS
+from engine.defaults import GRPC_PORT
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
 from engine.runtime.run_folder import RunFolder
@@ -75,7 +76,7 @@ class Server:
         target: str = "cpu",
         host: str = "127.0.0.1",
         metrics_host: str = "127.0.0.1",
-        grpc_port: int = 8001,
+        grpc_port: int = GRPC_PORT,
         metrics_port: int = 8002,
         log: Path | str | None = None,
         trace: Path | str | None = None,

@@ -204,7 +204,7 @@ class Triton:
         environment = {
             **os.environ,
             **QUIET,
-            **acceleration.variables(),
+            **acceleration.environment_variables(),
             "VLLM_RPC_BASE_PATH": str(run_folder),
             "TMPDIR": str(run_folder),
             RUN_FOLDER: str(run_folder),

@@ -20,7 +20,7 @@ from engine.errors import InvalidInput, M3DError, Unavailable, one_line
 from engine.gpu_memory import cache_bytes
 from engine.memory import available_memory
 from engine.runtime.acceleration import Pass
-from engine.runtime.decoder import engine_process, seg_states, vllm_environment, worker_extension
+from engine.runtime.decoder import engine_process, seg_states, worker_extension
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.run_folder import READY
@@ -88,8 +88,10 @@ class LlmEngine:
 
     # --- life --------------------------------------------------------------------------------------------------------
     async def start(self) -> None:
-        """Load the model and check its `[SEG]` states. Raises RepositoryError if they are off."""
-        vllm_environment.prepare(self.settings.threads)
+        """Load the model and check its `[SEG]` states, after `vllm_environment.prepare`.
+
+        Raises RepositoryError if the states are off.
+        """
         making = asyncio.get_running_loop().run_in_executor(None, self._make)
         try:
             llm = await asyncio.shield(making)
@@ -106,7 +108,7 @@ class LlmEngine:
             await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
             self._llm = llm
             checked = await check_seg_states(self.folder, self.dtype, self._greedy, self.take_states)
-            self.layers = Pass(min(await llm.collective_rpc("shorten_pass", args=(int(FURTHEST_PASS),))))
+            self.layers = Pass(min(await llm.collective_rpc("install_fast_forward", args=(int(FURTHEST_PASS),))))
             if self.layers is not Pass.VLLM:
                 await check_same_states(checked, self._greedy, self.take_states)
         except BaseException:
