@@ -56,7 +56,7 @@ class Way:
 
 WAYS = {
     "as configured": Way(),
-    "without the decode kernel": Way(furthest=Pass.DIRECT),
+    "without the decode kernel": Way(furthest=Pass.VLLM_KERNELS),
     "vLLM's own pass": Way(furthest=Pass.VLLM),
     "one thread": Way({"threads": 1}),
     "waiting threads sleep": Way(environment={"GOMP_SPINCOUNT": "0"}),

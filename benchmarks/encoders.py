@@ -38,11 +38,11 @@ from benchmarks.command import at_least, say, several  # noqa: E402
 from benchmarks.report import table  # noqa: E402
 from engine import contract  # noqa: E402
 from engine.cli import console  # noqa: E402
+from engine.cpu_features import has_bf16  # noqa: E402
 from engine.errors import InvalidInput  # noqa: E402
 from engine.models.answering import answer  # noqa: E402
 from engine.models.checkpoint import load_lamed  # noqa: E402
 from engine.models.lamed import Lamed  # noqa: E402
-from engine.processor import has_bf16  # noqa: E402
 from engine.runtime.onnx_session import OnnxGraph  # noqa: E402
 from engine.scan import pack_scan, read_scan  # noqa: E402
 from engine.seg_states import merged  # noqa: E402

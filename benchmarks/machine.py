@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine.processor import has_bf16
+from engine.cpu_features import has_bf16
 from engine.server import supervisor
 
 VERSIONED = (

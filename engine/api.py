@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # imported when they are used: they read scans
 class ModelInfo:
     """Which model answers, from the manifest of its repository.
 
-    checkpoint: as the export was told it. checkpoint_sha256: over the files that were read of it.
+    checkpoint: as given to the export. checkpoint_sha256: over the files that were read of it.
     target: cpu or tensorrt. precision: of the language model.
     manifest_sha256: of the whole manifest: two exports are the same if it is equal.
     """
@@ -244,7 +244,17 @@ class Segment:
         return self.measured.measurements[self.index]
 
     def save(self, path: str | PathLike) -> Path:
-        """Write the mask as NIfTI (.nii or .nii.gz) where the scan lies, see `engine.results.save_mask`."""
+        """Write the mask as NIfTI (uint8, 0 and 1) where the scan lies, see `engine.results.save_mask`.
+
+        Args:
+            path: a file name that ends with .nii or .nii.gz.
+
+        Returns:
+            The path.
+
+        Raises:
+            InvalidInput: the path has another ending, or cannot be written.
+        """
         from engine.results import save_mask
 
         return save_mask(self.mask, self, path)
@@ -278,9 +288,16 @@ class Segmentation:
         return MeasuredMasks([self.mask], self.affine, self.source, self.preset).measurements[0]
 
     def save(self, path: str | PathLike) -> Path:
-        """Write the mask as NIfTI (.nii or .nii.gz) where the scan lies, see `engine.results.save_mask`.
+        """Write `mask` as NIfTI (uint8, 0 and 1) where the scan lies, see `engine.results.save_mask`.
 
-        Raises InvalidInput without a mask.
+        Args:
+            path: a file name that ends with .nii or .nii.gz.
+
+        Returns:
+            The path.
+
+        Raises:
+            InvalidInput: there is no mask, or the path has another ending or cannot be written.
         """
         from engine.results import save_mask
 
@@ -338,7 +355,7 @@ class AnswerStream(Protocol):
 
 
 class M3D(Protocol):
-    """Whoever answers questions about scans. Methods may be called by several threads at the same time.
+    """Interface for questions about scans. Methods may be called by several threads at the same time.
 
     Where a method wants a study it also takes what `upload` takes. All errors are of engine.errors: InvalidInput for
     what cannot be used, StudyNotFound for a study that is not held (any more), ResourceExhausted and Unavailable where
@@ -394,6 +411,13 @@ class M3D(Protocol):
                 user's first turn. `Answer.history_used` says whether the model reads more than the last question.
             timeout: seconds, see the class.
             **sampling: see `engine.sampling.Sampling`.
+
+        Returns:
+            The answer: text, token ids, boxes (float64 [K, 6], voxels of the scan's array axes) and timings in seconds.
+
+        Raises:
+            InvalidInput: for a study, question, messages or sampling that cannot be used.
+            StudyNotFound: the study is not held any more, and is known by its handle only.
         """
         ...
 
@@ -428,25 +452,60 @@ class M3D(Protocol):
             merge: what several [SEG] in an answer give: "reference": one mask from the mean of their states, as the
                 reference does; "each": one mask for each of them, see `Segmentation.segments`.
 
+        Returns:
+            The answer; its mask, bool, the scan's shape and affine (RAS+ mm), or None without a [SEG];
+            the masks of each [SEG] with their scores; logits, if asked for, float32 [D, H, W] in model space.
+
         Raises:
-            InvalidInput: also with "each" for an answer with more [SEG] than `engine.seg_states.most_segments`.
+            InvalidInput: as of `ask`; with "each" also for more [SEG] than `engine.seg_states.most_segments`.
         """
         ...
 
     def rank(self, study: object, texts: Sequence[str], *, timeout: float | None = None) -> Ranking:
-        """Score texts by how well they fit the scan (M3D-CLIP); the ranking says which texts were too long."""
+        """Score texts by how well they fit the scan (M3D-CLIP).
+
+        Args:
+            study: a `Study`, or what `upload` takes.
+            texts: T texts, such as reports; of each, M3D-CLIP reads the first `Ranking.text_limit` tokens.
+            timeout: seconds, see the class.
+
+        Returns:
+            The texts with their cosine similarities to the scan, float32 [T] in -1..1, and which texts were too long.
+
+        Raises:
+            InvalidInput: for no texts, empty texts, or too many.
+            Unavailable: the repository was exported without M3D-CLIP.
+        """
         ...
 
     def embed(self, study: object, *, timeout: float | None = None) -> np.ndarray:
         """M3D-CLIP's embedding of the scan.
 
+        Args:
+            study: a `Study`, or what `upload` takes.
+            timeout: seconds, see the class.
+
         Returns:
             float32 [E], of length 1: its dot product with a text's embedding is the score of `rank`.
+
+        Raises:
+            Unavailable: the repository was exported without M3D-CLIP.
         """
         ...
 
     def embed_texts(self, texts: Sequence[str], *, timeout: float | None = None) -> TextEmbeddings:
-        """M3D-CLIP's embeddings of texts; the result says which texts were too long."""
+        """M3D-CLIP's embeddings of texts.
+
+        Args:
+            texts: T texts, as of `rank`.
+            timeout: seconds, see the class.
+
+        Returns:
+            The texts with their embeddings, float32 [T, E], each of length 1, and which texts were too long.
+
+        Raises:
+            InvalidInput, Unavailable: as of `rank`.
+        """
         ...
 
     def forget(self, study: Study, *, timeout: float | None = None) -> None:
@@ -463,13 +522,20 @@ class M3D(Protocol):
     def describe(self, study: Study, *, timeout: float | None = None) -> StudyInfo:
         """How a study was prepared, also of one that is known by its handle only.
 
+        Args:
+            study: as `upload` returned it, or `Study(handle)`.
+            timeout: seconds, see the class.
+
+        Returns:
+            Preset and its reason, the scan's shape, spacing in mm and orientation, the crop, and the model.
+
         Raises:
             StudyNotFound: if the study is not held (any more).
         """
         ...
 
     def is_ready(self) -> bool:
-        """Whether all that answers is there."""
+        """Whether all models are loaded."""
         ...
 
     def info(self, *, timeout: float | None = None) -> EngineInfo:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from engine.api import M3D, Answer, EngineInfo, Messages, Ranking, Segmentation, Study, StudyInfo, TextEmbeddings
-from engine.methods import Asked, Methods, run
+from engine.methods import Methods, PendingAnswer, run
 
 if TYPE_CHECKING:  # it would bring SciPy into every program that asks
     from engine.volume.crop import Crop
@@ -19,7 +19,7 @@ Self = TypeVar("Self", bound="BlockingM3D")
 class TextStream:
     """An answer as it grows, see `engine.api.AnswerStream`."""
 
-    def __init__(self, asked: Asked, transport: Any):
+    def __init__(self, asked: PendingAnswer, transport: Any):
         self._asked = asked
         self._transport = transport
 

@@ -1,8 +1,8 @@
 """The tensors that cross a model boundary: names, dtypes, shapes, ranges, axis order.
 
 This is the only place that says so: the configurations in model_repository/ are written from it
-(`python -m engine.server.repository`), export and runtime take the names from here. A new answer tensor is a `Tensor`
-in `_ANSWER`, and what `engine/runtime/decoder_step.py` puts into it.
+(`python -m engine.server.repository`), export and runtime take the names from here. CONTRIBUTING.md says how to add a
+tensor.
 
 Legend of the dimensions: D H W axes of the model volume (slices, rows, columns), N visual tokens, H_llm width of the
 language model, E width of the segmentation encoder, K number of `[SEG]` tokens in an answer, S of its masks, T texts. A
@@ -90,7 +90,13 @@ def encoded_texts(tensor: Tensor, value: Any) -> list[bytes]:
 
 
 # --- a scan and its study --------------------------------------------------------------------------------------------
-VOLUME = Tensor("VOLUME", "UINT8", (-1,), "bytes of a scan file: NIfTI, zipped DICOM series or npy", optional=True)
+VOLUME = Tensor(
+    "VOLUME",
+    "UINT8",
+    (-1,),
+    "bytes of a scan file: NIfTI, NRRD, MetaImage, MGH, npy or a zipped DICOM series",
+    optional=True,
+)
 AFFINE_IN = Tensor(
     "AFFINE", "FP64", (4, 4), "voxel-to-world of an npy scan, mm, RAS+ as in NIfTI; files bring theirs", optional=True
 )
@@ -112,7 +118,7 @@ UPLOAD = Tensor(
     "BYTES",
     (1,),
     "name of a scan that comes in several requests, of which VOLUME is the next part, "
-    "at most 16 MiB; 1 to 64 characters, random, so that nobody else has it; all parts come over one connection, "
+    "at most 16 MiB; 1 to 64 characters, random, so that no other client has it; all parts come over one connection, "
     "the other inputs with the last part",
     optional=True,
 )
@@ -260,48 +266,62 @@ ENCODER_MAX_BATCH = 4  # `study` opens four scans at a time; a GPU is busy with 
 HEAD_MAX_BATCH = 2  # `segmentation` draws two masks at a time
 TEXT_MAX_BATCH = 16  # texts of 512 tokens by BERT-base on a CPU take 1.3 GB, 64 of them 4.8 GB
 
+# Names of the models.
+STUDY_MODEL = "study"
+DECODER_MODEL = "decoder"
+SEGMENTATION_MODEL = "segmentation"
+RETRIEVAL_MODEL = "retrieval"
+CHAT = "m3d_chat"
+SEGMENT = "m3d_segment"
+RETRIEVE = "m3d_retrieve"
+VISION_ENCODER = "vision_encoder"
+SEGMENTATION_ENCODER = "segmentation_encoder"
+SEGMENTATION_HEAD = "segmentation_head"
+CLIP_IMAGE_ENCODER = "clip_image_encoder"
+CLIP_TEXT_ENCODER = "clip_text_encoder"
+
 MODELS: dict[str, Model] = {
     m.name: m
     for m in (
         Model(
-            "study",
+            STUDY_MODEL,
             (*_SCAN, UPLOAD, UPLOAD_RANGE, SEGMENT_HINT, FORGET, DESCRIBE),
             (STUDY, STUDY_INFO, MODEL_INFO),
             "decode, preprocess and encode a scan once; forget one; tell which model answers",
             public=True,
         ),
         Model(
-            "m3d_chat",
+            CHAT,
             (*_SCAN, QUESTION, HISTORY, SAMPLING, STREAM),
             (*_ANSWER, STUDY_HANDLE),
             "answer a question about a scan, streaming",
             decoupled=True,
-            steps=("study", "decoder"),
+            steps=(STUDY_MODEL, DECODER_MODEL),
             public=True,
         ),
         Model(
-            "m3d_segment",
+            SEGMENT,
             (*_SCAN, SEGMENT_HINT, QUESTION, HISTORY, SAMPLING, RETURN_LOGITS, MERGE),
             (*_ANSWER, SEG_SPANS, STUDY_HANDLE, *_MASKS),
             "answer a question and draw the masks it asks for",
             decoupled=True,
-            steps=("study", "decoder", "segmentation"),
+            steps=(STUDY_MODEL, DECODER_MODEL, SEGMENTATION_MODEL),
             public=True,
         ),
         Model(
-            "m3d_retrieve",
+            RETRIEVE,
             (*_SCAN, TEXTS),
             (SCORES, TEXT_CUT, TEXT_LIMIT, STUDY_HANDLE, STUDY_INFO),
             "rank texts against a scan",
-            steps=("study", "retrieval"),
+            steps=(STUDY_MODEL, RETRIEVAL_MODEL),
             public=True,
         ),
-        Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
-        Model("segmentation_encoder", (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
+        Model(VISION_ENCODER, (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
+        Model(SEGMENTATION_ENCODER, (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
         # In Triton the step behind a decoupled model must get all inputs from it: STUDY, RETURN_LOGITS and MERGE pass
         # through.
         Model(
-            "decoder",
+            DECODER_MODEL,
             (STUDY, QUESTION, HISTORY, SAMPLING, STREAM, RETURN_LOGITS, MERGE),
             (*_ANSWER, SEG_STATES, SEG_SPANS, STUDY, RETURN_LOGITS, MERGE),
             "the language model, vLLM",
@@ -309,31 +329,29 @@ MODELS: dict[str, Model] = {
             public=True,
         ),
         Model(
-            "segmentation",
+            SEGMENTATION_MODEL,
             (STUDY, SEG_STATES, RETURN_LOGITS, MERGE),
             _MASKS,
             "nothing without a [SEG]; else head, then masks in the scan's own space",
             public=True,
         ),
         Model(
-            "segmentation_head",
+            SEGMENTATION_HEAD,
             (FEATURES, SEG_STATE),
             (MASK_LOGITS,),
             "seg projector and SegVol's mask decoder",
             HEAD_MAX_BATCH,
         ),
         Model(
-            "retrieval",
+            RETRIEVAL_MODEL,
             (KNOWN_STUDY, SOME_TEXTS),
             (SCORES, TEXT_CUT, TEXT_LIMIT, SCAN_EMBEDDING, TEXT_EMBEDDINGS),
-            "cosine similarities of a scan and texts; of only one of both its embeddings",
+            "cosine similarities of a scan and texts; given only one of them, its embeddings",
             public=True,
         ),
+        Model(CLIP_IMAGE_ENCODER, (IMAGE,), (IMAGE_EMBEDDING,), "M3D-CLIP's 3D ViT, projected CLS", ENCODER_MAX_BATCH),
         Model(
-            "clip_image_encoder", (IMAGE,), (IMAGE_EMBEDDING,), "M3D-CLIP's 3D ViT, projected CLS", ENCODER_MAX_BATCH
-        ),
-        Model(
-            "clip_text_encoder",
+            CLIP_TEXT_ENCODER,
             (INPUT_IDS, ATTENTION_MASK),
             (TEXT_EMBEDDING,),
             "M3D-CLIP's BERT, projected CLS",
@@ -342,10 +360,10 @@ MODELS: dict[str, Model] = {
     )
 }
 
-CHAT_MODELS = ("study", "vision_encoder", "decoder", "m3d_chat")
-SEGMENT_MODELS = ("segmentation_encoder", "segmentation_head", "segmentation", "m3d_segment")
-DECODER_MODELS = ("decoder", "m3d_chat", "m3d_segment")  # the language model, and what cannot work without it
-CLIP_ENCODERS = ("clip_image_encoder", "clip_text_encoder")
-RETRIEVE_MODELS = (*CLIP_ENCODERS, "retrieval", "m3d_retrieve")
-IMAGE_ENCODERS = ("vision_encoder", "segmentation_encoder", "clip_image_encoder")  # the graphs that take a volume
-GRAPHS = ("vision_encoder", "segmentation_encoder", "segmentation_head", "clip_image_encoder", "clip_text_encoder")
+CHAT_MODELS = (STUDY_MODEL, VISION_ENCODER, DECODER_MODEL, CHAT)
+SEGMENT_MODELS = (SEGMENTATION_ENCODER, SEGMENTATION_HEAD, SEGMENTATION_MODEL, SEGMENT)
+DECODER_MODELS = (DECODER_MODEL, CHAT, SEGMENT)  # the language model, and what cannot work without it
+CLIP_ENCODERS = (CLIP_IMAGE_ENCODER, CLIP_TEXT_ENCODER)
+RETRIEVE_MODELS = (*CLIP_ENCODERS, RETRIEVAL_MODEL, RETRIEVE)
+IMAGE_ENCODERS = (VISION_ENCODER, SEGMENTATION_ENCODER, CLIP_IMAGE_ENCODER)  # the graphs that take a volume
+GRAPHS = (VISION_ENCODER, SEGMENTATION_ENCODER, SEGMENTATION_HEAD, CLIP_IMAGE_ENCODER, CLIP_TEXT_ENCODER)

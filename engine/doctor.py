@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import gpu, gpu_memory
+from engine.cpu_features import has_bf16
 from engine.errors import M3DError
 from engine.manifest import Manifest
 from engine.memory import meminfo
-from engine.processor import has_bf16
-from engine.runtime.acceleration import lacking
+from engine.runtime.acceleration import missing_parts
 from engine.server import flaws, supervisor
 from engine.server.server import SHM_NEEDED
 from engine.server.triton import Triton
@@ -150,7 +150,7 @@ def _compiler() -> Finding:
 
 
 def _acceleration() -> Finding:
-    words = lacking()
+    words = missing_parts()
     return Finding("note" if words else "ok", "speed on a CPU", words or "all that this engine has for it is there")
 
 

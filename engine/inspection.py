@@ -182,7 +182,7 @@ def _keys(files: Survey, model: Description, problems: list[str]) -> tuple[Keys,
     if wrong := [f"{len(keys)} {what} ({listed(keys, 3)})" for what, keys in different.items() if keys]:
         problems.append(f"the weights do not fit config.json: {'; '.join(wrong)}")
     missing, unexpected, misshapen = (tuple(different[what]) for what in ("missing", "unexpected", "misshapen"))
-    return Keys(count, missing, unexpected, misshapen, tuple(weights.never_run)), entries
+    return Keys(count, missing, unexpected, misshapen, tuple(weights.unused_keys)), entries
 
 
 def _serving(model: Description, needed: int, target: str) -> int | None:

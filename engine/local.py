@@ -27,10 +27,10 @@ import numpy as np
 
 from engine import contract
 from engine.blocking import BlockingM3D
-from engine.contract import GRAPHS, Tensor
+from engine.contract import DECODER_MODEL, GRAPHS, RETRIEVAL_MODEL, SEGMENTATION_MODEL, STUDY_MODEL, Tensor
 from engine.errors import Cancelled, DeadlineExceeded, M3DError, RepositoryError, Unavailable, one_line
 from engine.manifest import CLIP_TOKENIZER_FOLDER, Manifest
-from engine.methods import DECODER, RETRIEVAL, SEGMENTATION, STUDY, File, Methods, Outputs, not_served
+from engine.methods import File, Methods, Outputs, not_served
 
 if TYPE_CHECKING:  # imported by the first engine: they bring PyTorch
     from engine.runtime.decoder import Decoder
@@ -118,7 +118,7 @@ class LocalTransport:
         """See `engine.methods`. A file of several pieces is put together in memory."""
         pieces = file.take()
         whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        return self.infer(STUDY, {contract.VOLUME: np.frombuffer(whole, np.uint8), **inputs}, timeout)
+        return self.infer(STUDY_MODEL, {contract.VOLUME: np.frombuffer(whole, np.uint8), **inputs}, timeout)
 
     def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> LocalStream:
         """See `engine.methods`. The decoder is the only model that streams."""
@@ -167,17 +167,17 @@ class LocalTransport:
         limit = settings.study.study_store_mb * 1_000_000 or default_limit(SHARED_MEMORY)
         store = StudyStore(ServerFolder.of_process(), limit)
         opened.callback(store.close)
-        started = self._start_decoder(store, settings.decoder.cpu, opened) if DECODER in manifest.models else None
+        started = self._start_decoder(store, settings.decoder.cpu, opened) if DECODER_MODEL in manifest.models else None
         graphs = Graphs(repository, [model for model in manifest.models if model in GRAPHS], settings)
         opened.callback(graphs.close)
         study = StudyStep(Studies(store, manifest, graphs, settings.study.limits))
         opened.callback(study.close)
-        self._add(STUDY, study, settings.study, opened)
-        if SEGMENTATION in manifest.models:
-            self._add(SEGMENTATION, SegmentationStep(Segmenter(store, graphs)), settings.segmentation, opened)
-        if RETRIEVAL in manifest.models:
+        self._add(STUDY_MODEL, study, settings.study, opened)
+        if SEGMENTATION_MODEL in manifest.models:
+            self._add(SEGMENTATION_MODEL, SegmentationStep(Segmenter(store, graphs)), settings.segmentation, opened)
+        if RETRIEVAL_MODEL in manifest.models:
             retriever = Retriever(store, manifest, repository / CLIP_TOKENIZER_FOLDER, graphs)
-            self._add(RETRIEVAL, RetrievalStep(retriever), settings.retrieval, opened)
+            self._add(RETRIEVAL_MODEL, RetrievalStep(retriever), settings.retrieval, opened)
         if started is not None:
             started.result()
         # Behind what vLLM registers, so that it is called before.
@@ -189,7 +189,7 @@ class LocalTransport:
         from engine.runtime.decoder import Decoder
         from engine.runtime.decoder_step import DecoderStep, LoopThread
 
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a library is quiet
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a library logs errors only
         decoder = Decoder(self.repository, settings, temporary=store.root)
         loop = LoopThread("answers")
         opened.callback(loop.close)
@@ -210,7 +210,7 @@ class LocalTransport:
         waiting: Future = Future()
 
         def tell(done: Future) -> None:
-            with contextlib.suppress(InvalidStateError):  # nobody waits any more
+            with contextlib.suppress(InvalidStateError):  # the caller's timeout has passed
                 if done.cancelled():
                     waiting.set_exception(_cancelled())
                 elif error := done.exception():
@@ -289,14 +289,14 @@ async def _answer(
     wanted: asyncio.Semaphore,
 ) -> None:
     """Put the responses to a question into a queue, each when it is wanted, and at the end the error, or None."""
-    from engine.runtime.decoder_step import Asked
+    from engine.runtime.decoder_step import DecoderRequest
     from engine.runtime.step import LocalInputs
 
     end: M3DError | None = None
     try:
         async with asyncio.timeout(timeout):
             with _typed_errors():
-                async with aclosing(step(Asked.of(LocalInputs(inputs)))) as answer:
+                async with aclosing(step(DecoderRequest.of(LocalInputs(inputs)))) as answer:
                     async for outputs, _ in answer:
                         responses.put(_as_received(outputs))
                         await wanted.acquire()

@@ -68,4 +68,4 @@ class _Stderr(logging.Handler):
             sys.stderr.write(self.format(record) + "\n")
             sys.stderr.flush()
         except (OSError, ValueError):
-            pass  # nobody reads stderr any more; a log must not end what it tells of
+            pass  # stderr is closed; a log must not end the program

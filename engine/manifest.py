@@ -19,7 +19,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from engine.api import EngineInfo, ModelInfo
-from engine.contract import MODELS
+from engine.contract import MODELS, RETRIEVE, SEGMENT
 from engine.errors import RepositoryError
 from engine.validation import CHECKED, checked
 
@@ -64,7 +64,7 @@ class Graph(TypedDict, total=False):
 class Manifest:
     """What a model repository holds.
 
-    checkpoint, clip_checkpoint: as the export was told them; their SHA-256 is over the files that are read.
+    checkpoint, clip_checkpoint: as given to the export; their SHA-256 is over the files that are read.
     checkpoint_commit, clip_checkpoint_commit: of their repositories on the hub; None for a local folder.
     image_size, patch_size: (D, H, W) of the model volume and of one patch, voxels.
     family: of the language model, one of `engine.models.language_model.FAMILIES`: says how prompts are laid out.
@@ -122,22 +122,22 @@ class Manifest:
 
     @property
     def model(self) -> ModelInfo:
-        """Which model answers, as users are told."""
+        """Which model answers, for users."""
         return ModelInfo(self.checkpoint, self.checkpoint_sha256, self.target, self.precision, self.identity)
 
     @property
     def info(self) -> EngineInfo:
-        """What answers, as users are told."""
+        """Model, served ensembles and version, for users."""
         served = tuple(name for name, model in MODELS.items() if model.ensemble and name in self.models)
         return EngineInfo(self.model, served, importlib.metadata.version("m3d-engine"))
 
     @property
     def segments(self) -> bool:
-        return "m3d_segment" in self.models
+        return SEGMENT in self.models
 
     @property
     def retrieves(self) -> bool:
-        return "m3d_retrieve" in self.models
+        return RETRIEVE in self.models
 
     @property
     def graph_plans(self) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""What each method of the API does, as a sequence of requests, whoever carries them out.
+"""What each method of the API does, as a sequence of requests, independent of the transport.
 
 A method is a generator: it yields calls of a transport, is sent their results, and returns what the user gets. `run`
 carries them out with a blocking transport; `AsyncM3DClient` awaits them. A transport has
@@ -11,6 +11,9 @@ carries them out with a blocking transport; `AsyncM3DClient` awaits them. A tran
     close()
 
 where inputs are named by the tensors of engine.contract.
+
+A question asks the steps of m3d_chat and m3d_segment one by one: a Triton without our front does not pass a
+cancellation on to the running step of an ensemble, so that a cancelled answer would be decoded to its end.
 """
 
 from __future__ import annotations
@@ -45,12 +48,12 @@ from engine.api import (
     TextEmbeddings,
     Timings,
 )
-from engine.contract import Tensor
+from engine.contract import DECODER_MODEL, RETRIEVAL_MODEL, SEGMENTATION_MODEL, STUDY_MODEL, Tensor
 from engine.errors import Cancelled, InvalidInput, StudyNotFound, Unavailable, shortened
 from engine.prompt.turns import USER, Turn, checked_turns, history_to_json
 from engine.sampling import Sampling
 from engine.seg_states import EACH, checked_merge, spans_of_words
-from engine.source import Source, content_of
+from engine.source import Source, size_and_crc
 
 _log = logging.getLogger(__name__)
 
@@ -61,10 +64,6 @@ T = TypeVar("T")
 Call = Callable[[Any], Any]
 Steps = Generator[Call, Any, T]
 Inputs = dict[Tensor, object]
-
-# The steps of m3d_chat and m3d_segment, asked one by one: Triton does not pass a cancellation on to a step of an
-# ensemble that is running, so that an answer nobody waits for any more would be decoded to its end.
-STUDY, DECODER, SEGMENTATION, RETRIEVAL = "study", "decoder", "segmentation", "retrieval"
 
 
 class Responses(Protocol):
@@ -84,7 +83,7 @@ class Responses(Protocol):
 
 
 class File:
-    """A scan's file, in pieces that lie one behind the other. Whoever sends it takes them, and nobody else has them."""
+    """A scan's file, in pieces that lie one behind the other. `take` returns the pieces and drops the reference."""
 
     def __init__(self, pieces: Sequence[bytes | memoryview]):
         self._pieces: Sequence[bytes | memoryview] | None = pieces
@@ -95,7 +94,7 @@ class File:
 
 
 class Outputs(dict[str, np.ndarray]):
-    """A response's outputs by name. One that the contract has and the server did not send is another version's."""
+    """A response's outputs by name. A missing output raises Unavailable: client and server versions differ."""
 
     def __missing__(self, name: str):
         raise other_version(f"its response has no {name}")
@@ -172,7 +171,7 @@ class Methods:
         streaming: bool,
         timeout: float | None,
         hint: bool = False,
-    ) -> Asked:
+    ) -> PendingAnswer:
         """A question, not sent yet. hint: that a mask will be wanted, so that it is encoded for while decoding."""
         turns = _turns(question, messages)
         inputs: Inputs = {
@@ -181,7 +180,7 @@ class Methods:
             contract.SAMPLING: Sampling.from_dict(sampling).to_json(),
             contract.STREAM: streaming,
         }
-        return Asked(self, study, inputs, self._seconds(timeout), hint)
+        return PendingAnswer(self, study, inputs, self._seconds(timeout), hint)
 
     def ask(
         self,
@@ -213,7 +212,7 @@ class Methods:
         left = self._left(timeout)
         known = yield from self.study_of(study, left)
         outputs = yield from self._resent(
-            lambda by: lambda t: t.infer(RETRIEVAL, {contract.STUDY_IN: by.handle}, left()), known, left
+            lambda by: lambda t: t.infer(RETRIEVAL_MODEL, {contract.STUDY_IN: by.handle}, left()), known, left
         )
         return outputs[contract.SCAN_EMBEDDING]
 
@@ -232,7 +231,7 @@ class Methods:
 
     def info(self, timeout: float | None) -> Steps[EngineInfo]:
         left = self._left(timeout)
-        outputs = yield lambda t: t.infer(STUDY, {contract.DESCRIBE: True}, left())
+        outputs = yield lambda t: t.infer(STUDY_MODEL, {contract.DESCRIBE: True}, left())
         return typed(EngineInfo, outputs.text(contract.MODEL_INFO))
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -248,7 +247,7 @@ class Methods:
             Source(scan, affine, preset, crop, content),
         )
 
-    def _segment(self, asked: Asked, return_logits: bool, merge: str) -> Steps[Segmentation]:
+    def _segment(self, asked: PendingAnswer, return_logits: bool, merge: str) -> Steps[Segmentation]:
         answer, outputs = yield from asked.whole()
         if not len(outputs[contract.SEG_STATES]):
             return Segmentation(answer, None, np.zeros((4, 4)), None)
@@ -260,7 +259,7 @@ class Methods:
                 contract.RETURN_LOGITS: return_logits,
                 contract.MERGE: merge,
             }
-            return lambda t: t.infer(SEGMENTATION, inputs, asked.left())
+            return lambda t: t.infer(SEGMENTATION_MODEL, inputs, asked.left())
 
         drawn = yield from self._resent(draw, asked.study, asked.left)
         spans = [(int(start), int(end)) for start, end in outputs[contract.SEG_SPANS]]
@@ -272,25 +271,25 @@ class Methods:
         known = yield from self.study_of(study, left)
 
         def score(by: Study) -> Call:
-            return lambda t: t.infer(RETRIEVAL, {contract.TEXTS: texts, contract.STUDY_IN: by.handle}, left())
+            return lambda t: t.infer(RETRIEVAL_MODEL, {contract.TEXTS: texts, contract.STUDY_IN: by.handle}, left())
 
         outputs = yield from self._resent(score, known, left)
         return Ranking(tuple(texts), outputs[contract.SCORES], *_cut(outputs))
 
     def _embed_texts(self, texts: Sequence[str], left: Countdown) -> Steps[TextEmbeddings]:
-        outputs = yield lambda t: t.infer(RETRIEVAL, {contract.TEXTS: texts}, left())
+        outputs = yield lambda t: t.infer(RETRIEVAL_MODEL, {contract.TEXTS: texts}, left())
         return TextEmbeddings(tuple(texts), outputs[contract.TEXT_EMBEDDINGS], *_cut(outputs))
 
     def _forget(self, study: Study, left: Countdown) -> Steps[None]:
         try:
-            yield lambda t: t.infer(STUDY, {contract.STUDY_IN: study.handle, contract.FORGET: True}, left())
+            yield lambda t: t.infer(STUDY_MODEL, {contract.STUDY_IN: study.handle, contract.FORGET: True}, left())
         except StudyNotFound:
             object.__setattr__(study, "source", None)
             raise
         object.__setattr__(study, "source", None)  # else the next question would send the scan again
 
     def _describe(self, study: Study, left: Countdown) -> Steps[StudyInfo]:
-        outputs = yield lambda t: t.infer(STUDY, {contract.STUDY_IN: study.handle}, left())
+        outputs = yield lambda t: t.infer(STUDY_MODEL, {contract.STUDY_IN: study.handle}, left())
         return typed(StudyInfo, outputs.text(contract.STUDY_INFO))
 
     def study_of(self, study: object, left: Countdown) -> Steps[Study]:
@@ -334,7 +333,7 @@ class Methods:
         return self.timeout if timeout is None else _checked_timeout(timeout)
 
 
-class Asked:
+class PendingAnswer:
     """A question and the responses to it. If its study was evicted, it is sent and asked again, once.
 
     study, left: the question's, and what is left of the timeout, from `open` on. answer: the whole, once it is there.
@@ -396,11 +395,11 @@ class Asked:
         handle: Inputs = {contract.STUDY_IN: self.study.handle}
         if self._hint:
             try:
-                yield lambda t: t.infer(STUDY, handle | {contract.SEGMENT_HINT: True}, self.left())
+                yield lambda t: t.infer(STUDY_MODEL, handle | {contract.SEGMENT_HINT: True}, self.left())
             except StudyNotFound:
                 pass  # the question meets it again, and sends the study
         self._check_open()
-        self._responses = yield lambda t: t.stream(DECODER, self._inputs | handle, self.left())
+        self._responses = yield lambda t: t.stream(DECODER_MODEL, self._inputs | handle, self.left())
 
     def _check_open(self) -> None:
         if self._closed:
@@ -441,7 +440,7 @@ class Asked:
         return text
 
 
-def _only_answer(asked: Asked) -> Steps[Answer]:
+def _only_answer(asked: PendingAnswer) -> Steps[Answer]:
     answer, _ = yield from asked.whole()
     return answer
 
@@ -461,7 +460,7 @@ def _packed(scan: object, affine: np.ndarray | None) -> tuple[File, np.ndarray |
     from engine.scan import scan_pieces
 
     pieces, space = scan_pieces(scan, affine)
-    return File(pieces), space, content_of(pieces)
+    return File(pieces), space, size_and_crc(pieces)
 
 
 def _segmentation(

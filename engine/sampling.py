@@ -1,4 +1,4 @@
-"""How an answer is sampled: checked on the client for quick errors, and again on the server, which trusts nobody."""
+"""How an answer is sampled: checked on the client for quick errors, and again on the server, which trusts none."""
 
 from __future__ import annotations
 

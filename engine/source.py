@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what reads scans is imported when a scan is read
 class Source:
     """Where a study came from, so that it can be sent again: what the user handed over, with affine, preset and crop.
 
-    content: `content_of` what was sent; None if that is not known.
+    content: `size_and_crc` of what was sent; None if that is not known.
     """
 
     scan: object  # as `upload` takes it
@@ -68,7 +68,7 @@ class Source:
             pieces, affine = scan_pieces(self.scan, self.affine)
         except InvalidInput as error:  # which names the path; measurements, which are saved, have this message
             raise InvalidInput("the scan at the study's source is gone or cannot be read: upload it again") from error
-        if self.content is None or content_of(pieces) != self.content:
+        if self.content is None or size_and_crc(pieces) != self.content:
             raise InvalidInput(
                 "the scan at the study's source has changed since it was sent, and is not the one that was sent: "
                 "upload it again"
@@ -76,7 +76,7 @@ class Source:
         return b"".join(pieces), affine
 
 
-def content_of(pieces: Iterable[bytes | memoryview]) -> tuple[int, int]:
+def size_and_crc(pieces: Iterable[bytes | memoryview]) -> tuple[int, int]:
     """(bytes, CRC-32) of a file in pieces: enough to notice that it was written anew, at the speed of memory."""
     from isal import isal_zlib
 

@@ -27,9 +27,9 @@ def checked(kind: type[_Kind], values: Any, where: str = "") -> _Kind:
         kind: the dataclass. values: as JSON or TOML have them. where: stands in front of names in the error.
 
     Raises:
-        ValueError: they make none; with what was given and what is allowed.
+        ValueError: the values do not fit the dataclass; the message says what was given and what is allowed.
     """
-    # In a list, since a dataclass of Python's own is checked as that says in which it is.
+    # In a list: a dataclass of Python's own takes no config of its own, only that of the type around it.
     adapter = TypeAdapter(list[kind], config=CHECKED)  # type: ignore[valid-type]
     try:
         return adapter.validate_json(json.dumps([values], default=str))[0]

@@ -181,7 +181,7 @@ def _open_lamed(checkpoint: Path) -> tuple:
 
     config, weights, source = open_lamed(checkpoint)
     checked_lamed(config, weights)
-    if unused := weights.never_run:
+    if unused := weights.unused_keys:
         print(f"{source}: {len(unused)} keys that later MONAI versions add are left out, such as {unused[0]}")
     tokenizer = load_tokenizer(source)
     try:

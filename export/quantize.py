@@ -142,7 +142,7 @@ def answer(
     for number, tokens in enumerate(visual, 1):
         say(f"asks scan {number} of {len(visual)} the {len(questions)} questions of {QUESTIONS.name}")
         for question in questions:
-            head, tail = (embed(torch.tensor(ids, device=model.device)) for ids in prompt.around(question))
+            head, tail = (embed(torch.tensor(ids, device=model.device)) for ids in prompt.split_ids(question))
             asked = torch.cat([head, tokens.to(model.device, model.dtype), tail])
             stops = list(prompt.stop_ids)
             said = answering.answer(model, [asked], ANSWER_TOKENS, states=False, eos_token_id=stops).ids[0]

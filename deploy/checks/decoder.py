@@ -17,6 +17,7 @@ from deploy.checks.context import Context
 from deploy.checks.fixtures import Case
 from deploy.checks.reference import BOUNDS, IMAGE_START
 from engine.models.checkpoint import build_lamed, open_lamed
+from engine.runtime.decoder import vllm_environment
 from engine.runtime.decoder.llm_engine import LlmEngine
 from engine.runtime.decoder.seg_states import EXTRA_ARG
 from engine.runtime.decoder_settings import DecoderSettings
@@ -57,6 +58,7 @@ def start(context: Context) -> Iterator[dict]:
                 block_size=BLOCK_SIZES[context.device],
                 enforce_eager=precision == "fp32",
             )
+            vllm_environment.prepare(settings.threads)
             engine = LlmEngine(exported, dtype, config.context_length, padding_id=0, settings=settings)
             yield from _in_a_loop(_asked(engine, rows, case, precision))
         again = LlmEngine(exported, dtype, config.context_length, padding_id=0, settings=settings)

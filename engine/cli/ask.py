@@ -9,6 +9,7 @@ import typer
 
 from engine.cli import options
 from engine.cli.notes import note_answer, note_study
+from engine.defaults import DEFAULT_URL
 
 if TYPE_CHECKING:
     from engine.api import Answer
@@ -26,7 +27,7 @@ JsonSchema = Annotated[Path | None, typer.Option(help="file with a JSON schema; 
 def ask(
     scan: options.ScanPath,
     question: options.Question,
-    server: options.ServerUrl = "localhost:8001",
+    server: options.ServerUrl = DEFAULT_URL,
     preset: options.Preset = "auto",
     crop: options.Crop = None,
     max_new_tokens: options.MaxNewTokens = None,

@@ -1,4 +1,4 @@
-"""Where a gateway listens and who may enter, as `m3d gateway` and `m3d serve --http` are told it.
+"""Where a gateway listens and who may enter: the options of `m3d gateway` and `m3d serve --http`.
 
 What the gateway needs is imported when it runs: help comes at once, and without the extra.
 """
@@ -43,10 +43,10 @@ AuditQuestions = Annotated[bool, typer.Option("--audit-questions", help="audit l
 
 @dataclass(frozen=True)
 class Entrance:
-    """See the options of `m3d gateway`. Made, it is one that can be.
+    """The options of `m3d gateway` of the same names. Validated on construction.
 
     Raises:
-        InvalidInput: nobody says who may enter, or what is said does not fit together.
+        InvalidInput: neither keys nor no_keys are given, or options contradict each other.
         Unavailable: what the gateway needs is not installed.
     """
 

@@ -9,6 +9,7 @@ import typer
 
 from engine.cli import console, options
 from engine.cli.notes import note_study
+from engine.defaults import DEFAULT_URL
 from engine.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def rank(
     scan: options.ScanPath,
     texts: Annotated[list[str] | None, typer.Argument(help="texts to rank")] = None,
     file: Annotated[Path | None, typer.Option(help="file with one text a line, besides those given")] = None,
-    server: options.ServerUrl = "localhost:8001",
+    server: options.ServerUrl = DEFAULT_URL,
     preset: options.Preset = "auto",
     crop: options.Crop = None,
     timeout: options.Timeout = 600.0,

@@ -11,6 +11,7 @@ import typer
 
 from engine.cli import console, options
 from engine.cli.notes import note_answer, note_study
+from engine.defaults import DEFAULT_URL
 from engine.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def segment(
         ),
     ] = "reference",
     picture: Annotated[Path | None, typer.Option(help="PNG of three planes (default: by the mask)")] = None,
-    server: options.ServerUrl = "localhost:8001",
+    server: options.ServerUrl = DEFAULT_URL,
     preset: options.Preset = "auto",
     crop: options.Crop = None,
     max_new_tokens: options.MaxNewTokens = None,

@@ -21,6 +21,7 @@ from engine.cli.entrance import (
     Tls,
     is_loopback,
 )
+from engine.defaults import GRPC_PORT
 from engine.errors import InvalidInput
 
 
@@ -30,7 +31,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="address that clients come to; 0.0.0.0 lets anybody on the network in, without a key")
     ] = "127.0.0.1",
-    grpc_port: Annotated[int, typer.Option(help="port of the client protocol")] = 8001,
+    grpc_port: Annotated[int, typer.Option(help="port of the client protocol")] = GRPC_PORT,
     metrics_host: Annotated[str, typer.Option(help="address of metrics and health checks")] = "127.0.0.1",
     metrics_port: Annotated[
         int, typer.Option(help="port of /metrics (Prometheus), /health/live and /health/ready, over HTTP")

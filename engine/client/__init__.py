@@ -9,6 +9,7 @@ with M3DClient("localhost:8001") as client:
 
 from engine.api import Answer, Ranking, Segmentation, Study
 from engine.client.asynchronous import AsyncM3DClient
-from engine.client.blocking import DEFAULT_URL, M3DClient
+from engine.client.blocking import M3DClient
+from engine.defaults import DEFAULT_URL
 
 __all__ = ["DEFAULT_URL", "Answer", "AsyncM3DClient", "M3DClient", "Ranking", "Segmentation", "Study"]

@@ -21,9 +21,10 @@ from tritonclient.grpc import service_pb2
 from engine.api import Answer, EngineInfo, Messages, Ranking, Segmentation, Study, StudyInfo, TextEmbeddings
 from engine.client import wire
 from engine.client.connection import READY_S
-from engine.contract import Tensor
+from engine.contract import STUDY_MODEL, Tensor
+from engine.defaults import DEFAULT_URL
 from engine.errors import Cancelled, M3DError
-from engine.methods import STUDY, Asked, File, Methods, Outputs, Steps
+from engine.methods import File, Methods, Outputs, PendingAnswer, Steps
 
 if TYPE_CHECKING:  # it would bring SciPy into every program that asks
     from engine.volume.crop import Crop
@@ -40,7 +41,7 @@ class AsyncM3DClient:
     url: host:port of the server's gRPC port. timeout: as of `M3DClient`.
     """
 
-    def __init__(self, url: str = wire.DEFAULT_URL, timeout: float | None = 600.0):
+    def __init__(self, url: str = DEFAULT_URL, timeout: float | None = 600.0):
         self._methods = Methods(timeout)
         self._transport = AsyncConnection(wire.checked_url(url))
 
@@ -151,7 +152,7 @@ class AsyncTextStream(AsyncIterator[str]):
     `aclose`, leaving an `async with` block, or dropping the object cancels the request on the server.
     """
 
-    def __init__(self, asked: Asked, transport: AsyncConnection):
+    def __init__(self, asked: PendingAnswer, transport: AsyncConnection):
         self._asked = asked
         self._transport = transport
         self._is_open = False
@@ -238,7 +239,7 @@ class AsyncConnection:
         return wire.outputs_of(await self._awaited(call(wire.request_of(model, inputs), timeout=timeout)))
 
     async def upload(self, file: File, inputs: Mapping[Tensor, object], timeout: float | None) -> Outputs:
-        requests = [wire.request_of(STUDY, request) for request in wire.upload_requests(file.take(), inputs)]
+        requests = [wire.request_of(STUDY_MODEL, request) for request in wire.upload_requests(file.take(), inputs)]
         wanted, waiting = len(requests), iter(requests)
         del requests  # the iterator has them until the last is sent
         responses, last, count = self._stream(waiting, timeout, alone=wanted == 1), Outputs(), 0

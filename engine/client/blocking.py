@@ -1,10 +1,11 @@
-"""The client that waits."""
+"""The synchronous client."""
 
 from __future__ import annotations
 
 from engine.blocking import BlockingM3D
 from engine.client.connection import Connection
-from engine.client.wire import DEFAULT_URL, checked_url
+from engine.client.wire import checked_url
+from engine.defaults import DEFAULT_URL
 from engine.methods import Methods
 
 

@@ -1,7 +1,7 @@
 """A connection to a server, as a transport of `engine.methods`.
 
 Each call is a gRPC call of its own on one shared channel (tritonclient's own stream object allows one stream a client),
-so that streams are independent, cancelled one by one, and paused by HTTP/2's flow control when nobody reads them.
+so that streams are independent, cancelled one by one, and paused by HTTP/2's flow control while they are not read.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from engine.client import wire
-from engine.contract import Tensor
+from engine.contract import STUDY_MODEL, Tensor
 from engine.errors import M3DError
-from engine.methods import STUDY, File, Outputs
+from engine.methods import File, Outputs
 
 READY_S = 5.0  # that is waited for a server to say that it is ready
 
@@ -65,7 +65,7 @@ class Connection:
 
     def upload(self, file: File, inputs: Mapping[Tensor, object], timeout: float | None) -> Outputs:
         """A scan, in parts if it is large, and what comes with it."""
-        return self.infer_in_turn(STUDY, wire.upload_requests(file.take(), inputs), timeout)
+        return self.infer_in_turn(STUDY_MODEL, wire.upload_requests(file.take(), inputs), timeout)
 
     def infer_in_turn(self, model: str, parts: Iterable[Mapping[Tensor, object]], timeout: float | None) -> Outputs:
         """Requests in their order, none of which waits for the response to the one before; the last response.

@@ -13,10 +13,10 @@ from tritonclient.grpc import service_pb2
 
 from engine import contract
 from engine.contract import Tensor, encoded_texts
+from engine.defaults import DEFAULT_URL
 from engine.errors import Cancelled, DeadlineExceeded, InvalidInput, M3DError, ResourceExhausted, Unavailable, from_wire
 from engine.methods import Outputs, not_served, other_version
 
-DEFAULT_URL = "localhost:8001"
 PART_BYTES = 4 << 20  # of a scan in one request: so small that all that handle it use the same memory again
 MAX_REQUEST_BYTES = (1 << 31) - (1 << 16)  # protobuf's 2 GiB, less the envelope
 DTYPES = {
@@ -86,7 +86,7 @@ class InferRequest:
         return b"".join(self._pieces())
 
     def ByteSize(self) -> int:
-        """As protobuf's messages tell theirs."""
+        """Serialized size in bytes."""
         return size_of(self._pieces())
 
     def _pieces(self) -> Iterator[bytes | memoryview]:

@@ -1,4 +1,4 @@
-"""The application: all routes, what they share, and how their errors are told."""
+"""The application: all routes, what they share, and the form of their errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.gateway.backend import AsyncM3D
 from engine.gateway.bodies import returning
 from engine.gateway.context import Administers, Asks, Gateway, Served, This
 from engine.gateway.docs_page import docs_page
-from engine.gateway.door import Disconnected, Door
+from engine.gateway.door import AccessMiddleware, Disconnected
 from engine.gateway.files import Files
 from engine.gateway.keys import Keys
 from engine.gateway.metrics import Metrics
@@ -34,7 +34,9 @@ open_router, router = APIRouter(), APIRouter()  # open: without a key
 _log = logging.getLogger(__name__)
 
 
-def create(m3d: AsyncM3D, keys: Keys | None, settings: GatewaySettings, audit: Audit, server: str = "local") -> Door:
+def create(
+    m3d: AsyncM3D, keys: Keys | None, settings: GatewaySettings, audit: Audit, server: str = "local"
+) -> AccessMiddleware:
     """The gateway as an ASGI application.
 
     Args:
@@ -70,12 +72,14 @@ def create(m3d: AsyncM3D, keys: Keys | None, settings: GatewaySettings, audit: A
     app.state.gateway = gateway
     for kind in (Exception, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _raised)
-    bearer = Security(HTTPBearer(auto_error=False, description="a key of `m3d keys add`"))  # the door asks for it
+    bearer = Security(
+        HTTPBearer(auto_error=False, description="a key of `m3d keys add`")
+    )  # which the middleware checks
     errors = {"description": "OpenAI's error shape", "model": ErrorBody}
     app.include_router(open_router, responses={"default": errors})
     for each in (router, openai_routes.router, file_routes.router, study_routes.router):
         app.include_router(each, dependencies=[bearer], responses={"default": errors})
-    return Door(app, keys, settings, audit, metrics)
+    return AccessMiddleware(app, keys, settings, audit, metrics)
 
 
 async def _sweep(gateway: Gateway) -> None:
@@ -91,7 +95,7 @@ async def _sweep(gateway: Gateway) -> None:
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 async def _raised(_: Request, error: Exception) -> Response:
-    """The door answers all errors."""
+    """The access middleware answers all errors."""
     # FastAPI makes an error of its own of what reading the body raises.
     if isinstance(error, HTTPException) and isinstance(error.__cause__, (Refusal, Disconnected)):
         raise error.__cause__

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
+from engine import contract
 from engine.api import EngineInfo
 from engine.gateway.audit import Access
 from engine.gateway.backend import AsyncM3D
@@ -23,7 +24,7 @@ from engine.gateway.settings import GatewaySettings
 from engine.gateway.studies import Studies
 
 CHAT_MODEL, CLIP_MODEL = "m3d-lamed", "m3d-clip"
-SERVED = {CHAT_MODEL: "m3d_chat", CLIP_MODEL: "m3d_retrieve"}  # by which model of the repository
+SERVED = {CHAT_MODEL: contract.CHAT, CLIP_MODEL: contract.RETRIEVE}  # by which model of the repository
 INFO_S = 10.0
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""The door: every request passes it. Who may enter, how much and how fast; what is written down of it.
+"""The access middleware: keys, roles, rates, sizes and the audit line of each request.
 
 It is an ASGI application around the routes. What goes wrong inside it becomes an answer in OpenAI's error shape; no
 exception reaches the web server, which would write its message, and so perhaps somebody's scan, into a log.
@@ -53,7 +53,7 @@ class Disconnected(Exception):
 ANYBODY = Key.model_construct(name="anybody", owner="0" * 32, hash="", roles=ROLES, created=0.0)
 
 
-class Door:
+class AccessMiddleware:
     """routes: the application behind it. keys: None lets everybody in."""
 
     def __init__(
@@ -75,15 +75,15 @@ class Door:
         if scope["type"] == "lifespan":
             await self._routes(scope, receive, send)
         elif scope["type"] == "http":
-            await _Visit(self, scope, receive, send).run()
+            await _Request(self, scope, receive, send).run()
         else:
             await send({"type": "websocket.close"})
 
 
-class _Visit:
+class _Request:
     """One request."""
 
-    def __init__(self, door: Door, scope: Scope, receive: Receive, send: Send):
+    def __init__(self, door: AccessMiddleware, scope: Scope, receive: Receive, send: Send):
         self._door = door
         self._scope = scope
         self._receive = receive

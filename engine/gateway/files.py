@@ -37,7 +37,7 @@ class Content:
         return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b"")
 
     def close(self) -> None:
-        """The disk's room is free once nobody has a view of the content any more."""
+        """The disk's room is free once no view of the content is left."""
         self._file.close()
 
 

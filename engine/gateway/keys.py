@@ -1,6 +1,6 @@
 """The keys file: who may enter, and the secret that public ids are sealed with.
 
-A key is 256 random bits, so its SHA-256 is enough at rest: nobody can try all keys, and a slow hash for passwords would
+A key is 256 random bits, so its SHA-256 is enough at rest: keys cannot be guessed, and a slow hash for passwords would
 cost each request what it costs an attacker. The file is JSON, readable by its owner only (mode 0600), and is replaced
 as a whole. Writers hold a lock on its folder, so that two commands at the same time do not lose a key.
 """
@@ -78,7 +78,7 @@ class _State:
 class Keys:
     """The keys of a file, for the gateway: read again when the file is another.
 
-    A file that cannot be read lets nobody in: a revoked key must not live on because of a damaged file.
+    No key is accepted if the file cannot be read: a revoked key must not live on because of a damaged file.
     """
 
     def __init__(self, path: Path):
@@ -205,7 +205,7 @@ def _unreadable(path: Path, error: OSError) -> Unavailable:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Nobody else writes into the file's folder by this module meanwhile."""
+    """Holds a lock on the file's folder against other writers of this module."""
     try:
         folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
@@ -218,7 +218,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, content: KeyFile) -> None:
-    """Write the file anew: whoever reads it finds the old one or the new one, also after a power failure."""
+    """Write the file anew: a reader finds the old one or the new one, also after a power failure."""
     try:
         handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")  # mode 0600
         try:
@@ -235,6 +235,6 @@ def _replace(path: Path, content: KeyFile) -> None:
 
 
 def _causes(error: ValidationError) -> str:
-    """What is wrong, without the values: a hash or a secret is nobody's to read."""
+    """What is wrong, without the values: hashes and secrets stay out of messages."""
     causes = [f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg']}" for each in error.errors(include_input=False)]
     return "; ".join(causes[:3])

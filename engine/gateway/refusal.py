@@ -76,7 +76,7 @@ def unsupported(param: str, message: str) -> Refusal:
 
 
 def not_found(what: str, given: str) -> Refusal:
-    """For an id of somebody else, too: that it exists is not told."""
+    """For an id of another owner, too: the answer does not say that it exists."""
     return Refusal(404, "not_found", f"there is no {what} {given[:100]!r} of this key", "id")
 
 

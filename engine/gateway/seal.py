@@ -32,7 +32,7 @@ class SealedStudy:
 
 
 class Seal:
-    """Makes and opens public ids. secret: of `new_secret`; whoever has it can make the ids of all owners."""
+    """Makes and opens public ids. secret: of `new_secret`; with it the ids of all owners can be made."""
 
     def __init__(self, secret: bytes):
         self._cipher = AESSIV(secret)

@@ -13,7 +13,7 @@ from pathlib import Path
 import uvicorn
 
 from engine.errors import InvalidInput, Unavailable
-from engine.gateway.door import Door
+from engine.gateway.door import AccessMiddleware
 from engine.gateway.protocol import BoundedProtocol
 
 DRAIN_S = 10  # that answers in work have when the gateway stops
@@ -36,7 +36,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def serve(
-    application: Door,
+    application: AccessMiddleware,
     socket: socket.socket,
     tls: Path | None = None,
     client_ca: Path | None = None,
@@ -78,7 +78,9 @@ def serve(
         raise failures[0]
 
 
-def configuration(application: Door, tls: Path | None = None, client_ca: Path | None = None) -> uvicorn.Config:
+def configuration(
+    application: AccessMiddleware, tls: Path | None = None, client_ca: Path | None = None
+) -> uvicorn.Config:
     """No log of addresses, no guess of the client's from headers, no websockets; see `BoundedProtocol`."""
     return uvicorn.Config(
         application,

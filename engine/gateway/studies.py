@@ -89,7 +89,7 @@ class Studies:
             return await work(opened)
         except StudyNotFound:
             async with self._locks.setdefault(opened.public, asyncio.Lock()):
-                if opened.study.handle == handle:  # nobody else has sent it to a new server meanwhile
+                if opened.study.handle == handle:  # no other request has sent it to a new server meanwhile
                     await self._send_again(opened, scan)
         return await work(opened)
 

@@ -94,7 +94,7 @@ def locate(source: str | Path, say: Say | None = None) -> Located:
             raise CheckpointError(f"{name} is no checkpoint: it has no {CONFIG}")
         return Located(name, None, str(source))
     cache, say = HubCache(name.repository), say or _to_stderr
-    with explained(name, cache):
+    with translated_errors(name, cache):
         listing = list_files(name, cache, say)
         _complete(name, cache, listing, say)
     return Located(cache.snapshot(listing.commit) / name.subfolder, listing.commit, str(source))
@@ -173,7 +173,7 @@ def _complete(name: HubName, cache: HubCache, listing: Listing, say: Say) -> Non
     def absent(names: list[str]) -> list[str]:
         found = [file for file in names if not cache.has(listing.commit, name.path(file), files.get(file))]
         if found and listing.unreachable:
-            raise CheckpointError(hole(name, cache, listing, found))
+            raise CheckpointError(missing_file_message(name, cache, listing, found))
         return found
 
     def path(file: str) -> Path:
@@ -183,8 +183,8 @@ def _complete(name: HubName, cache: HubCache, listing: Listing, say: Say) -> Non
 
     if weights_file(files) is None:
         if listing.unreachable and not cache.listing(listing.commit):
-            raise CheckpointError(hole(name, cache, listing, [f"the weights ({' or '.join(WEIGHTS)})"]))
-        raise CheckpointError(f"{name} {NO_WEIGHTS}{others(name, listing)}")
+            raise CheckpointError(missing_file_message(name, cache, listing, [f"the weights ({' or '.join(WEIGHTS)})"]))
+        raise CheckpointError(f"{name} {NO_WEIGHTS}{folder_hint(name, listing)}")
     names = files_read(files, path)
     wanted = absent(names)
     if unknown := [file for file in wanted if file not in files]:
@@ -204,7 +204,7 @@ def _complete(name: HubName, cache: HubCache, listing: Listing, say: Say) -> Non
         cache.fetch(listing.commit, name.path(file), files[file])
 
 
-def hole(name: HubName, cache: HubCache, listing: Listing, absent: list[str]) -> str:
+def missing_file_message(name: HubName, cache: HubCache, listing: Listing, absent: list[str]) -> str:
     """The message about files that the cache lacks and that cannot be fetched now."""
     known = [name.path(file) for file in absent if name.path(file) in listing.files]
     sized = [f"{path} ({size_text(listing.files[path].size)})" for path in known]
@@ -216,14 +216,14 @@ def hole(name: HubName, cache: HubCache, listing: Listing, absent: list[str]) ->
     )
 
 
-def others(name: HubName, listing: Listing) -> str:
+def folder_hint(name: HubName, listing: Listing) -> str:
     """Checkpoints in other folders of the repository, as the end of a message."""
     folders = {path.rpartition("/")[0] for path in listing.files if path.endswith(f"/{CONFIG}")} - {name.subfolder}
     return "".join(f"; {name.repository}/{folder} is a checkpoint" for folder in sorted(folders))
 
 
 @contextmanager
-def explained(name: HubName, cache: HubCache) -> Iterator[None]:
+def translated_errors(name: HubName, cache: HubCache) -> Iterator[None]:
     """Whatever goes wrong with the hub, the network or the disk becomes a CheckpointError that says what to do."""
     from huggingface_hub.errors import HFValidationError, HTTPError
 

@@ -53,7 +53,7 @@ class Family:
 
 
 _LLAMA_KEYS = ("attention_bias", "mlp_bias")
-# By config.json's model_type. Of several on one model type of transformers, training takes the first unless it is told.
+# By config.json's model_type. Of several on one model type of transformers, training takes the first by default.
 # Phi-3 has q, k and v, and gate and up, in one weight each, and may look back no further than sliding_window.
 FAMILIES = {
     "lamed_llama": Family("LLaMA", "llama", "LamedLlamaForCausalLM", PlainLayout, _LLAMA_KEYS),

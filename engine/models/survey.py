@@ -97,7 +97,7 @@ def survey(source: str | Path, say: _Say = lambda text: None) -> Survey:
         sizes |= {file: (name / file).stat().st_size for file in named if (name / file).is_file()}
         return Survey(str(source), name, sizes)
     cache = HubCache(name.repository)
-    with hub.explained(name, cache):
+    with hub.translated_errors(name, cache):
         return _on_the_hub(str(source), name, cache, say)
 
 
@@ -105,7 +105,7 @@ def _on_the_hub(source: str, name: hub.HubName, cache: HubCache, say: _Say) -> S
     listing = hub.list_files(name, cache, say)
     prefix, commit = name.path(""), listing.commit
     files = {path.removeprefix(prefix): file for path, file in listing.files.items() if path.startswith(prefix)}
-    others = hub.others(name, listing)
+    others = hub.folder_hint(name, listing)
     if layout.CONFIG not in files:
         raise CheckpointError(f"{name} holds no {layout.CONFIG}{others}")
     small = [*layout.SETTINGS, *layout.TOKENIZER_FILES, layout.ADAPTER_CONFIG]
@@ -113,7 +113,7 @@ def _on_the_hub(source: str, name: hub.HubName, cache: HubCache, say: _Say) -> S
         small.append(weights)
     wanted = [one for one in small if one in files and not cache.has(commit, name.path(one), files[one])]
     if wanted and listing.unreachable:
-        raise CheckpointError(hub.hole(name, cache, listing, wanted))
+        raise CheckpointError(hub.missing_file_message(name, cache, listing, wanted))
     for one in wanted:
         cache.fetch(commit, name.path(one), files[one])
     folder = cache.snapshot(commit) / name.subfolder
@@ -124,7 +124,7 @@ def _on_the_hub(source: str, name: hub.HubName, cache: HubCache, say: _Say) -> S
     }
 
     def fetch_start(file: str, start: int, end: int) -> bytes | None:
-        with hub.explained(name, cache):
+        with hub.translated_errors(name, cache):
             return _fetch_range(name.repository, name.path(file), commit, start, end)
 
     sizes = {one: file.size for one, file in files.items()}

@@ -57,8 +57,8 @@ class Weights:
         return (key for key in self._tensors if not DERIVED.search(key) and not NEVER_RUN.search(key))
 
     @property
-    def never_run(self) -> list[str]:
-        """Keys that later versions of MONAI add and nobody uses; iterating leaves them out."""
+    def unused_keys(self) -> list[str]:
+        """Keys that later versions of MONAI add and no module uses; iterating leaves them out."""
         return [key for key in self._tensors if NEVER_RUN.search(key)]
 
     def __getitem__(self, key: str) -> Tensor:

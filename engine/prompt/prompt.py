@@ -10,11 +10,11 @@ from engine.prompt.layout import Layout
 from engine.prompt.tokens import IMAGE_TOKEN
 from engine.prompt.turns import USER, Turn, checked_turns
 
-Asked = str | Sequence[Turn] | Sequence[tuple[str, str]]
+QuestionOrTurns = str | Sequence[Turn] | Sequence[tuple[str, str]]
 """A question, or the turns of a conversation that ends with one."""
 
 
-class Around(NamedTuple):
+class PromptParts(NamedTuple):
     """Token ids of a prompt before and behind its visual tokens."""
 
     head: list[int]
@@ -73,7 +73,7 @@ class Prompt:
         """The first token of a prompt: it is in all of them, and no answer has it."""
         return (self.head or [self.image_token_id])[0]
 
-    def input_ids(self, asked: Asked) -> list[int]:
+    def input_ids(self, asked: QuestionOrTurns) -> list[int]:
         """The whole prompt, visual tokens as image tokens: what the reference gives to `generate`.
 
         Args:
@@ -85,10 +85,10 @@ class Prompt:
             InvalidInput: a text is empty, holds what separates turns, or leaves no room for an answer; turns are out of
                 order.
         """
-        head, tail = self.around(asked)
+        head, tail = self.split_ids(asked)
         return [*head, *[self.image_token_id] * self.num_visual_tokens, *tail]
 
-    def around(self, asked: Asked) -> Around:
+    def split_ids(self, asked: QuestionOrTurns) -> PromptParts:
         """The prompt's token ids before and behind the visual tokens. Arguments and errors as for `input_ids`."""
         turns = self._checked(asked)
         what = "question" if len(turns) == 1 else "conversation"
@@ -108,9 +108,9 @@ class Prompt:
                 f"may have at most {self.context_length - start - self.num_visual_tokens - 1} to leave room for an "
                 f"answer (context length {self.context_length}): shorten it"
             )
-        return Around(head, tail)
+        return PromptParts(head, tail)
 
-    def choice_ids(self, asked: Asked, choice: str) -> list[int]:
+    def choice_ids(self, asked: QuestionOrTurns, choice: str) -> list[int]:
         """Token ids of a text with which the answer may begin, as they stand behind the prompt in training.
 
         Args:
@@ -118,8 +118,8 @@ class Prompt:
             choice: without spaces around it.
 
         Raises:
-            InvalidInput: the choice holds what separates turns or ends answers, or cannot be told from the question's
-                end.
+            InvalidInput: the choice holds what separates turns or ends answers, or cannot be separated from the
+                question's end.
         """
         if held := [token for token in self.layout.reserved if token in choice]:
             raise InvalidInput(f"a choice holds {held[0]}, which separates turns: leave it out")
@@ -144,7 +144,7 @@ class Prompt:
     def _holds_images(self, ids: list[int], start: int) -> bool:
         return ids[start : start + self.num_visual_tokens] == [self.image_token_id] * self.num_visual_tokens
 
-    def _checked(self, asked: Asked) -> list[Turn]:
+    def _checked(self, asked: QuestionOrTurns) -> list[Turn]:
         turns = [Turn(USER, asked)] if isinstance(asked, str) else checked_turns(asked)
         if not self.multi_turn:
             turns = turns[-1:]

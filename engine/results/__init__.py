@@ -1,4 +1,4 @@
-"""What leaves: masks as files that other programs read."""
+"""Result files."""
 
 from engine.results.mask import save_mask
 

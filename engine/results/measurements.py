@@ -79,6 +79,10 @@ def measure(
         preset: the preset that the server chose, where it is known: ct says that the values are Hounsfield units.
         missing: without a scan, why there is none.
 
+    Returns:
+        Size in voxels and ml, place in voxels and in mm (RAS+), and the scan's intensities in the mask; None for what
+        cannot be measured.
+
     Raises:
         InvalidInput: for a mask that has not three axes or not the scan's shape.
     """

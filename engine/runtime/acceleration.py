@@ -9,23 +9,34 @@ from engine.errors import RepositoryError
 
 
 class Pass(IntEnum):
-    """Through a language model's layers: vLLM's own, one with vLLM's kernels only, and with the decode kernel, too."""
+    """Which implementation runs the language model's layers.
+
+    VLLM: vLLM's modules. VLLM_KERNELS: our loop over vLLM's kernels. DECODE_KERNEL: that, with the decode kernel for
+    batches of few tokens.
+    """
 
     VLLM = 0
-    DIRECT = 1
+    VLLM_KERNELS = 1
     DECODE_KERNEL = 2
 
 
 try:
-    from engine.runtime.cpu.entry import give_way, lacking, multiplies_bf16, open_bf16, shorten_pass, variables
+    from engine.runtime.cpu.entry import (
+        environment_variables,
+        install_fast_forward,
+        lower_priority,
+        missing_parts,
+        multiplies_bf16,
+        open_bf16,
+    )
 except ModuleNotFoundError as _error:
     if not (_error.name or "").startswith("engine.runtime.cpu"):
         raise
 
-    def variables() -> dict[str, str]:
+    def environment_variables() -> dict[str, str]:
         return {}
 
-    def give_way() -> None:
+    def lower_priority() -> None:
         pass
 
     def multiplies_bf16() -> bool:
@@ -34,11 +45,19 @@ except ModuleNotFoundError as _error:
     def open_bf16(path: str, threads: int) -> Any:
         raise RepositoryError("engine/runtime/cpu, which multiplies bf16, is not there: set precision to fp32 or auto")
 
-    def shorten_pass(runner: Any, furthest: int) -> int:
+    def install_fast_forward(runner: Any, furthest: int) -> int:
         return Pass.VLLM
 
-    def lacking() -> str | None:
+    def missing_parts() -> str | None:
         return "engine/runtime/cpu is not there: answers and encoders take longer"
 
 
-__all__ = ["Pass", "give_way", "lacking", "multiplies_bf16", "open_bf16", "shorten_pass", "variables"]
+__all__ = [
+    "Pass",
+    "environment_variables",
+    "install_fast_forward",
+    "lower_priority",
+    "missing_parts",
+    "multiplies_bf16",
+    "open_bf16",
+]

@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 from engine import logs
 from engine.errors import Cancelled
 from engine.runtime import triton_io
-from engine.runtime.decoder_step import Asked, DecoderStep, LoopThread
+from engine.runtime.decoder_step import DecoderRequest, DecoderStep, LoopThread
 
 CANCEL_INTERVAL_S = 0.05
 SENDING_THREADS = 4
@@ -42,10 +42,11 @@ class DecoderService:
     """Serves the requests of one Triton model instance; many at a time.
 
     The next delta is fetched when the last one was sent, so that a client that cannot follow makes the decoder join
-    tokens instead of filling a queue. Whether a client has cancelled is asked again and again, as nobody tells.
+    tokens instead of filling a queue. Cancellation is polled every 50 ms.
 
-    on_health: is told, on the service's thread, how the language model is, see `LlmEngine`. on_broken: is told there,
-    once, that it will not come back, when the answers in work have failed (after LAST_ANSWERS_S at the latest).
+    on_health: called with the language model's health, see `LlmEngine`. on_broken: called once with the reason when the
+    language model will not come back and the answers in work have failed (after LAST_ANSWERS_S at the latest). Both are
+    called on the service's thread.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class DecoderService:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                asked = Asked.of(triton_io.Request(request))
+                asked = DecoderRequest.of(triton_io.Request(request))
                 answer = _Open(sender, self._cancellations.id_of(request), tuple(request.requested_output_names()))
             except Exception as error:
                 triton_io.send(sender, triton_io.error_response(error))
@@ -95,11 +96,11 @@ class DecoderService:
         self._end_loop()
 
     # --- one answer --------------------------------------------------------------------------------------------------
-    async def _serve(self, asked: Asked, answer: _Open) -> None:
+    async def _serve(self, asked: DecoderRequest, answer: _Open) -> None:
         with logs.request(answer.id_):
             await self._serve_one(asked, answer)
 
-    async def _serve_one(self, asked: Asked, answer: _Open) -> None:
+    async def _serve_one(self, asked: DecoderRequest, answer: _Open) -> None:
         started = time.perf_counter()
         task = cast(asyncio.Task, asyncio.current_task())
         self._open[task] = answer
@@ -116,7 +117,7 @@ class DecoderService:
         await self._in_thread(self._send_last, answer.sender, last)
         _log.info("answered in %.3f s", time.perf_counter() - started)
 
-    async def _answer(self, asked: Asked, answer: _Open):
+    async def _answer(self, asked: DecoderRequest, answer: _Open):
         """Sends all responses but the last one, which it returns."""
         async with aclosing(self.step(asked)) as responses:
             async for outputs, is_last in responses:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DecoderRequest:
     """What a request asks. question: or the turns of a conversation that ends with it. `return_logits` and `merge` are
     not for the decoder: it passes them on."""
 
@@ -42,7 +42,7 @@ class Asked:
     merge: str = REFERENCE
 
     @classmethod
-    def of(cls, inputs: Inputs) -> Asked:
+    def of(cls, inputs: Inputs) -> DecoderRequest:
         sampling, history = inputs.text(contract.SAMPLING), inputs.text(contract.HISTORY)
         question = inputs.needed_text(contract.QUESTION)
         return cls(
@@ -62,7 +62,7 @@ class DecoderStep:
         self.decoder = decoder
         self.store = store
 
-    async def __call__(self, asked: Asked) -> AsyncGenerator[tuple[Outputs, bool], None]:
+    async def __call__(self, asked: DecoderRequest) -> AsyncGenerator[tuple[Outputs, bool], None]:
         """(outputs, whether they are the last) of each response. The next delta is fetched when the last is taken."""
         geometry = Geometry.from_dict(self.store.info(asked.study)["geometry"])
         visual_tokens = self.store.get(asked.study, "visual_tokens")
@@ -78,7 +78,7 @@ class DecoderStep:
                     deltas = []
         yield self._outputs(asked, deltas, geometry.boxes_to_scan(parse_boxes(said))), True
 
-    def _outputs(self, asked: Asked, deltas: list[Delta], boxes: np.ndarray | None = None) -> Outputs:
+    def _outputs(self, asked: DecoderRequest, deltas: list[Delta], boxes: np.ndarray | None = None) -> Outputs:
         boxes = np.zeros((0, 6)) if boxes is None else boxes
         last = deltas[-1]
         no_states = np.zeros((0, self.decoder.manifest.llm_width), np.float32)

@@ -21,7 +21,7 @@ from engine.runtime.settings import GraphSettings, Settings
 
 def open_graph(repository: Path, model: str, settings: Settings) -> OnnxGraph:
     """The graph of a compute model. To be opened and run on one thread, which gives way to the language model."""
-    acceleration.give_way()
+    acceleration.lower_priority()
     own: GraphSettings = getattr(settings, model)
     return OnnxGraph(
         repository / model / "1" / "model.onnx",

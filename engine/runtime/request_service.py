@@ -1,4 +1,4 @@
-"""Quick requests are answered at once, slow ones from a few threads, so that nobody waits behind a stranger's scan.
+"""Quick requests are answered at once, slow ones from a few threads, so that no request waits behind another's scan.
 
 A blocking `execute` would occupy its whole Triton instance: as many cold scans as there are instances, and a follow-up
 question that needs a millisecond waits for seconds. Responses go through the requests' senders instead, which Triton
@@ -14,7 +14,7 @@ from engine import logs
 from engine.errors import Cancelled
 from engine.runtime import triton_io
 from engine.runtime.request_pool import RequestPool
-from engine.runtime.step import Later, Outputs, Step
+from engine.runtime.step import Deferred, Outputs, Step
 
 _log = logging.getLogger(__name__)
 
@@ -49,17 +49,17 @@ class RequestService:
         triton_io.send(sender, response)
         _log.debug("answered at once")
 
-    def _work(self, later: Later, request: triton_io.Request, sender) -> None:
+    def _work(self, later: Deferred, request: triton_io.Request, sender) -> None:
         started = time.perf_counter()
         with logs.request(request.id):
             try:
                 response = triton_io.answer(lambda: request.response(self._unless_cancelled(later, request)))
                 triton_io.send(sender, response)
                 _log.info("answered in %.3f s", time.perf_counter() - started)
-            except Exception as error:  # nobody looks at this thread's result
+            except Exception as error:  # this thread's result is not read
                 _log.error("a response could not be sent", exc_info=error)
 
-    def _unless_cancelled(self, later: Later, request: triton_io.Request) -> Outputs:
+    def _unless_cancelled(self, later: Deferred, request: triton_io.Request) -> Outputs:
         if self.cancellations.look()(self.cancellations.id_of(request.triton), request.triton):
             raise Cancelled("the request was cancelled before its turn came")
         return later()

@@ -11,13 +11,13 @@ from tokenizers import Tokenizer
 from engine import contract
 from engine.errors import InvalidInput, RepositoryError
 from engine.manifest import Manifest
-from engine.runtime.step import Inputs, Later, Outputs
+from engine.runtime.step import Deferred, Inputs, Outputs
 from engine.runtime.study import Infer
 from engine.runtime.study_store import StudyStore
 
 MAX_TEXTS = 256  # of 400 short ones the last was ranked after a minute, on 2 cores with other work
 MAX_CHARACTERS = 20_000
-BATCH = contract.MODELS["clip_text_encoder"].max_batch_size
+BATCH = contract.MODELS[contract.CLIP_TEXT_ENCODER].max_batch_size
 
 
 class Retriever:
@@ -62,13 +62,13 @@ class Retriever:
         return features, cut
 
     def _image(self, image: np.ndarray) -> np.ndarray:
-        return self.infer("clip_image_encoder", {contract.IMAGE: image[None]})[contract.IMAGE_EMBEDDING][0]
+        return self.infer(contract.CLIP_IMAGE_ENCODER, {contract.IMAGE: image[None]})[contract.IMAGE_EMBEDDING][0]
 
     def _texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Features of one batch [B, E], and whether each text was cut [B]."""
         encodings = self.tokenizer.encode_batch(texts)
         features = self.infer(
-            "clip_text_encoder",
+            contract.CLIP_TEXT_ENCODER,
             {
                 contract.INPUT_IDS: np.array([encoding.ids for encoding in encodings], np.int64),
                 contract.ATTENTION_MASK: np.array([encoding.attention_mask for encoding in encodings], np.int64),
@@ -83,7 +83,7 @@ class RetrievalStep:
     def __init__(self, retriever: Retriever):
         self.retriever = retriever
 
-    def __call__(self, inputs: Inputs) -> Outputs | Later:
+    def __call__(self, inputs: Inputs) -> Outputs | Deferred:
         if inputs.array(contract.STUDY) is None and inputs.array(contract.TEXTS) is None:
             raise InvalidInput("the request has neither STUDY nor TEXTS: give a scan's handle, texts, or both")
         return lambda: self._outputs(inputs)

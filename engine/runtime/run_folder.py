@@ -1,4 +1,4 @@
-"""What a server's front and its models tell each other: files in the private folder of one `m3d serve`.
+"""Cancellations and health, shared by a server's front and its models: files in the private folder of `m3d serve`.
 
 The front cancels no call of Triton's: 2.51 loses a call that is cancelled between its last response and its end, with
 its socket. The front gives each request an id of its own instead, and puts the id here when the client has gone; the
@@ -37,7 +37,7 @@ class RunFolder:
         return cls(path) if path else None
 
     def cancel(self, request_id: str) -> None:
-        """Say that nobody waits for the request any more."""
+        """Mark the request as cancelled by its client."""
         (self._cancelled / request_id).touch()
 
     def forget(self, request_id: str) -> None:
@@ -45,7 +45,7 @@ class RunFolder:
         (self._cancelled / request_id).unlink(missing_ok=True)
 
     def cancelled(self) -> set[str]:
-        """The ids of the requests that nobody waits for."""
+        """The ids of the requests that their clients cancelled."""
         return set(os.listdir(self._cancelled))
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine import contract
 from engine.errors import InvalidInput
-from engine.runtime.step import Inputs, Later, Outputs
+from engine.runtime.step import Deferred, Inputs, Outputs
 from engine.runtime.study import Infer, segmentation_features
 from engine.runtime.study_store import StudyStore
 from engine.seg_states import EACH, REFERENCE, checked_merge, prompts
@@ -85,7 +85,7 @@ class Segmenter:
         for start in range(0, len(wanted), contract.HEAD_MAX_BATCH):
             batch = wanted[start : start + contract.HEAD_MAX_BATCH]
             repeated = np.repeat(features[None], len(batch), axis=0)
-            yield from self.infer("segmentation_head", {contract.FEATURES: repeated, contract.SEG_STATE: batch})[
+            yield from self.infer(contract.SEGMENTATION_HEAD, {contract.FEATURES: repeated, contract.SEG_STATE: batch})[
                 contract.MASK_LOGITS
             ][:, 0]
 
@@ -105,7 +105,7 @@ class SegmentationStep:
     def __init__(self, segmenter: Segmenter):
         self.segmenter = segmenter
 
-    def __call__(self, inputs: Inputs) -> Outputs | Later:
+    def __call__(self, inputs: Inputs) -> Outputs | Deferred:
         merge = checked_merge(inputs.text(contract.MERGE))
         if not len(inputs.needed_array(contract.SEG_STATES)):
             return _outputs(NO_MASK)

@@ -59,7 +59,7 @@ def prefix_of(pid: int | str) -> str:
 
 
 def sweep() -> None:
-    """Remove this user's folders whose server is dead and which nobody has open."""
+    """Remove this user's folders whose server is dead and which no process has open."""
     name = re.compile(rf"{PREFIX}-(\d+)-(\d+)(-[0-9a-f]+)?")
     for path in SHARED_MEMORY.iterdir():
         server = name.fullmatch(path.name)

@@ -16,7 +16,7 @@ from engine.errors import InvalidInput
 Outputs = Mapping[str, "np.ndarray | str"]
 """Outputs by name: arrays, or a text for a BYTES output of one element."""
 
-Later = Callable[[], Outputs]
+Deferred = Callable[[], Outputs]
 """What is left to do for the outputs of a request that takes time."""
 
 _DTYPES = {"BOOL": np.bool_, "UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32, "FP64": np.float64}
@@ -62,7 +62,7 @@ class Inputs(ABC):
         return values is not None and bool(values.any())
 
 
-Step = Callable[[Inputs], "Outputs | Later"]
+Step = Callable[[Inputs], "Outputs | Deferred"]
 """Answers a request: at once, or, if that takes time, with a function without arguments that does."""
 
 

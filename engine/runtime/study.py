@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 
 from engine.api import StudyInfo
-from engine.contract import FEATURES, IMAGE, VISUAL_TOKENS
+from engine.contract import FEATURES, IMAGE, SEGMENTATION_ENCODER, VISION_ENCODER, VISUAL_TOKENS
 from engine.errors import InvalidInput, Unavailable
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest
@@ -117,7 +117,7 @@ class Studies:
         return handle, False
 
     def _visual_tokens(self, image: np.ndarray) -> np.ndarray:
-        tokens = self.infer("vision_encoder", {IMAGE: image[None]})[VISUAL_TOKENS][0]
+        tokens = self.infer(VISION_ENCODER, {IMAGE: image[None]})[VISUAL_TOKENS][0]
         # One bad row in the language model's cache would spoil the answers to other requests.
         if not np.isfinite(tokens).all():
             raise Unavailable(
@@ -130,5 +130,5 @@ class Studies:
 def segmentation_features(store: StudyStore, infer: Infer, handle: str) -> np.ndarray:
     """SegVol's features of a study, E x D/p x H/p x W/p, from the store or encoded now."""
     return store.computed(
-        handle, "segmentation_features", lambda image: infer("segmentation_encoder", {IMAGE: image[None]})[FEATURES][0]
+        handle, "segmentation_features", lambda image: infer(SEGMENTATION_ENCODER, {IMAGE: image[None]})[FEATURES][0]
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from engine import contract
 from engine.api import StudyInfo
 from engine.errors import InvalidInput
-from engine.runtime.step import Inputs, Later, Outputs
+from engine.runtime.step import Deferred, Inputs, Outputs
 from engine.runtime.study import ScanRequest, Studies
 from engine.runtime.uploads import Uploads
 from engine.volume.crop import Crop
@@ -31,7 +31,7 @@ _NOTHING: Outputs = {contract.STUDY: "", contract.STUDY_INFO: "", contract.MODEL
 class StudyStep:
     """Opens, forgets and describes.
 
-    Uploads that do not go on are forgotten by `uploads.forget_idle`, which somebody calls now and then.
+    `uploads.forget_idle` forgets uploads that do not go on. The Triton model calls `forget_idle` on each execute.
     """
 
     def __init__(self, studies: Studies):
@@ -39,7 +39,7 @@ class StudyStep:
         self.uploads = Uploads(studies.limits)
         self._early = ThreadPoolExecutor(1, "early-segmentation")
 
-    def __call__(self, inputs: Inputs) -> Outputs | Later:
+    def __call__(self, inputs: Inputs) -> Outputs | Deferred:
         if inputs.flag(contract.DESCRIBE):
             _check_alone(inputs, contract.DESCRIBE)
             return {**_NOTHING, contract.MODEL_INFO: json.dumps(asdict(self.studies.manifest.info))}
@@ -96,7 +96,7 @@ class StudyStep:
     def _encode_early(self, handle: str) -> None:
         try:
             self.studies.encode_for_segmentation(handle)
-        except Exception as error:  # not lost: the segmentation model runs into it again, and tells its client
+        except Exception as error:  # not lost: the segmentation model raises it again, and its client gets it
             _log.error("encoding early for segmentation failed", exc_info=error)
 
 
@@ -111,6 +111,6 @@ def _crop(inputs: Inputs) -> Crop | None:
 
 def _check_alone(inputs: Inputs, name: str, *with_it: str) -> None:
     """Raises InvalidInput if a request has other inputs than these."""
-    for other in contract.MODELS["study"].input_names:
+    for other in contract.MODELS[contract.STUDY_MODEL].input_names:
         if other not in (name, *with_it) and inputs.array(other) is not None:
             raise InvalidInput(f"{other} came with {name}, which goes with {' and '.join(with_it) or 'nothing'}")

@@ -192,7 +192,7 @@ class StudyStore:
         return found
 
     def remove(self, handle: str) -> None:
-        """Drop a study, whoever uses it: pieces that were read stay valid, one that is being computed finds no study.
+        """Drop a study, also one in use: pieces that were read stay valid, one that is being computed finds no study.
 
         Raises StudyNotFound.
         """

@@ -95,7 +95,7 @@ def send(sender, answered: pb_utils.InferenceResponse) -> None:
 
 
 class Cancellations:
-    """Which requests nobody waits for any more.
+    """Which requests were cancelled by their clients.
 
     The front puts the ids that it gave them into the run folder. Where there is no front, Triton is asked.
     """

@@ -1,7 +1,7 @@
 """Scans that come in parts, a request each: put together in memory, and digested, as they come.
 
-A whole scan in one message is copied, as a whole, by each of the hands it passes through, into memory that none of them
-has touched yet. Parts use the same memory again, and while one is sent another is taken in.
+If a scan comes in one message, each process copies a whole message, into memory that it has not touched yet. Parts use
+the same memory again, and while one is sent another is taken in.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from engine.runtime.study_store import new_digest
 from engine.scan.limits import Limits
 
 MAX_NAME_LENGTH = 64
-MOST = 1000  # uploads at a time, however small
-MOST_OF_PEER = 100
-IDLE_S = 600.0  # as long as our client waits, unless it is told otherwise
+MAX_UPLOADS = 1000  # uploads at a time, however small
+MAX_UPLOADS_PER_CONNECTION = 100
+IDLE_S = 600.0  # as long as our client waits by default
 SLOW_S = 90.0  # between two parts of our client on a line of half a megabit per second, and half as long again
 PROGRESS_BYTES = 1 << 20  # that an upload brings within SLOW_S, or others may have its memory
 DEADLINE_S = 7200.0  # of a whole upload; the largest scan takes it on a line of 2.4 megabit per second
@@ -57,8 +57,8 @@ class Uploads:
     The parts that have arrived, and complete uploads until their data is released, may take twice the memory of the
     largest scan; those of one peer, a client's connection, half of that, so that it cannot shut the others out. A part
     that does not fit takes the memory of uploads that brought less than PROGRESS_BYTES within SLOW_S, and is refused if
-    there are none. An upload takes memory as its parts arrive. At most MOST are in progress, and MOST_OF_PEER of one
-    peer; beyond that, the one with the fewest bytes ends. clock: seconds.
+    there are none. An upload takes memory as its parts arrive. At most MAX_UPLOADS are in progress, and
+    MAX_UPLOADS_PER_CONNECTION of one peer; beyond that, the one with the fewest bytes ends. clock: seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
@@ -164,7 +164,7 @@ class Uploads:
     def _make_place(self, peer: str) -> None:
         """For one more upload in progress."""
         of_peer = [name for name, upload in self._uploads.items() if peer and upload.peer == peer]
-        for names, most in ((of_peer, MOST_OF_PEER), (list(self._uploads), MOST)):
+        for names, most in ((of_peer, MAX_UPLOADS_PER_CONNECTION), (list(self._uploads), MAX_UPLOADS)):
             if len(names) == most:
                 del self._uploads[min(names, key=lambda name: self._uploads[name].received)]
                 return

@@ -47,7 +47,7 @@ _OTHERS: tuple[tuple[int, bytes, str, str], ...] = (
 
 
 def named(head: bytes) -> str | None:
-    """What a file is that is not read here, and what to do with it, from its first HEAD bytes; None if nobody knows."""
+    """What a file is that is not read here, and what to do with it, from its first HEAD bytes; None if unknown."""
     for position, pattern, what, way_out in _OTHERS:
         if re.compile(pattern, re.DOTALL).match(head, position):
             return f"it is {what}: {way_out}"

@@ -85,7 +85,7 @@ def rescale(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 
 
 def _header(head: bytes) -> nib.Nifti1Header:
-    kind = cast(type[nib.Nifti1Header], header_class(head))  # whoever calls this has looked
+    kind = cast(type[nib.Nifti1Header], header_class(head))  # callers have checked it
     try:
         header = kind(head[: kind.template_dtype.itemsize], check=False)
         if header["magic"].item().rstrip(b"\0")[:2] not in (b"n+", b"n\0"):

@@ -66,6 +66,9 @@ def read_scan(
             leading axes of length 1, as M3D's own volumes do.
         limits: what the file may weigh. Beside `data`, at most 3 times the scan's size is in use.
 
+    Returns:
+        The scan: its array, 3 axes in the file's order, real values; its affine, [4, 4], voxel to world, RAS+ mm.
+
     Raises:
         InvalidInput: naming cause, limit and way out, for all but one finite, non-constant volume within limits.
         Unavailable: a package that the file needs is not installed; the message says which.

@@ -36,7 +36,7 @@ def pack_scan(source: Any, affine: Any = None, limits: Limits = Limits()) -> tup
 
 
 def scan_pieces(source: Any, affine: Any = None, limits: Limits = Limits()) -> tuple[Pieces, np.ndarray | None]:
-    """What a client sends: (one behind the other, a file that `read_scan` reads; affine or None).
+    """What a client sends of a scan.
 
     Args:
         source: a file's path, its bytes, or a binary file object, which is read from its start if it can be (all as
@@ -46,6 +46,10 @@ def scan_pieces(source: Any, affine: Any = None, limits: Limits = Limits()) -> t
             SimpleITK image.
         affine: for arrays and .npy files, [4, 4], RAS+ mm.
         limits: for a folder and a list of paths.
+
+    Returns:
+        (pieces of bytes that are, one behind the other, a file that `read_scan` reads; the affine, float64 [4, 4],
+        voxel to world, RAS+ mm, or None where the file brings it).
 
     Raises:
         InvalidInput: naming what was given, and what may be.
@@ -109,7 +113,7 @@ def _file_bytes(source: bytes | bytearray | memoryview) -> bytes | memoryview:
 
 
 def _read(file: Any) -> bytes | memoryview:
-    """All of a file object, from its start if it can go there: whoever has written a buffer stands at its end."""
+    """All of a file object, from its start if it can seek: a buffer that was just written stands at its end."""
     what = f"the file object ({type(file).__module__}.{type(file).__qualname__})"
     if isinstance(file, io.TextIOBase):
         raise InvalidInput(f"{what} is open as text: open the file with mode 'rb'")

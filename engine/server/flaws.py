@@ -52,7 +52,7 @@ class Flaw:
     """What one release mended and one thing closes.
 
     numbers: CVEs, if it has any. does: in one sentence. mended: the first release without it. closed: what keeps
-    clients of `m3d serve` from it; empty if nothing does, or if nobody says which way it takes.
+    clients of `m3d serve` from it; empty if nothing does, or if it is not known which way it takes.
     source: NVIDIA's bulletin, or where else it was published.
     """
 

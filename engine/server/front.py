@@ -6,7 +6,7 @@ secret is needed to keep them from its model control. What the front adds to Tri
 - Only the contract's public models, tensors and types pass (`engine.server.requests`), in messages of one part of a
   scan.
 - No call of Triton's is cancelled: 2.51 loses a call that is cancelled between its last response and its end. The
-  models are told that nobody waits (`engine.runtime.run_folder`), and the call is read to its end.
+  models see in the run folder that the client has gone (`engine.runtime.run_folder`), and the call is read to its end.
 - All clients share one connection to Triton, so that its sockets do not grow with theirs.
 - Ready means that the language model is ready, too.
 - On a GPU it has Triton load the language model last.
@@ -38,7 +38,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from engine import logs
-from engine.contract import DECODER_MODELS, MAX_PART_BYTES, MODELS
+from engine.contract import DECODER_MODEL, DECODER_MODELS, MAX_PART_BYTES, MODELS
 from engine.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -200,7 +200,7 @@ class Front:
         return "Triton is starting" if self._decoder_is_ready() else f"the language model is {self.folder.health}"
 
     def _decoder_is_ready(self) -> bool:
-        return "decoder" not in self.served or self.folder.health == READY
+        return DECODER_MODEL not in self.served or self.folder.health == READY
 
     async def _says(self, method: str, request: bytes) -> bool:
         """Whether Triton's answer is `true`, the only field of these responses."""
@@ -510,7 +510,7 @@ class _Stream(_Work):
 
 
 def _look_at(task: asyncio.Task) -> None:
-    """At the error of a task that nobody else may look at: asyncio would write it into the log."""
+    """Retrieve the exception, so that asyncio does not log it."""
     task.cancelled() or task.exception()
 
 
@@ -585,7 +585,7 @@ async def serve(settings: FrontSettings) -> None:
 
 
 async def give_memory_back() -> None:
-    """Now and then, all that is free: 200 messages of 16 MB at once would leave 6 GB here for good.
+    """Return freed memory to the system every TIDY_S: 200 messages of 16 MB at once would leave 6 GB here for good.
 
     gRPC's errors know the frames, and so the messages, that they came through: they go when Python looks for cycles,
     which it does by the number of objects. And what is freed in small pieces stays with the C library.

@@ -34,7 +34,7 @@ class Refused(Exception):
 
     Args:
         status: of the gRPC call.
-        words: what the client is told. Those about tensors and models that the contract lacks are Triton's own, by
+        words: the message for the client. Those about tensors and models that the contract lacks are Triton's own, by
             which a client of another version is recognised.
     """
 

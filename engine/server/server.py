@@ -29,6 +29,7 @@ from typing import IO, cast
 from engine import gpu, gpu_memory
 from engine.cache import cache_folder
 from engine.contract import DECODER_MODELS
+from engine.defaults import GRPC_PORT
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
 from engine.runtime.run_folder import RunFolder
@@ -65,7 +66,7 @@ class Server:
     listen on, for gRPC, and for metrics and health over HTTP; other machines are kept out unless they say otherwise.
     log: file for the words of Triton and its models, by default one per gRPC port in the cache folder. trace: files for
     the timestamps of all requests; Triton appends .0, .1, ... to the name. start_timeout: seconds until all models must
-    be ready. on_progress: is told what loads.
+    be ready. on_progress: called with each model or step that loads.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Server:
         target: str = "cpu",
         host: str = "127.0.0.1",
         metrics_host: str = "127.0.0.1",
-        grpc_port: int = 8001,
+        grpc_port: int = GRPC_PORT,
         metrics_port: int = 8002,
         log: Path | str | None = None,
         trace: Path | str | None = None,

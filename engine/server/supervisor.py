@@ -264,10 +264,11 @@ def keep_rights_closed() -> None:
 
 
 class Log:
-    """Takes what the tree says from a pipe into a file that does not outgrow its limit, however much is said.
+    """Takes what the tree says from a pipe into a file that does not outgrow its limit, however much the tree writes.
 
     While it is written, the file is this process's stdout and stderr, for the words of Python itself. No trouble with
-    the file ends anything: what cannot be written is counted like what comes too fast, and told when there is room.
+    the file ends anything: what cannot be written is counted like what comes too fast, and the
+    count is logged when there is room.
     """
 
     def __init__(self, path: str, limit: int):
@@ -495,7 +496,7 @@ class Supervisor:
                 stdout=self.log.writing,
                 stderr=self.log.writing,
                 preexec_fn=prepare,
-                # ... and is not killed by its next words, which nobody reads then: SIGPIPE stays ignored.
+                # ... and is not killed by SIGPIPE, which stays ignored, when it writes to the closed pipe.
                 restore_signals=False,
             )
         except OSError as error:
@@ -543,7 +544,7 @@ class Supervisor:
         return code if code >= 0 else 128 - code
 
     def _watch(self) -> None:
-        """Be told of the end of the vital processes, too; of one that ended before it was seen here, at once.
+        """Open a pidfd for each required child; the pidfd of one that has ended already is readable at once.
 
         They are the command's own children: what these fork has their name, too, for a moment, and may end.
         """
@@ -558,8 +559,10 @@ class Supervisor:
                 continue  # it ended meanwhile
 
     def _end_without(self, dead: list[tuple[int, str]]) -> None:
-        """Vital processes ended. If the command does not end by itself then, whoever waits for them would wait for
-        ever, and so would the command when it is asked to stop."""
+        """Vital processes ended. Triton does not fail requests of a dead model; kill it, unless it ends by itself.
+
+        Its clients would wait for ever, and so would it when it is asked to stop.
+        """
         self._wait(self.orphans_grace_s, lambda: self.status is not None or bool(self.companion_ended))
         # The companion ends when a model does not load that it has asked for, whose process ends, too.
         if self.status is None and not self.stop_asked and not self.companion_ended:
@@ -570,7 +573,7 @@ class Supervisor:
         self.watched.clear()
 
     def _end_without_companion(self) -> None:
-        """Nobody reaches the command any more, which is well itself: it is asked to stop."""
+        """The proxy ended; stop Triton."""
         self._wait(BLAME_S, lambda: self.status is not None)
         if self.status is None and not self.stop_asked:
             self.log.say(f"{VITAL_ENDED}{self.companion_ended}")
@@ -635,7 +638,7 @@ class Supervisor:
     def _names(self) -> set[str]:
         """What the tree left in a /dev/shm that it shared with others."""
         ours = {os.path.basename(path) for prefix in self.shm_prefixes for path in glob.glob(f"{SHM}{prefix}*")}
-        # Python's and vLLM's shared memory has random names: what the tree had mapped and nobody else uses.
+        # Python's and vLLM's shared memory has random names: what the tree had mapped and no other process uses.
         unnamed = {
             name: inode
             for name, inode in shared_memory().items()

@@ -148,7 +148,7 @@ class Triton:
             "--model-control-mode",
             "explicit",
             *(part for model in models for part in ("--load-model", model)),
-            # Only the front talks to it. Whoever else could would load models of his own, which is to run code.
+            # Only the front talks to it. A client that could would load models of its own, which is to run code.
             "--grpc-address",
             sockets.grpc_address,
             "--grpc-port",
@@ -204,7 +204,7 @@ class Triton:
         environment = {
             **os.environ,
             **QUIET,
-            **acceleration.variables(),
+            **acceleration.environment_variables(),
             "VLLM_RPC_BASE_PATH": str(run_folder),
             "TMPDIR": str(run_folder),
             RUN_FOLDER: str(run_folder),

@@ -59,7 +59,10 @@ class Crop:
 
         Args:
             given: a text (SYNTAX); six numbers in voxels, (i0, j0, k0, i1, j1, k1), as an answer's boxes are; or three
-                pairs in voxels, ((i0, i1), (j0, j1), (k0, k1)), as a study's info has them.
+                pairs in voxels, ((i0, i1), (j0, j1), (k0, k1)), as a study's info has them. Voxels are half-open.
+
+        Returns:
+            The crop, in voxels or, of a text that ends with mm, in mm (RAS+).
 
         Raises:
             InvalidInput: for anything else, and for a box that is empty, inverted or not finite.

@@ -16,7 +16,7 @@ from nibabel.orientations import io_orientation
 from scipy.sparse import csr_array
 
 from engine.errors import InvalidInput
-from engine.volume.resample import apply, cheapest_order, shrink, slabs, weights
+from engine.volume.resample import apply, cheapest_order, resample, slabs, weights
 
 # World axis (0 right-left, 1 anterior-posterior, 2 inferior-superior) and its sign in RAS+ for D, H and W:
 # D from inferior to superior, H from anterior to posterior, W from right to left.
@@ -78,15 +78,33 @@ class Geometry:
         return oriented(array[self._box()], self.axes, self.flips)
 
     def mask_to_model(self, mask: np.ndarray) -> np.ndarray:
-        """float32 [D, H, W]: how much of each model voxel a mask of the scan's shape covers, 0 to 1."""
+        """A mask of the scan in model space.
+
+        Args:
+            mask: 3 axes, the scan's shape and axis order, bool or 0 and 1.
+
+        Returns:
+            float32 [D, H, W], 0 to 1: how much of each model voxel the mask covers.
+
+        Raises:
+            InvalidInput: the mask has another shape.
+        """
         mask = self._of_scan(mask)
         matrices = [weights(stop - start, size, "output") for (start, stop), size in zip(self.crop, self.image_size)]
-        return shrink(self.view(mask), matrices)
+        return resample(self.view(mask), matrices)
 
     def mask_to_scan(self, probabilities: np.ndarray) -> np.ndarray:
-        """bool array of the scan's shape: where probabilities [D, H, W], resampled smoothly, exceed one half.
+        """A mask of the model in the scan's space. Only the part that can exceed one half is computed, slab by slab.
 
-        Outside the crop nothing is marked. Only the part that can exceed one half is computed, slab by slab.
+        Args:
+            probabilities: [D, H, W], 0 to 1, in model space.
+
+        Returns:
+            bool, the scan's shape and axis order: where the probabilities, resampled smoothly, exceed one half. Outside
+            the crop nothing is marked.
+
+        Raises:
+            InvalidInput: the probabilities have not the model volume's shape.
         """
         probabilities = np.asarray(probabilities, np.float32)
         if probabilities.shape != self.image_size:
@@ -120,10 +138,14 @@ class Geometry:
         return mask
 
     def boxes_to_scan(self, boxes: np.ndarray) -> np.ndarray:
-        """float64 [K, 6] (i0, j0, k0, i1, j1, k1) in voxels of the scan's array axes: array[i0:i1, ...] is inside.
+        """Boxes of an answer in the scan's voxels.
 
-        boxes: [K, 6] (x1, y1, z1, x2, y2, z2) as M3D writes them: index of the first and of the last voxel along
-        D, H, W, each divided by the axis' length. What lies outside the model volume is clipped.
+        Args:
+            boxes: [K, 6] (x1, y1, z1, x2, y2, z2) as M3D writes them: index of the first and of the last voxel along
+                D, H, W, each divided by the axis' length. What lies outside the model volume is clipped.
+
+        Returns:
+            float64 [K, 6] (i0, j0, k0, i1, j1, k1) in voxels of the scan's array axes: array[i0:i1, ...] is inside.
         """
         boxes = np.asarray(boxes, float).reshape(-1, 2, 3)
         size, crop = np.array(self.image_size), np.array(self.crop, float)

@@ -17,7 +17,7 @@ from engine.scan import Scan
 from engine.volume.crop import Crop
 from engine.volume.geometry import Geometry, canonical_axes, oriented
 from engine.volume.modality import modality_of
-from engine.volume.resample import shrink, slabs, weights
+from engine.volume.resample import resample, slabs, weights
 
 __all__ = ["Crop", "Geometry", "PRESETS", "Prepared", "Preset", "prepare"]
 
@@ -71,6 +71,10 @@ def prepare(scan: Scan, image_size: Size = (32, 256, 256), preset: str = "auto",
         preset: one of PRESETS. auto decides between ct and mr by the whole scan.
         crop: the region that the model is to see; the preset's statistics and its own crop to the body are those of the
             region. The geometry that comes back is the whole scan's.
+
+    Returns:
+        The image, float32 [1, D, H, W] in 0..1; its geometry in the whole scan; the preset that was used and why; the
+        region, ((i0, i1), (j0, j1), (k0, k1)) in voxels, half-open, or None for the whole.
 
     Raises:
         InvalidInput: for an unknown preset, a scan that the preset does not take, a crop that is not within the scan or
@@ -131,7 +135,7 @@ def _ct(scan: Scan, image_size: Size) -> tuple[np.ndarray, Geometry]:
     low, high = (edge - scan.offset for edge in CT_WINDOW)
     body = CT_BODY - scan.offset
     geometry = _cropped_to_foreground(scan, image_size, lambda coarse: coarse > body)
-    image = _resized(scan, geometry, tone=lambda values: np.clip(values, low, high, out=values))
+    image = _resized(scan, geometry, intensity_map=lambda values: np.clip(values, low, high, out=values))
     return _scaled(image, low, high), geometry
 
 
@@ -255,7 +259,7 @@ PRESETS: dict[str, Preset] = {
 def _reference(scan: Scan, image_size: Size, axes: Axes, low: float, high: float) -> tuple[np.ndarray, Geometry]:
     """Scale low..high to 0..1, crop to what is above 0, resize: the steps that the reference's families share."""
 
-    def tone(values: np.ndarray) -> np.ndarray:
+    def intensity_map(values: np.ndarray) -> np.ndarray:
         np.clip(values, low, high, out=values)
         values -= np.float32(low)
         values /= np.float32(high - low)
@@ -263,7 +267,7 @@ def _reference(scan: Scan, image_size: Size, axes: Axes, low: float, high: float
 
     crop = _box_above(oriented(scan.array, *axes), low)
     geometry = _geometry(scan, image_size, axes, crop)
-    return np.clip(_resized(scan, geometry, tone, box="input"), 0, 1), geometry
+    return np.clip(_resized(scan, geometry, intensity_map, box="input"), 0, 1), geometry
 
 
 def _box_above(volume: np.ndarray, low: float) -> list[tuple[int, int]]:
@@ -316,9 +320,9 @@ def _geometry(scan: Scan, image_size: Size, axes: Axes, crop: list[tuple[int, in
     return Geometry(shape, tuple(map(tuple, scan.affine.tolist())), order, flips, forwards, image_size)
 
 
-def _resized(scan: Scan, geometry: Geometry, tone=np.asarray, box: str = "wider") -> np.ndarray:
+def _resized(scan: Scan, geometry: Geometry, intensity_map=np.asarray, box: str = "wider") -> np.ndarray:
     matrices = [weights(stop - start, size, box) for (start, stop), size in zip(geometry.crop, geometry.image_size)]
-    return shrink(geometry.view(scan.array), matrices, tone)
+    return resample(geometry.view(scan.array), matrices, intensity_map)
 
 
 def _scaled(image: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -64,10 +64,10 @@ def slabs(shape: Sequence[int], axis: int, itemsize: int = 4) -> list[slice]:
     return [slice(i, min(i + step, shape[axis])) for i in range(0, shape[axis], step)]
 
 
-def shrink(
-    volume: np.ndarray, matrices: Sequence[np.ndarray], tone: Callable[[np.ndarray], np.ndarray] = np.asarray
+def resample(
+    volume: np.ndarray, matrices: Sequence[np.ndarray], intensity_map: Callable[[np.ndarray], np.ndarray] = np.asarray
 ) -> np.ndarray:
-    """float32 volume resampled by one matrix per axis; `tone` (float32 to float32) maps intensities before that.
+    """float32 volume resampled by one matrix per axis, after `intensity_map` (float32 to float32) maps intensities.
 
     `volume` may be a view of any strides and real dtype; it is read once, slab by slab in the order of its memory.
     """
@@ -85,7 +85,8 @@ def shrink(
         chosen = list(read)
         chosen[across] = chosen[across][part]
         slab = volume[np.ix_(*chosen)] if any(map(_has_gaps, chosen)) else volume[tuple(map(_span, chosen))]
-        slab = tone(np.array(slab, np.float32, order="C"))  # a copy: tones work in place, and the scan is the caller's
+        # A copy: intensity maps work in place, and the scan is the caller's.
+        slab = intensity_map(np.array(slab, np.float32, order="C"))
         result[(slice(None),) * across + (part,)] = apply(slab, matrices[first], first)
     for axis in rest:
         result = apply(result, matrices[axis], axis)

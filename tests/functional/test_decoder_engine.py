@@ -20,8 +20,8 @@ from tokenizers import pre_tokenizers
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from engine.api import AnswerDetails, AnswerInfo
+from engine.cpu_features import has_bf16
 from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable
-from engine.processor import has_bf16
 from engine.runtime.acceleration import Pass
 from engine.runtime.cpu import decode_kernel
 from engine.runtime.decoder import Decoder, llm_engine
@@ -42,7 +42,7 @@ from tests.tiny_llm import (
 pytestmark = pytest.mark.integration
 
 AT_ONCE = 12
-FURTHEST = Pass.DECODE_KERNEL if decode_kernel.library() else Pass.DIRECT  # compiled where there is a C compiler
+FURTHEST = Pass.DECODE_KERNEL if decode_kernel.library() else Pass.VLLM_KERNELS  # compiled where there is a C compiler
 # The cache of 1250 rows holds twelve prompts, but not their answers: some are preempted. A step has 512 rows: of two
 # long prompts one is cut into chunks.
 SETTINGS = DecoderSettings(
@@ -617,7 +617,7 @@ def test_phi3_answers_like_transformers_with_a_sliding_window_and_long_rope(tmp_
     right = [right_answer(tiny, long_case(i)) for i in range(3)] + [right_answer(tiny, case(i)) for i in range(AT_ONCE)]
     assert sum(len(states) for _, states in right) >= 8
     with started(tiny) as running:
-        assert running.decoder.engine.layers is Pass.DIRECT  # its rotary embedding is another one
+        assert running.decoder.engine.layers is Pass.VLLM_KERNELS  # its rotary embedding is another one
         answers = running.ask_all(*map(long_case, range(3)), *map(case, range(AT_ONCE)), max_new_tokens=LENGTH)
         for answer, expected in zip(answers, right):
             assert_equals(answer, expected)

@@ -17,7 +17,7 @@ import write_checkpoint
 
 from engine.client import M3DClient
 from engine.contract import MODELS
-from engine.processor import has_bf16
+from engine.cpu_features import has_bf16
 from engine.runtime.onnx_session import OnnxGraph
 from engine.server.server import Server, free_ports
 from tests.conftest import ROOT, copy_repository

@@ -17,11 +17,11 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-import engine.server as server_module
 from engine.client import M3DClient
 from engine.contract import DECODER_MODELS
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
+from engine.server import server as server_module
 from engine.server import supervisor
 from engine.server.server import Server, free_ports
 from tests.conftest import ROOT, copy_repository

@@ -16,9 +16,9 @@ from engine.runtime.decoder import vllm_environment, worker_extension
 from engine.runtime.onnx_session import chosen_precision
 
 vllm_environment.prepare(0)
-acceleration.give_way()
-assert acceleration.variables() == {} and chosen_precision("auto", "bf16") == "fp32"
-assert acceleration.shorten_pass(None, acceleration.Pass.DECODE_KERNEL) == acceleration.Pass.VLLM
+acceleration.lower_priority()
+assert acceleration.environment_variables() == {} and chosen_precision("auto", "bf16") == "fp32"
+assert acceleration.install_fast_forward(None, acceleration.Pass.DECODE_KERNEL) == acceleration.Pass.VLLM
 try:
     acceleration.open_bf16("model.onnx", 1)
 except RepositoryError as error:

@@ -312,7 +312,7 @@ def test_keys_that_later_monai_versions_add_are_left_out_and_named(tmp_path):
     blocks = ["model.vision_tower.vision_tower.blocks.0.", "model.seg_module.image_encoder.blocks.11."]
     added = [f"{block}{key}" for block in blocks for key in ("norm_cross_attn.weight", "cross_attn.qkv.weight")]
     weights = Weights({key: torch.zeros(1) for key in [*added, f"{blocks[0]}norm1.weight"]})
-    assert list(weights) == [f"{blocks[0]}norm1.weight"] and weights.never_run == added
+    assert list(weights) == [f"{blocks[0]}norm1.weight"] and weights.unused_keys == added
 
 
 def test_a_context_without_room_for_a_question_is_refused():

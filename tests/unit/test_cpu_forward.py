@@ -49,8 +49,8 @@ def test_kernels_that_cut_are_recognised(name):
     "device, eager, fits, found, kernel, furthest, used, size",
     [
         ("cpu", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.DECODE_KERNEL, 1 << 20),
-        ("cpu", True, True, ROUNDING, False, Pass.DECODE_KERNEL, Pass.DIRECT, 1 << 20),
-        ("cpu", True, True, ROUNDING, True, Pass.DIRECT, Pass.DIRECT, 1 << 20),
+        ("cpu", True, True, ROUNDING, False, Pass.DECODE_KERNEL, Pass.VLLM_KERNELS, 1 << 20),
+        ("cpu", True, True, ROUNDING, True, Pass.VLLM_KERNELS, Pass.VLLM_KERNELS, 1 << 20),
         ("cpu", True, True, ROUNDING, True, Pass.VLLM, Pass.VLLM, 1 << 20),
         ("cuda", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM, 1 << 20),
         ("cpu", False, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM, 1 << 20),

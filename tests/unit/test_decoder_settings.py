@@ -13,7 +13,7 @@ import torch
 
 from engine import gpu
 from engine.errors import Unavailable
-from engine.runtime import decoder
+from engine.runtime.decoder import decoder
 from engine.runtime.decoder_settings import DecoderSettings
 from tests.conftest import ROOT
 

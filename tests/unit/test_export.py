@@ -292,7 +292,7 @@ def test_a_language_model_that_has_answered_or_was_compared_leaves_nothing_on_th
 
     monkeypatch.setattr(quantize, "_load", load)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gone.append(loaded[-1]() is None))
-    prompt = SimpleNamespace(around=lambda question: ([2], [3]), stop_ids=(2,))
+    prompt = SimpleNamespace(split_ids=lambda question: ([2], [3]), stop_ids=(2,))
     answered = quantize.answer(tmp_path, torch.float32, prompt, [torch.zeros(4, 8)], lambda text: None)
     _, agreement = quantize.compare(tmp_path, torch.float32, answered)
     # Each model was gone before PyTorch was asked for its memory.

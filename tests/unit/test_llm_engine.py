@@ -82,7 +82,6 @@ def llm(monkeypatch):
 
     monkeypatch.setattr(llm_engine, "check_seg_states", checked)
     monkeypatch.setattr(llm_engine, "_end", end)
-    monkeypatch.setattr(llm_engine.vllm_environment, "prepare", lambda threads: None)
     return Engine()
 
 

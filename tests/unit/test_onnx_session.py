@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from engine.contract import MODELS
+from engine.cpu_features import has_bf16
 from engine.errors import InvalidInput, RepositoryError
-from engine.processor import has_bf16
 from engine.runtime import onnx_session
 from engine.runtime.onnx_session import OnnxGraph, _options, chosen_precision
 from tests.conftest import ROOT

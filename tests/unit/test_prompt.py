@@ -48,26 +48,26 @@ def chat(request, tmp_path_factory):
 
 def test_the_prompt_is_bos_then_image_tokens_then_the_question(prompt):
     assert prompt.input_ids("w5 w6") == [1] + [tiny.IMAGE_TOKEN_ID] * N + [5, 6]
-    assert prompt.around("w5 w6") == ([1], [5, 6]) and prompt.head == [1] and prompt.padding_id == 1
+    assert prompt.split_ids("w5 w6") == ([1], [5, 6]) and prompt.head == [1] and prompt.padding_id == 1
 
 
 @pytest.mark.parametrize("question", ["", "   ", "\n\t"])
 def test_an_empty_question_is_refused(prompt, question):
     with pytest.raises(InvalidInput, match="empty"):
-        prompt.around(question)
+        prompt.split_ids(question)
 
 
 def test_a_question_may_fill_the_context_but_one_token(prompt):
     most = CONTEXT - 1 - N - 1
-    assert len(prompt.around(" ".join(["w5"] * most)).tail) == most
+    assert len(prompt.split_ids(" ".join(["w5"] * most)).tail) == most
     with pytest.raises(InvalidInput, match=f"the question has {most + 1} tokens; with 1 . 8 .* at most {most}"):
-        prompt.around(" ".join(["w5"] * (most + 1)))
+        prompt.split_ids(" ".join(["w5"] * (most + 1)))
 
 
 def test_a_huge_question_is_refused_before_it_is_tokenised(prompt, monkeypatch):
     monkeypatch.setattr(prompt.layout, "tokenizer", None)
     with pytest.raises(InvalidInput, match="characters"):
-        prompt.around("x" * 10_000_000)
+        prompt.split_ids("x" * 10_000_000)
 
 
 def test_a_tokenizer_without_image_tokens_is_refused():
@@ -125,7 +125,7 @@ def test_chats_have_the_ids_of_transformers_chat_template(chat, asked):
     prompt = Prompt(layout, tiny.NUM_VISUAL_TOKENS, 4096)
     ids = prompt.input_ids(asked)
     assert ids == wanted.prompt_ids(asked) and prompt.multi_turn
-    head, tail = prompt.around(asked)
+    head, tail = prompt.split_ids(asked)
     assert ids == [*head, *[prompt.image_token_id] * tiny.NUM_VISUAL_TOKENS, *tail]
     own_system = not isinstance(asked, str) and asked[0][0] == "system"
     assert (head == prompt.head) is not own_system
@@ -154,7 +154,7 @@ def test_training_reads_the_prompt_that_is_asked_then_the_answer_and_the_end_of_
     layout, wanted = chat
     prompt = Prompt(layout, tiny.NUM_VISUAL_TOKENS, 4096)
     ids, start = prompt.answered(" " + QUESTION, "\nIt is [SEG].")
-    assert ids[:start] == prompt.around(" " + QUESTION).tail
+    assert ids[:start] == prompt.split_ids(" " + QUESTION).tail
     end = wanted.ends[0]
     assert ids[start:] == [*wanted.tokenizer("\nIt is [SEG].", add_special_tokens=False)["input_ids"], end]
 

@@ -15,7 +15,7 @@ from pydicom.uid import generate_uid
 
 from engine.errors import InvalidInput, Unavailable
 from engine.scan import scan_pieces
-from engine.source import Source, content_of
+from engine.source import Source, size_and_crc
 from tests.unit.test_dicom import JPEG_LS, LOSSLESS_SV1, ORIENTATIONS, beside, encoded
 from tests.unit.test_scan import enhanced, nifti, saved, series, zipped
 
@@ -24,7 +24,7 @@ STUDY, FRAME = generate_uid(), generate_uid()
 
 def source_of(scan) -> Source:
     """As `upload` keeps it."""
-    return Source(scan, None, "auto", None, content_of(scan_pieces(scan)[0]))
+    return Source(scan, None, "auto", None, size_and_crc(scan_pieces(scan)[0]))
 
 
 def written(folder: Path, slices) -> Path:

@@ -170,7 +170,7 @@ def test_a_connections_own_slow_upload_gives_way_to_its_next_one(uploads, clock)
 
 
 def test_of_too_many_uploads_over_one_connection_one_of_its_own_gives_way(uploads, monkeypatch):
-    monkeypatch.setattr(uploads_module, "MOST_OF_PEER", 3)
+    monkeypatch.setattr(uploads_module, "MAX_UPLOADS_PER_CONNECTION", 3)
     uploads.add("small", 0, 20, FILE[:1], peer="other")
     for name, received in (("a", 10), ("b", 2), ("c", 3)):
         uploads.add(name, 0, 20, FILE[:received], peer="greedy")
@@ -283,7 +283,7 @@ def test_an_upload_that_waits_too_long_is_forgotten(uploads, clock):
 
 
 def test_of_too_many_uploads_the_one_gives_way_of_which_the_least_has_come(uploads, monkeypatch):
-    monkeypatch.setattr(uploads_module, "MOST", 3)
+    monkeypatch.setattr(uploads_module, "MAX_UPLOADS", 3)
     for name, received in (("a", 10), ("b", 1), ("c", 1)):
         uploads.add(name, 0, 20, FILE[:received])
     for name in "defgh":

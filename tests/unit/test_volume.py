@@ -14,7 +14,7 @@ from engine.errors import InvalidInput
 from engine.scan import ARRAY_AFFINE, Scan
 from engine.volume import PRESETS, prepare
 from engine.volume.geometry import Geometry, canonical_axes
-from engine.volume.resample import shrink, weights
+from engine.volume.resample import resample, weights
 from tests.boxes import boxes_to_model
 
 SIZE = (16, 48, 48)
@@ -177,7 +177,7 @@ def test_geometry_survives_json():
 
 def test_shrinking_by_whole_factors_is_the_mean_of_blocks():
     volume = np.random.default_rng(0).integers(-1000, 1000, (12, 20, 18)).astype(np.int16)
-    small = shrink(volume, [weights(12, 4), weights(20, 5), weights(18, 9)])
+    small = resample(volume, [weights(12, 4), weights(20, 5), weights(18, 9)])
     blocks = volume.reshape(4, 3, 5, 4, 9, 2).mean((1, 3, 5))
     np.testing.assert_allclose(small, blocks, atol=1e-2)
 
@@ -187,7 +187,7 @@ def test_linear_resizing_is_that_of_torch(size):
     import torch
 
     volume = np.random.default_rng(0).random((12, 20, 18), np.float32)
-    ours = shrink(volume, [weights(a, b, "input") for a, b in zip(volume.shape, size)])
+    ours = resample(volume, [weights(a, b, "input") for a, b in zip(volume.shape, size)])
     theirs = torch.nn.functional.interpolate(torch.from_numpy(volume)[None, None], size, mode="trilinear")[0, 0]
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -199,8 +199,8 @@ def test_shrink_does_not_care_how_the_volume_lies_in_memory(monkeypatch):
     expected = np.einsum("dhw,ad,bh,cw->abc", volume, *matrices)
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
         view = np.ascontiguousarray(volume.transpose(order)).transpose(np.argsort(order))
-        np.testing.assert_allclose(shrink(view, matrices), expected, atol=1e-5)
-        np.testing.assert_allclose(shrink(view[::-1].copy()[::-1], matrices), expected, atol=1e-5)
+        np.testing.assert_allclose(resample(view, matrices), expected, atol=1e-5)
+        np.testing.assert_allclose(resample(view[::-1].copy()[::-1], matrices), expected, atol=1e-5)
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------

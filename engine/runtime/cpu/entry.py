@@ -1,11 +1,11 @@
-"""The way in: what `engine.runtime.acceleration` hands on. Nothing large is imported before it is needed."""
+"""Functions that `acceleration` re-exports. Nothing large is imported before it is needed."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from engine.processor import has_bf16
+from engine.cpu_features import has_bf16
 from engine.runtime.cpu.compile_kernel import LIBRARY, MODULE
 
 # How much nicer than the language model. Each of a token's hundreds of products ends when its last thread does, so an
@@ -22,12 +22,12 @@ _VARIABLES = {
 }
 
 
-def variables() -> dict[str, str]:
+def environment_variables() -> dict[str, str]:
     """Environment variables for the language model's process, to be set before PyTorch is imported."""
     return dict(_VARIABLES)
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Let this thread, and those that it starts from here, give way to the language model."""
     os.nice(_NICE)
 
@@ -44,7 +44,7 @@ def open_bf16(path: str, threads: int) -> Any:
     return OpenVinoSession(path, threads)
 
 
-def shorten_pass(runner: Any, furthest: int) -> int:
+def install_fast_forward(runner: Any, furthest: int) -> int:
     """Inside vLLM's worker: see `forward.install_on`; passes as numbers, which vLLM can send."""
     from engine.runtime.acceleration import Pass
     from engine.runtime.cpu.forward import install_on
@@ -52,7 +52,7 @@ def shorten_pass(runner: Any, furthest: int) -> int:
     return int(install_on(runner, Pass(furthest)))
 
 
-def lacking() -> str | None:
+def missing_parts() -> str | None:
     """What would make this machine faster, and how to get it."""
     if LIBRARY.is_file():
         return None

@@ -46,7 +46,7 @@ def install_on(runner, furthest: Pass) -> Pass:
     kernel = _kernel_of(runner.model, runner.model_config.dtype) if furthest is Pass.DECODE_KERNEL else None
     model.forward = _forward_of(model, norms, kernel)
     if kernel is None:
-        return Pass.DIRECT
+        return Pass.VLLM_KERNELS
     _use_on_head(runner.model.lm_head, kernel)
     return Pass.DECODE_KERNEL
 

@@ -24,7 +24,7 @@ from engine.gpu_memory import decoder_share
 from engine.manifest import LLM_FOLDER, Manifest
 from engine.models.language_model import FAMILIES, known_families
 from engine.prompt import Prompt
-from engine.prompt.prompt import Asked
+from engine.prompt.prompt import QuestionOrTurns
 from engine.runtime.decoder import seg_states, vllm_environment
 from engine.runtime.decoder.choices import MAX_STEPS, Ids, grammar_of, logprobs_of, steps_of
 from engine.runtime.decoder.detokenizer import Detokenizer
@@ -92,7 +92,7 @@ class Decoder:
                 f"{(manifest.vocab_size, manifest.llm_width)}: export the repository again"
             )
         self._answering = 0
-        # A prompt finds cached blocks under its own salt only: tenants, and runs of the server, share none.
+        # A prompt finds cached blocks under its own salt only: runs of the server share none.
         self._salt = secrets.token_hex(16)
 
     async def start(
@@ -133,16 +133,15 @@ class Decoder:
         return self.engine.health
 
     async def answer(
-        self, visual_tokens: np.ndarray, question: Asked, sampling: Sampling = Sampling(), cache_salt: str = ""
+        self, visual_tokens: np.ndarray, question: QuestionOrTurns, sampling: Sampling = Sampling()
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of the answer about a scan; a slow reader gets fewer and larger ones.
 
         To stop decoding, close the iterator or cancel its task.
 
-        visual_tokens: [N, H] floats. question: or the turns of a conversation, see `Prompt.input_ids`. cache_salt:
-        names a tenant; tenants share no cached prefix. An explicit max_new_tokens that the context has no room for is
-        refused; the default is cut to what is left. Choices are scored when the answer is there: its prompt is in the
-        prefix cache then.
+        visual_tokens: [N, H] floats. question: or the turns of a conversation, see `Prompt.input_ids`. An explicit
+        max_new_tokens that the context has no room for is refused; the default is cut to what is left. Choices are
+        scored when the answer is there: its prompt is in the prefix cache then.
         Raises InvalidInput, ResourceExhausted (too many questions), Unavailable (the engine died or is restarting).
         """
         arrival = time.monotonic()
@@ -154,7 +153,7 @@ class Decoder:
         try:
             rows = self._prompt_rows(visual_tokens, question)
             choices = await self._choices(sampling, question, len(rows)) if sampling.choices else {}
-            key, salt = uuid.uuid4().hex, f"{self._salt}/{cache_salt}"
+            key, salt = uuid.uuid4().hex, self._salt
             params = self._params(sampling, self._max_new_tokens(sampling, len(rows)), key, choices)
             has_history = not isinstance(question, str) and len(question) > 1
             logprobs: list[ChosenToken] = []
@@ -217,7 +216,7 @@ class Decoder:
     def _scored(self, id_: int, logprob: float) -> ScoredToken:
         return ScoredToken(id_, self._tokenizer.decode([id_], skip_special_tokens=False), logprob)
 
-    async def _choices(self, sampling: Sampling, question: Asked, prompt_length: int) -> dict[str, Ids]:
+    async def _choices(self, sampling: Sampling, question: QuestionOrTurns, prompt_length: int) -> dict[str, Ids]:
         """The tokens of each choice. Raises InvalidInput for those that cannot be scored."""
         choices: dict[str, Ids] = {}
         for text in sampling.choices:
@@ -259,13 +258,13 @@ class Decoder:
                 (by_id,) = output.outputs[0].logprobs
         return by_id[token].logprob
 
-    def _prompt_rows(self, visual_tokens: np.ndarray, question: Asked) -> torch.Tensor:
+    def _prompt_rows(self, visual_tokens: np.ndarray, question: QuestionOrTurns) -> torch.Tensor:
         """[T, H], the whole prompt, in the engine's dtype. What vLLM would accept and break on is refused here."""
         expected = (self.manifest.num_visual_tokens, self.manifest.llm_width)
         tokens = np.asarray(visual_tokens)
         if tokens.shape != expected or tokens.dtype.kind != "f":
             raise InvalidInput(f"visual tokens must be floats of shape {expected}, not {tokens.dtype} {tokens.shape}")
-        head, tail = self._prompt.around(question)
+        head, tail = self._prompt.split_ids(question)
         if not all(0 <= id_ < self.manifest.vocab_size for id_ in (*head, *tail)):
             raise InvalidInput(
                 f"the question has token {max(*head, *tail)}, the model knows 0 to "
@@ -309,7 +308,7 @@ class Decoder:
             repetition_penalty=sampling.repetition_penalty,
             seed=sampling.seed,
             stop=list(sampling.stop),
-            # What ends an answer is told, whatever vLLM reads from tokenizer and configuration.
+            # Pass the stop ids explicitly: vLLM may read others from tokenizer and configuration.
             stop_token_ids=list(self.manifest.eos_token_ids),
             ignore_eos=True,
             # vLLM's own text serves to find stop texts only.

@@ -20,7 +20,7 @@ from engine.errors import InvalidInput, M3DError, Unavailable, one_line
 from engine.gpu_memory import cache_bytes
 from engine.memory import available_memory
 from engine.runtime.acceleration import Pass
-from engine.runtime.decoder import engine_process, seg_states, vllm_environment, worker_extension
+from engine.runtime.decoder import engine_process, seg_states, worker_extension
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.run_folder import READY
@@ -38,12 +38,13 @@ class LlmEngine:
     """One AsyncLLM at a time, used from one asyncio loop.
 
     folder: an exported language model. context_length: rows of prompt and answer. padding_id: a token id no answer has.
-    memory_share: tells, at each start, which part of a GPU's memory vLLM may take; by default the settings say it.
+    memory_share: returns, at each start, which part of a GPU's memory vLLM may take; by default the settings say it.
 
     An engine that dies fails the answers in progress with Unavailable and is restarted in the background, at most
     `settings.restarts` times an hour; `health` says where it stands (READY, or words for the client), `layers` how the
-    layers are computed. on_health: is told `health` whenever it changes. on_broken: is told, once, what happened when
-    the engine has died too often or does not start again; it never comes back then. Both are called on the loop.
+    layers are computed. on_health: called with `health` whenever it changes. on_broken: called once, with the
+    reason, when the engine has died too often or does not start again; it never comes back then. Both are called on the
+    loop.
     temporary: a folder for what vLLM leaves.
     """
 
@@ -87,8 +88,10 @@ class LlmEngine:
 
     # --- life --------------------------------------------------------------------------------------------------------
     async def start(self) -> None:
-        """Load the model and check its `[SEG]` states. Raises RepositoryError if they are off."""
-        vllm_environment.prepare(self.settings.threads)
+        """Load the model and check its `[SEG]` states, after `vllm_environment.prepare`.
+
+        Raises RepositoryError if the states are off.
+        """
         making = asyncio.get_running_loop().run_in_executor(None, self._make)
         try:
             llm = await asyncio.shield(making)
@@ -105,7 +108,7 @@ class LlmEngine:
             await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
             self._llm = llm
             checked = await check_seg_states(self.folder, self.dtype, self._greedy, self.take_states)
-            self.layers = Pass(min(await llm.collective_rpc("shorten_pass", args=(int(FURTHEST_PASS),))))
+            self.layers = Pass(min(await llm.collective_rpc("install_fast_forward", args=(int(FURTHEST_PASS),))))
             if self.layers is not Pass.VLLM:
                 await check_same_states(checked, self._greedy, self.take_states)
         except BaseException:
@@ -126,7 +129,7 @@ class LlmEngine:
             await _end(llm)
 
     async def abandon(self) -> None:
-        """This process is about to end, and the engine's with it: nobody is to report that, or to restart it."""
+        """This process is about to end, and the engine's with it: do not report that, and do not restart the engine."""
         self._become(STOPPED)
         if self._llm is not None and self._llm.output_handler is not None:
             self._llm.output_handler.cancel()

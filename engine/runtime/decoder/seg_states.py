@@ -51,7 +51,7 @@ class SegStates:
     """Kept rows by key and position; pure bookkeeping, no part of vLLM.
 
     Only watched rows outlive their step. A request's rows go when they are taken or dropped, or when it finishes with
-    none; of finished requests that nobody asks for, the last UNCLAIMED_LIMIT stay.
+    none; of finished requests whose states are not taken, the last UNCLAIMED_LIMIT stay.
     """
 
     def __init__(self, unclaimed_limit: int = UNCLAIMED_LIMIT):

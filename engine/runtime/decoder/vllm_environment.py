@@ -48,6 +48,6 @@ def prepare(threads: int) -> None:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available():
-        os.environ.update(acceleration.variables())
+        os.environ.update(acceleration.environment_variables())
         os.environ.update(_ON_CPU)
         os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))

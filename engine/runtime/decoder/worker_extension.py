@@ -11,6 +11,6 @@ NAME = f"{__name__}.WorkerExtension"
 class WorkerExtension(SegStateExtension):
     """Its methods, and those of its base, are called by `collective_rpc`."""
 
-    def shorten_pass(self, furthest: int) -> int:
+    def install_fast_forward(self, furthest: int) -> int:
         """See `engine.runtime.acceleration`."""
-        return acceleration.shorten_pass(self.model_runner, furthest)
+        return acceleration.install_fast_forward(self.model_runner, furthest)

@@ -30,7 +30,7 @@ _BESIDE_A_SCAN = frozenset(
 
 
 @dataclass(frozen=True)
-class Beside:
+class NonImageFile:
     """A DICOM file that is no part of a scan. kind: what it is, such as SEG; empty for an index of files (DICOMDIR)."""
 
     kind: str
@@ -71,7 +71,7 @@ def looks_like_dicom(data: bytes | memoryview) -> bool:
     )
 
 
-def open_file(name: str, content: bytes | memoryview) -> pydicom.Dataset | Beside | None:
+def open_file(name: str, content: bytes | memoryview) -> pydicom.Dataset | NonImageFile | None:
     """A file's data set with its transfer syntax, if it is an image; what else it is; None for what is not DICOM.
 
     A file without preamble, as some archives and scanners write it, has nothing that says DICOM: it counts as DICOM if
@@ -101,19 +101,19 @@ def open_file(name: str, content: bytes | memoryview) -> pydicom.Dataset | Besid
     return dataset
 
 
-def _beside(name: str, dataset: pydicom.Dataset) -> Beside | None:
+def _beside(name: str, dataset: pydicom.Dataset) -> NonImageFile | None:
     if (
         dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
         or "DirectoryRecordSequence" in dataset
     ):
-        return Beside("")
+        return NonImageFile("")
     modality = str(dataset.get("Modality") or "")
     if "SpectroscopyData" in dataset:
-        return Beside("MR spectroscopy")
+        return NonImageFile("MR spectroscopy")
     if not modality and dataset.get("SOPClassUID") == SegmentationStorage:
         modality = "SEG"
     if modality in _BESIDE_A_SCAN:
-        return Beside(modality[:16])
+        return NonImageFile(modality[:16])
     if any(keyword in dataset for keyword in _PIXELS):
         return None
     sop_class = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
@@ -123,7 +123,7 @@ def _beside(name: str, dataset: pydicom.Dataset) -> Beside | None:
             f"{name} is a {modality or 'DICOM'} image without pixels: it was cut off or stripped, export or copy it "
             "again"
         )
-    return Beside(modality[:16] or (sop_class.name if sop_class else "DICOM file without pixels"))
+    return NonImageFile(modality[:16] or (sop_class.name if sop_class else "DICOM file without pixels"))
 
 
 def _check_kind(name: str, dataset: pydicom.Dataset) -> None:

@@ -13,7 +13,7 @@ import pydicom
 from engine.errors import InvalidInput
 from engine.scan.dicom.archive import members
 from engine.scan.dicom.damage import damage_named
-from engine.scan.dicom.dataset import Beside, image_type, open_file
+from engine.scan.dicom.dataset import NonImageFile, image_type, open_file
 from engine.scan.dicom.decoder import Decoder
 from engine.scan.dicom.geometry import fitted_affine, sorted_planes
 from engine.scan.dicom.pixels import stored_pixels
@@ -93,7 +93,7 @@ class _Images:
         image = open_file(name, content)
         if image is None:
             self.foreign += 1
-        elif isinstance(image, Beside):
+        elif isinstance(image, NonImageFile):
             if image.kind:
                 self.beside[image.kind] += 1
         else:
@@ -121,9 +121,11 @@ class _Images:
                 "the file starts as DICOM does and cannot be read as DICOM: it was cut off, or is something else; send "
                 "the folder of a whole series, or a zip of it"
             )
-        if isinstance(image, Beside) or self.frames_of(_FILE, image) == 1:
+        if isinstance(image, NonImageFile) or self.frames_of(_FILE, image) == 1:
             what = (
-                f"with no slices of a scan ({image.kind or 'an index'})" if isinstance(image, Beside) else "one slice"
+                f"with no slices of a scan ({image.kind or 'an index'})"
+                if isinstance(image, NonImageFile)
+                else "one slice"
             )
             raise InvalidInput(
                 f"this is a single DICOM file, {what}: send the folder of the whole series, or a zip of it"

@@ -1,4 +1,4 @@
-"""What this x86 processor multiplies by itself."""
+"""CPU feature detection (bf16)."""
 
 from __future__ import annotations
 
