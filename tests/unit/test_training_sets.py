@@ -78,8 +78,43 @@ def test_the_choices_of_a_closed_question_stand_behind_it(complete):
     assert sample.answer == "A. Axial" and sample.space and sample.task == "vqa_closed"
     sample = Vqa(complete, "validation", SIZE)[0]
     assert (sample.question, sample.answer, sample.task) == ("Which plane?", "Axial", "vqa_open")
-    sample = YesNoVqa(complete, "test", SIZE)[0]
+    sample = YesNoVqa(complete, "train", SIZE)[0]
     assert (sample.question, sample.answer, sample.task) == ("Is there a mass?", "No", "vqa_yes_no")
+
+
+@pytest.mark.parametrize(
+    "blank, choices", [("D", "A. Axial B. Coronal C. Sagittal"), ("B", "A. Axial C. Sagittal D. None")]
+)
+def test_a_blank_choice_is_left_out(root, blank, choices):
+    spoil_choices(root, blank)
+    assert ClosedVqa(root, "train", SIZE)[0].question == f"Which plane? Choices: {choices}"
+
+
+@pytest.mark.parametrize("blank, said", [("A", "offers B, C, D, and A is right"), ("BCD", "offers A, and A is right")])
+def test_a_question_without_its_right_choice_or_with_no_other_is_broken(root, blank, said):
+    spoil_choices(root, blank)
+    with pytest.raises(BrokenSample, match=f"row 1 {said}"):
+        ClosedVqa(root, "train", SIZE)[0]
+
+
+def spoil_choices(root: Path, letters: str) -> None:
+    """The first question of training leaves some choices blank."""
+    path = root / "M3D-VQA/M3D_VQA_train.csv"
+    rows = list(csv.DictReader(path.open()))
+    rows[0].update({f"Choice {letter}": " " for letter in letters})
+    write_csv(path, VQA_COLUMNS, [row.values() for row in rows])
+
+
+def test_the_published_test_tables_of_questions_can_be_named(complete):
+    assert len(ClosedVqa(complete, "test5k", SIZE)) == len(Vqa(complete, "test5k", SIZE)) == 1
+    assert len(Captions(complete, "test1k", SIZE)) == 1
+    with pytest.raises(InvalidInput, match="no split 'test5k'"):
+        YesNoVqa(complete, "test5k", SIZE)
+
+
+def test_questions_for_yes_or_no_are_published_for_training_only(complete):
+    with pytest.raises(InvalidInput, match="M3D_VQA_yn_test.csv was looked for"):
+        YesNoVqa(complete, "test", SIZE)
 
 
 def test_structures_are_asked_for_by_name_and_by_description(complete):
@@ -122,6 +157,73 @@ def test_a_referring_question_means_the_voxels_with_its_mask_id(complete):
     np.testing.assert_array_equal(referring[0].mask, mask(LIVER))
     np.testing.assert_array_equal(referring[1].mask, mask(RIGHT_KIDNEY))
     assert referring[1].question == "Segment lesion 2." and referring[1].task == "refseg" and referring[1].space
+    assert {Path(Referring(complete, split, SIZE)[0].source).parent.name for split in ("validation", "test")} == {
+        "s0001"
+    }
+
+
+@pytest.mark.parametrize("base", ["", "M3D_RefSeg/", "M3D_RefSeg_npy/", "/elsewhere/M3D_RefSeg_npy/"])
+@pytest.mark.parametrize("ending", [".nii.gz", ".npy"])
+def test_paths_of_referring_questions_count_from_their_folder_or_from_the_root(root, base, ending):
+    path = root / "M3D_RefSeg_npy/M3D_RefSeg_train.csv"
+    text = path.read_text()
+    assert text.count("s0000/ct.nii.gz") == text.count("s0000/mask.nii.gz") == 2
+    path.write_text(text.replace("s0000/", f"{base}s0000/").replace(".nii.gz", ending))
+    referring = Referring(root, "train", SIZE)
+    assert referring.files(0).image == root / "M3D_RefSeg_npy/s0000/ct.npy"
+    np.testing.assert_array_equal(referring[1].mask, mask(RIGHT_KIDNEY))
+
+
+def test_training_questions_under_the_reference_s_name_are_taken_unless_they_are_all_questions(root):
+    folder = root / "M3D_RefSeg_npy"
+    train = (folder / "M3D_RefSeg_train.csv").rename(folder / "M3D_RefSeg.csv")
+    assert len(Referring(root, "train", SIZE)) == 2
+    train.write_text((folder / "M3D_RefSeg_all.csv").read_text())
+    with pytest.raises(InvalidInput, match="holds 2 of the 2 questions of M3D_RefSeg_test.csv.*M3D_RefSeg_train.csv"):
+        Referring(root, "train", SIZE)
+    train.unlink()
+    with pytest.raises(InvalidInput, match="M3D_RefSeg_train.csv was looked for"):
+        Referring(root, "train", SIZE)
+
+
+def test_a_referring_answer_without_a_mask_is_text(root):
+    path = root / "M3D_RefSeg_npy/M3D_RefSeg_train.csv"
+    path.write_text(path.read_text().replace("It is [SEG] on the right.", "It is on the right.", 1))
+    referring = Referring(root, "train", SIZE)
+    assert referring[0].mask is None and referring[0].answer == "It is on the right."
+    assert referring[1].mask.any()
+
+
+@pytest.mark.parametrize("base", ["./Data/data/M3D_Seg_npy/", "/old/0010/M3D_Seg_npy/"])
+def test_an_index_that_names_the_place_of_its_preparation_is_read_where_it_now_lies(root, base):
+    index = root / "M3D_Seg_npy/0010/0010.json"
+    listed = json.loads(index.read_text())
+    moved = {
+        split: [{key: base + path for key, path in entry.items()} for entry in entries]
+        for split, entries in listed.items()
+    }
+    index.write_text(json.dumps(moved))
+    structures = Structures(root, "train", SIZE, code="0010", kind="segmentation")
+    np.testing.assert_array_equal(structures[2].mask, mask(RIGHT_KIDNEY))
+    assert structures.files(2).image == root / "M3D_Seg_npy/0010/a/image.npy"
+
+
+@pytest.mark.parametrize("place", ["M3D_Seg_npy/term_dictionary.json", "term_dictionary.json"])
+def test_descriptions_are_those_of_the_dictionary_beside_the_data(root, place):
+    (root / place).write_text(json.dumps({"liver": ["Makes bile."]}))
+    structures = Structures(root, "train", SIZE, code="0010", kind="segmentation")
+    # The sentence that it is filled into goes on behind it.
+    assert re.search(r"Makes bile(?!\.[?.:;,])", structures[1].question)
+    # What the dictionary leaves out has our own words.
+    assert any(text in structures[3].question for text in descriptions()["right kidney"])
+    assert root / place in structures.sources
+
+
+@pytest.mark.parametrize("content", ["[]", '{"liver": "an organ"}', '{"liver": []}', '{"liver": [" "]}'])
+def test_a_dictionary_that_is_not_one_is_refused(root, content):
+    (root / "M3D_Seg_npy/term_dictionary.json").write_text(content)
+    with pytest.raises(InvalidInput, match="term_dictionary.json must hold descriptions by class name"):
+        Structures(root, "train", SIZE, code="0010", kind="rec")
 
 
 def test_one_s_own_data_set_names_its_classes_in_its_json(root):
@@ -312,9 +414,11 @@ def test_missing_columns_are_named(root):
 
 
 def test_a_missing_split_is_named_with_those_that_there_are(root):
-    with pytest.raises(InvalidInput, match="no split 'test500'; it has train, validation, test"):
-        Captions(root, "test500", SIZE)
-    with pytest.raises(InvalidInput, match="no split 'dev': choose one of train, validation, test"):
+    with pytest.raises(
+        InvalidInput, match="no split 'test2000'; it has train, validation, test, test100, test500, test1k"
+    ):
+        Captions(root, "test2000", SIZE)
+    with pytest.raises(InvalidInput, match="no split 'dev': choose one of train, validation, test, test5k"):
         Vqa(root, "dev", SIZE)
     index = root / "M3D_Seg_npy" / "0000" / "0000.json"
     index.write_text(json.dumps({"test": []}))
@@ -506,11 +610,12 @@ def test_broken_words_are_named_with_their_row(root):
         ({"Mask_ID": "0"}, "Mask_ID '0'"),
         ({"Mask_ID": "1.5"}, "'1.5', not a whole number from 1"),
         ({"Mask_ID": "nan"}, "Mask_ID 'nan'"),
-        ({"Answer": "There."}, r"no \[SEG\]"),
+        ({"Answer": " "}, "row 2 has no answer"),
+        ({"Question": ""}, "row 2 has no question"),
     ],
 )
 def test_a_referring_row_that_cannot_be_taught_is_broken(root, change, cause):
-    path = root / "M3D_RefSeg_npy/M3D_RefSeg.csv"
+    path = root / "M3D_RefSeg_npy/M3D_RefSeg_train.csv"
     rows = list(csv.DictReader(path.open()))
     rows[1].update(change)
     write_csv(path, rows[0].keys(), [row.values() for row in rows])

@@ -232,9 +232,9 @@ def test_a_run_goes_on_only_with_the_settings_and_data_it_began_with(tmp_path, d
     with pytest.raises(InvalidInput, match=r"trainer.learning_rate: 0.001 -> 0.002"):
         run(finetune, values)
     other = shutil.copytree(data, tmp_path / "data")
-    index = other / "M3D_RefSeg_npy" / "M3D_RefSeg.csv"
+    index = other / "M3D_RefSeg_npy" / "M3D_RefSeg_train.csv"
     index.write_text(index.read_text().replace("lesion", "tumour"))
-    with pytest.raises(InvalidInput, match="begun with something else.*M3D_RefSeg.csv"):
+    with pytest.raises(InvalidInput, match="begun with something else.*M3D_RefSeg_train.csv"):
         run(finetune, toy.finetune_configuration(tmp_path / "run", other, llm))
 
 

@@ -85,8 +85,13 @@ def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...]) -> Iterator
     return ({column: row[column] or "" for column in columns} for row in reader)
 
 
+def first_there(*paths: Path) -> Path:
+    """The first of several places where there is a file; the first of all if there is none."""
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def mask_id(cell: str) -> int | None:
-    """The value in a mask that a cell of M3D_RefSeg.csv means, 1 or above (0 is the background); None if it is none."""
+    """The value in a mask that a cell of M3D-RefSeg means, 1 or above (0 is the background); None if it is none."""
     try:
         value = float(cell)  # tables that went through other tools have 1.0 for 1
     except ValueError:

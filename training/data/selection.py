@@ -61,7 +61,7 @@ class M3DSamples:
 
     def fingerprint(self) -> dict[str, str]:
         """Of the indexes; hashing the volumes themselves would take hours."""
-        files = sorted({part.index for part in self.sets.sets})
+        files = sorted({file for part in self.sets.sets for file in part.sources})
         return {"samples": str(len(self)), **{str(file.relative_to(self.root)): sha256(file) for file in files}}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from engine.prompt import SEG_TOKEN, format_box
 from training.data.jitter import Change, draw_change, swap_sides
 from training.data.reading import (
     ABSENT,
+    first_there,
     mask_id,
     read_image,
     read_json,
@@ -35,10 +36,13 @@ from training.data.reading import (
     stored_shape,
 )
 from training.data.sample import BrokenSample, Sample
-from training.data.wording import choose, class_names, descriptions, templates
+from training.data.wording import choose, class_names, descriptions, read_descriptions, templates
 
 CAP, VQA, SEG, REFSEG = "M3D_Cap_npy", "M3D-VQA", "M3D_Seg_npy", "M3D_RefSeg_npy"
 SPLITS = ("train", "validation", "test")
+# The table that M3D-VQA's published accuracies were measured on, a part of its test split.
+TEST_5K = "test5k"
+TERMS = "term_dictionary.json"
 _PROBED = 8
 _SEG_SPLITS = {"validation": "test"}
 _MASK = re.compile(r"mask_(\d+)\.npy")
@@ -58,7 +62,7 @@ class Files:
 class TrainingSet(Dataset):
     """What all sets have in common.
 
-    root: the data root. split: train, validation or test; M3D-Cap has the splits that its JSON has.
+    root: the data root. split: train, validation or test; M3D-Cap has the splits that its JSON has, M3D-VQA test5k too.
     image_size: (D, H, W) of the model. seed: of everything that is drawn. jitter: whether the recipe's random changes
     are made. wording: `train` or `held_out` questions.
     Raises InvalidInput if the root lacks the set, or its index, images or masks are not as the model needs them.
@@ -92,6 +96,11 @@ class TrainingSet(Dataset):
     def index(self) -> Path:
         """The file that lists the samples."""
         raise NotImplementedError
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The files that decide which samples there are and what they say, but for images, masks and texts."""
+        return (self.index,)
 
     def _open(self) -> Sequence:
         raise NotImplementedError
@@ -215,11 +224,13 @@ class Vqa(TrainingSet):
 
     task = "vqa_open"
     columns: tuple[str, ...] = ("Image Path", "Question", "Answer")
+    needed: tuple[str, ...] = columns  # of these, a row may leave none blank
     _stem = "M3D_VQA"
+    _splits = {"validation": "val", TEST_5K: TEST_5K}
 
     @property
     def index(self) -> Path:
-        return self._found(VQA, f"{self._stem}_{_split({'validation': 'val'}, self.split)}.csv")
+        return self._found(VQA, f"{self._stem}_{_split(self._splits, self.split)}.csv")
 
     def _open(self) -> Sequence:
         return read_table(self.index, self.columns)
@@ -229,7 +240,7 @@ class Vqa(TrainingSet):
 
     def _words(self, index, mask, rng):
         row = {column: text.strip() for column, text in self.rows[index].items()}
-        if empty := [column for column in self.columns if not row[column]]:
+        if empty := [column for column in self.needed if not row[column]]:
             raise BrokenSample(self.index, f"row {index + 1} has no {' and no '.join(empty)}")
         return self._asked(row, index)
 
@@ -242,18 +253,26 @@ class ClosedVqa(Vqa):
 
     task = "vqa_closed"
     columns = (*Vqa.columns, *(f"Choice {letter}" for letter in "ABCD"), "Answer Choice")
+    needed = (*Vqa.columns, "Answer Choice")
 
     def _asked(self, row, index):
         if row["Answer Choice"] not in ("A", "B", "C", "D"):
             raise BrokenSample(self.index, f"row {index + 1} has Answer Choice {row['Answer Choice']!r}, not A to D")
-        choices = " ".join(f"{letter}. {row[f'Choice {letter}']}" for letter in "ABCD")
+        # A blank choice is no choice; the reference offers it as the word nan.
+        offered = {letter: text for letter in "ABCD" if (text := row[f"Choice {letter}"])}
+        if row["Answer Choice"] not in offered or len(offered) < 2:
+            raise BrokenSample(
+                self.index,
+                f"row {index + 1} offers {', '.join(offered) or 'nothing'}, and {row['Answer Choice']} is right",
+            )
+        choices = " ".join(f"{letter}. {text}" for letter, text in offered.items())
         return f"{row['Question']} Choices: {choices}", f"{row['Answer Choice']}. {row['Answer']}"
 
 
 class YesNoVqa(Vqa):
-    """M3D-VQA's questions for yes or no."""
+    """M3D-VQA's questions for yes or no; published for training only."""
 
-    task, _stem = "vqa_yes_no", "M3D_VQA_yn"
+    task, _stem, _splits = "vqa_yes_no", "M3D_VQA_yn", {"validation": "val"}
 
 
 class Structures(TrainingSet):
@@ -261,7 +280,7 @@ class Structures(TrainingSet):
 
     code: of the data set, NNNN. kind: segmentation, rec (answer with a box) or reg (name what a box holds).
     An empty mask, as published a single 0, is a structure that is not in the scan; it is asked for, and the answer
-    says so.
+    says so. Descriptions are those of `term_dictionary.json` beside the data sets or in the root, else our own.
     """
 
     KINDS = ("segmentation", "rec", "reg")
@@ -278,8 +297,14 @@ class Structures(TrainingSet):
     def _base(self) -> Path:
         return self.root / SEG
 
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return (self.index, *((self.terms,) if self.terms else ()))
+
     def _open(self) -> Sequence:
         self.names = names_of(self.index, self.code)
+        self.terms = next((path for path in (self._base / TERMS, self.root / TERMS) if path.is_file()), None)
+        self.told = descriptions() | (read_descriptions(self.terms) if self.terms else {})
         rows = read_split(self.index, _split(_SEG_SPLITS, self.split), ("image", "label"))
         for number, row in enumerate(rows):
             found = _MASK.fullmatch(Path(row["label"]).name)
@@ -299,7 +324,13 @@ class Structures(TrainingSet):
 
     def files(self, index: int) -> Files:
         row = self.rows[index // 2]
-        return Files(self._base / row["image"], self._base / row["label"])
+        return Files(self._at(row["image"]), self._at(row["label"]))
+
+    def _at(self, path: str) -> Path:
+        """The published preparation writes where it was run: what has moved since lies below its data set as before."""
+        parts = PurePosixPath(path).parts
+        moved = parts[len(parts) - 1 - parts[::-1].index(self.code) :] if self.code in parts else parts
+        return first_there(self._base / path, self._base.joinpath(*moved))
 
     def name(self, index: int) -> str:
         """Of the structure that sample `index` is about."""
@@ -307,7 +338,7 @@ class Structures(TrainingSet):
 
     def _words(self, index, mask, rng):
         slots = {"name": self.name(index)}
-        told = descriptions().get(slots["name"])
+        told = self.told.get(slots["name"])
         style = "by_description" if index % 2 and told else "by_name"
         if style == "by_description":
             slots["description"] = choose(rng, told)
@@ -321,16 +352,23 @@ class Structures(TrainingSet):
 
 
 class Referring(TrainingSet):
-    """M3D-RefSeg: questions that describe or reason, answered with the mask of what they mean."""
+    """M3D-RefSeg: questions that describe or reason, answered with the mask of what they mean.
+
+    About one answer in eighty of the published ones has no `[SEG]`: it is text alone, as the reference takes it.
+    """
 
     task = "refseg"
 
     @property
     def index(self) -> Path:
-        name = _split(
-            {"train": "M3D_RefSeg.csv", "validation": "M3D_RefSeg_test.csv", "test": "M3D_RefSeg_test.csv"}, self.split
-        )
-        return self._found(REFSEG, name)
+        name = _split({"train": "train", "validation": "test", "test": "test"}, self.split)
+        if name == "train":
+            return referring_train(self.root / REFSEG) or self._found(REFSEG, REFSEG_TABLES["train"])
+        return self._found(REFSEG, REFSEG_TABLES["test"])
+
+    @property
+    def _base(self) -> Path:
+        return self.root / REFSEG
 
     def _open(self) -> Sequence:
         return read_table(self.index, ("Image", "Mask", "Mask_ID", "Question", "Answer"))
@@ -340,22 +378,50 @@ class Referring(TrainingSet):
         label = mask_id(row["Mask_ID"])
         if label is None:
             raise BrokenSample(self.index, f"row {index + 1} has Mask_ID {row['Mask_ID']!r}, not a whole number from 1")
-        return Files(self.root / row["Image"], self.root / row["Mask"], label)
+        return Files(self._at(row["Image"]), self._at(row["Mask"]), label)
+
+    def _at(self, path: str) -> Path:
+        """Published paths count from the folder of the cases and name the NIfTI files: `s0000/ct.nii.gz`."""
+        case, name = PurePosixPath(path).parts[-2:] if "/" in path else ("", path)
+        return first_there(self.root / path, self._base / case / f"{name.split('.nii')[0].removesuffix('.npy')}.npy")
 
     def _words(self, index, mask, rng):
         # The published answers were written by a language model, which now and then changed the brackets.
         question, answer = (
             self.rows[index][column].strip().replace("<SEG>", SEG_TOKEN) for column in ("Question", "Answer")
         )
-        if not question or SEG_TOKEN not in answer:
-            missing = f"{SEG_TOKEN} in its answer" if question else "question"
-            raise BrokenSample(self.index, f"row {index + 1} has no {missing}")
-        if not mask.any():
+        if not question or not answer:
+            raise BrokenSample(self.index, f"row {index + 1} has no {'answer' if question else 'question'}")
+        if SEG_TOKEN in answer and not mask.any():
             files = self.files(index)
             raise BrokenSample(
                 [files.mask, self.index], f"no voxel of the mask is {files.label}, which row {index + 1} means"
             )
         return question, answer
+
+
+REFSEG_TABLES = {"train": "M3D_RefSeg_train.csv", "test": "M3D_RefSeg_test.csv"}
+_REFSEG_ROW = ("Image", "Mask_ID", "Question")
+
+
+def referring_train(folder: Path) -> Path | None:
+    """The table of M3D-RefSeg's training questions in a folder, None if there is none.
+
+    The reference calls it M3D_RefSeg.csv, and so is a copy of all questions called in some downloads.
+
+    Raises InvalidInput if such a table holds questions of the test table.
+    """
+    train, whole, test = (folder / name for name in (REFSEG_TABLES["train"], "M3D_RefSeg.csv", REFSEG_TABLES["test"]))
+    if train.is_file() or not whole.is_file():
+        return train if train.is_file() else None
+    if test.is_file():
+        tested = {tuple(row.values()) for row in read_table(test, _REFSEG_ROW)}
+        if shared := sum(tuple(row.values()) in tested for row in read_table(whole, _REFSEG_ROW)):
+            raise InvalidInput(
+                f"{whole} holds {shared:,} of the {len(tested):,} questions of {test.name}: it is the table of all "
+                f"questions; put the published {train.name} beside it"
+            )
+    return whole
 
 
 class Mixture(Dataset):
@@ -457,7 +523,7 @@ def box_of(mask: np.ndarray) -> np.ndarray:
 
 
 def _split(names: dict[str, str], split: str) -> str:
-    """What a set's files call a split."""
-    if split not in SPLITS:
-        raise InvalidInput(f"there is no split {split!r}: choose one of {', '.join(SPLITS)}")
+    """What a set's files call a split. names: of those called otherwise, or that this set has beside SPLITS."""
+    if split not in (*SPLITS, *names):
+        raise InvalidInput(f"there is no split {split!r}: choose one of {', '.join(dict.fromkeys((*SPLITS, *names)))}")
     return names.get(split, split)

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.errors import InvalidInput
+from training.data.reading import read_json
+
 
 @cache
 def templates() -> dict:
@@ -30,6 +33,21 @@ def class_names() -> dict[str, tuple[str, ...]]:
 def descriptions() -> dict[str, tuple[str, ...]]:
     """Descriptions by class name."""
     return {name: tuple(term["descriptions"]) for term in _read("terms.json") for name in term["names"]}
+
+
+def read_descriptions(path: Path) -> dict[str, tuple[str, ...]]:
+    """Descriptions by class name from M3D-Seg's `term_dictionary.json`: {name: [sentence, ...]}.
+
+    Raises InvalidInput if the file is not like that.
+    """
+    terms = read_json(path)
+    if not isinstance(terms, dict) or not all(
+        isinstance(told, list) and told and all(isinstance(text, str) and text.strip() for text in told)
+        for told in terms.values()
+    ):
+        raise InvalidInput(f'{path} must hold descriptions by class name: {{"liver": ["...", ...], ...}}')
+    # They are filled into sentences that go on behind them.
+    return {name: tuple(text.strip().removesuffix(".") for text in told) for name, told in terms.items()}
 
 
 def choose(rng: np.random.Generator, texts: list[str] | tuple[str, ...]) -> str:
