@@ -25,6 +25,7 @@ from engine.models.clip import M3DClip
 from engine.models.config import BERT_POSITIONS, ClipConfig, ViTConfig
 from training import trainer
 from training.config import StageSettings, as_json
+from training.data.reports import ShortReports
 from training.data.sample import Sample
 from training.data.selection import images_of, open_pairs, shown
 from training.files import write_json
@@ -38,7 +39,8 @@ _SHOWN = 4
 class Settings(StageSettings):
     """text_encoder: a BERT, as folder, Hugging Face id or files of a package. train_text_encoder: else it stays as it
     is, and that of a package is left out of the checkpoint, which names it. vision_tower: a ViT to start from.
-    max_text_len: most tokens of a text to read, at most the text encoder's positions; 512 as the reference trains.
+    max_text_len: most tokens of a text to read, at most the text encoder's positions; 512 as the reference trains. Of a
+    longer text, sentences are drawn (see `training.data.reports`).
     """
 
     text_encoder: str | PackageFiles
@@ -96,6 +98,10 @@ class ContrastiveClip(trainer.StageModel):
             "attention_mask": texts["attention_mask"],
             "totals": {"pairs": kept.sum().float()},
         }
+
+    def count_tokens(self, text: str) -> int:
+        """Of a text, those at its beginning and end included."""
+        return len(self.tokenizer(text, verbose=False)["input_ids"])
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
         clip = {key: value.contiguous() for key, value in self._own(state, "clip.").items()}
@@ -169,7 +175,9 @@ def build(settings: Settings) -> ContrastiveClip:
 
 def train(settings: Settings) -> Path:
     model = build(settings)
-    pairs = open_pairs(settings, settings.vision.image_size)
+    pairs = ShortReports(
+        open_pairs(settings, settings.vision.image_size), settings.max_text_len, model.count_tokens, settings.seed
+    )
     model.shown = shown(pairs, _SHOWN) if settings.sample_every else []
     return trainer.fit(model, settings, pairs, model.collate)
 

@@ -18,11 +18,15 @@ from torch.utils.data import DataLoader
 
 from engine.errors import InvalidInput
 from engine.prompt import BOX_START, SEG_TOKEN, parse_boxes
+from tests.conftest import ROOT
 from tests.m3d_data import LIVER, RIGHT_KIDNEY, SIZE, VQA_COLUMNS, image, mask, save, write_csv, write_root
+from training.config import StageSettings, build
 from training.data import sets
 from training.data.jitter import Change, draw_change, swap_sides
 from training.data.reading import Table, mask_id
+from training.data.reports import ShortReports, drawn_sentences
 from training.data.sample import BrokenSample
+from training.data.selection import open_pairs
 from training.data.sets import (
     TASKS,
     Captions,
@@ -36,6 +40,8 @@ from training.data.sets import (
     open_sets,
 )
 from training.data.wording import class_names, descriptions, templates
+
+FORMATS = json.loads((ROOT / "tests/fixtures/formats/formats.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +396,41 @@ def test_templates_have_the_slots_that_are_filled():
 def test_held_out_wordings_are_asked_where_wanted(complete):
     captions = Captions(complete, "test", SIZE, wording="held_out")
     assert captions[0].question in templates()["caption"]["held_out"]
+
+
+# --- long reports ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("recorded", FORMATS["reports"], ids=lambda recorded: recorded["text"][:20])
+def test_a_report_that_is_too_long_loses_the_sentences_that_the_reference_would_drop(recorded):
+    def count(text: str) -> int:
+        return len(text.split()) + 2
+
+    drawn = {
+        drawn_sentences(recorded["text"], recorded["max_tokens"], count, np.random.default_rng(seed))
+        for seed in range(1000)
+    }
+    assert sorted(drawn) == recorded["outcomes"]
+
+
+def test_the_sentences_of_a_long_report_depend_on_seed_epoch_and_index_only(root):
+    for path in (root / "M3D_Cap_npy/ct_case").glob("*/text.txt"):
+        path.write_text(". ".join(f"Finding {k} is here" for k in range(12)))
+    values = {
+        "out": str(root / "out"),
+        "seed": 5,
+        "data": {"m3d": {"root": str(root), "tasks": ["pair"]}},
+        "trainer": {},
+    }
+
+    def opened(seed: int = 5) -> ShortReports:
+        run = build(StageSettings, values | {"seed": seed})
+        return ShortReports(open_pairs(run, SIZE), 20, lambda text: len(text.split()), seed)
+
+    pairs, again = opened(), opened()
+    again[0, 3]
+    assert pairs[1, 2].answer == again[1, 2].answer
+    assert pairs[1, 2].answer.startswith("Finding 0 is here.") and len(pairs[1, 2].answer.split()) <= 24
+    assert len({pairs[1, 2].answer, pairs[0, 2].answer, pairs[1, 1].answer, opened(6)[1, 2].answer}) == 4
+    assert len(pairs) == 4 and pairs.fingerprint() == pairs.pairs.fingerprint() and pairs.callbacks
 
 
 # --- bad input that stops a run before it starts ---------------------------------------------------------------------
