@@ -100,11 +100,13 @@ def mask_id(cell: str) -> int | None:
 
 
 def read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
-    """float32 [1, D, H, W] in 0..1 at `size`. Raises BrokenSample for anything else."""
+    """float32 [1, D, H, W] in 0..1 at `size`, stored so or as uint8 0..255. Raises BrokenSample for anything else."""
     array = _load(path)
     if array.shape != (1, *size):
         raise BrokenSample(path, f"the image has shape {_shape(array.shape)}, the model takes {_shape((1, *size))}")
     image = array.astype(np.float32)
+    if array.dtype == np.uint8:
+        image /= 255
     low, high = float(image.min()), float(image.max())
     if not -_ROUNDING <= low <= high <= 1 + _ROUNDING:
         values = f"{low:g} to {high:g}" if np.isfinite([low, high]).all() else "values that are not finite"
