@@ -738,22 +738,68 @@ def checked(root: Path, *arguments) -> tuple[int, str, dict]:
     return result.exit_code, result.output, json.loads(target.read_text())
 
 
-def test_a_sound_root_passes_with_its_counts(tmp_path):
-    code, output, said = checked(write_root(tmp_path / "root"))
-    assert code == 0 and not said["problems"]
+def test_a_root_as_published_passes_with_its_counts(tmp_path):
+    root = write_root(tmp_path / "root")
+    code, output, said = checked(root)
+    assert code == 0 and not said["problems"] and not said["turned"]
     assert {
         (part["task"], part["split"]): part["samples"] for part in said["sets"] if part["task"] != "segmentation"
     } == {
         **{
             (task, split): 4 if split == "train" else 1
             for split in ("train", "validation", "test")
-            for task in ("caption", "vqa_closed", "vqa_yes_no")
+            for task in ("caption", "vqa_closed")
         },
+        ("vqa_closed", "test5k"): 1,
+        ("vqa_yes_no", "train"): 4,
         ("refseg", "train"): 2,
         ("refseg", "test"): 2,
     }
     assert all(0 <= part["low"] < part["high"] <= 1 and not part["broken"] for part in said["sets"])
-    assert "M3D_VQA_train.csv" in output
+    assert "M3D_VQA_train.csv" in output and "an epoch of these reads" in output
+
+
+def test_the_check_counts_what_an_epoch_reads(tmp_path):
+    root = write_root(tmp_path / "root")
+    said = checked(root, "--task", "caption", "--task", "refseg")[2]["read"]
+    images = {
+        path: path.stat().st_size for path in [*(root / "M3D_Cap_npy").rglob("*.npy"), *root.rglob("s000*/*.npy")]
+    }
+    assert said["distinct_bytes"] == sum(images.values())
+    assert said["bytes"] - said["distinct_bytes"] == sum(path.stat().st_size for path in root.rglob("s000*/*.npy"))
+
+
+def test_the_check_tells_of_reports_and_scans_that_stand_in_two_splits(tmp_path):
+    root = write_root(tmp_path / "root")
+    # As the reference's issue 61 found it: a quiz of the test split is a case of the training split.
+    texts = [root / "M3D_Cap_npy/ct_case" / case / "text.txt" for case in ("000000", "000005")]
+    texts[1].write_text(texts[0].read_text())
+    index = root / "M3D_Seg_npy/0010/0010.json"
+    listed = json.loads(index.read_text())
+    index.write_text(json.dumps(listed | {"test": listed["test"] + listed["train"][:1]}))
+    code, output, said = checked(root, "--task", "caption", "--task", "segmentation")
+    assert code == 0 and said["repeated"] == [
+        {"task": "caption", "split": "test", "samples": 1, "in_train": 1, "of_other_cases": 1},
+        {"task": "segmentation", "split": "test", "samples": 8, "in_train": 2, "of_other_cases": 0},
+    ]
+    assert "repeated: of caption, test, 1 of 1 samples are in train as well, 1 of them in another case" in output
+
+
+def test_the_check_tells_of_scans_whose_slices_run_the_other_way(tmp_path):
+    root = write_root(tmp_path / "root")
+    folder = root / "M3D_Seg_npy/0010"
+    entries = []
+    for case in range(6):
+        for number, place in enumerate([(0, 2, 2), (3, 10, 10), (6, 20, 20)]):
+            mask = np.zeros((1, *SIZE), bool)
+            mask[0][tuple(slice(start, start + 2) for start in place)] = True
+            save(folder / f"{case}/masks/mask_{number}.npy", mask[:, ::-1] if case == 4 else mask)
+            entries.append({"image": f"0010/{case}/image.npy", "label": f"0010/{case}/masks/mask_{number}.npy"})
+        save(folder / f"{case}/image.npy", image(case))
+    (folder / "0010.json").write_text(json.dumps({"train": entries, "test": []}))
+    code, output, said = checked(root, "--task", "segmentation")
+    assert code == 0 and said["turned"] == [{"code": "0010", "image": str(folder / "4/image.npy"), "axis": "D"}]
+    assert f"turned: the structures of {folder / '4/image.npy'} follow each other along D the other way" in output
 
 
 def test_the_check_finds_what_training_would_stumble_over(tmp_path):
@@ -763,12 +809,12 @@ def test_the_check_finds_what_training_would_stumble_over(tmp_path):
     bad_image = root / "M3D_Cap_npy/ct_case/000002/Axial.npy"
     save(bad_image, image(0) * 7)
     (root / "M3D-VQA/M3D_VQA_yn_val.csv").write_text("Image Path,Question\n")
-    (root / "M3D-VQA/M3D_VQA_yn_test.csv").unlink()
+    (root / "M3D-VQA/M3D_VQA_test.csv").unlink()
     code, output, said = checked(root)
     assert code == 1
     assert [problem["cause"].split("; ")[0].split("/")[-1] for problem in said["problems"]] == [
+        "M3D_VQA_test.csv was looked for",
         "M3D_VQA_yn_val.csv lacks the column Answer",
-        "M3D_VQA_yn_test.csv was looked for",
     ]
     broken = {
         (part["task"], part["split"]): {tuple(e["paths"]) for e in part["broken"]}
