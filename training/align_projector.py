@@ -97,7 +97,7 @@ class WordAligned(trainer.StageModel):
         tokens = self.model.lamed.encode_images(images)
         with torch.autocast(images.device.type, enabled=False):
             words, length = (part * len(images) / totals["scans"] for part in self.lens.losses(tokens, target))
-        return {"loss": words + length, "words": words.detach(), "length": length.detach()}
+        return {"loss": words + length, "parts": trainer.Exact(words=words.detach(), length=length.detach())}
 
     def collate(self, items: list[tuple[View, np.random.Generator]]) -> dict:
         grid = self.model.lamed.config.visual_grid

@@ -120,7 +120,14 @@ def check_trainer(given: dict) -> None:
             f"unknown setting {', '.join('trainer.' + name for name in unknown)}: "
             "not one of transformers' TrainingArguments"
         )
+    if given.get("do_eval") or given.get("eval_strategy", "no") != "no":
+        raise InvalidInput(
+            "trainer.eval_strategy: a stage does not evaluate while it trains; measure what it saved, and watch the "
+            "losses in TensorBoard"
+        )
     hints = typing.get_type_hints(TrainingArguments)
+    # Its annotation lags behind: true is the form that stays, a string the one that is about to go.
+    hints["fsdp"] |= bool
     for name, value in given.items():
         if not _fits(hints[name], value):
             raise InvalidInput(f"trainer.{name} must be {_name(hints[name])}, not {value!r}")

@@ -49,7 +49,7 @@ from training.starting_points import (
     prepare_tokenizer,
     read_adapter,
 )
-from training.trainer import StageModel
+from training.trainer import Exact, StageModel
 
 # What may be trained beside LoRA; `added_tokens` are the rows of the added tokens alone, the rest of the table frozen.
 TRAINABLE = ("vision_tower", "mm_projector", "embeddings", "lm_head", "added_tokens", "seg_module", "seg_projector")
@@ -349,7 +349,7 @@ class TrainedLamed(StageModel):
             parts["mask"], loss = masks, loss + self.weights.mask * masks
             if self.teacher is not None:
                 parts["prompt"], loss = prompt, loss + self.weights.prompt * prompt
-        return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
+        return {"loss": loss, "parts": Exact({name: value.detach() for name, value in parts.items()})}
 
     def hidden(
         self, visual_BNH: Tensor, head: Tensor, ids: Tensor, positions: Tensor | None, mask: Tensor | None
@@ -385,7 +385,8 @@ class TrainedLamed(StageModel):
             counts = torch.bincount(owners)[:, None]
             sums = found.new_zeros(len(counts), found.shape[1]).index_add(0, owners, found)
             states = (sums / counts).to(hidden.dtype)
-        prompts = lamed.seg_projector(states).float()
+        # In the weights' own type: DeepSpeed holds them all in bf16, without autocast.
+        prompts = lamed.seg_projector(states)
         target = batch["masks"] if not none else images.new_zeros(1, *batch["masks"].shape[1:])
         rows = batch["mask_rows"] if not none else batch["mask_rows"].new_zeros(1)
         scans, which = rows.unique(return_inverse=True)
@@ -397,13 +398,13 @@ class TrainedLamed(StageModel):
         with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION] if images.is_cuda else SDPBackend.MATH):
             logits = decode(features[which], prompts[: len(target)])[:, 0]
         masks = mask_loss(logits, target) * len(target) / totals["mask"]
-        prompt = prompts.new_zeros(())
+        prompt = prompts.new_zeros((), dtype=torch.float32)
         if self.teacher is not None and not none:
             taught = batch["taught"]
             known = taught >= 0
-            wanted = self.teacher(taught.clamp(min=0)).to(prompts)
-            prompt = (F.mse_loss(prompts, wanted, reduction="none").mean(1) * known).sum() / totals["prompt"]
-        return (masks * 0, prompts.sum() * 0) if none else (masks, prompt)
+            wanted = self.teacher(taught.clamp(min=0)).float()
+            prompt = (F.mse_loss(prompts.float(), wanted, reduction="none").mean(1) * known).sum() / totals["prompt"]
+        return (masks * 0, prompts.float().sum() * 0) if none else (masks, prompt)
 
     # --- samples, files ---------------------------------------------------------------------------------------------
     def answer(self, sample: Sample, new_tokens: int = 48) -> str:

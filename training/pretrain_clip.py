@@ -76,7 +76,7 @@ class ContrastiveClip(trainer.StageModel):
             pairs = contrastive_loss(image, text, self.clip.logit_scale, kept)
         # `totals` counts the pairs of the whole step, over this process' share of it.
         loss = pairs * kept.sum() / totals["pairs"]
-        return {"loss": loss, "contrastive": loss.detach()}
+        return {"loss": loss, "parts": trainer.Exact(contrastive=loss.detach())}
 
     def collate(self, samples: list[Sample | None]) -> dict:
         # Every process must bring as many rows: a broken sample keeps its place, and counts as not there.

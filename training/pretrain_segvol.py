@@ -81,7 +81,7 @@ class TaughtSegVol(trainer.StageModel):
             prompts = self.prompts(structures)
             logits = self.seg_module.decode_low_res(features[owners], prompts + self.noise * torch.randn_like(prompts))
         loss = mask_loss(logits[:, 0], masks) * len(masks) / totals["mask"]
-        return {"loss": loss, "mask": loss.detach()}
+        return {"loss": loss, "parts": trainer.Exact(mask=loss.detach())}
 
     def collate(self, items: list[tuple[View, np.random.Generator]], per_view: int) -> dict:
         """Up to `per_view` of the structures in each view."""

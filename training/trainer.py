@@ -10,7 +10,7 @@ import argparse
 import gc
 import shutil
 import sys
-from collections import defaultdict
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -46,9 +46,16 @@ class StageData(Protocol):
         """Name -> hash of everything that decides the samples, for the run's record."""
 
 
+class Exact(UserDict):
+    """Tensors by name that pass a model's boundary as they are: FSDP rounds those that it finds to the computing type.
+
+    It looks into dicts, dataclasses, lists and tuples, and this is none of them.
+    """
+
+
 class StageModel(nn.Module):
-    """A model in training. Its forward takes a collated batch and `totals`, and returns {"loss": what is minimised, and
-    every part of it by name, detached}; each part is a sum over the batch divided by its total.
+    """A model in training. Its forward takes a collated batch and `totals`, and returns {"loss": what is minimised,
+    "parts": every part of it by name, detached}; each part is a sum over the batch divided by its total, in float32.
 
     A batch is a dict of tensors with, under "totals", a dict from the name of each part to how much of it the batch
     holds (float tensor []): answers, masks, pairs. The trainer adds these up over processes and accumulated batches, so
@@ -147,7 +154,7 @@ class StageTrainer(Trainer):
         super().__init__(model=model, args=arguments, train_dataset=data, data_collator=collate)
         self.model_accepts_loss_kwargs = True
         self.sampler = EpochSampler(len(data), settings.seed)
-        self._sums: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, Tensor] = {}
         self.steps_summed = 0
         self._staging: Path | None = None
         for callback in (_Clock(self), *getattr(data, "callbacks", ())):
@@ -168,21 +175,21 @@ class StageTrainer(Trainer):
         sums = self.accelerator.reduce(sums, reduction="sum")
         # A part that no process has anything of costs nothing, whatever it is divided by.
         sums = torch.where(sums > 0, sums, torch.ones_like(sums)) / self.accelerator.num_processes
-        return batches, dict(zip(names, sums))
+        return batches, Exact(zip(names, sums))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "totals": num_items_in_batch} if num_items_in_batch is not None else inputs
         losses = model(**inputs)
-        for name, value in losses.items():
-            if name != "loss":
-                self._sums[name] += value.item()
+        for name, value in losses["parts"].items():
+            # Tensors: reading a number here would let the device wait between forward and backward.
+            self._sums[name] = self._sums.get(name, 0) + value.float()
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
             steps = max(1, self.state.global_step - self.steps_summed)
             names = sorted(self._sums)
-            means = torch.tensor([self._sums[name] / steps for name in names], device=self.args.device)
+            means = torch.stack([self._sums[name] / steps for name in names]).to(self.args.device)
             means = self.accelerator.reduce(means, reduction="mean")
             logs |= {f"loss_{name}": value for name, value in zip(names, means.tolist())}
             self._sums.clear()

@@ -26,7 +26,7 @@ from training.data.jitter import Change, draw_change, swap_sides
 from training.data.reading import Table, mask_id
 from training.data.reports import ShortReports, drawn_sentences
 from training.data.sample import BrokenSample
-from training.data.selection import open_pairs
+from training.data.selection import open_pairs, open_questions, shown
 from training.data.sets import (
     TASKS,
     Captions,
@@ -247,7 +247,7 @@ def test_one_s_own_data_set_names_its_classes_in_its_json(root):
 
 
 def test_all_tasks_open_from_one_root_as_one_set(complete):
-    mixture = open_sets(TASKS, complete, "train", SIZE, jitter=True)
+    mixture = open_sets(list(TASKS), complete, "train", SIZE, jitter=True)
     tasks = Counter(mixture[k].task for k in range(len(mixture)))
     assert tasks == {
         "caption": 8,
@@ -261,6 +261,49 @@ def test_all_tasks_open_from_one_root_as_one_set(complete):
     }
     with pytest.raises(IndexError):
         mixture[len(mixture)]
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+def test_a_set_that_comes_twice_as_often_gives_other_samples_each_time(complete):
+    mixture = open_sets({"rec": 2, "caption": 1, "vqa_open": 0}, complete, "train", SIZE, jitter=True)
+    assert Counter(mixture[k].task for k in range(len(mixture))) == {"rec": 12, "caption": 4}
+    of_epochs = [(mixture.at(0, k), mixture.at(0, k + 2), mixture.at(1, k)) for k in (0, 1)]
+    assert not any(same(a, b) for first, again, later in of_epochs for a, b in ((first, again), (again, later)))
+    # Data set 0000 has one structure, asked for twice; 0010 follows with two.
+    assert [mixture.at(0, k).source for k in range(4)] == [mixture.at(0, 0).source] * 4
+
+
+def test_half_of_a_set_is_the_other_half_in_the_next_epoch(complete):
+    half = open_sets({"caption": 0.5}, complete, "train", SIZE)
+    assert len(half) == 2
+    sources = [[half.at(epoch, k).source for k in range(2)] for epoch in range(4)]
+    assert sources[0] == sources[2] and sources[1] == sources[3] and not set(sources[0]) & set(sources[1])
+    whole = open_sets(["caption"], complete, "train", SIZE)
+    assert sources[0] + sources[1] == [whole[k].source for k in range(4)]
+
+
+def test_one_data_set_of_a_task_may_weigh_more_than_its_others(complete):
+    mixture = open_sets({"rec": 1, "rec/0000": 3, "segmentation": 1}, complete, "train", SIZE)
+    counted = Counter((mixture[k].task, Path(mixture[k].source).parent.parent.name) for k in range(len(mixture)))
+    assert counted == {
+        ("rec", "0000"): 6,
+        ("rec", "0010"): 4,
+        ("segmentation", "0000"): 2,
+        ("segmentation", "0010"): 4,
+    }
+    with pytest.raises(InvalidInput, match="there is no rec/0099: .* there are rec/0000, rec/0010"):
+        open_sets({"rec": 1, "rec/0099": 2}, complete, "train", SIZE)
+    with pytest.raises(InvalidInput, match="the weights of rec leave no sample"):
+        open_sets({"rec": 0}, complete, "train", SIZE)
+
+
+def test_predictions_that_are_watched_are_of_every_task(complete, tmp_path):
+    tasks = {"caption": 1, "vqa_closed": 1, "rec": 0, "segmentation": 2, "refseg": 1}
+    m3d = {"root": str(complete), "tasks": tasks, "jitter": False}
+    run = build(StageSettings, {"out": str(tmp_path / "out"), "seed": 5, "data": {"m3d": m3d}, "trainer": {}})
+    questions = open_questions(run, SIZE)
+    assert [sample.task for sample in shown(questions, 3)] == ["caption", "vqa_closed", "segmentation", "refseg"]
+    assert [sample.task for sample in shown(questions, 6)][4:] == ["caption", "caption"]
 
 
 # --- determinism -----------------------------------------------------------------------------------------------------

@@ -25,10 +25,12 @@ from tests import m3d_data
 from tests import toy_models as toy
 from tests.conftest import ROOT
 from training import align_projector, finetune, merge_lora, pretrain_clip, trainer
-from training.config import build, read
+from training.config import build, check_trainer, read
 from training.data import selection
 from training.data.tolerant import TooManyBroken
+from training.lamed import TrainedLamed
 from training.losses import contrastive_loss
+from training.packing import Packer
 from training.record import started_from
 
 pytestmark = pytest.mark.integration
@@ -460,6 +462,92 @@ def test_a_step_is_the_same_in_one_batch_or_accumulated(tmp_path, data, llm, mon
         torch.testing.assert_close(parts[key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
+# --- types -----------------------------------------------------------------------------------------------------------
+def stage_and_batches(stage: str, folder: Path, data: Path, llm: str, encoder: str):
+    """(model, batches) of a stage: of finetune a batch with masks and one without."""
+    if stage == "pretrain_clip":
+        settings = build(pretrain_clip.Settings, toy.clip_configuration(folder, data, encoder))
+        model = pretrain_clip.build(settings)
+        pairs = selection.open_pairs(settings, settings.vision.image_size)
+        return model, [model.collate([pairs[0, 0], pairs[0, 1]])]
+    values = toy.finetune_configuration(folder, data, llm)
+    values["data"]["m3d"]["tasks"] = ["caption", "segmentation"] if stage == "finetune" else ["caption"]
+    settings = build(finetune.Settings, values)
+    if stage == "finetune":
+        model, packer = finetune.build(settings)
+    else:
+        model = TrainedLamed(settings.start, ("mm_projector", "embeddings"), segmentation=False)
+        seg, size = model.config_json["seg_token_id"], model.lamed.config.vision.image_size
+        packer = Packer(model.prompt, size, seg, settings.max_length)
+    questions = selection.open_questions(settings, model.lamed.config.vision.image_size)
+    groups = [questions[0, k] for k in range(len(questions))]
+    masked = [group for group in groups if group[0].mask is not None]
+    return model, [packer(part[:2]) for part in (masked, groups) if part]
+
+
+@pytest.mark.parametrize("stage", ["finetune", "align_projector", "pretrain_clip"])
+def test_a_stage_runs_with_all_weights_in_bf16_and_its_losses_are_float32(tmp_path, data, llm, encoder, stage):
+    """As under DeepSpeed, which casts the model and gives it no autocast."""
+    torch.manual_seed(0)
+    model, batches = stage_and_batches(stage, tmp_path / "run", data, llm, encoder)
+    assert len(batches) == (2 if stage == "finetune" else 1)
+    for batch in batches:  # as the trainer has it: nothing is divided by 0
+        batch["totals"] = trainer.Exact({name: total.clamp(min=1) for name, total in batch["totals"].items()})
+    expected = [model(**batch)["parts"] for batch in batches]
+    model.to(torch.bfloat16)
+    for batch, wanted in zip(batches, expected):
+        # Trainer casts the batch, too, but for the totals.
+        inputs = {
+            key: value.bfloat16() if key != "totals" and value.is_floating_point() else value
+            for key, value in batch.items()
+        }
+        model.zero_grad()
+        found = model(**inputs)
+        assert found["loss"].dtype == torch.float32 and all(v.dtype == torch.float32 for v in found["parts"].values())
+        found["loss"].backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert [name for name, grad in gradients.items() if grad is None or not torch.isfinite(grad).all()] == []
+        for name, value in wanted.items():
+            torch.testing.assert_close(found["parts"][name], value, atol=0.05, rtol=0.05)
+
+
+class _Halves(torch.nn.Module):
+    """What crosses a stage model's boundary, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def forward(self, images: torch.Tensor, totals: dict) -> dict:
+        self.seen = totals["answers"]
+        loss = self.layer(images).float().sum() / totals["answers"]
+        return {"loss": loss, "parts": trainer.Exact(answers=totals["answers"] + 0.125)}
+
+
+def _sharded(rank: int, address: str, folder: str) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = _Halves()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    fully_shard(model, mp_policy=policy)
+    total = torch.tensor(1543.125)
+    found = model(images=torch.ones(2, 4), totals=trainer.Exact(answers=total))
+    found["loss"].backward()
+    gradient = model.layer.weight.grad.full_tensor()
+    torch.save([model.seen, found["parts"]["answers"], gradient], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_totals_and_losses_cross_fsdp_without_being_rounded(tmp_path):
+    torch.multiprocessing.spawn(_sharded, (f"file://{tmp_path}/group", str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        seen, part, gradient = torch.load(tmp_path / f"{rank}.pt")
+        assert (seen.item(), part.item()) == (1543.125, 1543.25)  # bf16 would have 1544
+        torch.testing.assert_close(gradient, torch.full((1, 4), 2 / 1543.125), atol=0, rtol=2**-8)
+
+
 # --- what is written -------------------------------------------------------------------------------------------------
 def test_the_merged_checkpoint_loads_in_the_engine_strictly_and_answers_as_in_training(tmp_path, tuned, data, llm):
     folder = merge_lora.merge(merge_lora.Settings(trained=tuned, out=tmp_path / "merged", dtype="float32"))
@@ -720,6 +808,9 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
         ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate must be float"),
         ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps must be int"),
         ({"trainer": {"bf16": 1}}, "trainer.bf16 must be bool"),
+        ({"trainer": {"fsdp": 1}}, "trainer.fsdp must be str or null or bool"),
+        ({"trainer": {"eval_strategy": "steps"}}, "a stage does not evaluate while it trains"),
+        ({"trainer": {"do_eval": True}}, "a stage does not evaluate while it trains"),
         ({"trainer": {"seed": 1}}, "use `seed`"),
         ({"trainer": {"save_only_model": True}}, "trainer.save_only_model is set by the stage itself"),
         ({"trainer": {"ignore_data_skip": True}}, "trainer.ignore_data_skip is set by the stage itself"),
@@ -740,6 +831,11 @@ def test_a_configuration_with_a_wrong_setting_is_refused_by_name(tmp_path, data,
     with pytest.raises(SystemExit) as stopped:
         trainer.main("", finetune.Settings, finetune.train)
     assert re.search(named, str(stopped.value)) and not (tmp_path / "run" / "checkpoint-1").exists()
+
+
+@pytest.mark.parametrize("given", [True, None, "full_shard auto_wrap"])
+def test_fsdp_is_switched_on_as_transformers_wants_it(given):
+    check_trainer({"fsdp": given, "fsdp_config": {"version": 2, "reshard_after_forward": True}})
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}])
@@ -880,7 +976,6 @@ def test_a_merged_checkpoint_is_left_as_it_is_until_what_it_was_made_from_change
 )
 def test_every_configuration_in_the_repository_is_whole(file):
     from training import evaluate, pretrain_segvol
-    from training.config import check_trainer
 
     modules = {
         "align_projector": align_projector,

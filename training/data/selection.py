@@ -25,11 +25,13 @@ from training.record import sha256
 
 @dataclass(frozen=True)
 class M3DSettings:
-    """root: the data root. tasks: see `training.data.sets.TASKS`. jitter: whether the recipe's random changes are made.
-    broken: share of the samples that may be broken (they are left out and listed in `broken.jsonl` of the run)."""
+    """root: the data root. tasks: see `training.data.sets.TASKS`; with a number each, how often an epoch has their
+    samples (0.5: every other one), where TASK/NNNN is for one data set of M3D-Seg. jitter: whether the recipe's random
+    changes are made. broken: share of the samples that may be broken (they are left out and listed in `broken.jsonl` of
+    the run)."""
 
     root: Path
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] | dict[str, float]
     split: str = "train"
     jitter: bool = True
     broken: float = 0.01
@@ -84,7 +86,7 @@ def open_views(run: StageSettings, size: tuple[int, int, int]) -> Views:
 def open_pairs(run: StageSettings, size: tuple[int, int, int]) -> M3DSamples | ViewPairs:
     """[epoch, index] -> Sample: a scan and its report."""
     choice = _choice(run)
-    if choice.m3d and choice.m3d.tasks != ("pair",):
+    if choice.m3d and tuple(choice.m3d.tasks) != ("pair",):
         raise InvalidInput(f'data.m3d.tasks must be ["pair"] for contrastive pairs, not {list(choice.m3d.tasks)}')
     return M3DSamples(choice.m3d, run, size) if choice.m3d else ViewPairs(Views(choice.scans, run.seed, size))
 
@@ -98,16 +100,17 @@ def open_questions(run: StageSettings, size: tuple[int, int, int]) -> M3DQuestio
 
 
 def shown(data, count: int) -> list[Sample]:
-    """The first whole samples, for predictions that are watched."""
-    samples = []
-    for index in range(len(data)):
+    """Whole samples for predictions that are watched: the first of every task of M3D-Data, then the first at all."""
+    firsts = data.sets.firsts() if isinstance(data, M3DSamples) else []
+    count, samples = max(count, len(firsts)), []
+    for index in [*firsts, *(k for k in range(len(data)) if k not in firsts)]:
+        if len(samples) >= count:
+            break
         try:
             found = data[0, index]
         except BrokenSample:
             continue
         samples += found if isinstance(found, list) else [found] if found else []
-        if len(samples) >= count:
-            break
     return samples[:count]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -425,49 +425,89 @@ def referring_train(folder: Path) -> Path | None:
 
 
 class Mixture(Dataset):
-    """Several sets one after the other: an epoch has each sample of each set once."""
+    """Several sets one after the other.
 
-    def __init__(self, sets: Sequence[TrainingSet]):
+    weights: how often an epoch has the samples of each set; 1 for all by default. What an epoch has of a set goes on
+    where the last one stopped, and a sample that comes again is drawn anew: 0.5 takes the halves in turn, 3 never gives
+    the same three times.
+    """
+
+    def __init__(self, sets: Sequence[TrainingSet], weights: Sequence[float] | None = None):
         self.sets = tuple(sets)
-        self._ends = tuple(accumulate(map(len, self.sets)))
+        weights = [1.0] * len(self.sets) if weights is None else weights
+        self._lengths = [round(weight * len(part)) for weight, part in zip(weights, self.sets)]
+        self._ends = tuple(accumulate(self._lengths))
+        # In shared memory, as that of the sets.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def set_epoch(self, epoch: int) -> None:
-        for part in self.sets:
-            part.set_epoch(epoch)
+        """From now on samples are drawn as in this epoch; the Trainer calls it."""
+        self._epoch[0] = epoch
 
     def __getitem__(self, index: int) -> Sample:
-        part, index = self._place(index)
-        return part[index]
+        return self.at(int(self._epoch), index)
 
     def at(self, epoch: int, index: int) -> Sample:
         """Sample `index` of any epoch."""
-        part, index = self._place(index)
-        return part.at(epoch, index)
-
-    def _place(self, index: int) -> tuple[TrainingSet, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._ends, index)
-        return self.sets[number], index - (self._ends[number - 1] if number else 0)
+        length = self._lengths[number]
+        place = epoch * length + index - (self._ends[number] - length)
+        round_of_set, index = divmod(place, len(self.sets[number]))
+        return self.sets[number].at(round_of_set, index)
+
+    def firsts(self) -> list[int]:
+        """The first sample of each task."""
+        found: dict[str, int] = {}
+        for part, length, end in zip(self.sets, self._lengths, self._ends):
+            if length:
+                found.setdefault(part.task, end - length)
+        return list(found.values())
 
 
 def open_sets(
-    tasks: Iterable[str], root: Path | str, split: str, image_size: Size = (32, 256, 256), **settings
+    tasks: Iterable[str] | Mapping[str, float],
+    root: Path | str,
+    split: str,
+    image_size: Size = (32, 256, 256),
+    **settings,
 ) -> Mixture:
-    """The sets of `tasks` (see TASKS) under a data root, as one; settings: seed, jitter and wording of each.
+    """The sets of some tasks under a data root, as one.
 
-    M3D-Seg's tasks take all its data sets that are under the root. Raises InvalidInput for an unknown task or a root
-    that lacks a set.
+    Args:
+        tasks: of TASKS; with a weight each where an epoch shall not have each sample once (see Mixture). M3D-Seg's
+            tasks take all its data sets that are under the root; TASK/NNNN weighs one of them.
+        root: the data root.
+        split: see TrainingSet.
+        image_size: (D, H, W) of the model.
+        settings: seed, jitter and wording of each set.
+
+    Raises:
+        InvalidInput: for an unknown task or data set, a weight that leaves nothing, or a root that lacks a set.
     """
+    weights = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, 1.0)
+    special = {name: weights.pop(name) for name in list(weights) if "/" in name}
     sets: list[TrainingSet] = []
-    for task in tasks:
+    of_sets: list[float] = []
+    for task, weight in weights.items():
         if task not in TASKS:
             raise InvalidInput(f"there is no task {task!r}: choose from {', '.join(TASKS)}")
-        sets += TASKS[task](root, split, image_size, **settings)
-    return Mixture(sets)
+        sets += (opened := TASKS[task](root, split, image_size, **settings))
+        of_sets += [weight] * len(opened)
+    keys = [f"{part.task}/{part.code}" if isinstance(part, Structures) else "" for part in sets]
+    if unknown := sorted(set(special) - set(keys)):
+        raise InvalidInput(
+            f"there is no {', '.join(unknown)}: TASK/NNNN weighs a data set of a task that is named, too; there are "
+            f"{', '.join(filter(None, keys)) or 'none'}"
+        )
+    mixture = Mixture(sets, [special.get(key, weight) for key, weight in zip(keys, of_sets)])
+    if not len(mixture):
+        raise InvalidInput(f"the weights of {', '.join(weights)} leave no sample")
+    return mixture
 
 
 def _structures(kind: str) -> Callable[..., list[TrainingSet]]:
