@@ -194,7 +194,9 @@ class TrainedLamed(StageModel):
     # --- building ---------------------------------------------------------------------------------------------------
     def _load_language_model(self, source: LanguageModel, rows_only: bool, dtype: torch.dtype) -> None:
         config, state = self.config_json, dict(source.state)
-        llm = causal_lm(self.lamed.config.llm)
+        # Without memory: random weights of 7B would cost each process minutes and 27 GB, only to be replaced.
+        with torch.device("meta"):
+            llm = causal_lm(self.lamed.config.llm)
         if len(set(getattr(llm.config, "layer_types", None) or ["all alike"])) > 1:
             raise CheckpointError(
                 f"{source.name}: some layers look back over a window and some over everything; packed questions are "
@@ -214,13 +216,23 @@ class TrainedLamed(StageModel):
                 state[key][ids] = mean
         if rows_only:
             known = len(state[EMBEDDINGS])
-            llm.model.embed_tokens = nn.Embedding(known, config["hidden_size"])
-            llm.lm_head = nn.Linear(config["hidden_size"], known, bias=False)
-            llm.lm_head.weight = llm.model.embed_tokens.weight
+            with torch.device("meta"):
+                llm.model.embed_tokens = nn.Embedding(known, config["hidden_size"])
         expected = {key: value for key, value in llm.state_dict().items() if not (tied and key == HEAD)}
         check_shapes("language model that its config.json describes", source.name, state, expected)
-        llm.load_state_dict(state, strict=False)
-        llm.to(dtype)
+        for key in state:
+            # One at a time, so that not all of them are there in two types. The embeddings may be written to.
+            state[key] = state[key].to(dtype, copy=key in (EMBEDDINGS, HEAD))
+            if key != EMBEDDINGS:  # what is checked of the source later
+                source.state.pop(key, None)
+        llm.load_state_dict(state, strict=False, assign=True)
+        if tied:
+            llm.lm_head.weight = llm.model.embed_tokens.weight
+        # Computed, not stored, and in float32 whatever the weights are in.
+        llm.model.rotary_emb = type(llm.model.rotary_emb)(llm.config)
+        left = [name for name, value in (*llm.named_parameters(), *llm.named_buffers()) if value.is_meta]
+        if left:
+            raise CheckpointError(f"{source.name} has no value for {', '.join(left[:4])}")
         if rows_only:
             llm.model.embed_tokens = GrownEmbedding(llm.model.embed_tokens, rows - known)
             llm.lm_head = GrownHead(llm.model.embed_tokens)

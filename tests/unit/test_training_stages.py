@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base, checkpoint, layout
@@ -24,11 +25,11 @@ from engine.models.language_model import FAMILIES
 from tests import m3d_data
 from tests import toy_models as toy
 from tests.conftest import ROOT
-from training import align_projector, finetune, merge_lora, pretrain_clip, trainer
+from training import align_projector, finetune, lamed, merge_lora, pretrain_clip, record, trainer
 from training.config import build, check_trainer, read
 from training.data import selection
 from training.data.tolerant import TooManyBroken
-from training.lamed import TrainedLamed
+from training.lamed import Start, TrainedLamed
 from training.losses import contrastive_loss
 from training.packing import Packer
 from training.record import started_from
@@ -238,6 +239,60 @@ def test_a_run_goes_on_only_with_the_settings_and_data_it_began_with(tmp_path, d
     index.write_text(index.read_text().replace("lesion", "tumour"))
     with pytest.raises(InvalidInput, match="begun with something else.*M3D_RefSeg_train.csv"):
         run(finetune, toy.finetune_configuration(tmp_path / "run", other, llm))
+
+
+@pytest.mark.parametrize(
+    "stage, changes, processes",
+    [
+        ("finetune", {"ddp_timeout": 7200}, 8),
+        ("finetune", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, 8),
+        ("finetune", {"per_device_train_batch_size": 8}, 4),
+        ("finetune", {"gradient_accumulation_steps": 2}, 4),
+        ("finetune", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, 16),
+        ("pretrain_clip", {"per_device_train_batch_size": 8}, 4),
+    ],
+)
+def test_a_run_goes_on_with_what_does_not_change_its_result(tmp_path, stage, changes, processes):
+    trainer = {"per_device_train_batch_size": 4}
+    record.begin(tmp_path, stage, {"trainer": trainer}, {}, 8)
+    record.begin(tmp_path, stage, {"trainer": trainer | changes}, {}, processes)
+
+
+@pytest.mark.parametrize(
+    "stage, before, changes, processes, named",
+    [
+        ("finetune", {}, {}, 4, "processes: 8 -> 4"),
+        ("finetune", {}, {"per_device_train_batch_size": 8}, 8, "per_device_train_batch_size: 4 -> 8"),
+        ("pretrain_clip", {}, {"gradient_accumulation_steps": 2}, 4, "gradient_accumulation_steps: None -> 2"),
+        ("finetune", {"deepspeed": "zero2.json"}, {"per_device_train_batch_size": 8}, 4, "processes: 8 -> 4"),
+        ("finetune", {"fsdp": True}, {"per_device_train_batch_size": 8}, 4, "processes: 8 -> 4"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_batch(tmp_path, stage, before, changes, processes, named):
+    trainer = {"per_device_train_batch_size": 4} | before
+    record.begin(tmp_path, stage, {"trainer": trainer}, {}, 8)
+    with pytest.raises(InvalidInput, match=named):
+        record.begin(tmp_path, stage, {"trainer": trainer | changes}, {}, processes)
+
+
+def test_a_run_that_goes_on_with_its_batch_spread_otherwise_ends_as_it_would_have(tmp_path, data, llm, monkeypatch):
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+    settings = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+    def values(name: str, **spread) -> dict:
+        return only(toy.finetune_configuration(tmp_path / name, data, llm, dropout=0.0, **settings, **spread))
+
+    def stop(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+    whole = weights(run(finetune, values("whole", per_device_train_batch_size=4)))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(trainer._Clock, "on_step_end", stop)
+        with pytest.raises(InvalidInput, match="stopped at step 2"):
+            run(finetune, values("torn", per_device_train_batch_size=4))
+    torn = weights(run(finetune, values("torn", per_device_train_batch_size=2, gradient_accumulation_steps=2)))
+    for key, value in whole.items():
+        torch.testing.assert_close(torn[key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
 # --- broken samples, epochs ------------------------------------------------------------------------------------------
@@ -460,6 +515,41 @@ def test_a_step_is_the_same_in_one_batch_or_accumulated(tmp_path, data, llm, mon
     parts = trained("parts", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     for key, value in whole.items():
         torch.testing.assert_close(parts[key], value, atol=1e-5, rtol=1e-4, msg=key)
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("phi3", False), ("llama3", False)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_language_model_starts_from_its_weights_alone(tmp_path, family, tied, dtype, monkeypatch):
+    """No random weights before them; its positions are those of transformers' own model, in float32."""
+    source = toy.language_model(tmp_path / "llm", family, tie_word_embeddings=tied)
+    built, made = [], lamed.causal_lm
+    monkeypatch.setattr(lamed, "causal_lm", lambda config: built.append(made(config)) or built[-1])
+    model = TrainedLamed(Start(source, toy.PARTS, dtype=dtype), ("mm_projector",))
+    llm = model.lamed.llm
+    assert built == [llm]
+    files = load_file(Path(source) / "model.safetensors")
+    for name, value in llm.named_parameters():
+        if name in files:
+            assert torch.equal(value[: len(files[name])], files[name].to(getattr(torch, dtype))) or "embed" in name
+            assert value.dtype == getattr(torch, dtype)
+    assert (llm.lm_head.weight is llm.model.embed_tokens.weight) == tied
+    theirs = AutoModelForCausalLM.from_pretrained(source).model.rotary_emb.inv_freq
+    assert llm.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(llm.model.rotary_emb.inv_freq, theirs)
+
+
+def test_no_memory_is_taken_for_weights_that_are_replaced(tmp_path, llm, monkeypatch):
+    devices, made = [], lamed.causal_lm
+
+    def watched(config):
+        model = made(config)
+        devices.extend({parameter.device.type for parameter in model.parameters()})
+        return model
+
+    monkeypatch.setattr(lamed, "causal_lm", watched)
+    TrainedLamed(Start(llm, toy.PARTS), ("mm_projector",))
+    assert devices == ["meta"]
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
