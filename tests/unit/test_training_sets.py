@@ -436,6 +436,44 @@ def test_templates_have_the_slots_that_are_filled():
             assert all("{name}" in text and given != "{name}" and given not in text for text in texts.get("absent", []))
 
 
+def other_words(path: Path, change=lambda words: None) -> Path:
+    words = json.loads(json.dumps(templates()))
+    words["caption"]["train"] = ["Caption this, please."]
+    words["rec"]["by_name"]["train"] = ["Box the {name}."]
+    change(words)
+    path.write_text(json.dumps(words))
+    return path
+
+
+def test_other_words_take_the_place_of_our_own(complete, tmp_path):
+    words = other_words(tmp_path / "words.json")
+    m3d = {"root": str(complete), "tasks": ["caption", "rec"], "words": str(words)}
+    run = build(StageSettings, {"out": str(tmp_path / "out"), "seed": 5, "data": {"m3d": m3d}, "trainer": {}})
+    questions = open_questions(run, SIZE)
+    asked = {questions[0, k][0].question for k in range(len(questions))}
+    assert {"Caption this, please.", "Box the liver."} <= asked
+    before = questions.fingerprint()
+    other_words(words, lambda texts: texts["reg"]["by_name"]["train"].append("What has {box}?"))
+    assert open_questions(run, SIZE).fingerprint() != before and "words.json" in before
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda words: words.pop("caption"), "a list of texts as caption.train"),
+        (lambda words: words["rec"]["by_name"].update(train=[]), "a list of texts as rec.by_name.train"),
+        (lambda words: words["rec"]["by_name"].update(answer=["There."]), "rec.by_name.answer lacks {box}: 'There.'"),
+        (lambda words: words["segmentation"]["by_name"].update(answer=["{name}"]), r"lacks \[SEG\]: '{name}'"),
+        (lambda words: words["reg"]["by_name"].update(train=["{box} {what}"]), "a slot that is not filled in"),
+        (lambda words: words["caption"].update(train=["{name}"]), "a slot that is not filled in"),
+    ],
+)
+def test_words_that_cannot_be_filled_are_refused(complete, tmp_path, change, said):
+    words = other_words(tmp_path / "words.json", change)
+    with pytest.raises(InvalidInput, match=said):
+        open_sets(["rec"], complete, "train", SIZE, words=words)
+
+
 def test_held_out_wordings_are_asked_where_wanted(complete):
     captions = Captions(complete, "test", SIZE, wording="held_out")
     assert captions[0].question in templates()["caption"]["held_out"]

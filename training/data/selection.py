@@ -27,13 +27,14 @@ from training.record import sha256
 class M3DSettings:
     """root: the data root. tasks: see `training.data.sets.TASKS`; with a number each, how often an epoch has their
     samples (0.5: every other one), where TASK/NNNN is for one data set of M3D-Seg. jitter: whether the recipe's random
-    changes are made. broken: share of the samples that may be broken (they are left out and listed in `broken.jsonl` of
-    the run)."""
+    changes are made. words: a file that takes the place of data/templates.json. broken: share of the samples that may
+    be broken (they are left out and listed in `broken.jsonl` of the run)."""
 
     root: Path
     tasks: tuple[str, ...] | dict[str, float]
     split: str = "train"
     jitter: bool = True
+    words: Path | None = None
     broken: float = 0.01
 
 
@@ -48,7 +49,13 @@ class M3DSamples:
 
     def __init__(self, settings: M3DSettings, run: StageSettings, size: tuple[int, int, int]):
         self.sets = open_sets(
-            settings.tasks, settings.root, settings.split, size, seed=run.seed, jitter=settings.jitter
+            settings.tasks,
+            settings.root,
+            settings.split,
+            size,
+            seed=run.seed,
+            jitter=settings.jitter,
+            words=settings.words,
         )
         run.out.mkdir(parents=True, exist_ok=True)
         self.root = settings.root
@@ -64,7 +71,10 @@ class M3DSamples:
     def fingerprint(self) -> dict[str, str]:
         """Of the indexes; hashing the volumes themselves would take hours."""
         files = sorted({file for part in self.sets.sets for file in part.sources})
-        return {"samples": str(len(self)), **{str(file.relative_to(self.root)): sha256(file) for file in files}}
+        return {"samples": str(len(self)), **{self._name(file): sha256(file) for file in files}}
+
+    def _name(self, file: Path) -> str:
+        return str(file.relative_to(self.root)) if file.is_relative_to(self.root) else file.name
 
 
 class M3DQuestions(M3DSamples):

@@ -36,7 +36,7 @@ from training.data.reading import (
     stored_shape,
 )
 from training.data.sample import BrokenSample, Sample
-from training.data.wording import choose, class_names, descriptions, read_descriptions, templates
+from training.data.wording import choose, class_names, descriptions, read_descriptions, read_templates, templates
 
 CAP, VQA, SEG, REFSEG = "M3D_Cap_npy", "M3D-VQA", "M3D_Seg_npy", "M3D_RefSeg_npy"
 SPLITS = ("train", "validation", "test")
@@ -64,7 +64,8 @@ class TrainingSet(Dataset):
 
     root: the data root. split: train, validation or test; M3D-Cap has the splits that its JSON has, M3D-VQA test5k too.
     image_size: (D, H, W) of the model. seed: of everything that is drawn. jitter: whether the recipe's random changes
-    are made. wording: `train` or `held_out` questions.
+    are made. wording: `train` or `held_out` questions. words: a file of questions and answers that takes the place of
+    templates.json.
     Raises InvalidInput if the root lacks the set, or its index, images or masks are not as the model needs them.
     """
 
@@ -80,7 +81,9 @@ class TrainingSet(Dataset):
         seed: int = 0,
         jitter: bool = False,
         wording: str = "train",
+        words: Path | None = None,
     ):
+        self.words, self._templates = words, read_templates(words) if words else templates()
         self.root, self.split, self.image_size = Path(root), split, tuple(image_size)
         self.seed, self.jitter, self.wording = seed, jitter, wording
         # In shared memory: DataLoader workers that outlive an epoch hear of the next one.
@@ -100,7 +103,7 @@ class TrainingSet(Dataset):
     @property
     def sources(self) -> tuple[Path, ...]:
         """The files that decide which samples there are and what they say, but for images, masks and texts."""
-        return (self.index,)
+        return (self.index, *((self.words,) if self.words else ()))
 
     def _open(self) -> Sequence:
         raise NotImplementedError
@@ -216,7 +219,7 @@ class Captions(TrainingSet):
 
     def _words(self, index, mask, rng):
         answer = " ".join(read_text(self.root / self.rows[index]["text"]).split())
-        return (choose(rng, templates()["caption"][self.wording]) if self.ask else ""), answer
+        return (choose(rng, self._templates["caption"][self.wording]) if self.ask else ""), answer
 
 
 class Vqa(TrainingSet):
@@ -299,7 +302,7 @@ class Structures(TrainingSet):
 
     @property
     def sources(self) -> tuple[Path, ...]:
-        return (self.index, *((self.terms,) if self.terms else ()))
+        return (*super().sources, *((self.terms,) if self.terms else ()))
 
     def _open(self) -> Sequence:
         self.names = names_of(self.index, self.code)
@@ -344,7 +347,7 @@ class Structures(TrainingSet):
             slots["description"] = choose(rng, told)
         present = bool(mask.any())
         # What is not there has no box to ask about.
-        asked = templates()[self.task if present or self.task != "reg" else "rec"][style]
+        asked = self._templates[self.task if present or self.task != "reg" else "rec"][style]
         if present and self.task != "segmentation":
             slots["box"] = format_box(box_of(mask[0]))
         answers = asked["answer" if present else "absent"]

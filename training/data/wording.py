@@ -9,12 +9,14 @@ it, and descriptions that tell what it is without naming it.
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from engine.errors import InvalidInput
+from engine.prompt import SEG_TOKEN
 from training.data.reading import read_json
 
 
@@ -33,6 +35,35 @@ def class_names() -> dict[str, tuple[str, ...]]:
 def descriptions() -> dict[str, tuple[str, ...]]:
     """Descriptions by class name."""
     return {name: tuple(term["descriptions"]) for term in _read("terms.json") for name in term["names"]}
+
+
+def read_templates(path: Path) -> dict:
+    """Other questions and answers than our own, in the form of templates.json.
+
+    Raises InvalidInput naming what is missing, or lacks a slot that is filled in.
+    """
+    found = read_json(path)
+    places: list[tuple[tuple[str, ...], str | None]] = [(("caption", kind), None) for kind in ("train", "held_out")]
+    for task, given in (("segmentation", SEG_TOKEN), ("rec", "{box}"), ("reg", "{name}")):
+        for style, asked in (("by_name", "{name}"), ("by_description", "{description}")):
+            asked = "{box}" if task == "reg" else asked
+            places += [((task, style, kind), asked) for kind in ("train", "held_out")]
+            places.append(((task, style, "answer"), given))
+            if task != "reg":  # what is not there has no box to ask about
+                places.append(((task, style, "absent"), "{name}"))
+    for place, slot in places:
+        texts = found
+        for key in place:
+            texts = texts.get(key) if isinstance(texts, dict) else None
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise InvalidInput(f"{path} must have a list of texts as {'.'.join(place)}")
+        if without := [text for text in texts if slot and slot not in text]:
+            raise InvalidInput(f"{path}: {'.'.join(place)} lacks {slot}: {without[0]!r}")
+        for text in texts:
+            unknown = set(re.findall(r"{(.*?)}", text)) - {"name", "description", "box"}
+            if unknown or place[0] == "caption" and "{" in text:
+                raise InvalidInput(f"{path}: {'.'.join(place)} has a slot that is not filled in: {text!r}")
+    return found
 
 
 def read_descriptions(path: Path) -> dict[str, tuple[str, ...]]:
