@@ -25,6 +25,8 @@ MANAGED = {
     "load_best_model_at_end": None,
     "push_to_hub": None,
     "do_train": None,
+    # Checkpoints appear once, whole, in a folder that all machines share.
+    "save_on_each_node": None,
     # With these a resumed run would not end where one that was never interrupted does.
     "save_only_model": None,
     "ignore_data_skip": None,

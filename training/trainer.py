@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -253,7 +254,7 @@ def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Ca
         # What a kill left behind.
         shutil.rmtree(out / _STAGING, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    whole = sort_checkpoints(output_dir=str(out))
+    whole = _seen_by_all(sort_checkpoints(output_dir=str(out)))
     state = TrainerState.load_from_json(Path(whole[-1]) / TRAINER_STATE_NAME) if whole else None
     # A run that was killed between its last checkpoint and `final`; the Trainer would take one step more.
     finished = state is not None and state.global_step >= state.max_steps
@@ -270,6 +271,21 @@ def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Ca
     if arguments.process_index == 0:
         record.end(out)
     return out / FINAL
+
+
+def _seen_by_all(checkpoints: list[str]) -> list[str]:
+    """The first process' checkpoints: on several machines, some that resume and some that begin would wait for ever.
+
+    Raises InvalidInput where this machine does not have the last one.
+    """
+    broadcast_object_list(checkpoints := [checkpoints])
+    (found,) = checkpoints
+    if found and not Path(found[-1]).is_dir():
+        raise InvalidInput(
+            f"{found[-1]}, from which the first process goes on, is not on this machine: `out` must be a folder that "
+            "all machines share"
+        )
+    return found
 
 
 def _check_amount(samples: int, arguments) -> None:

@@ -219,6 +219,17 @@ def test_a_run_of_two_processes_one_of_which_is_killed_ends_with_the_same_bits_w
     assert same_bits(tmp_path / "torn" / "final", tmp_path / "whole" / "final"), f"{rank} killed before step {number}"
 
 
+def test_a_machine_that_does_not_see_the_first_one_s_checkpoint_stops_with_words(tmp_path, data, llm, monkeypatch):
+    def of_the_first(objects: list) -> None:
+        objects[:] = [["/elsewhere/checkpoint-3"]]
+
+    monkeypatch.setattr(trainer, "broadcast_object_list", of_the_first)
+    with pytest.raises(
+        InvalidInput, match="/elsewhere/checkpoint-3, .* is not on this machine: `out` must be a folder"
+    ):
+        run(finetune, toy.finetune_configuration(tmp_path / "run", data, llm))
+
+
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_step_more(tmp_path, data, llm, tuned):
     shutil.copytree(tuned.parent, tmp_path / "run", ignore=shutil.ignore_patterns("final"))
     assert same_bits(run(finetune, toy.finetune_configuration(tmp_path / "run", data, llm)), tuned)
@@ -903,6 +914,7 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
         ({"trainer": {"do_eval": True}}, "a stage does not evaluate while it trains"),
         ({"trainer": {"seed": 1}}, "use `seed`"),
         ({"trainer": {"save_only_model": True}}, "trainer.save_only_model is set by the stage itself"),
+        ({"trainer": {"save_on_each_node": True}}, "trainer.save_on_each_node is set by the stage itself"),
         ({"trainer": {"ignore_data_skip": True}}, "trainer.ignore_data_skip is set by the stage itself"),
         ({"trainer": {"auto_find_batch_size": True}}, "trainer.auto_find_batch_size is set by the stage itself"),
         ({"data": {}}, "data must have either"),
