@@ -423,20 +423,33 @@ sys.exit(f"threads outlive the stage: {names}" if any("gloo" in name for name in
 """
 
 
-@pytest.mark.parametrize("stage", ["finetune", "pretrain_clip"])
-def test_two_processes_train_what_one_does_on_the_joined_batch(tmp_path, data, llm, encoder, stage, monkeypatch):
+_FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+    },
+}
+
+
+@pytest.mark.parametrize("stage, spread", [("finetune", {}), ("finetune", _FSDP2), ("pretrain_clip", {})])
+def test_two_processes_train_what_one_does_on_the_joined_batch(
+    tmp_path, data, llm, encoder, stage, spread, monkeypatch
+):
     """SGD: weights move by the gradient itself, which Adam would hide where it is small.
 
     No thread of the process group is left at the end: one that is aborts the process now and then."""
     module = {"finetune": finetune, "pretrain_clip": pretrain_clip}[stage]
 
-    def values(name: str, batch: int, rate: float = 0.1) -> dict:
+    def values(name: str, batch: int, rate: float = 0.1, **spread) -> dict:
         settings = {
             "per_device_train_batch_size": batch,
             "max_steps": 2,
             "optim": "sgd",
             "learning_rate": rate,
             "max_grad_norm": 0.0,
+            **spread,
         }
         if stage == "finetune":
             return toy.finetune_configuration(tmp_path / name, data, llm, dropout=0.0, **settings)
@@ -454,7 +467,7 @@ def test_two_processes_train_what_one_does_on_the_joined_batch(tmp_path, data, l
             "2",
             str(script),
             str(ROOT / "training" / f"{stage}.py"),
-            str(toy.written(values("two", 2), tmp_path / "two.json")),
+            str(toy.written(values("two", 2, **spread), tmp_path / "two.json")),
         ],
         env=_ENVIRONMENT,
         capture_output=True,
