@@ -23,8 +23,6 @@ if __package__ in (None, ""):  # run as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 from benchmarks import command, floor
 from benchmarks.command import at_least, say, several
@@ -34,6 +32,7 @@ from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
 from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder_settings import DecoderSettings
+from engine.runtime.parameters import Parameters
 from engine.sampling import Sampling
 
 AT_ONCE = 8
@@ -142,9 +141,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def configured(repository: Path) -> DecoderSettings:
     """What the repository's configuration for CPUs says."""
-    words = (repository / "decoder" / "configs" / "cpu.pbtxt").read_text()
-    parameters = text_format.Parse(words, model_config_pb2.ModelConfig()).parameters
-    return DecoderSettings.from_parameters({name: value.string_value for name, value in parameters.items()})
+    return DecoderSettings.from_parameters(Parameters.read(repository, "decoder", "cpu").values)
 
 
 async def _measure_here(arguments: argparse.Namespace, way: Way) -> dict:

@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.api import M3D, Study
+    from engine.api import M3D, Message, Study
     from engine.client import AsyncM3DClient, M3DClient
     from engine.local import M3DEngine
 
-__all__ = ["M3D", "AsyncM3DClient", "M3DClient", "M3DEngine", "Study"]
+__all__ = ["M3D", "AsyncM3DClient", "M3DClient", "M3DEngine", "Message", "Study"]
 
-_MODULES = {"M3D": "engine.api", "Study": "engine.api", "M3DEngine": "engine.local"}
+_MODULES = {"M3D": "engine.api", "Message": "engine.api", "Study": "engine.api", "M3DEngine": "engine.local"}
 _MODULES |= dict.fromkeys(("M3DClient", "AsyncM3DClient"), "engine.client")
 
 

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -93,6 +93,52 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. role: "user", "assistant", or "system" for the first turn."""
+
+    role: str
+    content: str
+
+
+Messages = Sequence["Message | Mapping[str, str] | tuple[str, str]"]
+"""The turns of a conversation: user and assistant in turn, the last one the user's; before them a system turn or none.
+Each is a `Message`, a pair (role, text) or {"role": …, "content": …}."""
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """text: the token decoded alone. logprob: natural logarithm of the probability that the model gives it there."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class ChosenToken(ScoredToken):
+    """A token of an answer. top: the likeliest tokens there, likeliest first, as many as were asked for."""
+
+    top: tuple[ScoredToken, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerDetails:
+    """What an answer says if it was asked for.
+
+    logprobs: one entry a token of the answer; empty without `Sampling.logprobs`. Where only some tokens are allowed
+    (only_choices, json_schema), the others have no part in them.
+    choices: of each of `Sampling.choices`, log p(its tokens | prompt): the natural logarithm of the likelihood that the
+    answer begins with them, whatever else the answer says.
+    history_used: whether the turns before the last question were read: False by a model that was trained on single
+    questions, which got the last one alone. None where there were none.
+    """
+
+    logprobs: tuple[ChosenToken, ...] = ()
+    choices: Mapping[str, float] = field(default_factory=dict)
+    history_used: bool | None = None
+
+
+@dataclass(frozen=True)
 class AnswerInfo:
     """What an answer cost.
 
@@ -119,10 +165,11 @@ class Timings(AnswerInfo):
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class Answer(AnswerDetails):
     """text: without special tokens other than [SEG]. token_ids: with the final EOS if there was one.
 
     finish_reason: stop or length. boxes: float64 K x 6, voxel indices (i0,j0,k0,i1,j1,k1) of the scan's array axes.
+    logprobs, choices, history_used: see `AnswerDetails`.
     """
 
     text: str
@@ -132,12 +179,81 @@ class Answer:
     timings: Timings
 
 
+class MeasuredMasks:
+    """Masks of one scan. It is read once for the measurements of all, when the first of them are asked for.
+
+    source: of the scan; None if that is not known.
+    """
+
+    def __init__(
+        self, masks: Sequence[np.ndarray], affine: np.ndarray, source: Source | None, preset: str | None
+    ) -> None:
+        self._masks = masks
+        self._affine = affine
+        self._source = source
+        self._preset = preset
+
+    @cached_property
+    def measurements(self) -> tuple[Measurements, ...]:
+        """Of each mask, see `engine.results.measurements`.
+
+        The intensities are the source's. They are None if the study was known by its handle only, or if the source has
+        changed since it was sent.
+        """
+        from engine.results.measurements import measure
+
+        scan = self._source.read() if self._source else None
+        if scan is not None and any(scan.array.shape != mask.shape for mask in self._masks):
+            scan = None
+        return tuple(measure(mask, self._affine, scan, preset=self._preset) for mask in self._masks)
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One mask of an answer, and what it is of. A state that asks for nothing gives a mask without a voxel.
+
+    mask: bool, the scan's own shape. affine, header: of the scan, see `Segmentation`.
+    score: mean probability (sigmoid of the logits) of the model volume's voxels where it is above one half, so from 0.5
+    to 1; None if there are none. It says how sure the mask head is of what it marks, not whether that is right: it is
+    not calibrated.
+    words: the part of the answer's text that leads to the [SEG], from the [SEG] before it or the answer's beginning; of
+    one mask for all [SEG], up to the last. Without white space and punctuation at its ends; empty if there is none.
+    span: where the words stand, `answer.text[span[0]:span[1]]`.
+    logits: float32 D x H x W in model space if they were asked for, else None.
+    measured, index: the masks that it is measured with, and which of them is its own.
+    """
+
+    mask: np.ndarray
+    affine: np.ndarray
+    score: float | None
+    words: str
+    span: tuple[int, int]
+    measured: MeasuredMasks = field(repr=False)
+    index: int = field(repr=False)
+    logits: np.ndarray | None = None
+    header: bytes | None = None
+
+    @property
+    def measurements(self) -> Measurements:
+        """Volume, place and intensities, see `MeasuredMasks.measurements`."""
+        return self.measured.measurements[self.index]
+
+    def save(self, path: str | PathLike) -> Path:
+        """Write the mask as NIfTI (.nii or .nii.gz) where the scan lies, see `engine.results.save_mask`."""
+        from engine.results import save_mask
+
+        return save_mask(self.mask, self, path)
+
+
 @dataclass(frozen=True, eq=False)
 class Segmentation:
     """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm.
     header: of the scan's NIfTI file, without free text; None for other scans.
 
-    logits: float32 D x H x W in model space if they were asked for, else None. source, preset: of its study.
+    segments: one entry a mask: with merge="each" one for each [SEG] of the answer, in its order, and `mask` is their
+    union; with merge="reference" one for all [SEG], whose mask is `mask`. None of an answer without [SEG].
+    logits: float32 D x H x W in model space if they were asked for, else None; also None with merge="each", where each
+    segment has its own. source, preset: of its study.
     """
 
     answer: Answer
@@ -147,22 +263,14 @@ class Segmentation:
     header: bytes | None = None
     source: Source | None = field(default=None, repr=False)
     preset: str | None = None
+    segments: tuple[Segment, ...] = ()
 
     @cached_property
     def measurements(self) -> Measurements | None:
-        """Volume, place and intensities, see `engine.results.measurements`; None without a mask.
-
-        The intensities are the source's, which is read when this is first asked for. They are None if the study was
-        known by its handle only, or if the source has changed since it was sent.
-        """
-        from engine.results.measurements import measure
-
+        """Volume, place and intensities of `mask`, see `MeasuredMasks.measurements`; None without a mask."""
         if self.mask is None:
             return None
-        scan = self.source.read() if self.source else None
-        if scan is not None and scan.array.shape != self.mask.shape:
-            scan = None
-        return measure(self.mask, self.affine, scan, preset=self.preset)
+        return MeasuredMasks([self.mask], self.affine, self.source, self.preset).measurements[0]
 
     def save(self, path: str | PathLike) -> Path:
         """Write the mask as NIfTI (.nii or .nii.gz) where the scan lies, see `engine.results.save_mask`.
@@ -263,35 +371,60 @@ class M3D(Protocol):
         """
         ...
 
-    def ask(self, study: object, question: str, *, timeout: float | None = None, **sampling: Any) -> Answer:
+    def ask(
+        self,
+        study: object,
+        question: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> Answer:
         """Ask, and wait for the whole answer.
 
         Args:
             study: a `Study`, or what `upload` takes.
             question: a text.
+            messages: instead of the question, the turns of a conversation that ends with one. The scan belongs to the
+                user's first turn. `Answer.history_used` says whether the model reads more than the last question.
             timeout: seconds, see the class.
             **sampling: see `engine.sampling.Sampling`.
         """
         ...
 
-    def stream(self, study: object, question: str, *, timeout: float | None = None, **sampling: Any) -> AnswerStream:
+    def stream(
+        self,
+        study: object,
+        question: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> AnswerStream:
         """Ask, and read the answer as it is made. Arguments as of `ask`."""
         ...
 
     def segment(
         self,
         study: object,
-        question: str,
+        question: str | None = None,
         return_logits: bool = False,
         *,
+        messages: Messages | None = None,
+        merge: str = "reference",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Segmentation:
         """Ask for a structure, and get the answer with its mask.
 
         Args:
-            study, question, timeout, **sampling: as of `ask`.
-            return_logits: also return the mask's logits.
+            study, question, messages, timeout, **sampling: as of `ask`.
+            return_logits: also return the masks' logits.
+            merge: what several [SEG] in an answer give: "reference": one mask from the mean of their states, as the
+                reference does; "each": one mask for each of them, see `Segmentation.segments`.
+
+        Raises:
+            InvalidInput: also with "each" for an answer with more [SEG] than `engine.seg_states.most_segments`.
         """
         ...
 

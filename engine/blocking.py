@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from engine.api import M3D, Answer, EngineInfo, Ranking, Segmentation, Study, TextEmbeddings
+from engine.api import M3D, Answer, EngineInfo, Messages, Ranking, Segmentation, Study, TextEmbeddings
 from engine.methods import Asked, Methods, run
 
 if TYPE_CHECKING:  # it would bring SciPy into every program that asks
@@ -74,24 +74,43 @@ class BlockingM3D(M3D):
     ) -> Study:
         return run(self._methods.upload(scan, affine, preset, crop, timeout), self._transport)
 
-    def ask(self, study: object, question: str, *, timeout: float | None = None, **sampling: Any) -> Answer:
-        return run(self._methods.ask(study, question, timeout, sampling), self._transport)
+    def ask(
+        self,
+        study: object,
+        question: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        return run(self._methods.ask(study, question, messages, timeout, sampling), self._transport)
 
-    def stream(self, study: object, question: str, *, timeout: float | None = None, **sampling: Any) -> TextStream:
-        asked = self._methods.asked(study, question, sampling, True, timeout)
+    def stream(
+        self,
+        study: object,
+        question: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> TextStream:
+        asked = self._methods.asked(study, question, messages, sampling, True, timeout)
         run(asked.open(), self._transport)
         return TextStream(asked, self._transport)
 
     def segment(
         self,
         study: object,
-        question: str,
+        question: str | None = None,
         return_logits: bool = False,
         *,
+        messages: Messages | None = None,
+        merge: str = "reference",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Segmentation:
-        return run(self._methods.segment(study, question, return_logits, timeout, sampling), self._transport)
+        steps = self._methods.segment(study, question, messages, return_logits, merge, timeout, sampling)
+        return run(steps, self._transport)
 
     def rank(self, study: object, texts: Sequence[str], *, timeout: float | None = None) -> Ranking:
         return run(self._methods.rank(study, texts, timeout), self._transport)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from engine.errors import InvalidInput, M3DError, Unavailable
+
+if TYPE_CHECKING:
+    from engine.api import Segmentation
+    from engine.results.measurements import Measurements
 
 # Everything else is imported by the command that needs it, so that help comes at once. What help says of a command is
 # an argument and no docstring: python -OO has none of those.
@@ -43,6 +49,13 @@ def _crop(crop: str | None) -> str | None:
     return crop
 
 
+def _merge(merge: str) -> str:
+    """How several [SEG] are drawn, if that is known."""
+    from engine.seg_states import checked_merge
+
+    return checked_merge(merge)
+
+
 _NO_PICTURE = "matplotlib is not installed: pip install 'm3d-engine[picture]'"
 # engine.scan.FORMATS in few words: importing it takes longer than help may.
 _SCAN = "scan: .nii, .nii.gz, .nrrd, .mha, .mgh, .mgz, .npy, a DICOM folder, or a zip of one"
@@ -66,6 +79,22 @@ TopK = Annotated[int | None, typer.Option(help="sample from this many likeliest 
 Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="above 1 repeats less")]
 Stop = Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be given several times")]
+
+Choice = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="text with which the answer may begin: its log-probability is printed; may be given several times"
+    ),
+]
+OnlyChoices = Annotated[bool, typer.Option("--only-choices", help="let the answer be one of the choices")]
+JsonSchema = Annotated[Path | None, typer.Option(help="file with a JSON schema; the answer is JSON of it")]
+
+
+def _text_of(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{option} {path} cannot be read as text: {getattr(error, 'strerror', error)}") from None
 
 
 def _sampling(**given) -> dict:
@@ -138,6 +167,9 @@ def ask(
     seed: Seed = None,
     repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
+    choice: Choice = None,
+    only_choices: OnlyChoices = False,
+    json_schema: JsonSchema = None,
     timeout: Timeout = 600.0,
 ) -> None:
     from engine.client import M3DClient
@@ -150,6 +182,9 @@ def ask(
         seed=seed,
         repetition_penalty=repetition_penalty,
         stop=stop,
+        choices=choice,
+        only_choices=only_choices,
+        json_schema=None if json_schema is None else _text_of(json_schema, "--json-schema"),
     )
     with M3DClient(server, timeout) as client:
         study = client.upload(scan, preset=preset, crop=crop)
@@ -167,6 +202,7 @@ def ask(
             raise
         print()
         _note_answer(stream.answer)
+        _print_choices(stream.answer)
 
 
 @app.command(
@@ -176,6 +212,14 @@ def segment(
     scan: ScanPath,
     question: Question,
     output: Annotated[Path, typer.Option("--output", "-o", help="mask, .nii or .nii.gz")] = Path("mask.nii.gz"),
+    merge: Annotated[
+        str,
+        typer.Option(
+            help="reference: one mask, whatever the answer names; each: one mask for each \\[SEG] of the answer, "
+            "written as mask_1.nii.gz, mask_2.nii.gz, ... by the name of --output; no file that exists is overwritten",
+            callback=_merge,
+        ),
+    ] = "reference",
     picture: Annotated[Path | None, typer.Option(help="PNG of three planes (default: by the mask)")] = None,
     server: ServerUrl = "localhost:8001",
     preset: Preset = "auto",
@@ -192,22 +236,12 @@ def segment(
     from engine.client import M3DClient
     from engine.picture import has_matplotlib, montage
     from engine.results.measurements import measure
+    from engine.seg_states import EACH
 
     draws = has_matplotlib()
     if picture is not None and not draws:
         raise InvalidInput(f"--picture {picture}: {_NO_PICTURE}")
-    if not output.name.endswith((".nii", ".nii.gz")):
-        raise InvalidInput(f"--output {output.name}: a mask is written as .nii or .nii.gz")
-    stem = output.name.removesuffix(".gz").removesuffix(".nii")
-    picture = picture or output.with_name(stem + ".png")
-    table = output.with_name(stem + ".json")
-    if picture.suffix != ".png":
-        raise InvalidInput(f"--picture {picture.name}: a picture is written as .png")
-    for path in (output, picture, table):
-        if not path.absolute().parent.is_dir():
-            raise InvalidInput(f"the folder {path.parent} does not exist")
-        if path.exists() and scan.exists() and path.samefile(scan):
-            raise InvalidInput(f"{path} is the scan itself, which would be overwritten: give another --output")
+    files = _MaskFiles.of(output, picture, scan, merge == EACH)
     sampling = _sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -220,38 +254,108 @@ def segment(
     with M3DClient(server, timeout) as client:
         study = client.upload(scan, preset=preset, crop=crop)
         _note_study(study)
-        result = client.segment(study, question, **sampling)
+        result = client.segment(study, question, merge=merge, **sampling)
     print(result.answer.text.strip(), flush=True)
     _note_answer(result.answer)
     if result.mask is None:
         notes.print("the answer asks for no mask (it has no [SEG]): nothing is written; for answers alone use m3d ask")
         raise typer.Exit(1)
-    path = result.save(output)
+    written = [each.save(files.mask(number)) for number, each in enumerate(result.segments, 1)]
     try:
         shown = result.source.read() if result.source else None
         unread = f"{scan} has changed since it was sent"
     except Unavailable as error:
         shown, unread = None, str(error)
-    measured = measure(result.mask, result.affine, shown, preset=result.preset)
-    written = [path, measured.save(table)]
+    measured = [measure(each.mask, each.affine, shown, preset=result.preset) for each in result.segments]
+    if merge == EACH:
+        _save_segments(files.table, result, written, measured)
+    else:
+        measured[0].save(files.table)
+    written.append(files.table)
     if shown is None:
         notes.print(f"[yellow]warning:[/] {escape(unread)}: no picture, no intensities")
     elif not draws:
         notes.print(f"[dim]no picture: {escape(_NO_PICTURE)}[/]")
     else:
         montage(
-            picture,
+            files.picture,
             shown.array,
             shown.affine,
             result.mask,
             question,
             result.answer.text,
+            findings=[(each.words, each.mask) for each in result.segments] if merge == EACH else (),
             modality=shown.modality,
             preset=result.preset,
         )
-        written.append(picture)
+        written.append(files.picture)
     notes.print(f"[green]wrote[/] {escape(', '.join(map(str, written)))}")
-    _note_measurements(measured, result.mask.size)
+    for number, (each, found) in enumerate(zip(result.segments, measured), 1):
+        if merge == EACH:
+            notes.print(f"[bold]{number}[/] {escape(each.words or '[SEG]')}")
+        if each.score is not None:
+            notes.print(f"score {each.score:.3f} (mean probability in the mask, not calibrated)")
+        _note_measurements(found, each.mask.size)
+
+
+@dataclass(frozen=True)
+class _MaskFiles:
+    """Where `m3d segment` writes. numbered: whether there is a mask for each [SEG]."""
+
+    output: Path
+    picture: Path
+    table: Path
+    numbered: bool
+
+    @classmethod
+    def of(cls, output: Path, picture: Path | None, scan: Path, numbered: bool) -> _MaskFiles:
+        """Raises InvalidInput for what cannot be written, or would overwrite the scan or, numbered, any file."""
+        if not output.name.endswith((".nii", ".nii.gz")):
+            raise InvalidInput(f"--output {output.name}: a mask is written as .nii or .nii.gz")
+        stem = _stem(output)
+        files = cls(output, picture or output.with_name(stem + ".png"), output.with_name(stem + ".json"), numbered)
+        if files.picture.suffix != ".png":
+            raise InvalidInput(f"--picture {files.picture.name}: a picture is written as .png")
+        for path in (files.output, files.picture, files.table):
+            if not path.absolute().parent.is_dir():
+                raise InvalidInput(f"the folder {path.parent} does not exist")
+            if path.exists() and scan.exists() and path.samefile(scan):
+                raise InvalidInput(f"{path} is the scan itself, which would be overwritten: give another --output")
+        if numbered and (there := files._there()):
+            raise InvalidInput(
+                f"{there[0]} is there already, and with --merge each nothing is overwritten, so that no mask of "
+                "another answer lies among those of this one: give another --output, or move it away"
+            )
+        return files
+
+    def mask(self, number: int) -> Path:
+        """Of the answer's [SEG] of this number, from 1."""
+        if not self.numbered:
+            return self.output
+        stem = _stem(self.output)
+        return self.output.with_name(f"{stem}_{number}{self.output.name[len(stem) :]}")
+
+    def _there(self) -> list[Path]:
+        """What exists of all that may be written."""
+        name = re.compile(re.escape(_stem(self.output)) + r"_[0-9]+\.nii(\.gz)?")
+        masks = [path for path in self.output.absolute().parent.iterdir() if name.fullmatch(path.name)]
+        return sorted(masks) + [path for path in (self.table, self.picture) if path.exists()]
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _save_segments(path: Path, result: Segmentation, files: list[Path], measured: list[Measurements]) -> None:
+    """Write what each mask is of, and its measurements, as JSON."""
+    import json
+
+    segments = [
+        {"file": file.name, "words": each.words, "span": list(each.span), "score": each.score, **found.to_dict()}
+        for each, file, found in zip(result.segments, files, measured)
+    ]
+    document = {"answer": result.answer.text, "segments": segments}
+    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @app.command(help="Rank texts by how well they fit a scan (M3D-CLIP), best first.")
@@ -268,10 +372,7 @@ def rank(
 
     texts = list(texts or ())
     if file is not None:
-        try:
-            texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"--file {file} cannot be read as text: {getattr(error, 'strerror', error)}") from None
+        texts += [line.strip() for line in _text_of(file, "--file").splitlines() if line.strip()]
     if not texts:
         raise InvalidInput("nothing to rank: give texts, or --file with one a line")
     with M3DClient(server, timeout) as client:
@@ -403,6 +504,12 @@ def _note_answer(answer) -> None:
     for box in answer.boxes:
         corners = escape(str([round(float(v), 1) for v in box]))
         notes.print(f"[dim]box, voxels (i0, j0, k0) to (i1, j1, k1): {corners}[/]")
+
+
+def _print_choices(answer) -> None:
+    """Log-probabilities of the choices, best first."""
+    for text, logprob in sorted(answer.choices.items(), key=lambda pair: -pair[1]):
+        print(f"{logprob:+.4f}\t{text}")
 
 
 def _note_measurements(measured, voxels: int) -> None:

@@ -4,8 +4,8 @@ This is the only place that says so; every `config.pbtxt` is checked against it 
 names from here.
 
 Legend of the dimensions: D H W axes of the model volume (slices, rows, columns), N visual tokens, H_llm width of the
-language model, E width of the segmentation encoder, K number of `[SEG]` tokens in an answer, T texts. A dimension that
-depends on the checkpoint is -1.
+language model, E width of the segmentation encoder, K number of `[SEG]` tokens in an answer, S of its masks, T texts. A
+dimension that depends on the checkpoint is -1.
 """
 
 from __future__ import annotations
@@ -20,13 +20,25 @@ MAX_PART_BYTES = 16 << 20  # of a scan in one request: taken in within some mill
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a model: Triton's dtype name, dims without the batch axis, and what it means."""
+    """One tensor of a model: Triton's dtype name, dims without the batch axis, and what it means.
+
+    max_bytes: of an input's text, encoded; 0 where the models that read it have a limit.
+    """
 
     name: str
     dtype: str
     dims: tuple[int, ...]
     doc: str
     optional: bool = False
+    max_bytes: int = 0
+
+    def too_long(self, size: int) -> InvalidInput | None:
+        """The error for a text of more bytes than are taken."""
+        if not self.max_bytes or size <= self.max_bytes:
+            return None
+        return InvalidInput(
+            f"the {self.name.lower()} has {size:,} bytes, at most {self.max_bytes:,} are taken: shorten it"
+        )
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,12 @@ def encoded_texts(tensor: Tensor, value: Any) -> list[bytes]:
     """The texts of a BYTES input, given as one or as a sequence."""
     texts = [value] if isinstance(value, (str, bytes)) else list(value)
     try:
-        return [text.encode() if isinstance(text, str) else text for text in texts]
+        encoded = [text.encode() if isinstance(text, str) else text for text in texts]
     except UnicodeEncodeError:
         raise InvalidInput(f"the {tensor.name.lower()} is not valid Unicode text") from None
+    if error := tensor.too_long(sum(map(len, encoded))):
+        raise error
+    return encoded
 
 
 # --- a scan and its study --------------------------------------------------------------------------------------------
@@ -115,7 +130,22 @@ MODEL_INFO = Tensor("MODEL_INFO", "BYTES", (1,), "JSON, see engine.api.EngineInf
 
 # --- a question and its answer ---------------------------------------------------------------------------------------
 QUESTION = Tensor("QUESTION", "BYTES", (1,), "UTF-8 text that follows the image tokens")
-SAMPLING = Tensor("SAMPLING", "BYTES", (1,), "JSON, see engine.sampling.Sampling; default greedy", optional=True)
+HISTORY = Tensor(
+    "HISTORY",
+    "BYTES",
+    (1,),
+    "the turns before QUESTION: JSON, a list of [role, text], see engine.prompt.turns; default none",
+    optional=True,
+    max_bytes=1 << 20,
+)
+SAMPLING = Tensor(
+    "SAMPLING",
+    "BYTES",
+    (1,),
+    "JSON, see engine.sampling.Sampling; default greedy",
+    optional=True,
+    max_bytes=1 << 18,
+)
 STREAM = Tensor("STREAM", "BOOL", (1,), "true: one response per step; default: one response in all", optional=True)
 TEXT = Tensor("TEXT", "BYTES", (1,), "UTF-8 text since the last response")
 TOKEN_IDS = Tensor("TOKEN_IDS", "INT32", (-1,), "token ids since the last response, with a final EOS if there is one")
@@ -126,15 +156,38 @@ BOXES = Tensor(
     (-1, 6),
     "last response: boxes of the answer, voxel indices of the scan's array axes (i0,j0,k0,i1,j1,k1)",
 )
-ANSWER_INFO = Tensor("ANSWER_INFO", "BYTES", (1,), "last response: JSON, see engine.api.AnswerInfo; else empty")
+ANSWER_INFO = Tensor(
+    "ANSWER_INFO",
+    "BYTES",
+    (1,),
+    "last response: JSON, see engine.api.AnswerInfo, and, where there is something to say, under details "
+    "engine.api.AnswerDetails; else empty",
+)
 SEG_STATES = Tensor(
     "SEG_STATES", "FP32", (-1, -1), "last response: K x H_llm states that predicted the [SEG] tokens; else 0 rows"
 )
+SEG_SPANS = Tensor(
+    "SEG_SPANS",
+    "INT64",
+    (-1, 2),
+    "last response: K x where each [SEG] stands in the answer's text, (start, end) in characters; else 0 rows",
+)
 
 # --- masks -----------------------------------------------------------------------------------------------------------
+MERGE = Tensor(
+    "MERGE",
+    "BYTES",
+    (1,),
+    "reference (default): one mask of all [SEG] of an answer; each: one mask for each of them",
+    optional=True,
+)
 RETURN_LOGITS = Tensor("RETURN_LOGITS", "BOOL", (1,), "also return the logits; default false", optional=True)
 MASK = Tensor(
-    "MASK", "UINT8", (-1,), "mask in the scan's own space: numpy.packbits of the C-ordered array; empty without [SEG]"
+    "MASK",
+    "UINT8",
+    (-1,),
+    "mask in the scan's own space: numpy.packbits of the C-ordered array; with MERGE each the union of all masks; "
+    "empty without [SEG]",
 )
 MASK_SHAPE = Tensor("MASK_SHAPE", "INT64", (3,), "shape of the unpacked mask: the scan's own; 0 0 0 without [SEG]")
 MASK_AFFINE = Tensor(
@@ -146,7 +199,25 @@ MASK_HEADER = Tensor(
     (-1,),
     "the scan's NIfTI header without free text, for the mask's file; empty for other scans",
 )
-LOGITS = Tensor("LOGITS", "FP32", (-1, -1, -1), "D x H x W logits in model space if asked for, else 0 x 0 x 0")
+SEGMENT_MASKS = Tensor(
+    "SEGMENT_MASKS",
+    "UINT8",
+    (-1, -1),
+    "with MERGE each: S masks, each as MASK has it, in the order of SEG_STATES; else 0 x 0",
+)
+SEGMENT_SCORES = Tensor(
+    "SEGMENT_SCORES",
+    "FP32",
+    (-1,),
+    "S times the mean probability (sigmoid of the logits) of the model volume's voxels where it is above one half; NaN "
+    "if there are none; S is 1 unless MERGE is each",
+)
+LOGITS = Tensor(
+    "LOGITS",
+    "FP32",
+    (-1, -1, -1),
+    "S*D x H x W logits in model space if asked for, one mask's behind the other's; else 0 x 0 x 0",
+)
 
 # --- retrieval -------------------------------------------------------------------------------------------------------
 TEXTS = Tensor("TEXTS", "BYTES", (-1,), "T candidate texts, UTF-8")
@@ -164,7 +235,7 @@ TEXT_EMBEDDINGS = Tensor("TEXT_EMBEDDINGS", "FP32", (-1, -1), "T x E, L2-normali
 IMAGE = Tensor("IMAGE", "FP32", (1, -1, -1, -1), "1 x D x H x W model volume in [0, 1]")
 VISUAL_TOKENS = Tensor("VISUAL_TOKENS", "FP32", (-1, -1), "N x H_llm, projected visual tokens")
 FEATURES = Tensor("FEATURES", "FP32", (-1, -1, -1, -1), "E x D/p x H/p x W/p features of SegVol's encoder")
-SEG_STATE = Tensor("SEG_STATE", "FP32", (-1,), "H_llm, mean of the [SEG] states of an answer")
+SEG_STATE = Tensor("SEG_STATE", "FP32", (-1,), "H_llm, a [SEG] state, or the mean of those of an answer")
 MASK_LOGITS = Tensor("MASK_LOGITS", "FP32", (1, -1, -1, -1), "1 x D x H x W mask logits in model space")
 IMAGE_EMBEDDING = Tensor("IMAGE_EMBEDDING", "FP32", (-1,), "L2-normalised CLS feature of the scan")
 INPUT_IDS = Tensor("INPUT_IDS", "INT64", (-1,), "token ids, padded to the longest text of the batch")
@@ -173,6 +244,7 @@ TEXT_EMBEDDING = Tensor("TEXT_EMBEDDING", "FP32", (-1,), "L2-normalised CLS feat
 
 _SCAN = (VOLUME, AFFINE_IN, PRESET, CROP, CROP_UNIT, STUDY_IN)
 _ANSWER = (TEXT, TOKEN_IDS, FINISH_REASON, BOXES, ANSWER_INFO)
+_MASKS = (MASK, MASK_SHAPE, MASK_AFFINE, MASK_HEADER, SEGMENT_MASKS, SEGMENT_SCORES, LOGITS)
 ENCODER_MAX_BATCH = 4  # `study` opens four scans at a time; a GPU is busy with four, and memory goes with the batch
 HEAD_MAX_BATCH = 2  # `segmentation` draws two masks at a time
 TEXT_MAX_BATCH = 16  # texts of 512 tokens by BERT-base on a CPU take 1.3 GB, 64 of them 4.8 GB
@@ -189,7 +261,7 @@ MODELS: dict[str, Model] = {
         ),
         Model(
             "m3d_chat",
-            (*_SCAN, QUESTION, SAMPLING, STREAM),
+            (*_SCAN, QUESTION, HISTORY, SAMPLING, STREAM),
             (*_ANSWER, STUDY_HANDLE),
             "answer a question about a scan, streaming",
             decoupled=True,
@@ -198,9 +270,9 @@ MODELS: dict[str, Model] = {
         ),
         Model(
             "m3d_segment",
-            (*_SCAN, SEGMENT_HINT, QUESTION, SAMPLING, RETURN_LOGITS),
-            (*_ANSWER, STUDY_HANDLE, MASK, MASK_SHAPE, MASK_AFFINE, MASK_HEADER, LOGITS),
-            "answer a question and draw the mask it asks for",
+            (*_SCAN, SEGMENT_HINT, QUESTION, HISTORY, SAMPLING, RETURN_LOGITS, MERGE),
+            (*_ANSWER, SEG_SPANS, STUDY_HANDLE, *_MASKS),
+            "answer a question and draw the masks it asks for",
             decoupled=True,
             ensemble=True,
             public=True,
@@ -215,20 +287,21 @@ MODELS: dict[str, Model] = {
         ),
         Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),
         Model("segmentation_encoder", (IMAGE,), (FEATURES,), "SegVol's own 3D ViT", ENCODER_MAX_BATCH),
-        # In Triton the step behind a decoupled model must get all inputs from it: STUDY and RETURN_LOGITS pass through.
+        # In Triton the step behind a decoupled model must get all inputs from it: STUDY, RETURN_LOGITS and MERGE pass
+        # through.
         Model(
             "decoder",
-            (STUDY, QUESTION, SAMPLING, STREAM, RETURN_LOGITS),
-            (*_ANSWER, SEG_STATES, STUDY, RETURN_LOGITS),
+            (STUDY, QUESTION, HISTORY, SAMPLING, STREAM, RETURN_LOGITS, MERGE),
+            (*_ANSWER, SEG_STATES, SEG_SPANS, STUDY, RETURN_LOGITS, MERGE),
             "the language model, vLLM",
             decoupled=True,
             public=True,
         ),
         Model(
             "segmentation",
-            (STUDY, SEG_STATES, RETURN_LOGITS),
-            (MASK, MASK_SHAPE, MASK_AFFINE, MASK_HEADER, LOGITS),
-            "nothing without a [SEG]; else head, then the mask in the scan's own space",
+            (STUDY, SEG_STATES, RETURN_LOGITS, MERGE),
+            _MASKS,
+            "nothing without a [SEG]; else head, then masks in the scan's own space",
             public=True,
         ),
         Model(

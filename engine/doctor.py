@@ -16,6 +16,7 @@ from engine.errors import M3DError
 from engine.manifest import Manifest
 from engine.memory import meminfo
 from engine.processor import has_bf16
+from engine.runtime import compile_kernel
 from engine.server import SHM_NEEDED, flaws, keeper
 from engine.server.triton import Triton
 
@@ -148,8 +149,7 @@ def _compiler() -> Finding:
 
 
 def _decode_kernel() -> Finding:
-    """Sought as a file, because to import its package takes PyTorch."""
-    if (Path(__file__).parent / "runtime/decoder/_decode_kernel.so").is_file():
+    if compile_kernel.LIBRARY.is_file():
         return Finding("ok", "decode kernel", "compiled")
     return Finding(
         "note",

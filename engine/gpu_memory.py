@@ -14,14 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
-from google.protobuf import text_format
-
 from engine import gpu
 from engine.contract import CLIP_ENCODERS, IMAGE_ENCODERS
 from engine.errors import RepositoryError, Unavailable
 from engine.gpu import Gpu
 from engine.manifest import LLM_FOLDER, Manifest
 from engine.runtime.decoder_settings import DecoderSettings
+from engine.runtime.parameters import Parameters
 
 CUDA_POOL_BYTES = 256 << 20  # Triton's own, see engine/server/triton.py
 # Estimates. A process with CUDA, cuBLAS and cuDNN: contexts take 0.3 to 0.6 GiB on data-centre GPUs.
@@ -35,7 +34,6 @@ SHORT_CONTEXT = 1024
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # What a quantised language model's weights take of those in bf16: embeddings and the last layer stay as they are.
 QUANTIZED = {"fp8": 0.55, "awq": 0.35}
-_CONFIG = Path("decoder") / "config.pbtxt"
 
 
 @dataclass(frozen=True)
@@ -230,13 +228,7 @@ def _share_now(plan: Plan) -> float:
 
 def decoder_settings(repository: Path) -> DecoderSettings:
     """The decoder's settings in a repository for a GPU. Raises RepositoryError for what cannot be read."""
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    try:
-        config = text_format.Parse((repository / _CONFIG).read_text(), ModelConfig())
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise RepositoryError(f"{repository / _CONFIG} cannot be read: {error}") from error
-    return DecoderSettings.from_parameters({name: value.string_value for name, value in config.parameters.items()})
+    return DecoderSettings.from_parameters(Parameters.read(repository, "decoder", "tensorrt").values)
 
 
 def language_model(repository: Path, manifest: Manifest, settings: DecoderSettings) -> LanguageModel:

@@ -28,10 +28,16 @@ import numpy as np
 from engine import contract
 from engine.api import (
     Answer,
+    AnswerDetails,
     AnswerInfo,
+    ChosenToken,
     EngineInfo,
+    MeasuredMasks,
+    Messages,
     ModelInfo,
     Ranking,
+    ScoredToken,
+    Segment,
     Segmentation,
     Study,
     StudyInfo,
@@ -40,7 +46,9 @@ from engine.api import (
 )
 from engine.contract import Tensor
 from engine.errors import Cancelled, InvalidInput, StudyNotFound, Unavailable
+from engine.prompt.turns import USER, Turn, checked_turns, history_to_json
 from engine.sampling import Sampling
+from engine.seg_states import EACH, checked_merge, spans_of_words
 from engine.source import Source, content_of
 
 if TYPE_CHECKING:  # it would bring SciPy into every program that asks
@@ -149,29 +157,46 @@ class Methods:
     def asked(
         self,
         study: object,
-        question: str,
+        question: str | None,
+        messages: Messages | None,
         sampling: Mapping[str, Any],
         streaming: bool,
         timeout: float | None,
         hint: bool = False,
     ) -> Asked:
         """A question, not sent yet. hint: that a mask will be wanted, so that it is encoded for while decoding."""
-        checked_question(question)
+        turns = _turns(question, messages)
         inputs: Inputs = {
-            contract.QUESTION: question,
+            contract.QUESTION: turns[-1].text,
+            contract.HISTORY: history_to_json(turns) if len(turns) > 1 else None,
             contract.SAMPLING: Sampling.from_dict(sampling).to_json(),
             contract.STREAM: streaming,
         }
         return Asked(self, study, inputs, self._seconds(timeout), hint)
 
-    def ask(self, study: object, question: str, timeout: float | None, sampling: Mapping[str, Any]) -> Steps[Answer]:
-        return _only_answer(self.asked(study, question, sampling, False, timeout))
+    def ask(
+        self,
+        study: object,
+        question: str | None,
+        messages: Messages | None,
+        timeout: float | None,
+        sampling: Mapping[str, Any],
+    ) -> Steps[Answer]:
+        return _only_answer(self.asked(study, question, messages, sampling, False, timeout))
 
     def segment(
-        self, study: object, question: str, return_logits: bool, timeout: float | None, sampling: Mapping[str, Any]
+        self,
+        study: object,
+        question: str | None,
+        messages: Messages | None,
+        return_logits: bool,
+        merge: str,
+        timeout: float | None,
+        sampling: Mapping[str, Any],
     ) -> Steps[Segmentation]:
         left = _Countdown(self._seconds(timeout))
-        return self._segment(self.asked(study, question, sampling, False, left(), hint=True), return_logits, left)
+        asked = self.asked(study, question, messages, sampling, False, left(), hint=True)
+        return self._segment(asked, return_logits, checked_merge(merge), left)
 
     def rank(self, study: object, texts: Sequence[str], timeout: float | None) -> Steps[Ranking]:
         return self._rank(study, _checked_texts(texts), self._seconds(timeout))
@@ -210,7 +235,7 @@ class Methods:
             Source(scan, affine, preset, crop, content),
         )
 
-    def _segment(self, asked: Asked, return_logits: bool, left: _Countdown) -> Steps[Segmentation]:
+    def _segment(self, asked: Asked, return_logits: bool, merge: str, left: _Countdown) -> Steps[Segmentation]:
         answer, outputs = yield from asked.whole()
         if not len(outputs["SEG_STATES"]):
             return Segmentation(answer, None, np.zeros((4, 4)), None)
@@ -220,15 +245,15 @@ class Methods:
                 contract.STUDY_IN: to.handle,
                 contract.SEG_STATES: outputs["SEG_STATES"],
                 contract.RETURN_LOGITS: return_logits,
+                contract.MERGE: merge,
             }
             return lambda t: t.infer(SEGMENTATION, inputs, left())
 
         drawn = yield from self._resent(draw, asked.study, left())
-        mask = yield lambda t: t.work(_unpacked, drawn["MASK"], drawn["MASK_SHAPE"])
-        logits = drawn["LOGITS"] if drawn["LOGITS"].size else None
-        header = drawn["MASK_HEADER"].tobytes() or None
+        spans = [(int(start), int(end)) for start, end in outputs["SEG_SPANS"]]
         preset = asked.study.info.preset if asked.study.info else None
-        return Segmentation(answer, mask, drawn["MASK_AFFINE"], logits, header, asked.study.source, preset)
+        source = asked.study.source
+        return (yield lambda t: t.work(_segmentation, answer, spans, drawn, merge, source, preset))
 
     def _rank(self, study: object, texts: Sequence[str], timeout: float | None) -> Steps[Ranking]:
         known = yield from self.study_of(study, timeout)
@@ -381,9 +406,10 @@ class Asked:
         self._texts.append(text)
         self._token_ids += outputs["TOKEN_IDS"].tolist()
         if reason := outputs.text("FINISH_REASON"):
-            cost = typed(AnswerInfo, outputs.text("ANSWER_INFO"))
+            cost, details = _info(outputs.text("ANSWER_INFO"))
             timings = Timings(**vars(cost), first_text_s=self._first_text_s, total_s=now)
-            self.answer = Answer("".join(self._texts), tuple(self._token_ids), reason, outputs["BOXES"], timings)
+            ids = tuple(self._token_ids)
+            self.answer = Answer("".join(self._texts), ids, reason, outputs["BOXES"], timings, **vars(details))
         return text
 
 
@@ -410,6 +436,42 @@ def _packed(scan: object, affine: np.ndarray | None) -> tuple[File, np.ndarray |
     return File(pieces), space, content_of(pieces)
 
 
+def _segmentation(
+    answer: Answer,
+    spans: Sequence[tuple[int, int]],
+    drawn: Outputs,
+    merge: str,
+    source: Source | None,
+    preset: str | None,
+) -> Segmentation:
+    """spans: of each [SEG] in the answer's text. drawn: what the masks' model answered."""
+    mask, affine = _unpacked(drawn["MASK"], drawn["MASK_SHAPE"]), drawn["MASK_AFFINE"]
+    header = drawn["MASK_HEADER"].tobytes() or None
+    masks = [mask]
+    if merge == EACH:
+        masks = [_unpacked(bits, drawn["MASK_SHAPE"]) for bits in drawn["SEGMENT_MASKS"]]
+    words, scores = spans_of_words(answer.text, spans, merge), drawn["SEGMENT_SCORES"].tolist()
+    if not len(words) == len(scores) == len(masks):
+        raise other_version(f"it drew {len(masks)} masks with {len(scores)} scores for {len(words)} [SEG]")
+    logits = np.split(drawn["LOGITS"], len(masks)) if drawn["LOGITS"].size else [None] * len(masks)
+    measured = MeasuredMasks(masks, affine, source, preset)
+    segments = tuple(
+        Segment(
+            masks[index],
+            affine,
+            None if math.isnan(scores[index]) else scores[index],
+            answer.text[slice(*words[index])],
+            words[index],
+            measured,
+            index,
+            logits[index],
+            header,
+        )
+        for index in range(len(masks))
+    )
+    return Segmentation(answer, mask, affine, None if merge == EACH else logits[0], header, source, preset, segments)
+
+
 def _unpacked(bits: np.ndarray, shape: np.ndarray) -> np.ndarray:
     """A mask from its packed bits."""
     return np.unpackbits(bits, count=math.prod(shape)).reshape(shape).view(bool)
@@ -419,14 +481,30 @@ def _cut(outputs: Outputs) -> tuple[tuple[bool, ...], int]:
     return tuple(outputs["TEXT_CUT"].tolist()), int(outputs["TEXT_LIMIT"][0])
 
 
+def _info(text: str) -> tuple[AnswerInfo, AnswerDetails]:
+    """What ANSWER_INFO says."""
+    values = json.loads(text or "{}")
+    details = values.pop("details", {})
+    if "logprobs" in details:
+        details["logprobs"] = [_chosen(each) for each in details["logprobs"]]
+    return _typed(AnswerInfo, values), _typed(AnswerDetails, details)
+
+
+def _chosen(values: dict[str, Any]) -> ChosenToken:
+    return _typed(ChosenToken, {**values, "top": [_typed(ScoredToken, each) for each in values.get("top", ())]})
+
+
 def typed(kind: type[T], text: str) -> T:
     """A JSON object as the dataclass that it stands for. Another one's is another version's."""
-    values = json.loads(text or "{}")
+    return _typed(kind, json.loads(text or "{}"))
+
+
+def _typed(kind: type[T], values: dict[str, Any]) -> T:
     known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
         raise other_version(f"its {kind.__name__} has {', '.join(unknown)}")
     if "model" in values:
-        values["model"] = typed(ModelInfo, json.dumps(values["model"]))
+        values["model"] = _typed(ModelInfo, values["model"])
     try:
         return kind(**{name: _frozen(value) for name, value in values.items()})
     except TypeError as error:
@@ -443,6 +521,17 @@ def checked_question(question: str) -> str:
     if not isinstance(question, str) or not question.strip():
         raise InvalidInput("the question is empty: give a text")
     return question
+
+
+def _turns(question: str | None, messages: Messages | None) -> list[Turn]:
+    """The turns, of which the last is the question."""
+    if messages is None:
+        return [Turn(USER, checked_question(cast(str, question)))]
+    if question is not None:
+        raise InvalidInput("a question and messages are given: give one of them; the last message is the question")
+    turns = checked_turns(messages)
+    checked_question(turns[-1].text)
+    return turns
 
 
 def _checked_texts(texts: Sequence[str]) -> Sequence[str]:

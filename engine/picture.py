@@ -1,10 +1,12 @@
-"""A picture of a segmentation: the scan in three planes with the mask's outline, as a PNG."""
+"""A picture of a segmentation: the scan in three planes with the masks' outlines, as a PNG."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import textwrap
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -16,9 +18,15 @@ from engine.volume.modality import is_ct
 from engine.volume.views import counts, sampled
 
 BACKGROUND, TEXT, QUIET, MASK = "#0c1016", "#f2f4f7", "#9aa5b1", "#ff9f1c"
+# Of several findings, in their order; as many as an answer may have (engine.seg_states.MAX_SEGMENTS).
+COLOURS = (
+    *(MASK, "#38a3ff", "#4be36c", "#ff4d9d", "#ffee33", "#a66bff", "#1fe0d6", "#ff4a2e"),
+    *("#b8e986", "#c9b8ff", "#ffb8a8", "#1f8f5f", "#c07a30", "#5f6bff", "#e06bff", "#8fd8ff"),
+)
 WIDTH_INCHES, DPI = 12.0, 130
 PANEL_INCHES = (1.2, 12.0)  # least and greatest height of the planes: no shape of scan makes a picture of any size
 MOST_ELONGATED = 8.0  # a shorter axis is drawn as this part of the longest one, and the picture says so
+_LEGEND_INCHES, _LEGEND_CHARACTERS = 0.2, 56  # of a line, and of a name in it
 _MOST_PIXELS = 1500  # of a plane along an axis: more than is drawn of it
 _DOT_INCHES = 0.08  # what is drawn smaller than this gets a ring around it
 # Windows of computed tomography in Hounsfield units (low, high), by what the mask holds.
@@ -38,14 +46,16 @@ def montage(
     title: str,
     subtitle: str = "",
     *,
+    findings: Sequence[tuple[str, np.ndarray]] = (),
     modality: str | None = None,
     preset: str | None = None,
 ) -> Path:
     """Write a PNG with an axial, a coronal and a sagittal slice, in radiological view (patient's right on the left).
 
-    Each plane lies where the mask is largest, or halfway through the scan. All planes have one scale, unless the scan
+    Each plane lies where the mask is largest, of several findings where it cuts the most of them, or halfway through
+    the scan. All planes have one scale, unless the scan
     is much longer along one axis than along another (MOST_ELONGATED). The picture's size, and the memory and time that
-    it takes beside one pass over the mask, do not depend on the scan's size.
+    it takes beside one pass over each mask, do not depend on the scan's size.
 
     Args:
         path: of the PNG.
@@ -53,6 +63,8 @@ def montage(
         affine: 4 x 4, voxel to world, RAS+ mm.
         mask: bool, the scan's shape, or None.
         title, subtitle: texts above the planes; three lines of each at most.
+        findings: names and masks that `mask` is the union of; each is outlined in a colour of its own, and named below
+            the planes with its number, from 1, and with its volume; the legend says which no plane cuts.
         modality, preset: DICOM's modality and the preset that the server chose, where they are known; see `window`.
     """
     title, subtitle = title.strip(), subtitle.strip()
@@ -70,8 +82,15 @@ def montage(
     scan = nibabel.apply_orientation(scan, to_lps)
     mask = nibabel.apply_orientation(_as_bool(mask), to_lps) if mask is not None and mask.any() else None
     low, high = window(scan, mask, modality=modality, preset=preset)
-    filled = None if mask is None else counts(mask)
-    at = [n // 2 for n in scan.shape] if filled is None else [int(np.argmax(planes)) for planes in filled]
+    outlined = [] if mask is None else [(mask, MASK)]
+    if findings:
+        masks = [nibabel.apply_orientation(_as_bool(each), to_lps) for _, each in findings]
+        outlined = list(zip(masks, itertools.cycle(COLOURS)))
+    filled = [counts(each) for each, _ in outlined]
+    whole = None if mask is None else counts(mask) if findings else filled[0]
+    at = _fullest_planes(scan.shape, whole, filled)
+    legend = ["outline: mask"] if not findings else [_named(index, name) for index, (name, _) in enumerate(findings, 1)]
+    legend = [f"{name}, {_volume(int(each[0].sum()) * voxel_ml)}{_cut(each, at)}" for name, each in zip(legend, filled)]
 
     true_size = np.array(scan.shape) * spacing
     size = np.maximum(true_size, true_size.max() / MOST_ELONGATED)
@@ -82,7 +101,8 @@ def montage(
     panel = float(np.clip((WIDTH_INCHES - 0.6) * tallest / (sum(widths) * 1.02), *PANEL_INCHES))
     mm_per_inch = max(tallest / panel, sum(widths) * 1.02 / (WIDTH_INCHES - 0.6))
     margin = (1 - sum(widths) * 1.02 / mm_per_inch / WIDTH_INCHES) / 2
-    height = header + panel + 0.45
+    footer = 0.4 + _LEGEND_INCHES * math.ceil(len(findings) / 2)
+    height = header + panel + footer + 0.05
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
@@ -92,7 +112,7 @@ def montage(
         left=margin,
         right=1 - margin,
         wspace=0.03,
-        bottom=0.4 / height,
+        bottom=footer / height,
         top=1 - header / height,
     )
     for column, (name, axis, across, up, marks) in enumerate(planes):
@@ -109,8 +129,9 @@ def montage(
             interpolation="bilinear",
             aspect="equal",
         )
-        if mask is not None:
-            _outline(axes, _gathered(_plane(mask, axis, at[axis])), extent, origin, _DOT_INCHES * mm_per_inch)
+        for each, colour in outlined:
+            plane = _gathered(_plane(each, axis, at[axis]))
+            _outline(axes, plane, extent, origin, _DOT_INCHES * mm_per_inch, colour)
         axes.set_xlim(extent[:2])
         axes.set_ylim(extent[2:])
         _decorate(axes, marks, name)
@@ -127,16 +148,46 @@ def montage(
         fontsize=10.5,
         va="top",
     )
-    if filled is not None:
-        millilitres = int(filled[0].sum()) * voxel_ml
-        volume = f"{millilitres:,.1f} mL" if millilitres >= 1 else f"{millilitres * 1000:,.0f} mm³"
-        figure.text(0.975, 0.14 / height, f"outline: mask, {volume}", color=MASK, fontsize=9.5, ha="right")
+    for index, (words, (_, colour)) in enumerate(zip(legend, outlined)):
+        x, y, align = 0.975, 0.14, "right"
+        if findings:
+            x, y, align = 0.025 + 0.5 * (index % 2), footer - 0.2 - _LEGEND_INCHES * (index // 2), "left"
+        figure.text(x, y / height, words, color=colour, fontsize=9.5, ha=align)
     note = "not a medical device"
     if (size > true_size).any():
         note += "   ·   not to scale: short axes are drawn longer"
     figure.text(0.025, 0.14 / height, note, color=QUIET, fontsize=8.5)
     figure.savefig(path, facecolor=BACKGROUND)
     return Path(path)
+
+
+def _fullest_planes(
+    shape: tuple[int, ...], whole: Sequence[np.ndarray] | None, findings: Sequence[Sequence[np.ndarray]]
+) -> list[int]:
+    """The index of a plane along each axis. whole: voxels of the mask in each plane. findings: of each finding."""
+    if whole is None:
+        return [n // 2 for n in shape]
+    at = []
+    for axis, voxels in enumerate(whole):
+        cut = np.sum([each[axis] > 0 for each in findings], axis=0)
+        at.append(int(np.argmax(np.where(cut == cut.max(), voxels, -1))))
+    return at
+
+
+def _cut(filled: Sequence[np.ndarray], at: Sequence[int]) -> str:
+    """What the legend says of a finding that no plane cuts."""
+    if any(voxels[index] for voxels, index in zip(filled, at)) or not filled[0].any():
+        return ""
+    return ", not in these planes"
+
+
+def _named(number: int, name: str) -> str:
+    shortened = textwrap.shorten(name, _LEGEND_CHARACTERS, placeholder=" …") or "[SEG]"
+    return f"{number}  " + shortened.replace("$", r"\$")
+
+
+def _volume(millilitres: float) -> str:
+    return f"{millilitres:,.1f} mL" if millilitres >= 1 else f"{millilitres * 1000:,.0f} mm³"
 
 
 def window(
@@ -194,24 +245,26 @@ def _gathered(plane: np.ndarray) -> np.ndarray:
     return plane
 
 
-def _outline(axes, mask: np.ndarray, extent, origin: str, dot_mm: float) -> None:
+def _outline(axes, mask: np.ndarray, extent, origin: str, dot_mm: float, colour: str) -> None:
     from matplotlib.colors import to_rgba
 
     if not mask.any():
         return
     fill = np.zeros((*mask.shape, 4), np.float32)
-    fill[mask.astype(bool)] = to_rgba(MASK, 0.18)
+    fill[mask.astype(bool)] = to_rgba(colour, 0.18)
     axes.imshow(fill, extent=extent, origin=origin, interpolation="nearest", aspect="equal")
     # A margin closes outlines that touch the picture's edge.
     rows, columns = mask.shape
     height, width = abs(extent[3] - extent[2]) / rows, extent[1] / columns
     x = (np.arange(-1, columns + 1) + 0.5) * width
     y = (np.arange(-1, rows + 1) + 0.5) * height
-    axes.contour(x, y, np.pad(mask.astype(np.float32), 1), levels=[0.5], colors=MASK, linewidths=1.3)
+    axes.contour(x, y, np.pad(mask.astype(np.float32), 1), levels=[0.5], colors=colour, linewidths=1.3)
     up, across = (np.flatnonzero(mask.any(other)) for other in (1, 0))
     if max((up[-1] + 1 - up[0]) * height, (across[-1] + 1 - across[0]) * width) < dot_mm:
         centre = ((across[0] + across[-1] + 1) / 2 * width, (up[0] + up[-1] + 1) / 2 * height)
-        axes.plot(*centre, marker="o", markersize=12, markerfacecolor="none", markeredgecolor=MASK, markeredgewidth=1.3)
+        axes.plot(
+            *centre, marker="o", markersize=12, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.3
+        )
 
 
 def _decorate(axes, marks: str, name: str) -> None:

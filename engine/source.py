@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from engine.errors import InvalidInput
 
 if TYPE_CHECKING:  # what reads scans is imported when a scan is read
     from engine.scan import Scan
+    from engine.scan.dicom.references import SeriesReference
     from engine.volume.crop import Crop
 
 
@@ -39,6 +40,30 @@ class Source:
             return read_scan(b"".join(pieces), affine=affine)
         except InvalidInput:
             return None
+
+    def series(self) -> SeriesReference | None:
+        """The DICOM series that was sent; None for a scan of another format.
+
+        Its `slices` are in the order of the last axis of the scan's array, and so of masks, see `SeriesReference`. The
+        files' names are paths on disk, or, of a zip, those within it; empty for bytes of a single file. The source is
+        read for it, by the code that the server reads it with.
+
+        Raises:
+            InvalidInput: what lies at the source now is not what was sent.
+        """
+        from engine.scan import files_of
+
+        scan = self.read()
+        if scan is None:
+            raise InvalidInput(
+                "the scan at the study's source is gone, or is not the one that was sent, so that which images its "
+                "slices are is unknown: upload it again"
+            )
+        if scan.series is None:
+            return None
+        paths = files_of(self.scan)
+        slices = (replace(each, file=str(paths.get(each.file, each.file))) for each in scan.series.slices)
+        return replace(scan.series, slices=tuple(slices))
 
 
 def content_of(pieces: Iterable[bytes | memoryview]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2
 
-from engine.api import Answer, EngineInfo, Ranking, Segmentation, Study, TextEmbeddings
+from engine.api import Answer, EngineInfo, Messages, Ranking, Segmentation, Study, TextEmbeddings
 from engine.client import wire
 from engine.client.connection import READY_S
 from engine.contract import Tensor
@@ -70,25 +70,44 @@ class AsyncM3DClient:
         """See `engine.api.M3D.upload`. The scan is read on a thread."""
         return await self._run(self._methods.upload(scan, affine, preset, crop, timeout))
 
-    async def ask(self, study: object, question: str, *, timeout: float | None = None, **sampling: Any) -> Answer:
+    async def ask(
+        self,
+        study: object,
+        question: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> Answer:
         """See `engine.api.M3D.ask`."""
-        return await self._run(self._methods.ask(study, question, timeout, sampling))
+        return await self._run(self._methods.ask(study, question, messages, timeout, sampling))
 
-    def stream(self, study: object, question: str, *, timeout: float | None = None, **sampling: Any) -> AsyncTextStream:
+    def stream(
+        self,
+        study: object,
+        question: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> AsyncTextStream:
         """See `engine.api.M3D.stream`. The question is sent when the first text is waited for."""
-        return AsyncTextStream(self._methods.asked(study, question, sampling, True, timeout), self._transport)
+        return AsyncTextStream(self._methods.asked(study, question, messages, sampling, True, timeout), self._transport)
 
     async def segment(
         self,
         study: object,
-        question: str,
+        question: str | None = None,
         return_logits: bool = False,
         *,
+        messages: Messages | None = None,
+        merge: str = "reference",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Segmentation:
         """See `engine.api.M3D.segment`."""
-        return await self._run(self._methods.segment(study, question, return_logits, timeout, sampling))
+        steps = self._methods.segment(study, question, messages, return_logits, merge, timeout, sampling)
+        return await self._run(steps)
 
     async def rank(self, study: object, texts: Sequence[str], *, timeout: float | None = None) -> Ranking:
         """See `engine.api.M3D.rank`."""
@@ -224,9 +243,9 @@ class AsyncConnection:
     async def stream(self, model: str, inputs: Mapping[Tensor, object], timeout: float | None) -> AsyncResponseStream:
         return self._stream(iter((wire.request_of(model, inputs),)), timeout, alone=True)
 
-    def error(self, error: grpc.RpcError, cancelled: bool = False) -> M3DError:
+    def error(self, error: grpc.RpcError, call: grpc.aio.Call, cancelled: bool = False) -> M3DError:
         """The typed error that a failed call stands for. cancelled: whether this side cancelled it."""
-        return wire.call_error(self.url, error, cancelled or self._closed)
+        return wire.call_error(self.url, error, cancelled or self._closed, late=call.time_remaining() == 0)
 
     def was_closed(self) -> bool:
         return self._closed
@@ -244,7 +263,7 @@ class AsyncConnection:
         try:
             return await call
         except grpc.RpcError as error:
-            raise self.error(error) from None
+            raise self.error(error, call) from None
         except asyncio.CancelledError:
             if self._closed:
                 raise Cancelled("the request was cancelled by this client") from None
@@ -269,7 +288,7 @@ class AsyncResponseStream:
         try:
             message = await self._call.read()
         except grpc.RpcError as error:
-            raise self._connection.error(error, self._cancelled) from None
+            raise self._connection.error(error, self._call, self._cancelled) from None
         except asyncio.CancelledError:  # gRPC's, or that of the task that waits
             if self._cancelled or self._connection.was_closed():
                 raise Cancelled("the request was cancelled by this client") from None

@@ -164,9 +164,18 @@ def server_error(message: str, status: grpc.StatusCode | None = None) -> M3DErro
     return _BY_STATUS.get(status, M3DError)(message)
 
 
-def call_error(url: str, error: grpc.RpcError, cancelled: bool) -> M3DError:
-    """The typed error that a failed call to `url` stands for. cancelled: whether this side cancelled it."""
+# What gRPC for asyncio says of a call that it could not begin, as its deadline passed meanwhile.
+_CORE = "Internal error from Core"
+
+
+def call_error(url: str, error: grpc.RpcError, cancelled: bool, late: bool = False) -> M3DError:
+    """The typed error that a failed call to `url` stands for.
+
+    cancelled: whether this side cancelled it. late: whether its deadline has passed.
+    """
     status, details = error.code(), error.details() or ""
+    if late and details == _CORE:
+        status = grpc.StatusCode.DEADLINE_EXCEEDED
     if cancelled:
         return Cancelled("the request was cancelled by this client")
     went_away = status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)

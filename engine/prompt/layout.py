@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from engine.errors import CheckpointError
 from engine.prompt.tokens import IMAGE_TOKEN
-
-SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-
-
-class Turn(NamedTuple):
-    """One turn of a conversation. role: "user", "assistant", or "system" for the first turn."""
-
-    role: str
-    text: str
+from engine.prompt.turns import USER, Turn
 
 
 class Layout(ABC):
@@ -59,6 +51,18 @@ class Layout(ABC):
         Args:
             images: the image tokens as text. They stand in the first turn of the user, before its text.
             turns: checked, see `Prompt`; the last one is the user's.
+        """
+
+    @abstractmethod
+    def encode_start(self, question: str, text: str) -> list[int]:
+        """Token ids of a text with which an answer begins, as they stand behind the prompt in training.
+
+        Args:
+            question: the last turn of the prompt.
+            text: without spaces around it.
+
+        Raises:
+            InvalidInput: the text's first token would be one with the question's last.
         """
 
     @abstractmethod
@@ -122,10 +126,13 @@ class ChatLayout(Layout):
         ]
         return self._tokenise("".join([self.opening, *written, self.begin_answer()]))
 
+    def encode_start(self, question: str, text: str) -> list[int]:
+        return self._tokenise(text)
+
     def encode_answered(self, images: str, question: str, answer: str) -> tuple[list[int], int]:
         # The answer is tokenised alone: the prompt's ids are then exactly those that are asked with later.
         asked = self.encode(images, [Turn(USER, question)])
-        return [*asked, *self._tokenise(answer), self._ids[self.turn_end]], len(asked)
+        return [*asked, *self.encode_start(question, answer), self._ids[self.turn_end]], len(asked)
 
     def stop_ids(self, told: Sequence[int] | None) -> tuple[int, ...]:
         return tuple(dict.fromkeys([self._ids[self.turn_end], self._ids[self.text_end], *(told or ())]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from engine.prompt.layout import ASSISTANT, ChatLayout
+from engine.prompt.layout import ChatLayout
+from engine.prompt.turns import ASSISTANT
 
 
 class Llama3Layout(ChatLayout):

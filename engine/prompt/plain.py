@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.errors import CheckpointError
-from engine.prompt.layout import Layout, Turn
+from engine.errors import CheckpointError, InvalidInput, shortened
+from engine.prompt.layout import Layout
 from engine.prompt.tokens import IMAGE_TOKEN
+from engine.prompt.turns import Turn
 
 
 class PlainLayout(Layout):
@@ -47,14 +48,26 @@ class PlainLayout(Layout):
     def encode(self, images: str, turns: Sequence[Turn]) -> list[int]:
         return self._encode(images + turns[-1].text)
 
+    def encode_start(self, question: str, text: str) -> list[int]:
+        asked, whole = self._encode(IMAGE_TOKEN + question), self._encode(self._answered(IMAGE_TOKEN, question, text))
+        if whole[: len(asked)] != asked:
+            raise InvalidInput(
+                f"the answer {shortened(text)} and the question's end share a token, so that it has no likelihood of "
+                "its own: end the question with a word or a question mark"
+            )
+        return whole[len(asked) :]
+
     def encode_answered(self, images: str, question: str, answer: str) -> tuple[list[int], int]:
-        # In one piece, joined by a space, as the reference does.
-        whole = self._encode(f"{images}{question} {answer}")
+        whole = self._encode(self._answered(images, question, answer))
         return [*whole, self.tokenizer.eos_token_id], len(self._encode(images + question))
 
     def stop_ids(self, told: Sequence[int] | None) -> tuple[int, ...]:
         eos = self.tokenizer.eos_token_id
         return tuple(told if told is not None else [] if eos is None else [eos])
+
+    def _answered(self, images: str, question: str, answer: str) -> str:
+        """In one piece, joined by a space, as the reference does."""
+        return f"{images}{question} {answer}"
 
     def _encode(self, text: str) -> list[int]:
         ids = self.tokenizer(text)["input_ids"]

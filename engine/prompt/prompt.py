@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from engine.errors import CheckpointError, InvalidInput
-from engine.prompt.layout import ASSISTANT, SYSTEM, USER, Layout, Turn
+from engine.prompt.layout import Layout
 from engine.prompt.tokens import IMAGE_TOKEN
+from engine.prompt.turns import USER, Turn, checked_turns
 
 Asked = str | Sequence[Turn] | Sequence[tuple[str, str]]
 """A question, or the turns of a conversation that ends with one."""
@@ -107,6 +108,24 @@ class Prompt:
             )
         return Around(head, tail)
 
+    def choice_ids(self, asked: Asked, choice: str) -> list[int]:
+        """Token ids of a text with which the answer may begin, as they stand behind the prompt in training.
+
+        Args:
+            asked: see `input_ids`.
+            choice: without spaces around it.
+
+        Raises:
+            InvalidInput: the choice holds what separates turns or ends answers, or cannot be told from the question's
+                end.
+        """
+        if held := [token for token in self.layout.reserved if token in choice]:
+            raise InvalidInput(f"a choice holds {held[0]}, which separates turns: leave it out")
+        ids = self.layout.encode_start(asked if isinstance(asked, str) else asked[-1][1], choice)
+        if ends := [token for token in ids if token in self.stop_ids]:
+            raise InvalidInput(f"a choice holds {self.tokenizer.decode(ends[:1])}, which ends answers: leave it out")
+        return ids
+
     def answered(self, question: str, answer: str) -> tuple[list[int], int]:
         """What training reads behind the visual tokens: (token ids of question, answer and its end, index of the
         answer's first token). Nothing is checked."""
@@ -124,7 +143,7 @@ class Prompt:
         return ids[start : start + self.num_visual_tokens] == [self.image_token_id] * self.num_visual_tokens
 
     def _checked(self, asked: Asked) -> list[Turn]:
-        turns = [Turn(USER, asked)] if isinstance(asked, str) else _turns(asked)
+        turns = [Turn(USER, asked)] if isinstance(asked, str) else checked_turns(asked)
         if not self.multi_turn:
             turns = turns[-1:]
         for turn in turns:
@@ -137,21 +156,3 @@ class Prompt:
             if held := [token for token in self.layout.reserved if token in turn.text]:
                 raise InvalidInput(f"a turn of the {turn.role} holds {held[0]}, which separates turns: leave it out")
         return turns
-
-
-def _turns(asked: Sequence[Turn] | Sequence[tuple[str, str]]) -> list[Turn]:
-    """The turns in order. Raises InvalidInput for others."""
-    try:
-        turns = [Turn(*turn) for turn in asked]
-    except TypeError:
-        raise InvalidInput("a turn is a role and a text") from None
-    if wrong := [turn for turn in turns if not (isinstance(turn.role, str) and isinstance(turn.text, str))]:
-        raise InvalidInput(f"a turn is a role and a text, not {wrong[0].role!r} and a {type(wrong[0].text).__name__}")
-    roles = [turn.role for turn in turns]
-    talk = roles[1:] if roles[:1] == [SYSTEM] else roles
-    if not talk or len(talk) % 2 == 0 or talk != [USER, ASSISTANT] * (len(talk) // 2) + [USER]:
-        raise InvalidInput(
-            f"the roles of the turns are {', '.join(roles) or 'none'}; they must be {USER}, {ASSISTANT} and so on, the "
-            f"last one {USER}; before them may stand one {SYSTEM} turn"
-        )
-    return turns

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.prompt.layout import ASSISTANT, SYSTEM, ChatLayout, Turn
+from engine.prompt.layout import ChatLayout
+from engine.prompt.turns import ASSISTANT, SYSTEM, Turn
 
 # What the published template says where no system turn is given.
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from engine.api import AnswerDetails, AnswerInfo
 from engine.errors import StudyNotFound
-from engine.prompt import parse_boxes
+from engine.prompt import Turn, parse_boxes
+from engine.prompt.turns import turns_of
 from engine.runtime.step import Inputs, Outputs
 from engine.runtime.study_store import StudyStore
 from engine.sampling import Sampling
+from engine.seg_states import REFERENCE, checked_merge
 from engine.volume.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -27,23 +30,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks. `return_logits` is not for the decoder: it passes it on."""
+    """What a request asks. question: or the turns of a conversation that ends with it. `return_logits` and `merge` are
+    not for the decoder: it passes them on."""
 
     study: str
-    question: str
+    question: str | list[Turn]
     sampling: Sampling
     stream: bool
     return_logits: bool = False
+    merge: str = REFERENCE
 
     @classmethod
     def of(cls, inputs: Inputs) -> Asked:
-        sampling = inputs.text("SAMPLING")
+        sampling, history = inputs.text("SAMPLING"), inputs.text("HISTORY")
+        question = inputs.needed_text("QUESTION")
         return cls(
             inputs.needed_text("STUDY"),
-            inputs.needed_text("QUESTION"),
+            turns_of(history, question) if history else question,
             Sampling.from_json(sampling) if sampling else Sampling(),
             inputs.flag("STREAM"),
             inputs.flag("RETURN_LOGITS"),
+            checked_merge(inputs.text("MERGE")),
         )
 
 
@@ -79,11 +86,18 @@ class DecoderStep:
             "TOKEN_IDS": np.array([id_ for delta in deltas for id_ in delta.token_ids], np.int32),
             "FINISH_REASON": last.finish_reason or "",
             "BOXES": np.asarray(boxes, np.float64),
-            "ANSWER_INFO": "" if last.info is None else json.dumps(asdict(last.info)),
+            "ANSWER_INFO": "" if last.info is None else _info(last.info, last.details),
             "SEG_STATES": no_states if last.states is None else last.states,
+            "SEG_SPANS": np.array(last.seg_spans, np.int64).reshape(-1, 2),
             "STUDY": asked.study,
             "RETURN_LOGITS": np.array([asked.return_logits]),
+            "MERGE": asked.merge,
         }
+
+
+def _info(info: AnswerInfo, details: AnswerDetails | None) -> str:
+    """As ANSWER_INFO has it."""
+    return json.dumps(asdict(info) | ({} if details is None else {"details": asdict(details)}))
 
 
 class LoopThread:

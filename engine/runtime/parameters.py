@@ -27,7 +27,7 @@ class Parameters:
             path = repository / model / "config.pbtxt"
         try:
             config = text_format.Parse(path.read_text(), ModelConfig())
-        except (OSError, text_format.ParseError) as error:
+        except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
             raise RepositoryError(f"{path} cannot be read as a model's configuration: {error}") from None
         return cls(model, {name: value.string_value for name, value in config.parameters.items()})
 

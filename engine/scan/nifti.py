@@ -233,9 +233,9 @@ def _scaled(affine: np.ndarray, unit: float) -> np.ndarray:
 
 
 def geometry_header(header: nib.Nifti1Header) -> bytes:
-    """The header's bytes without what may name a patient or a place: its free texts, and that extensions follow."""
+    """The header's bytes without what may name a patient or a place: all its texts, and that extensions follow."""
     kept = header.copy()
-    for name in ("descrip", "aux_file", "intent_name", "db_name"):
-        if name in kept.template_dtype.names:  # NIfTI-2 has no db_name
+    for name, (dtype, *_) in kept.template_dtype.fields.items():
+        if dtype.kind == "S" and name != "magic":
             kept[name] = b""
     return bytes(kept.binaryblock)

@@ -76,7 +76,8 @@ def read_scan(
     if affine is not None:
         kind, found = "array", replace(found, affine=checked_affine(affine), notes=())
     array, offset, notes = checked_values(found.array)
-    return Scan(array, found.affine, kind, found.modality, offset, found.header, (*found.notes, *notes))
+    notes = (*found.notes, *notes)
+    return Scan(array, found.affine, kind, found.modality, offset, found.header, notes, found.series)
 
 
 def read_volume(data: memoryview, limits: Limits = Limits()) -> tuple[str, Volume]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from nibabel.orientations import aff2axcodes
+
+if TYPE_CHECKING:
+    from engine.scan.dicom.references import SeriesReference
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class Scan:
     offset: what was taken off the values so that float32 keeps their contrast; the file's value is array + offset.
     header: of a NIfTI file, its 348 or 540 bytes without free text: a mask is written with it, so that it lies where
     the scan does in every reader. None for other formats.
+    series: of DICOM files, the UIDs of study, series and frame of reference, and the image behind each slice: what a
+    DICOM result refers to. None for other formats. It names a patient's images, and a server keeps nothing of it.
     notes: what a user has to know, sentences without a full stop: guesses, and what was left aside or replaced.
     """
 
@@ -29,6 +35,7 @@ class Scan:
     offset: float = 0.0
     header: bytes | None = None
     notes: tuple[str, ...] = ()
+    series: SeriesReference | None = None
 
     @property
     def spacing_mm(self) -> tuple[float, ...]:

@@ -21,6 +21,7 @@ from engine.scan.npy import npy_pieces
 from engine.scan.read import is_recognised
 
 Pieces = tuple[bytes | memoryview, ...]
+NamedFiles = list[tuple[str, Path]]
 SOURCES = (
     f"the path of a file ({FORMATS}), a folder with one DICOM series or a list of its files' paths, a file's bytes or "
     "a binary file object, an array (NumPy, PyTorch) with its affine, or an image of nibabel or SimpleITK"
@@ -55,7 +56,7 @@ def scan_pieces(source: Any, affine: Any = None, limits: Limits = Limits()) -> t
     if isinstance(source, (bytes, bytearray, memoryview)):
         return (_file_bytes(source),), affine
     if isinstance(source, (list, tuple)):
-        return (_zip_paths(source, limits),), affine
+        return (_zipped(_listed_files(source, limits)),), affine
     if is_image(source):
         if affine is not None:
             raise InvalidInput("an affine was given with an image that brings its own: give one with arrays only")
@@ -68,6 +69,22 @@ def scan_pieces(source: Any, affine: Any = None, limits: Limits = Limits()) -> t
             affine = checked_affine(own)
         return npy_pieces(array), affine
     raise InvalidInput(f"{_given(source)} is no scan: give {SOURCES}")
+
+
+def files_of(source: Any, limits: Limits = Limits()) -> dict[str, Path]:
+    """The files on disk that a source is, by the names that they have in the zip that `scan_pieces` makes of them.
+
+    A single file's name is empty. Nothing of a source that is no path, no folder and no list of paths.
+
+    Raises:
+        InvalidInput: it cannot be read.
+    """
+    if isinstance(source, (list, tuple)):
+        return dict(_listed_files(source, limits))
+    if not isinstance(source, (str, os.PathLike)):
+        return {}
+    path = _path(source)
+    return dict(_folder_files(path, limits)) if path.is_dir() else {"": path}
 
 
 def _given(source: object) -> str:
@@ -114,7 +131,7 @@ def _path_pieces(source: str | os.PathLike, limits: Limits) -> Pieces:
     path = _path(source)
     try:
         if path.is_dir():
-            return (_zip_folder(path, limits),)
+            return (_zipped(_folder_files(path, limits)),)
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         hint = ": download it first" if "://" in str(source) else ""
@@ -144,7 +161,7 @@ def _path(source: str | os.PathLike) -> Path:
     return Path(text)
 
 
-def _zip_folder(folder: Path, limits: Limits) -> bytes:
+def _folder_files(folder: Path, limits: Limits) -> NamedFiles:
     files = []
     size = 0
     try:
@@ -158,11 +175,11 @@ def _zip_folder(folder: Path, limits: Limits) -> bytes:
         raise InvalidInput(f"{error.filename or folder} cannot be read: {error.strerror}") from None
     if not files:
         raise InvalidInput(f"the folder {folder} is empty: a folder with one DICOM series is wanted")
-    return _zipped(sorted(files), folder)
+    return _named(sorted(files), folder)
 
 
-def _zip_paths(source: Sequence, limits: Limits) -> bytes:
-    """A list of a DICOM series' files, as its folder would be sent."""
+def _listed_files(source: Sequence, limits: Limits) -> NamedFiles:
+    """The files of a DICOM series in a list, named as if their folder was given."""
     if not source:
         raise InvalidInput(f"the {type(source).__name__} is empty: give {SOURCES}")
     if others := [item for item in source if not isinstance(item, (str, os.PathLike))]:
@@ -184,7 +201,7 @@ def _zip_paths(source: Sequence, limits: Limits) -> bytes:
                 f"paths of one DICOM series' files, and their folder alone will do as well"
             ) from None
         _check_series("the list", number, size, limits)
-    return _zipped(dict.fromkeys(paths), Path(os.path.commonpath([path.parent for path in paths])))
+    return _named(dict.fromkeys(paths), Path(os.path.commonpath([path.parent for path in paths])))
 
 
 def _check_series(what: str, files: int, size: int, limits: Limits) -> None:
@@ -195,14 +212,17 @@ def _check_series(what: str, files: int, size: int, limits: Limits) -> None:
         )
 
 
-def _zipped(paths: Iterable[Path], folder: Path) -> bytes:
+def _named(paths: Iterable[Path], folder: Path) -> NamedFiles:
+    """The paths with their names in a zip, which serve messages: what is not UTF-8 is spelt out, as zips want it."""
+    return [(str(path.relative_to(folder)).encode(errors="backslashreplace").decode(), path) for path in paths]
+
+
+def _zipped(files: NamedFiles) -> bytes:
     buffer = io.BytesIO()
     try:
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-            for path in paths:
-                # Names only serve messages: what is not UTF-8 in them is spelt out, as zips cannot hold it.
-                name = str(path.relative_to(folder)).encode(errors="backslashreplace").decode()
+            for name, path in files:
                 archive.writestr(zipfile.ZipInfo(name), path.read_bytes())
     except OSError as error:
-        raise InvalidInput(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+        raise InvalidInput(f"{error.filename or files[0][1].parent} cannot be read: {error.strerror}") from None
     return buffer.getvalue()

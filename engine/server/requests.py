@@ -128,7 +128,7 @@ def check(request: ModelInferRequest, served: Container[str]) -> None:
         if name not in ALLOWED_PARAMETERS:
             raise _parameter(name, "a request")
     _check_inputs(request, model)
-    _check_contents(request)
+    _check_contents(request, model)
     _check_outputs(request, model)
 
 
@@ -166,11 +166,12 @@ def _check_outputs(request: ModelInferRequest, model: Model) -> None:
             raise _parameter(next(iter(output.parameters)), f"output {output.name}")
 
 
-def _check_contents(request: ModelInferRequest) -> None:
+def _check_contents(request: ModelInferRequest, model: Model) -> None:
     """Each input has the bytes that its shape says. Triton 2.51 multiplies a shape in 64 bits, and does not look for
     an overflow: a tensor of 2**31 x 2**31 floats without a byte would end the process of its model."""
     if len(request.raw_input_contents) != len(request.inputs) or any(i.HasField("contents") for i in request.inputs):
         raise Refused.of(InvalidInput("inputs come as raw_input_contents, one for each: not as contents, nor without"))
+    tensors = {tensor.name: tensor for tensor in model.inputs}
     for given, content in zip(request.inputs, request.raw_input_contents):
         count = math.prod(given.shape)
         size = ITEM_BYTES.get(given.datatype)
@@ -178,6 +179,8 @@ def _check_contents(request: ModelInferRequest) -> None:
             raise Refused.of(InvalidInput(f"input {given.name} has an axis of {max(given.shape):,} beside one of 0"))
         if size is None and count > MAX_TEXTS:
             raise Refused.of(InvalidInput(f"input {given.name} has {count:,} texts, at most {MAX_TEXTS:,} are taken"))
+        if error := tensors[given.name].too_long(len(content) - 4 * count):
+            raise Refused.of(error)
         fits = len(content) == count * size if size else _is_texts(content, count)
         if not fits:
             raise Refused.of(

@@ -68,8 +68,8 @@ def run_watched(program: str, *arguments) -> tuple[str, int]:
     """(what it said, its largest anonymous memory in bytes). File pages do not count: the system takes them back."""
     command = [sys.executable, program, *map(str, arguments)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        said, peak = "", 0
-        while process.poll() is None:
+        said, peak = None, 0
+        while said is None:  # it may end between two looks: what it said is read all the same
             try:
                 said, _ = process.communicate(timeout=0.2)
             except subprocess.TimeoutExpired:

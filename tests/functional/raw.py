@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 import numpy as np
@@ -101,11 +101,11 @@ def _failed(error: grpc.RpcError) -> Outcome:
 
 # --- good requests ---------------------------------------------------------------------------------------------------
 def request_of(model: str, **values) -> Request:
-    """A request with these inputs, as the model has them."""
+    """A request with these inputs, as the model has them. A text of any size is sent: the server is to refuse it."""
     request = Request(model_name=model)
     tensors = {tensor.name: tensor for tensor in contract.MODELS[model].inputs}
     for name, value in values.items():
-        shape, content = encode(tensors[name], value)
+        shape, content = encode(replace(tensors[name], max_bytes=0), value)
         request.inputs.add(name=name, datatype=tensors[name].dtype, shape=shape)
         request.raw_input_contents.append(b"".join(content))
     return request
@@ -120,17 +120,20 @@ def npy(array: np.ndarray) -> bytes:
 def good_requests(model: str, handle: str, llm_width: int) -> Iterator[Request]:
     """Requests that are answered within milliseconds and have, together, each input of the model."""
     question = {"QUESTION": QUESTION, "SAMPLING": json.dumps({"max_new_tokens": 2})}
+    talk = {"HISTORY": json.dumps([["user", "w1"], ["assistant", "w2"]])}
     scan = npy(np.arange(512, dtype=np.int16).reshape(8, 8, 8))
     by_scan = {"VOLUME": scan, "AFFINE": np.eye(4), "PRESET": "auto", "CROP": [0, 0, 0, 8, 8, 8], "CROP_UNIT": "voxels"}
     part = {"UPLOAD": "whole", "UPLOAD_RANGE": (0, len(scan)), "SEGMENT_HINT": True}
     states = np.zeros((0, llm_width), np.float32)
     for values in {
         "study": ({"STUDY": handle}, {**by_scan, **part}, {"STUDY": handle, "FORGET": False, "DESCRIBE": False}),
-        "m3d_chat": ({"STUDY": handle, **question, "STREAM": False}, {**by_scan, **question}),
-        "m3d_segment": ({"STUDY": handle, **question, "RETURN_LOGITS": True, "SEGMENT_HINT": True},),
+        "m3d_chat": ({"STUDY": handle, **question, **talk, "STREAM": False}, {**by_scan, **question}),
+        "m3d_segment": (
+            {"STUDY": handle, **question, **talk, "RETURN_LOGITS": True, "SEGMENT_HINT": True, "MERGE": "each"},
+        ),
         "m3d_retrieve": ({"STUDY": handle, "TEXTS": ["w1", "w2 w3"]},),
-        "decoder": ({"STUDY": handle, **question, "STREAM": True, "RETURN_LOGITS": False},),
-        "segmentation": ({"STUDY": handle, "SEG_STATES": states, "RETURN_LOGITS": False},),
+        "decoder": ({"STUDY": handle, **question, **talk, "STREAM": True, "RETURN_LOGITS": False, "MERGE": "each"},),
+        "segmentation": ({"STUDY": handle, "SEG_STATES": states, "RETURN_LOGITS": False, "MERGE": "reference"},),
         "retrieval": ({"STUDY": handle, "TEXTS": ["w1", "w2 w3"]}, {"TEXTS": ["w1"]}),
     }[model]:
         yield request_of(model, **values)

@@ -49,6 +49,26 @@ def test_ask_streams_what_the_client_gets(server, client, scan):
     assert "auto chose" in done.stderr
 
 
+def test_ask_prints_the_likelihood_of_choices_best_first(server, client, scan):
+    settings = ["--server", server.url, "--max-new-tokens", 12, "--choice", "w5", "--choice", "w6 w7", "--choice", "w9"]
+    done = m3d("ask", scan, QUESTION, *settings, "--only-choices")
+    assert done.returncode == 0, done.stderr
+    answer, *lines = done.stdout.splitlines()
+    assert answer in ("w5", "w6 w7", "w9")
+    right = client.ask(scan, QUESTION, choices=["w5", "w6 w7", "w9"]).choices
+    found = {text: float(logprob) for logprob, text in (line.split("\t") for line in lines)}
+    assert found == pytest.approx(right, abs=1e-3) and list(found) == sorted(right, key=right.get, reverse=True)
+
+
+def test_a_schema_that_cannot_be_used_is_refused_before_anything_is_sent(scan, tmp_path):
+    path = tmp_path / "schema.json"
+    for content, why in ((None, "No such file"), ('{"type": "tree"}', "type 'tree' is none of")):
+        if content:
+            path.write_text(content)
+        done = m3d("ask", scan, QUESTION, "--json-schema", path, "--server", "localhost:1")
+        assert done.returncode == 2 and why in done.stderr
+
+
 def test_segment_writes_a_mask_in_the_scans_own_space_and_a_picture(server, client, scan, tmp_path):
     expected = client.segment(scan, QUESTION, max_new_tokens=24)
     assert expected.mask is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -10,19 +11,32 @@ import threading
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
+import jsonschema
 import numpy as np
 import psutil
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from engine.api import AnswerDetails
 from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable
 from engine.processor import has_bf16
 from engine.runtime.decoder import AnswerInfo, Decoder, decode_kernel, llm_engine
 from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.sampling import Sampling
-from tests.tiny_llm import BOS, CONTEXT, EOS, VISUAL_TOKENS, WIDTH, question, visual_tokens, write_tiny_llm
+from tests.tiny_llm import (
+    BOS,
+    CONTEXT,
+    EOS,
+    VISUAL_TOKENS,
+    VOCABULARY,
+    WIDTH,
+    question,
+    visual_tokens,
+    write_tiny_llm,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -50,6 +64,7 @@ class Answer:
     finish_reason: str
     states: np.ndarray
     info: AnswerInfo
+    details: AnswerDetails | None
 
 
 class Running:
@@ -75,6 +90,7 @@ class Running:
             last.finish_reason,
             last.states,
             last.info,
+            last.details,
         )
 
     def ask(self, visual, asked, **sampling) -> Answer:
@@ -109,9 +125,11 @@ def running(tiny):
 @contextmanager
 def started(tiny):
     running = Running(tiny.repository)
-    yield running
-    processes = llm_engine._processes(running.decoder.engine._llm)
-    running.run(running.decoder.stop())
+    try:
+        yield running
+    finally:
+        processes = llm_engine._processes(running.decoder.engine._llm)
+        running.run(running.decoder.stop())
     assert not any(psutil.pid_exists(process.pid) for process in processes)
     # None had to be killed, but by a test.
     assert {process.exitcode for process in processes} <= {0, -signal.SIGKILL}
@@ -295,6 +313,203 @@ def test_the_repetition_penalty_sees_this_answer_only(running, tiny):
     right = [tiny.generate(*case(i), LENGTH, logits_processor=[PenaltyWithBos()]) for i in range(AT_ONCE)]
     answers = running.ask_all(*map(case, range(AT_ONCE)), max_new_tokens=LENGTH, repetition_penalty=1.3)
     assert [answer.ids for answer in answers] == right
+
+
+# --- log-probabilities, choices, constraints --------------------------------------------------------------------------
+CHOICES = {"w5": [5], "w6 w7": [6, 7], "w6 w9 w9": [6, 9, 9], "w6": [6], "w200": [200]}
+
+
+@torch.inference_mode()
+def logprobs_of(tiny, visual, asked, said) -> torch.Tensor:
+    """fp32 [len(said), V] by transformers: what each token that was said was chosen from."""
+    return tiny.model.lm_head(torch.from_numpy(tiny.states(visual, asked, said))).log_softmax(-1)
+
+
+def likelihood(tiny, visual, asked, said) -> float:
+    return float(logprobs_of(tiny, visual, asked, said)[range(len(said)), said].sum())
+
+
+def assert_choices(tiny, case, answer) -> None:
+    assert answer.details.choices == pytest.approx(
+        {text: likelihood(tiny, *case, ids) for text, ids in CHOICES.items()}, abs=1e-4
+    )
+
+
+def test_log_probabilities_are_those_of_transformers(running, tiny, expected):
+    for i in range(4):
+        answer = running.ask(*case(i), max_new_tokens=LENGTH, logprobs=4)
+        assert_equals(answer, expected[i])
+        right = logprobs_of(tiny, *case(i), answer.ids)
+        assert [token.token_id for token in answer.details.logprobs] == answer.ids
+        for token, scores in zip(answer.details.logprobs, right):
+            assert token.logprob == pytest.approx(float(scores[token.token_id]), abs=1e-4)
+            top = scores.topk(4)
+            assert [each.logprob for each in token.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+            assert [each.token_id for each in token.top] == top.indices.tolist()
+            assert token.text == running.decoder._tokenizer.decode([token.token_id])
+
+
+def test_choices_have_their_likelihood_however_many_tokens_they_have(running, tiny, expected):
+    for i in range(3):
+        answer = running.ask(*case(i), max_new_tokens=LENGTH, choices=list(CHOICES))
+        assert_equals(answer, expected[i])
+        assert_choices(tiny, case(i), answer)
+
+
+def test_they_stay_right_among_others(running, tiny, expected):
+    """In one batch: plain questions, log-probabilities, choices and an answer that is held to them."""
+
+    async def together():
+        kinds = ({}, {"logprobs": 2}, {"choices": list(CHOICES)}, {"choices": list(CHOICES), "only_choices": True})
+        return await asyncio.gather(
+            *(running.answer(*case(i), max_new_tokens=LENGTH, **kinds[i % 4]) for i in range(AT_ONCE))
+        )
+
+    answers = running.run(together())
+    for i, answer in enumerate(answers):
+        if i % 4 < 3:
+            assert_equals(answer, expected[i])
+        if i % 4 == 0:
+            assert answer.details is None
+        if i % 4 == 1:
+            right = logprobs_of(tiny, *case(i), answer.ids)
+            assert [[each.token_id for each in token.top] for token in answer.details.logprobs] == right.topk(
+                2
+            ).indices.tolist()
+        if i % 4 > 1:
+            assert_choices(tiny, case(i), answer)
+    assert_nothing_is_kept(running)
+
+
+def test_temperature_and_penalty_change_no_log_probability(running, tiny):
+    answer = running.ask(
+        *case(0), max_new_tokens=8, temperature=1.5, seed=3, repetition_penalty=1.5, logprobs=0, choices=list(CHOICES)
+    )
+    right = logprobs_of(tiny, *case(0), answer.ids)[range(len(answer.ids)), answer.ids]
+    assert [token.logprob for token in answer.details.logprobs] == pytest.approx(right.tolist(), abs=1e-4)
+    assert all(token.top == () for token in answer.details.logprobs)
+    assert_choices(tiny, case(0), answer)
+
+
+def test_an_answer_may_be_held_to_the_choices(running, tiny):
+    for i in range(3):
+        said, left = [], list(CHOICES.values())
+        while left:
+            scores = logprobs_of(tiny, *case(i), [*said, 0])[-1]
+            allowed = {ids[len(said)] if len(said) < len(ids) else EOS for ids in left}
+            said.append(max(allowed, key=lambda id_: scores[id_]))
+            left = [ids for ids in left if ids[: len(said)] == said]
+        answer = running.ask(*case(i), max_new_tokens=LENGTH, choices=list(CHOICES), only_choices=True)
+        assert answer.ids == said and answer.finish_reason == "stop" and answer.text.strip() in CHOICES
+
+
+@pytest.mark.parametrize(
+    "asked, choices, words",
+    [
+        ("w5", ["w600", "w601"], "same tokens"),
+        ("w5", ["w5 </s>"], "</s>, which ends answers"),
+        ("w5", [f"w{i} " * 50 + "w4" for i in range(5, 15)], "510 tokens in all, at most 256"),
+        ("w5 " * (CONTEXT - VISUAL_TOKENS - 3), ["w5 w5 w5"], "a choice has 3 tokens.*room for 2"),
+    ],
+)
+def test_choices_that_cannot_be_scored_are_refused(running, expected, asked, choices, words):
+    with pytest.raises(InvalidInput, match=words):
+        running.ask(visual_tokens(0), asked, choices=choices, max_new_tokens=1)
+    assert_equals(running.ask(*case(1), max_new_tokens=LENGTH), expected[1])
+
+
+def test_a_cancelled_question_ends_the_scoring_of_its_choices(running):
+    async def cancelled(i):
+        task = asyncio.create_task(running.answer(*case(i), max_new_tokens=1, choices=list(CHOICES)))
+        await asyncio.wait([task], timeout=i / 1000)
+        return not task.cancel() or await asyncio.gather(task, return_exceptions=True)
+
+    async def all_of_them():
+        return await asyncio.gather(*map(cancelled, range(AT_ONCE)))
+
+    running.run(all_of_them())
+    assert_nothing_is_kept(running)
+    assert running.decoder._answering == 0
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "organ": {"enum": ["liver", "spleen", "left kidney"]},
+        "seen": {"type": "boolean"},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+        "words": {"type": "array", "items": {"$ref": "#/$defs/word"}, "maxItems": 2},
+    },
+    "required": ["organ", "seen", "count", "words"],
+    "$defs": {"word": {"type": "string", "maxLength": 3}},
+}
+
+
+def spell_bytes(tiny) -> None:
+    """Give it a tokenizer whose tokens 3, 4, ... are single bytes."""
+    path = tiny.folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    free = [id_ for id_ in range(3, VOCABULARY) if id_ != tiny.manifest.seg_token_id]
+    vocabulary = settings["model"]["vocab"]
+    names = {id_: name for name, id_ in vocabulary.items()} | dict(zip(free, alphabet))
+    settings["model"] = {"type": "BPE", "vocab": {name: id_ for id_, name in sorted(names.items())}, "merges": []}
+    settings["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    settings["decoder"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    path.write_text(json.dumps(settings))
+
+
+def test_an_answer_may_be_held_to_a_json_schema(tmp_path):
+    tiny = write_tiny_llm(tmp_path / "repository")
+    spell_bytes(tiny)
+    with started(tiny) as running:
+        asked = "What is this?"
+        before = running.ask(visual_tokens(0), asked, max_new_tokens=24)
+        assert "{" not in before.text[:1]
+        settings = [{}, {}, {"temperature": 1.0, "seed": 5}, {"logprobs": 2}]
+
+        async def together():
+            return await asyncio.gather(
+                *(
+                    running.answer(visual_tokens(i), asked, max_new_tokens=200, json_schema=SCHEMA, **more)
+                    for i, more in enumerate(settings)
+                )
+            )
+
+        answers = running.run(together())
+        for answer in answers:
+            assert answer.finish_reason == "stop"
+            jsonschema.validate(json.loads(answer.text), SCHEMA)
+        assert all(len(each.logprobs) == len(answers[3].ids) for each in [answers[3].details])
+        cut = running.ask(visual_tokens(0), asked, max_new_tokens=5, json_schema=SCHEMA)
+        assert cut.finish_reason == "length" and answers[0].text.startswith(cut.text)
+        # As training spells an answer: behind a space.
+        choices = running.ask(visual_tokens(0), asked, max_new_tokens=1, choices=["yes", "no"]).details.choices
+        held = running.ask(visual_tokens(0), asked, max_new_tokens=9, choices=["yes", "no"], only_choices=True)
+        assert held.text in (" yes", " no") and set(choices) == {"yes", "no"}
+        assert running.ask(visual_tokens(0), asked, max_new_tokens=24).ids == before.ids
+
+
+def test_a_schema_that_this_model_cannot_spell_fails_its_own_answer_only(running, expected):
+    """The vocabulary has words, and no brace."""
+
+    async def together():
+        asked = [running.answer(*case(i), max_new_tokens=LENGTH) for i in range(3)]
+        asked.insert(1, running.answer(*case(1), max_new_tokens=LENGTH, json_schema={"type": "object"}))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    answers = running.run(together())
+    refused = answers.pop(1)
+    assert type(refused) is InvalidInput and "cannot be held to its json_schema" in str(refused)
+    for answer, right in zip(answers, expected):
+        assert_equals(answer, right)
+    assert running.decoder.health == "ready"
+    assert_nothing_is_kept(running)
 
 
 def with_value(value):

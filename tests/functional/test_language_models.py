@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from engine.client import M3DClient
 from engine.manifest import LLM_FOLDER, Manifest
 from engine.models.checkpoint import load_lamed, read_config
+from engine.prompt import IMAGE_TOKEN
 from engine.runtime.decoder.cpu_forward import Pass
 from engine.server import Server, free_ports
 from tests import tiny, tiny_chats
@@ -118,6 +119,17 @@ def test_vllm_answers_questions_and_conversations_like_transformers(exported):
         assert np.abs(answer.states - states).max(initial=0) < 1e-4
 
 
+@torch.inference_mode()
+def likelihood(wanted: tiny_chats.Chat, question: str, text: str) -> float:
+    """log p(text | question) by transformers: an answer begins with the text's own tokens."""
+    asked, said = wanted.prompt_ids(question), wanted.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor(asked + said)
+    rows = wanted.model.get_input_embeddings()(ids)
+    rows[ids == wanted.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] = torch.from_numpy(wanted.visual_tokens)
+    scores = wanted.model(inputs_embeds=rows[None]).logits[0, len(asked) - 1 : -1].log_softmax(-1)
+    return float(scores[range(len(said)), said].sum())
+
+
 def test_the_server_answers_and_segments_like_transformers(exported, tmp_path):
     with Server(exported.repository, **free_ports(), log=tmp_path / "triton.log") as server:
         with M3DClient(server.url, timeout=300) as client:
@@ -128,6 +140,14 @@ def test_the_server_answers_and_segments_like_transformers(exported, tmp_path):
                 assert answer.finish_reason == ("stop" if ids[-1] in exported.wanted.ends else "length")
             question, (ids, states) = next((q, found) for q, found in exported.answers.items() if len(found[1]))
             found = client.segment(study, question, return_logits=True, max_new_tokens=LENGTH)
+            talked = client.ask(study, messages=TURNS, max_new_tokens=LENGTH)
+            schema = {"type": "object", "properties": {"seen": {"type": "boolean"}}, "required": ["seen"]}
+            held = client.ask(study, question, json_schema=schema, choices=["yes", "no"])
+    assert list(talked.token_ids) == exported.wanted.answer(TURNS, LENGTH)[0] and talked.history_used
+    assert isinstance(json.loads(held.text)["seen"], bool) and held.finish_reason == "stop"
+    assert held.choices == pytest.approx(
+        {text: likelihood(exported.wanted, question, text) for text in ("yes", "no")}, abs=1e-3
+    )
     lamed, _ = load_lamed(exported.checkpoint)
     with torch.inference_mode():
         features = lamed.seg_module.encode(torch.from_numpy(tiny.volume())[None])

@@ -6,6 +6,7 @@ The three hold one repository, so that what they say can be compared bit by bit.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import queue
 import shutil
@@ -15,11 +16,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
+import pydicom
 import pytest
 
-from engine import AsyncM3DClient, M3DClient, M3DEngine
-from engine.api import M3D, Study
+from engine import AsyncM3DClient, M3DClient, M3DEngine, contract
+from engine.api import M3D, Message, Study
 from engine.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -31,13 +34,19 @@ from engine.errors import (
 )
 from engine.manifest import Manifest
 from engine.runtime.server_folder import PREFIX, SHARED_MEMORY
+from engine.scan import scan_pieces
+from engine.scan.nifti import geometry_header
+from engine.seg_states import MAX_SEGMENTS
 from engine.server import keeper
 from tests.awaited import Awaited
+from tests.functional.footprint import Footprint
 from tests.functional.test_client import BATCH, LONG, PATIENCE_S, WAITING, Reader
 from tests.tiny import QUESTION, words
+from tests.unit.test_scan import saved, series
 
 pytestmark = pytest.mark.integration
 
+SOME_SEG = 24  # tokens of an answer that has several [SEG], not too many
 IMPLEMENTATIONS = ("M3DEngine", "M3DClient", "AsyncM3DClient")
 
 
@@ -105,6 +114,18 @@ def test_answers_masks_and_embeddings_are_equal_bit_by_bit(request, engine, othe
         assert (ours.cut, ours.text_limit) == (theirs.cut, theirs.text_limit) == ((False, False, True), 512)
 
 
+@pytest.mark.parametrize("other", ["client", "awaited"])
+def test_segments_are_equal_bit_by_bit(request, engine, other, scans):
+    other = request.getfixturevalue(other)
+    for of in (scans[0], scan(1)):
+        ours, theirs = (segmented(m3d, m3d.upload(of)) for m3d in (engine, other))
+        assert len(ours.segments) == len(theirs.segments) > 1
+        for found, expected in zip(ours.segments, theirs.segments):
+            np.testing.assert_array_equal(found.mask, expected.mask)
+            np.testing.assert_array_equal(found.logits, expected.logits)
+            assert (found.score, found.words, found.span) == (expected.score, expected.words, expected.span)
+
+
 def test_an_answer_to_the_first_question_holds_a_mask(engine, scans):
     """Else the comparison above would compare nothing."""
     assert engine.segment(engine.upload(scans[0]), QUESTION, max_new_tokens=48).mask.any()
@@ -116,6 +137,163 @@ def test_seeded_samples_are_equal(engine, client, scans):
         engine.ask(engine.upload(scans[0]), QUESTION, **settings).token_ids
         == client.ask(client.upload(scans[0]), QUESTION, **settings).token_ids
     )
+
+
+# --- segments --------------------------------------------------------------------------------------------------------
+def segmented(m3d, study, merge="each"):
+    return m3d.segment(study, QUESTION, return_logits=True, merge=merge, max_new_tokens=SOME_SEG)
+
+
+def test_each_seg_has_a_mask_of_its_own_and_the_mask_is_their_union(m3d, study):
+    found = segmented(m3d, study)
+    assert 1 < len(found.segments) == found.answer.text.count("[SEG]") and found.logits is None
+    np.testing.assert_array_equal(found.mask, np.any([each.mask for each in found.segments], axis=0))
+    for each in found.segments:
+        # The study has the model's size, so that nothing is resampled.
+        probabilities = 1 / (1 + np.exp(-each.logits.astype(float)))
+        assert (each.mask == (probabilities > 0.5))[abs(probabilities - 0.5) > 1e-6].all()
+        assert each.score == (pytest.approx(probabilities[each.mask].mean(), abs=1e-6) if each.mask.any() else None)
+        assert each.measurements.voxel_count == each.mask.sum()
+        np.testing.assert_array_equal(each.affine, found.affine)
+    assert len({each.logits.tobytes() for each in found.segments}) > 1
+
+
+def test_a_segment_says_which_words_led_to_it(m3d, study):
+    found = segmented(m3d, study)
+    text, before = found.answer.text, 0
+    for each in found.segments:
+        seg = text.index("[SEG]", before)
+        assert text[slice(*each.span)] == each.words == text[before:seg].strip()
+        before = seg + len("[SEG]")
+
+
+def test_one_mask_of_all_seg_is_what_a_segmentation_has_unless_it_is_told_otherwise(m3d, study):
+    found, plain = segmented(m3d, study, "reference"), m3d.segment(study, QUESTION, max_new_tokens=SOME_SEG)
+    np.testing.assert_array_equal(found.mask, plain.mask)
+    (one,) = plain.segments
+    assert one.mask is plain.mask and one.words == plain.answer.text[: plain.answer.text.rindex("[SEG]")].strip()
+    assert found.logits is found.segments[0].logits and found.logits.shape == study.info.shape
+
+
+def test_an_answer_with_one_seg_has_one_mask_either_way(m3d, study):
+    ids = m3d.ask(study, QUESTION, max_new_tokens=SOME_SEG).token_ids
+    most = 1 + next(n for n in range(len(ids)) if m3d.ask(study, QUESTION, max_new_tokens=n + 1).text.count("[SEG]"))
+    each, reference = (
+        m3d.segment(study, QUESTION, True, merge=merge, max_new_tokens=most) for merge in ("each", "reference")
+    )
+    assert len(each.segments) == 1
+    np.testing.assert_array_equal(each.mask, reference.mask)
+    np.testing.assert_array_equal(each.segments[0].logits, reference.logits)
+    assert (
+        each.segments[0].score == reference.segments[0].score and each.segments[0].words == reference.segments[0].words
+    )
+
+
+def test_an_answer_has_a_bounded_number_of_masks(m3d, study):
+    settings = {"max_new_tokens": 300, "temperature": 0.01, "top_k": 2, "seed": 1}
+    assert m3d.ask(study, QUESTION, **settings).text.count("[SEG]") > MAX_SEGMENTS
+    with pytest.raises(InvalidInput, match=f"at most {MAX_SEGMENTS} masks.*'reference'"):
+        m3d.segment(study, QUESTION, merge="each", **settings)
+    assert len(m3d.segment(study, QUESTION, **settings).segments) == 1
+
+
+def test_the_ensemble_draws_as_the_client_does(client, scans):
+    study = client.upload(scans[0])
+    inputs = {
+        contract.STUDY_IN: study.handle,
+        contract.QUESTION: QUESTION,
+        contract.SAMPLING: json.dumps({"max_new_tokens": SOME_SEG}),
+        contract.RETURN_LOGITS: True,
+    }
+    for merge in (None, "reference", "each"):
+        found = segmented(client, study, merge or "reference")
+        drawn = client._transport.stream("m3d_segment", inputs | {contract.MERGE: merge}, 300).read()
+        assert drawn.text("TEXT") == found.answer.text and len(drawn["SEG_SPANS"]) == found.answer.text.count("[SEG]")
+        np.testing.assert_array_equal(drawn["MASK"], np.packbits(found.mask))
+        np.testing.assert_array_equal(drawn["LOGITS"], np.concatenate([each.logits for each in found.segments]))
+        bits = [np.packbits(each.mask) for each in found.segments] if merge == "each" else np.zeros((0, 0), np.uint8)
+        np.testing.assert_array_equal(drawn["SEGMENT_MASKS"], bits)
+        assert drawn["SEGMENT_SCORES"].tolist() == [each.score for each in found.segments]
+    with pytest.raises(InvalidInput, match="reference, each"):
+        client._transport.stream("m3d_segment", inputs | {contract.MERGE: "all"}, 300).read()
+
+
+# --- provenance ------------------------------------------------------------------------------------------------------
+NAME, UID = "MARKED^NAME", "1.2.826.0.1.3680043.8.498.77777"
+
+
+def test_the_place_of_a_nifti_comes_back_with_the_mask_and_its_texts_do_not(m3d, tmp_path):
+    texts = {"descrip": NAME, "aux_file": NAME, "intent_name": NAME, "db_name": NAME, "data_type": NAME[:10]}
+    affine = np.array([[-0.9, 0.1, 0.2, 12], [0.1, 1.4, -0.3, -80], [0.1, 0.2, 2.9, 7], [0, 0, 0, 1.0]])
+    image = nibabel.Nifti1Image(scan(6), affine)
+    image.set_sform(affine, 2)
+    image.set_qform(affine, 1, strip_shears=True)
+    for name, text in texts.items():
+        image.header[name] = text
+    path = tmp_path / "scan.nii"
+    nibabel.save(image, path)
+    assert NAME.encode() in path.read_bytes()
+    found = segmented(m3d, m3d.upload(path))
+    given = nibabel.Nifti1Header(path.read_bytes()[:348], check=False)
+    assert NAME[:10].encode() not in found.header and found.header == geometry_header(given)
+    for mask in (found, *found.segments):
+        saved = nibabel.load(mask.save(tmp_path / "mask.nii.gz"))
+        np.testing.assert_array_equal(np.asarray(saved.dataobj), mask.mask)
+        for name in ("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "quatern_b", "quatern_c", "quatern_d"):
+            np.testing.assert_array_equal(saved.header[name], given[name])
+
+
+def dicom_folder(folder: Path, **fields) -> Path:
+    slices = series(9, shape=(24, 20), SeriesInstanceUID=f"{UID}.2", StudyInstanceUID=f"{UID}.1", **fields)
+    for index, dataset in enumerate(slices):
+        dataset.PatientName, dataset.FrameOfReferenceUID, dataset.SOPInstanceUID = NAME, f"{UID}.3", f"{UID}.4.{index}"
+        (folder / f"{NAME} {index}.dcm").write_bytes(saved(dataset))
+    return folder
+
+
+def test_a_mask_of_a_dicom_series_says_which_image_each_of_its_slices_lies_on(m3d, tmp_path):
+    found = segmented(m3d, m3d.upload(dicom_folder(tmp_path)))
+    reference = found.source.series()
+    assert (reference.study_uid, reference.series_uid, reference.frame_of_reference_uid) == (
+        f"{UID}.1",
+        f"{UID}.2",
+        f"{UID}.3",
+    )
+    assert len(reference.slices) == found.mask.shape[2] == 9
+    for k, each in enumerate(reference.slices):
+        image = pydicom.dcmread(each.file)
+        assert (each.sop_class_uid, each.sop_instance_uid) == (image.SOPClassUID, image.SOPInstanceUID)
+        assert found.mask[:, :, k].T.shape == (image.Rows, image.Columns)
+        position = (found.affine @ [0, 0, k, 1])[:3] * [-1, -1, 1]
+        np.testing.assert_allclose(position, image.ImagePositionPatient, atol=1e-6)
+
+
+def test_no_name_and_no_uid_of_a_patient_is_kept_or_told(m3d, engine, server, tmp_path):
+    """In what is stored, what is logged, and what is answered; with an upload that fails, too."""
+    folder = dicom_folder(tmp_path)
+    study = m3d.upload(folder)
+    assert all(text.encode() in scan_bytes(folder) for text in (NAME, UID))  # what was uploaded has them
+    answers = [study.info, segmented(m3d, study).header, m3d.ask(study, QUESTION, max_new_tokens=4), m3d.info()]
+    with pytest.raises(InvalidInput):
+        m3d.upload(dicom_folder(tmp_path, Modality="MR", PixelSpacing=[0, 0]))
+    kept = [path for place in kept_by(server) for path in place.rglob("*") if path.is_file()]
+    contents = [path.read_bytes() for path in kept] + [server.log.read_bytes()]
+    assert any(b'"orientation"' in content for content in contents)  # the studies are looked at
+    for text in (NAME, UID, NAME.replace("^", " ")):
+        assert not any(text.encode() in content for content in contents)
+        assert not any(text in repr(answer) for answer in answers) and not any(text in str(path) for path in kept)
+
+
+def scan_bytes(folder: Path) -> bytes:
+    return b"".join(scan_pieces(folder)[0])
+
+
+def kept_by(server) -> list[Path]:
+    """The folders of the engine and the server: their studies, and what the server's parts tell each other."""
+    of_server = Path(f"/proc/{server.keeper_pid}/root{SHARED_MEMORY}")
+    studies = [*SHARED_MEMORY.glob(f"{PREFIX}-{os.getpid()}-*"), *of_server.glob(f"{PREFIX}-*")]
+    assert len(studies) >= 2
+    return [*studies, Path(os.fsdecode(Footprint(server.keeper_pid).run_folder))]
 
 
 # --- studies ---------------------------------------------------------------------------------------------------------
@@ -197,6 +375,78 @@ def test_sampling_settings_reach_the_language_model(m3d, study):
     assert stopped.finish_reason == "stop" and stop not in stopped.text and whole.text.startswith(stopped.text)
 
 
+# --- conversations ---------------------------------------------------------------------------------------------------
+TURNS = [("system", "w3"), ("user", "w4 w5"), ("assistant", "w6"), ("user", QUESTION)]
+
+
+def test_a_model_for_single_questions_gets_the_last_one_and_its_answer_says_so(m3d, study):
+    """The published families were trained on single questions; others are in test_language_models.py."""
+    asked = m3d.ask(study, QUESTION, max_new_tokens=48)
+    assert asked.history_used is None
+    for turns in (TURNS, [Message(*turn) for turn in TURNS], [dict(zip(("role", "content"), turn)) for turn in TURNS]):
+        answer = m3d.ask(study, messages=turns, max_new_tokens=48)
+        assert answer.history_used is False and answer.token_ids == asked.token_ids
+    with m3d.stream(study, messages=TURNS, max_new_tokens=48) as stream:
+        assert "".join(stream) == asked.text and stream.answer.history_used is False
+    found, expected = (
+        m3d.segment(study, **of, max_new_tokens=48) for of in ({"messages": TURNS}, {"question": QUESTION})
+    )
+    assert found.answer.history_used is False and expected.answer.history_used is None
+    np.testing.assert_array_equal(found.mask, expected.mask)
+
+
+def test_a_conversation_of_one_question_is_the_question(m3d, study):
+    answer = m3d.ask(study, messages=[Message("user", QUESTION)], max_new_tokens=8)
+    assert answer.history_used is None and answer.token_ids == m3d.ask(study, QUESTION, max_new_tokens=8).token_ids
+
+
+# --- likelihoods and constraints -------------------------------------------------------------------------------------
+CHOICES = ["w5", "w6 w7", "w6 w9 w9"]
+
+
+@pytest.mark.parametrize("other", ["client", "awaited"])
+def test_log_probabilities_and_likelihoods_are_equal(request, engine, other, scans):
+    """To what the order of the batch may change; ids are equal to the last."""
+    other, settings = request.getfixturevalue(other), {"logprobs": 3, "choices": CHOICES, "max_new_tokens": 24}
+    ours, theirs = (m3d.ask(m3d.upload(scans[0]), QUESTION, **settings) for m3d in (engine, other))
+    assert ours.token_ids == theirs.token_ids and len(ours.logprobs) == 24
+    for mine, your in zip(ours.logprobs, theirs.logprobs):
+        assert (mine.token_id, mine.text) == (your.token_id, your.text)
+        assert mine.logprob == pytest.approx(your.logprob, abs=1e-5)
+        assert [each.token_id for each in mine.top] == [each.token_id for each in your.top]
+    assert ours.choices == pytest.approx(theirs.choices, abs=1e-4) and list(ours.choices) == CHOICES
+
+
+def test_an_answer_has_what_was_asked_for_and_stays_the_same(m3d, study):
+    plain = m3d.ask(study, QUESTION, max_new_tokens=24)
+    assert plain.logprobs == () and plain.choices == {}
+    asked = m3d.ask(study, QUESTION, max_new_tokens=24, logprobs=2, choices=CHOICES)
+    assert asked.token_ids == plain.token_ids and asked.text == plain.text
+    assert [token.token_id for token in asked.logprobs] == list(plain.token_ids)
+    for token in asked.logprobs:  # greedy
+        assert len(token.top) == 2 and token.top[0].token_id == token.token_id
+        assert 0 >= token.logprob == token.top[0].logprob >= token.top[1].logprob
+    assert all(value < 0 for value in asked.choices.values())
+    with m3d.stream(study, QUESTION, max_new_tokens=24, logprobs=0, choices="w5") as stream:
+        assert "".join(stream) == plain.text
+    assert [(token.token_id, token.top) for token in stream.answer.logprobs] == [(id_, ()) for id_ in plain.token_ids]
+    assert stream.answer.choices == pytest.approx({"w5": asked.choices["w5"]}, abs=1e-4)
+    found = m3d.segment(study, QUESTION, max_new_tokens=24, choices="w5")
+    assert found.answer.choices == pytest.approx(stream.answer.choices, abs=1e-4)
+
+
+def test_an_answer_may_be_held_to_choices(m3d, study):
+    held = m3d.ask(study, QUESTION, max_new_tokens=24, choices=CHOICES, only_choices=True)
+    assert held.text.strip() in CHOICES and held.finish_reason == "stop"
+
+
+def test_an_answer_that_cannot_be_held_to_a_schema_is_refused(m3d, study):
+    """The tiny vocabulary has no brace; test_language_models.py has one that does."""
+    with pytest.raises(InvalidInput, match="cannot be held to its json_schema"):
+        m3d.ask(study, QUESTION, max_new_tokens=24, json_schema={"type": "object"})
+    assert m3d.ask(study, QUESTION, max_new_tokens=1).token_ids
+
+
 def test_scores_are_those_of_the_embeddings(m3d, study):
     texts = [words(count, count) for count in (3, 40)]
     scan, embedded = m3d.embed(study), m3d.embed_texts(texts).embeddings
@@ -230,6 +480,30 @@ def test_it_says_what_it_is(m3d, repository):
         (lambda m, s: m.ask(s, QUESTION, max_new_tokens=5000), InvalidInput, "max_new_tokens is 5000"),
         (lambda m, s: list(m.stream(s, "w1 " * 600)), InvalidInput, "question has"),
         (lambda m, s: m.segment(s, ""), InvalidInput, "question is empty"),
+        (lambda m, s: m.segment(s, QUESTION, merge="all"), InvalidInput, "reference, each"),
+        (lambda m, s: m.ask(s), InvalidInput, "question is empty"),
+        (lambda m, s: m.ask(s, QUESTION, messages=TURNS), InvalidInput, "give one of them"),
+        (lambda m, s: m.ask(s, messages=[]), InvalidInput, "roles of the turns are none"),
+        (lambda m, s: m.ask(s, messages=QUESTION), InvalidInput, "messages must be a list of turns"),
+        (lambda m, s: m.ask(s, messages=TURNS[:-1]), InvalidInput, "the last one user"),
+        (lambda m, s: m.ask(s, messages=[("user", " ")]), InvalidInput, "question is empty"),
+        (lambda m, s: m.ask(s, messages=[{"role": "user"}]), InvalidInput, "a role and a content"),
+        (lambda m, s: m.ask(s, messages=[*TURNS[1:], ("assistant", 3)]), InvalidInput, "a role and a text"),
+        (lambda m, s: m.ask(s, messages=TURNS[1:] * 200), InvalidInput, "600 turns given, at most 256"),
+        (
+            lambda m, s: m.ask(s, messages=[("user", "w1"), ("assistant", "w1 " * 400_000), ("user", "w1")]),
+            InvalidInput,
+            "history has .* bytes, at most",
+        ),
+        (lambda m, s: m.segment(s, messages=TURNS[:-1]), InvalidInput, "the last one user"),
+        (lambda m, s: list(m.stream(s, messages=TURNS[:-1])), InvalidInput, "the last one user"),
+        (lambda m, s: m.ask(s, QUESTION, logprobs=21), InvalidInput, "logprobs must be a whole number from 0 to 20"),
+        (lambda m, s: m.ask(s, QUESTION, choices=["w1"] * 65), InvalidInput, "65 strings given, at most 64"),
+        (lambda m, s: m.ask(s, QUESTION, choices=["w1", " w2"]), InvalidInput, "begins or ends with a space"),
+        (lambda m, s: m.ask(s, QUESTION, choices=["w999", "w998"]), InvalidInput, "same tokens"),
+        (lambda m, s: m.ask(s, QUESTION, only_choices=True), InvalidInput, "no choices: give some"),
+        (lambda m, s: m.ask(s, QUESTION, json_schema={"type": "tree"}), InvalidInput, "type 'tree' is none of"),
+        (lambda m, s: m.ask(s, QUESTION, json_schema="{"), InvalidInput, "not JSON"),
         (lambda m, s: m.rank(s, "one text"), InvalidInput, "texts"),
         (lambda m, s: m.rank(s, ["w1"] * 300), InvalidInput, "300 texts"),
         (lambda m, s: m.embed_texts(["w1", " "]), InvalidInput, "texts"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import json
 import os
 import re
 import select
@@ -71,14 +73,21 @@ def is_answered(said: str) -> bool:
 
 
 def test_all_python_of_the_readme_is_tested():
-    assert len(LOCAL) == 1 and len(REMOTE) == 2 and set(LOCAL + REMOTE) == set(BLOCKS)
+    assert len(LOCAL) == 1 and len(REMOTE) == 3 and set(LOCAL + REMOTE) == set(BLOCKS)
 
 
-@pytest.mark.parametrize("block", REMOTE, ids=["M3DClient", "AsyncM3DClient"])
+@pytest.mark.parametrize("block", REMOTE, ids=["M3DClient", "AsyncM3DClient", "choices"])
 def test_a_program_asks_a_server(folder, demo_server, block):
     script = folder / "remote.py"
     script.write_text(block.replace("localhost:8001", demo_server.url))
-    assert "chest" in run(folder, script)
+    said = run(folder, script)
+    if "choices" in block:
+        chosen, _, held, modality, history_used = said.splitlines()
+        chosen = ast.literal_eval(chosen)
+        assert max(chosen, key=chosen.get) == held.strip() == "It is a CT scan."
+        assert json.loads(modality)["modality"] in ("CT", "MR") and history_used == "False"
+        return
+    assert "chest" in said
     if "found.save" in block:
         assert nibabel.load(folder / "lung.nii.gz").shape == nibabel.load(folder / "scan.nii.gz").shape
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -95,6 +96,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.silent = False
         self.unfinished = False
         self.mask = np.zeros((2, 3, 5), bool)
+        self.answer = ANSWER
+        self.segments: list[np.ndarray] = []  # masks of the answer's [SEG], for MERGE each; one otherwise
         self.text_limit = 512
         self.study_info = dict(STUDY_INFO)
         self.answer_info = dict(ANSWER_INFO)
@@ -140,7 +143,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             self.evicted = True
             return response(STUDY="", STUDY_INFO="", MODEL_INFO="")
         if request.model_name == "segmentation":
+            each = inputs["MERGE"][0] == b"each"
+            bits = [np.packbits(mask) for mask in self.segments]
             return response(
+                SEGMENT_MASKS=np.stack(bits) if each else np.zeros((0, 0), np.uint8),
+                SEGMENT_SCORES=np.linspace(0.9, 0.6, len(bits)) if each else [0.75],
                 MASK=np.packbits(self.mask),
                 MASK_SHAPE=np.array(self.mask.shape),
                 MASK_AFFINE=np.diag([1.0, 2, 3, 1]),
@@ -207,12 +214,17 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         info = json.dumps(self.answer_info)
         box = np.array([[0, 1, 2, 3, 4, 5.0]])
         streams = "STREAM" in inputs and bool(inputs["STREAM"][0])
-        texts = ANSWER if streams else ("".join(ANSWER),)
+        texts = self.answer if streams else ("".join(self.answer),)
         for i, text in enumerate(texts):
             last = i == len(texts) - 1 and not self.unfinished
-            ids = [i] if streams else list(range(len(ANSWER)))
+            ids = [i] if streams else list(range(len(self.answer)))
             outputs = piece(text, ids, "stop", box, info) if last else piece(text, ids)
-            yield outputs | {"SEG_STATES": np.ones((int(last and self.mask.any()), 4), np.float32)}
+            spans = [found.span() for found in re.finditer(r"\[SEG\]", "".join(self.answer))] or [(0, 0)]
+            spans = spans if last and self.mask.any() else []
+            yield outputs | {
+                "SEG_STATES": np.ones((len(spans), 4), np.float32),
+                "SEG_SPANS": np.array(spans, np.int64).reshape(-1, 2),
+            }
 
 
 class HeldTriton(service_pb2_grpc.GRPCInferenceServiceServicer):

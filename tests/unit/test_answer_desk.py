@@ -8,11 +8,12 @@ import queue
 import sys
 import threading
 import types
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-from engine.api import AnswerInfo
+from engine.api import AnswerDetails, AnswerInfo, ChosenToken, ScoredToken
 from engine.contract import MODELS
 from engine.errors import ResourceExhausted, Unavailable
 from engine.runtime.decoder import Delta
@@ -114,6 +115,7 @@ class FakeDecoder:
 
     async def answer(self, visual_tokens, question, sampling):
         assert visual_tokens.shape == (3, 4)
+        self.question = question
         try:
             for item in self.script:
                 if item == "wait":
@@ -198,6 +200,25 @@ def test_without_stream_there_is_one_response_in_all(desk):
     assert response.outputs["BOXES"].tolist() == [[0, 0, 0, 3, 5, 5]], "voxel edges of the scan's own array"
 
 
+def test_earlier_turns_come_before_the_question(desk):
+    desk.decoder.script = ANSWER
+    ask(desk).responses()
+    assert desk.decoder.question == "where?"
+    ask(desk, HISTORY='[["user", "what?"], ["assistant", "a scan"]]').responses()
+    assert desk.decoder.question == [("user", "what?"), ("assistant", "a scan"), ("user", "where?")]
+
+
+@pytest.mark.parametrize("stream", [None, STREAM])
+def test_details_are_on_the_last_response_where_there_are_any(desk, stream):
+    top = (ScoredToken(5, "at", -0.5), ScoredToken(9, "in", -2.0))
+    details = AnswerDetails(logprobs=(ChosenToken(5, "at", -0.5, top),), choices={"yes": -1.5}, history_used=False)
+    desk.decoder.script = [*ANSWER[:-1], replace(ANSWER[-1], details=details)]
+    said = json.loads(ask(desk, STREAM=stream).responses()[-1].text("ANSWER_INFO"))
+    assert said.pop("details") == json.loads(json.dumps(asdict(details)))
+    desk.decoder.script = ANSWER
+    assert json.loads(ask(desk).responses()[-1].text("ANSWER_INFO")) == said
+
+
 def test_responses_hold_what_was_asked_for_only(desk):
     """Triton's response sender drops the rest without Python's lock, as it does for ensembles that use less."""
     desk.decoder.script = ANSWER
@@ -211,6 +232,10 @@ def test_responses_hold_what_was_asked_for_only(desk):
         ({"STUDY": "cd" * 32}, "NOT_FOUND", "NOT_FOUND: unknown study"),
         ({"SAMPLING": '{"temperature": 9}'}, "INVALID_ARG", "INVALID_ARGUMENT: temperature must be"),
         ({"SAMPLING": "{"}, "INVALID_ARG", "INVALID_ARGUMENT: SAMPLING is not JSON"),
+        ({"HISTORY": "{"}, "INVALID_ARG", "INVALID_ARGUMENT: HISTORY is not JSON"),
+        ({"HISTORY": "{}"}, "INVALID_ARG", "INVALID_ARGUMENT: HISTORY must be a JSON list of turns"),
+        ({"HISTORY": '[["user", "what?"]]'}, "INVALID_ARG", "INVALID_ARGUMENT: the roles of the turns are user, user"),
+        ({"HISTORY": "[3]"}, "INVALID_ARG", "INVALID_ARGUMENT: a turn is a role and a text, not 3"),
         ({"QUESTION": None}, "INVALID_ARG", "INVALID_ARGUMENT: the request has no QUESTION"),
         ({"STUDY": None}, "INVALID_ARG", "INVALID_ARGUMENT: the request has no STUDY"),
     ],

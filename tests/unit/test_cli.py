@@ -283,3 +283,60 @@ def test_a_reader_that_has_enough_ends_the_request_quietly(scan, triton):
 def test_every_command_has_a_help_text(m3d, command):
     code, out, _ = m3d(*filter(None, [command]), "--help")
     assert code == 0 and "Usage" in out
+
+
+# --- one mask for each [SEG] -----------------------------------------------------------------------------------------
+@pytest.fixture
+def two(triton):
+    """An answer with two [SEG], the second of which marks nothing."""
+    triton.answer = ("The liver is ", "[SEG]", " and the spleen", " is [SEG].")
+    triton.segments = [np.zeros((12, 13, 14), bool) for _ in range(2)]
+    triton.segments[0][3:6, 4:8, 5:9] = True
+    triton.mask = triton.segments[0]
+    return triton
+
+
+def test_segment_writes_one_mask_for_each_seg_with_its_number(m3d, scan, two, tmp_path):
+    output = tmp_path / "out.nii.gz"
+    code, out, err = m3d("segment", scan, "Segment both.", "-o", output, "--merge", "each", "--server", two.url)
+    assert (code, out) == (0, "The liver is [SEG] and the spleen is [SEG].\n")
+    assert {path.name for path in tmp_path.glob("out*")} == {"out_1.nii.gz", "out_2.nii.gz", "out.json", "out.png"}
+    voxels = [np.asarray(nibabel.load(tmp_path / f"out_{number}.nii.gz").dataobj).sum() for number in (1, 2)]
+    assert voxels == [48, 0]
+    found = json.loads((tmp_path / "out.json").read_text())
+    first, second = found["segments"]
+    assert found["answer"] == out.strip() and first["file"] == "out_1.nii.gz" and second["file"] == "out_2.nii.gz"
+    assert (first["words"], second["words"]) == ("The liver is", "and the spleen is")
+    assert found["answer"][slice(*second["span"])] == second["words"]
+    assert first["voxel_count"] == 48 and first["intensity_unit"] == "HU" and second["voxel_count"] == 0
+    assert first["score"] == pytest.approx(0.9)
+    for words in ("1 The liver is", "2 and the spleen is", "score 0.900", "48 voxels", str(tmp_path / "out_2.nii.gz")):
+        assert words in err
+
+
+@pytest.mark.parametrize("there", ["out_1.nii.gz", "out_7.nii", "out.json", "out.png"])
+def test_segment_for_each_seg_overwrites_nothing_and_mixes_with_no_earlier_masks(m3d, scan, two, tmp_path, there):
+    (tmp_path / there).write_text("earlier")
+    output = tmp_path / "out.nii.gz"
+    code, _, err = m3d("segment", scan, "Segment both.", "-o", output, "--merge", "each", "--server", two.url)
+    assert code == 2 and there in err and "another --output" in err and not two.uploads
+    assert [path.name for path in tmp_path.glob("out*")] == [there] and (tmp_path / there).read_text() == "earlier"
+
+
+@pytest.mark.parametrize("beside", ["out_a.nii.gz", "out_1.txt", "xout_1.nii.gz", "out_1.nii.gz.bak", "out.nii.gz"])
+def test_other_files_beside_the_masks_do_not_matter(m3d, scan, two, tmp_path, beside):
+    (tmp_path / beside).write_text("other")
+    output = tmp_path / "out.nii.gz"
+    assert m3d("segment", scan, "Segment both.", "-o", output, "--merge", "each", "--server", two.url)[0] == 0
+    assert (tmp_path / beside).read_text() == "other"
+
+
+def test_segment_draws_one_mask_of_all_seg_unless_it_is_told_otherwise(m3d, scan, two, tmp_path):
+    code, _, err = m3d("segment", scan, "Segment both.", "-o", tmp_path / "out.nii.gz", "--server", two.url)
+    assert code == 0 and {path.name for path in tmp_path.glob("out*")} == {"out.nii.gz", "out.json", "out.png"}
+    assert two.asked[-1][1]["MERGE"].tolist() == [b"reference"] and "score 0.750" in err
+
+
+def test_an_unknown_merge_is_refused_before_anything_is_sent(m3d, scan, triton):
+    code, _, err = m3d("segment", scan, "What?", "--merge", "all", "--server", triton.url)
+    assert code == 2 and "reference, each" in err and "'all'" in err and not triton.parts

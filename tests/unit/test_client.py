@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import socket
 import threading
 import weakref
+from contextlib import nullcontext
 
 import grpc
 import nibabel
@@ -19,6 +21,7 @@ from engine.api import EngineInfo, ModelInfo
 from engine.client import AsyncM3DClient, M3DClient, Study, wire
 from engine.sampling import Sampling
 from engine.scan import pack_scan
+from engine.source import Source
 from tests.awaited import Awaited
 from tests.unit.fake_triton import ANSWER, EMBEDDING, HANDLE, MODEL
 
@@ -117,6 +120,24 @@ def test_a_question_carries_handle_and_sampling(client, triton, study):
     _, sent = triton.asked[0]
     assert sent["STUDY"].tolist() == [HANDLE.encode()] and sent["QUESTION"].tolist() == [b"What is this?"]
     assert Sampling.from_json(sent["SAMPLING"][0]) == Sampling(temperature=0.5, seed=3)
+
+
+def test_a_conversation_carries_what_was_said_before_its_last_question(client, triton, study):
+    turns = [("user", "A scan\u00e9?"), ("assistant", "Yes."), ("user", "What is this?")]
+    client.ask(study, messages=turns)
+    client.ask(study, messages=turns[-1:])
+    (_, talked), (_, alone) = triton.asked
+    assert talked["QUESTION"].tolist() == [b"What is this?"] == alone["QUESTION"].tolist()
+    assert json.loads(talked["HISTORY"][0]) == [list(turn) for turn in turns[:-1]]
+    assert "HISTORY" not in alone
+
+
+def test_a_conversation_of_too_many_bytes_is_refused_before_it_is_sent(client, triton, study):
+    most = contract.HISTORY.max_bytes - len(json.dumps([["user", "a"], ["assistant", ""]]))
+    for length, is_sent in ((most, True), (most + 1, False)):
+        with nullcontext() if is_sent else pytest.raises(errors.InvalidInput, match="history has 1,048,577 bytes, at"):
+            client.ask(study, messages=[("user", "a"), ("assistant", "b" * length), ("user", "What is this?")])
+    assert len(triton.asked) == 1
 
 
 def test_a_scan_may_stand_for_its_study(client, triton):
@@ -686,3 +707,74 @@ def test_many_questions_are_awaited_at_the_same_time(triton):
             return await asyncio.gather(*(client.ask(study, f"What is {n}?") for n in range(8)))
 
     assert [answer.text for answer in asyncio.run(ask_all())] == ["".join(ANSWER)] * 8
+
+
+# --- one mask for each [SEG] -----------------------------------------------------------------------------------------
+@pytest.fixture
+def of_two(client, triton):
+    """of_two(of, **arguments) -> the segmentation by an answer with two [SEG], whose masks overlap."""
+    triton.answer = ("The liver: ", "[SEG]", ", and the spleen", " is [SEG].")
+    triton.segments = [np.zeros((3, 4, 5), bool) for _ in range(2)]
+    triton.segments[0][1, 0, 2:4] = triton.segments[1][1, 0, 3:5] = True
+    triton.mask = np.any(triton.segments, axis=0)
+    return lambda of, **arguments: client.segment(of, "Segment both.", **arguments)
+
+
+def test_each_seg_has_its_mask_its_score_and_the_words_that_lead_to_it(of_two, triton, tmp_path):
+    found = of_two(VOLUME, merge="each")
+    assert len(found.segments) == 2 and found.logits is None
+    for segment, mask, words, score in zip(
+        found.segments, triton.segments, ("The liver", "and the spleen is"), (0.9, 0.6)
+    ):
+        np.testing.assert_array_equal(segment.mask, mask)
+        assert segment.words == words == found.answer.text[slice(*segment.span)]
+        assert segment.score == pytest.approx(score) and segment.logits is None
+        saved = nibabel.load(segment.save(tmp_path / "mask.nii.gz"))
+        np.testing.assert_array_equal(np.asarray(saved.dataobj), mask)
+        np.testing.assert_array_equal(saved.affine, found.affine)
+    np.testing.assert_array_equal(found.mask, np.any(triton.segments, axis=0))
+
+
+def test_one_mask_of_all_seg_is_one_segment(of_two, triton):
+    found = of_two(VOLUME)
+    (segment,) = found.segments
+    assert segment.mask is found.mask and triton.asked[-1][1]["MERGE"].tolist() == [b"reference"]
+    assert segment.words == "The liver: [SEG], and the spleen is" and segment.score == 0.75
+    assert segment.measurements == found.measurements
+
+
+def test_segments_are_measured_each_by_itself_with_one_reading_of_the_scan(of_two, monkeypatch):
+    reads = []
+    read = Source.read
+    monkeypatch.setattr(Source, "read", lambda self: reads.append(self) or read(self))
+    first, second = of_two(VOLUME, merge="each").segments
+    assert not reads
+    assert first.measurements.bounding_box_voxels == (1, 0, 2, 2, 1, 4)
+    assert second.measurements.bounding_box_voxels == (1, 0, 3, 2, 1, 5)
+    assert second.measurements.intensity_max == VOLUME[0, 1, 0, 3:5].max() and len(reads) == 1
+
+
+def test_no_seg_means_no_segments(client, study):
+    assert client.segment(study, "What is this?", merge="each").segments == ()
+
+
+def test_masks_that_do_not_fit_the_answer_are_another_versions(of_two, triton):
+    triton.segments.pop()
+    with pytest.raises(errors.Unavailable, match="1 masks with 1 scores for 2 .SEG."):
+        of_two(VOLUME, merge="each")
+
+
+@pytest.mark.parametrize("merge", ["all", "", 3])
+def test_an_unknown_merge_is_refused_at_once(client, triton, study, merge):
+    asked = len(triton.asked)
+    with pytest.raises(errors.InvalidInput, match="reference, each"):
+        client.segment(study, "Segment it.", merge=merge)
+    assert len(triton.asked) == asked
+
+
+@pytest.mark.parametrize(("late", "kind"), [(True, errors.DeadlineExceeded), (False, errors.M3DError)])
+def test_a_call_that_grpc_could_not_begin_before_its_deadline_exceeded_it(late, kind):
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details="Internal error from Core"
+    )
+    assert type(wire.call_error("localhost:1", error, False, late)) is kind

@@ -97,11 +97,9 @@ def test_a_kernel_of_another_version_is_not_used(monkeypatch, broken):
 
 @pytest.mark.parametrize("built, state", [(True, "ok"), (False, "note")])
 def test_the_doctor_says_whether_it_was_compiled(monkeypatch, tmp_path, built, state):
-    folder = tmp_path / "runtime/decoder"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(compile_kernel, "LIBRARY", tmp_path / "_decode_kernel.so")
     if built:
-        (folder / "_decode_kernel.so").write_text("")
+        (tmp_path / "_decode_kernel.so").write_text("")
     finding = doctor._decode_kernel()
     assert finding.state == state and ("gcc" in finding.detail) is not built
 

@@ -80,3 +80,27 @@ def test_a_stop_text_and_what_follows_it_never_show(tokenizer, size):
     parts = [ids[i : min(i + size, end)] for i in range(0, end, size)]
     shown = [text.add(part) for part in parts[:-1]] + [text.finish(parts[-1], "naïve")]
     assert "".join(shown) == text.text == whole[: whole.index("naïve")]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_marked_token_is_found_wherever_it_stands(tokenizer, seed):
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    seg = tokenizer.convert_tokens_to_ids("[SEG]")
+    if seed:
+        ids = random.Random(seed).choices([*range(len(tokenizer)), *[seg] * 20], k=200)
+    text = Detokenizer(tokenizer, marked=seg)
+    for piece in pieces(ids, seed):
+        text.add(piece)
+    text.finish()
+    assert len(text.spans) == ids.count(seg) > 0
+    assert {text.text[start:end] for start, end in text.spans} == {"[SEG]"}
+    ends = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i, id_ in enumerate(ids) if id_ == seg]
+    assert [end for _, end in text.spans] == ends
+
+
+@pytest.mark.parametrize(("stop", "spans"), [("[SEG]", [(0, 0)]), ("EG", [(0, 2)]), (" end", [(0, 5)])])
+def test_a_marked_token_that_a_stop_text_cuts_off_ends_with_the_text(tokenizer, stop, spans):
+    seg = tokenizer.convert_tokens_to_ids("[SEG]")
+    text = Detokenizer(tokenizer, [stop], seg)
+    text.finish([seg, *tokenizer(" end", add_special_tokens=False)["input_ids"]], stop)
+    assert list(text.spans) == spans and spans[0][1] == len(text.text)

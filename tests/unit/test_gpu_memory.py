@@ -13,10 +13,10 @@ from benchmarks.make_checkpoint import config_of
 from engine import doctor, gpu, gpu_memory
 from engine.errors import RepositoryError, Unavailable
 from engine.gpu import Gpu
-from engine.manifest import Manifest
 from engine.runtime.decoder.llm_engine import LlmEngine
 from engine.runtime.decoder_settings import DecoderSettings
 from tests.conftest import ROOT
+from tests.unit import fake_models
 
 GIB, MB = 1 << 30, 1_000_000
 # Bytes that programs can have, as vLLM's and NVIDIA's documents print them.
@@ -53,24 +53,12 @@ def exported(folder, size="7B", weights="bf16", encoder=ENCODER, clip=True, prec
     if clip:
         graphs |= {"clip_image_encoder": encoder, "clip_text_encoder": BERT}
     bytes_ = BF16[size] * QUANTIZED[weights] * (2 if precision == "fp32" else 1)
-    manifest = Manifest(
-        checkpoint="lamed",
-        family="lamed_llama",
-        checkpoint_sha256="0",
+    manifest = fake_models.manifest(
         target="tensorrt",
         precision=precision,
-        image_size=(32, 256, 256),
-        patch_size=(4, 16, 16),
         num_visual_tokens=256,
-        llm_width=CONFIGS[size]["hidden_size"],
-        vocab_size=CONFIGS[size]["vocab_size"],
         context_length=4096,
-        image_token_id=1,
-        seg_token_id=2,
-        eos_token_ids=(2,),
-        models=("study",),
         graphs={name: {"gpu_memory": memory} for name, memory in graphs.items()},
-        versions={},
         plans={"builder": "tensorrt"},
         files={"decoder/1/llm/model.safetensors": round(bytes_)},
         quantization={} if weights == "bf16" else {"scheme": weights},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import matplotlib.image
 import numpy as np
 import pytest
 
 from engine import picture
-from engine.picture import BONE, LUNG, MASK, SOFT_TISSUE, montage, window
+from engine.picture import BONE, COLOURS, LUNG, MASK, SOFT_TISSUE, montage, window
+from engine.seg_states import MAX_SEGMENTS
 
 RAS = np.diag([1.0, 1.0, 1.0, 1.0])
 
@@ -207,3 +210,63 @@ def test_the_volume_in_the_legend_is_that_of_a_sheared_grid(tmp_path, monkeypatc
     affine[0, 1] = affine[1, 2] = 1.0  # the axes are longer, the volume is not
     montage(tmp_path / "x.png", head(), affine, np.ones((40, 50, 60), bool), "q")
     assert "outline: mask, 120.0 mL" in texts
+
+
+# --- several findings ------------------------------------------------------------------------------------------------
+def rgb(colour: str) -> np.ndarray:
+    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+def test_an_answers_findings_have_colours_that_can_be_told_apart():
+    assert len(set(COLOURS)) == len(COLOURS) == MAX_SEGMENTS
+    for one, other in itertools.combinations([*COLOURS, picture.BACKGROUND, picture.TEXT], 2):
+        assert np.abs(rgb(one) - rgb(other)).max() > 0.15, (one, other)
+
+
+def blocks(*corners) -> list[np.ndarray]:
+    masks = [np.zeros((40, 50, 60), bool) for _ in corners]
+    for mask, (i, j, k) in zip(masks, corners):
+        mask[i : i + 8, j : j + 8, k : k + 8] = True
+    return masks
+
+
+def test_each_finding_is_outlined_in_its_own_colour_and_named_in_it(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    texts = {}
+    monkeypatch.setattr(
+        Figure, "text", lambda self, x, y, text, *, color, text_=Figure.text, **_: texts.update({text: color})
+    )
+    masks = blocks((2, 2, 2), (30, 2, 2), (0, 0, 0))
+    masks[2][:] = False
+    names = ["The liver is", "costs $5 and " * 20, ""]
+    path = montage(tmp_path / "x.png", head(), RAS, np.any(masks, 0), "q", findings=list(zip(names, masks)))
+    pixels = matplotlib.image.imread(path)[..., :3]
+    for colour, is_drawn in zip(COLOURS, (True, True, False)):
+        assert (np.abs(pixels - rgb(colour)).max(-1) < 0.1).any() == is_drawn
+    legend = {text: colour for text, colour in texts.items() if text[:1] in ("1", "2", "3")}
+    assert list(legend.values()) == list(COLOURS[:3])
+    first, second, third = legend
+    assert first == "1  The liver is, 512 mm³" and third == "3  [SEG], 0 mm³"
+    assert second.startswith(r"2  costs \$5 and") and "…" in second and len(second) < 90
+
+
+def test_the_planes_cut_as_many_findings_as_they_can_and_the_legend_says_which_they_do_not(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    texts = []
+    monkeypatch.setattr(Figure, "text", lambda self, x, y, text, **_: texts.append(text))
+    large, first, second = blocks((0, 0, 0), (20, 30, 40), (24, 34, 44))
+    large[:12, :12, :12] = True
+    masks = [large, first, second]
+    montage(tmp_path / "x.png", head(), RAS, np.any(masks, 0), "q", findings=[("a", m) for m in masks])
+    assert "1  a, 1.7 mL, not in these planes" in texts and "2  a, 512 mm³" in texts and "3  a, 512 mm³" in texts
+
+
+@pytest.mark.parametrize("count", [1, 2, MAX_SEGMENTS])
+def test_the_legend_of_many_findings_takes_nothing_from_the_planes(tmp_path, count):
+    mask = blocks((10, 10, 10))[0]
+    plain = drawn(montage(tmp_path / "1.png", head(), RAS, mask, "q"))
+    path = montage(tmp_path / "2.png", head(), RAS, mask, "q", findings=[("It is", mask)] * count)
+    height = matplotlib.image.imread(path).shape[0]
+    assert height - plain.shape[0] == pytest.approx(-(-count // 2) * 0.2 * picture.DPI, abs=2)

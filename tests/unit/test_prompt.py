@@ -161,6 +161,33 @@ def test_training_reads_the_prompt_that_is_asked_then_the_answer_and_the_end_of_
     assert ids[start:] == [*wanted.tokenizer("\nIt is [SEG].", add_special_tokens=False)["input_ids"], end]
 
 
+@pytest.mark.parametrize("choice", ["yes", "It is [SEG].", "the liver"])
+def test_a_choice_has_the_tokens_that_training_reads_as_an_answer(chat, prompt, choice):
+    chats = Prompt(chat[0], tiny.NUM_VISUAL_TOKENS, 4096)
+    ids, start = chats.answered(QUESTION, choice)
+    for asked in (QUESTION, [("user", "what?"), ("assistant", "a scan"), ("user", QUESTION)]):
+        assert chats.choice_ids(asked, choice) == ids[start:-1]
+    ids, start = prompt.answered("w5 w6", "w8 w9")
+    assert prompt.choice_ids("w5 w6", "w8 w9") == ids[start:-1] == [8, 9]
+    assert prompt.choice_ids([Turn("user", "w3"), Turn("assistant", "w4"), Turn("user", "w5 w6")], "w8") == [8]
+
+
+def test_a_choice_cannot_hold_what_separates_turns_or_ends_answers(chat, prompt):
+    chats = Prompt(chat[0], 2, 4096)
+    for token in chats.layout.reserved:
+        with pytest.raises(InvalidInput, match="a choice holds <.*leave it out"):
+            chats.choice_ids(QUESTION, f"a{token}")
+    with pytest.raises(InvalidInput, match="a choice holds </s>, which ends answers: leave it out"):
+        Prompt(prompt.layout, N, CONTEXT, [2]).choice_ids("w5", "w6 </s>")
+
+
+def test_a_choice_that_shares_a_token_with_the_question_is_refused(prompt, monkeypatch):
+    ids = {"<im_patch>w5": [1, 315, 5], "<im_patch>w5 w6": [1, 315, 56]}
+    monkeypatch.setattr(prompt.layout, "_encode", ids.get)
+    with pytest.raises(InvalidInput, match="'w6' and the question's end share a token.*end the question with"):
+        prompt.choice_ids("w5", "w6")
+
+
 @pytest.mark.parametrize("kind, layout", [("qwen2", Llama3Layout), ("llama3", Qwen2Layout)])
 def test_a_tokenizer_of_another_family_is_refused(kind, layout):
     with pytest.raises(CheckpointError, match=rf"does not know <\|.*{layout.__name__}.*model_type right"):

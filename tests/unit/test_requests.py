@@ -242,6 +242,22 @@ def test_a_shape_whose_product_overflows_is_refused(shape):
     assert "input SEG_STATES has 0 bytes" in refused(request).words
 
 
+@pytest.mark.parametrize(
+    "model, name", [(model.name, tensor.name) for model in PUBLIC for tensor in model.inputs if tensor.max_bytes]
+)
+def test_a_text_has_so_many_bytes_at_most(model, name):
+    request = full(model)
+    number = [given.name for given in request.inputs].index(name)
+    most = MODELS[model].inputs[number].max_bytes
+    for size in (most, most + 1):
+        request.raw_input_contents[number] = size.to_bytes(4, "little") + bytes(size)
+        if size == most:
+            requests.check(request, MODELS)
+    said = from_wire(refused(request).words)
+    assert isinstance(said, InvalidInput)
+    assert f"the {name.lower()} has {most + 1:,} bytes, at most {most:,} are taken: shorten it" in str(said)
+
+
 @pytest.mark.parametrize("model", PUBLIC, ids=lambda model: model.name)
 def test_a_model_that_is_not_served_is_refused_as_unknown(model):
     said = refused(full(model.name), served=set(MODELS) - {model.name})

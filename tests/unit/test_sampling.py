@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from engine.errors import InvalidInput
 from engine.sampling import (
+    MAX_CHOICE_CHARACTERS,
+    MAX_CHOICES,
+    MAX_LOGPROBS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
     MIN_REPETITION_PENALTY,
@@ -29,10 +32,47 @@ from engine.sampling import (
         stop=st.lists(st.text(min_size=1, max_size=MAX_STOP_CHARACTERS), max_size=MAX_STOP_STRINGS),
         seed=st.none() | st.integers(0, (1 << 63) - 1),
         repetition_penalty=st.floats(MIN_REPETITION_PENALTY, 2),
+        logprobs=st.none() | st.integers(0, MAX_LOGPROBS),
+        choices=st.lists(
+            st.text(min_size=1, max_size=MAX_CHOICE_CHARACTERS).filter(lambda text: text == text.strip()),
+            max_size=MAX_CHOICES,
+            unique=True,
+        ),
     )
 )
 def test_settings_survive_the_wire(sampling):
     assert Sampling.from_json(sampling.to_json()) == sampling
+
+
+def test_constraints_survive_the_wire():
+    schema = {"type": "array", "items": {"enum": ["\u00e9", 1]}}
+    for sampling in (Sampling(json_schema=schema), Sampling(choices=("yes", "no"), only_choices=True)):
+        assert Sampling.from_json(sampling.to_json()) == sampling and hash(sampling)
+    assert json.loads(Sampling(json_schema=schema).json_schema) == schema
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"logprobs": -1}, "logprobs must be a whole number from 0 to 20, not -1"),
+        ({"logprobs": True}, "logprobs must be a whole number"),
+        ({"choices": 3}, "choices must be a text or a list of texts"),
+        ({"choices": ["a", ""]}, "choices: every string must have 1 to 256 characters"),
+        ({"choices": ["a", 3]}, "choices: every string"),
+        ({"choices": ["a", "a"]}, "choices: a text is given twice: give each once"),
+        ({"choices": ["a", " b"]}, "choices: ' b' begins or ends with a space: leave it out"),
+        ({"choices": ["\ud800"]}, "choices: a string is not valid Unicode"),
+        ({"choices": [str(k) for k in range(65)]}, "choices: 65 strings given, at most 64 are allowed"),
+        ({"only_choices": True}, "only_choices is true, but there are no choices: give some"),
+        ({"only_choices": 1, "choices": ["a"]}, "only_choices must be true or false, not 1"),
+        ({"json_schema": {"type": "tree"}}, "json_schema, at its top: type 'tree'"),
+        ({"json_schema": {"type": "null"}, "stop": "a"}, "json_schema and stop are given.*leave one out"),
+        ({"json_schema": {"type": "null"}, "choices": "a", "only_choices": True}, "json_schema and only_choices"),
+    ],
+)
+def test_unusable_likelihoods_and_constraints_are_refused(settings, words):
+    with pytest.raises(InvalidInput, match=words):
+        Sampling(**settings)
 
 
 def test_default_is_greedy():

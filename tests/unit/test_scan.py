@@ -48,6 +48,23 @@ def with_header(data, **fields):
 # --- NIfTI -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("endianness", "<>")
+def test_no_text_of_a_nifti_header_stays_in_what_is_kept_of_it(kind, endianness):
+    texts = [name for name, (dtype, *_) in kind.header_class.template_dtype.fields.items() if dtype.kind == "S"]
+    assert {"descrip", "aux_file", "intent_name"} < set(texts)
+
+    def name_patient(header):
+        for name in texts:
+            if name != "magic":
+                header[name] = b"J"
+
+    plain, named = (read_scan(nifti(edit=edit, kind=kind, endianness=endianness)) for edit in (str, name_patient))
+    found, expected = (kind.header_class(scan.header, check=False) for scan in (named, plain))
+    assert [found[name].item() for name in texts if name != "magic"] == [b""] * (len(texts) - 1)
+    assert found["magic"] == expected["magic"] and named.header == plain.header
+
+
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32])

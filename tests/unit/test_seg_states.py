@@ -115,7 +115,7 @@ def test_an_engine_that_is_one_process_ends_at_once(monkeypatch, workers, at_onc
     monkeypatch.setattr(seg_states.engine_process, "end_with", lambda owner: done.append(owner))
     monkeypatch.setattr(seg_states.engine_process, "end_at_once_when_asked", lambda: done.append("at once"))
     worker = seg_states.SegStateExtension()
-    worker.model_runner = SimpleNamespace(execute_model=None, sample_tokens=None)
+    worker.model_runner = SimpleNamespace(execute_model=None, sample_tokens=None, device=torch.device("cuda"))
     worker.parallel_config = SimpleNamespace(world_size=workers)
     worker.watch_seg_states(7)
     assert done == [7, "at once"][: 1 + at_once]

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -5,6 +7,7 @@ from engine.errors import InvalidInput, StudyNotFound
 from engine.runtime.segmentation import NO_MASK, Segmenter
 from engine.runtime.study_store import StudyStore
 from engine.scan import Scan
+from engine.seg_states import MAX_SEGMENTS, checked_merge, most_segments, prompts, spans_of_words
 from engine.volume import prepare
 from tests.unit.fake_models import SIZE, WIDTH, FakeModels
 
@@ -78,3 +81,87 @@ def test_bad_requests_are_refused(segmenter, models):
     with pytest.raises(InvalidInput, match="finite"):
         segmenter.mask(HANDLE, states(np.nan))
     assert not models.calls
+
+
+# --- one mask for each [SEG] -----------------------------------------------------------------------------------------
+def unpacked(bits, scan) -> np.ndarray:
+    return np.unpackbits(bits, count=scan.size).reshape(scan.shape).astype(bool)
+
+
+def test_each_state_draws_its_own_mask_and_the_mask_is_their_union(segmenter, scan):
+    each = segmenter.mask(HANDLE, states(0.6, 0.5, 2.0), True, "each")
+    alone = [segmenter.mask(HANDLE, states(first), True) for first in (0.6, 0.5, 2.0)]
+    assert each.segments.shape == (3, -(-scan.size // 8))
+    for index, one in enumerate(alone):
+        np.testing.assert_array_equal(each.segments[index], one.packed)
+        np.testing.assert_array_equal(each.scores[index], one.scores[0])
+    np.testing.assert_array_equal(each.logits, np.concatenate([one.logits for one in alone]))
+    union = unpacked(each.packed, scan)
+    np.testing.assert_array_equal(union, np.any([unpacked(one.packed, scan) for one in alone], axis=0))
+    assert not unpacked(each.segments[2], scan).any() and union.any()
+
+
+def test_one_state_draws_the_same_mask_either_way(segmenter):
+    each, reference = (segmenter.mask(HANDLE, states(0.5), True, merge) for merge in ("each", "reference"))
+    for name in ("packed", "scores", "logits", "affine"):
+        np.testing.assert_array_equal(getattr(each, name), getattr(reference, name))
+    assert len(each.segments) == 1 and reference.segments.shape == (0, 0)
+
+
+def test_the_head_never_runs_with_more_masks_than_it_may_have_at_a_time(segmenter, models):
+    segmenter.mask(HANDLE, states(*np.linspace(0.1, 0.9, 5)), merge="each")
+    batches = [inputs for model, inputs in models.batches if model == "segmentation_head"]
+    assert [len(inputs["SEG_STATE"]) for inputs in batches] == [2, 2, 1]
+    assert [len(inputs["FEATURES"]) for inputs in batches] == [2, 2, 1]
+    prompts = np.concatenate([inputs["SEG_STATE"] for inputs in batches])
+    np.testing.assert_array_equal(prompts, states(*np.linspace(0.1, 0.9, 5)))
+
+
+def test_a_score_is_the_mean_probability_of_what_is_marked(segmenter):
+    logits = segmenter.mask(HANDLE, states(0.4995), True).logits.astype(float)
+    score = segmenter.mask(HANDLE, states(0.4995)).scores[0]
+    assert score == pytest.approx((1 / (1 + np.exp(-logits[logits > 0]))).mean(), abs=1e-6) and 0.5 < score <= 1
+    assert np.isnan(segmenter.mask(HANDLE, states(2)).scores).all()  # nothing is marked
+
+
+def test_more_masks_than_an_answer_may_have_are_refused_with_the_ways_out(segmenter, models):
+    most = np.zeros((MAX_SEGMENTS + 1, WIDTH), np.float32)
+    with pytest.raises(InvalidInput, match=f"{MAX_SEGMENTS + 1} .SEG.*at most {MAX_SEGMENTS}.*merge 'reference'"):
+        segmenter.mask(HANDLE, most, merge="each")
+    assert not models.calls
+    assert len(segmenter.mask(HANDLE, most[1:], merge="each").segments) == MAX_SEGMENTS
+    assert len(segmenter.mask(HANDLE, most).scores) == 1
+
+
+@pytest.mark.parametrize(("voxels", "most"), [(1, 16), (1 << 27, 16), ((1 << 27) + 1, 15), (1 << 29, 4), (1 << 40, 1)])
+def test_masks_of_a_large_scan_are_fewer(voxels, most):
+    assert most_segments(voxels) == most
+    assert len(prompts(np.zeros((most, 2)), "each", voxels)) == most
+    with pytest.raises(InvalidInput, match=f"at most {most} masks"):
+        prompts(np.zeros((most + 1, 2)), "each", voxels)
+
+
+@pytest.mark.parametrize("merge", ["all", "", 3, "EACH"])
+def test_an_unknown_merge_is_refused_with_those_there_are(merge):
+    with pytest.raises(InvalidInput, match="reference, each"):
+        checked_merge(merge)
+
+
+# --- the words of a [SEG] --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "each"),
+    [
+        ("The liver is [SEG] and the spleen is [SEG].", ["The liver is", "and the spleen is"]),
+        (" It is [SEG].  The left kidney: [SEG]", ["It is", "The left kidney"]),
+        ("[SEG] liver, [SEG][SEG] spleen", ["", "liver", ""]),
+        ("Sure, it is [SEG].", ["Sure, it is"]),
+        ("[SEG]", [""]),
+        ("None.", []),
+    ],
+)
+def test_the_words_of_a_seg_token_are_those_that_lead_to_it(text, each):
+    spans = [found.span() for found in re.finditer(r"\[SEG\]", text)]
+    found = spans_of_words(text, spans, "each")
+    assert [text[start:end] for start, end in found] == each
+    merged = [text[start:end] for start, end in spans_of_words(text, spans, "reference")]
+    assert merged == ([text[: spans[-1][0]].strip(" .,:")] if spans else [])

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from engine.api import AnswerInfo
-from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable, one_line
+from engine.answer_schema import schema_for_grammar
+from engine.api import AnswerDetails, AnswerInfo, ChosenToken, ScoredToken
+from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable, one_line, shortened
 from engine.gpu import DRIVER_NEEDED, too_old
 from engine.gpu_memory import decoder_share
 from engine.manifest import LLM_FOLDER, Manifest
@@ -24,6 +26,7 @@ from engine.models.language_model import FAMILIES, known_families
 from engine.prompt import Prompt
 from engine.prompt.prompt import Asked
 from engine.runtime.decoder import seg_states, vllm_environment
+from engine.runtime.decoder.choices import MAX_STEPS, Ids, grammar_of, logprobs_of, steps_of
 from engine.runtime.decoder.detokenizer import Detokenizer
 from engine.runtime.decoder.embedding_table import EmbeddingTable
 from engine.runtime.decoder.llm_engine import LlmEngine
@@ -38,7 +41,9 @@ class Delta:
     """What an answer gained since the last delta.
 
     token_ids include a final EOS. The last delta has the rest: finish_reason ("stop" or "length"), states (fp32 [K, H],
-    a row for each `[SEG]` of the answer) and info.
+    a row for each `[SEG]` of the answer), info and, if there is something to say, details of the whole answer.
+    logprobs: of token_ids, if they were asked for. seg_spans, of the last delta: where each `[SEG]` stands in the
+    answer's text, see `Detokenizer.spans`.
     """
 
     text: str
@@ -46,6 +51,9 @@ class Delta:
     finish_reason: str | None = None
     states: np.ndarray | None = None
     info: AnswerInfo | None = None
+    details: AnswerDetails | None = None
+    logprobs: tuple[ChosenToken, ...] = ()
+    seg_spans: tuple[tuple[int, int], ...] = ()
 
 
 class Decoder:
@@ -133,7 +141,8 @@ class Decoder:
 
         visual_tokens: [N, H] floats. question: or the turns of a conversation, see `Prompt.input_ids`. cache_salt:
         names a tenant; tenants share no cached prefix. An explicit max_new_tokens that the context has no room for is
-        refused; the default is cut to what is left.
+        refused; the default is cut to what is left. Choices are scored when the answer is there: its prompt is in the
+        prefix cache then.
         Raises InvalidInput, ResourceExhausted (too many questions), Unavailable (the engine died or is restarting).
         """
         arrival = time.monotonic()
@@ -144,16 +153,28 @@ class Decoder:
         self._answering += 1
         try:
             rows = self._prompt_rows(visual_tokens, question)
-            key = uuid.uuid4().hex
-            params = self._params(sampling, self._max_new_tokens(sampling, len(rows)), key)
-            async with aclosing(self._deltas(rows, params, key, f"{self._salt}/{cache_salt}", arrival)) as deltas:
+            choices = await self._choices(sampling, question, len(rows)) if sampling.choices else {}
+            key, salt = uuid.uuid4().hex, f"{self._salt}/{cache_salt}"
+            params = self._params(sampling, self._max_new_tokens(sampling, len(rows)), key, choices)
+            has_history = not isinstance(question, str) and len(question) > 1
+            logprobs: list[ChosenToken] = []
+            async with aclosing(self._deltas(rows, params, key, salt, arrival)) as deltas:
                 async for delta in deltas:
+                    logprobs += delta.logprobs
+                    if delta.finish_reason and (logprobs or choices or has_history):
+                        score = partial(self._logprob, rows, salt)
+                        details = AnswerDetails(
+                            logprobs=tuple(logprobs),
+                            choices=await logprobs_of(choices, score) if choices else {},
+                            history_used=self._prompt.multi_turn if has_history else None,
+                        )
+                        delta = replace(delta, details=details)
                     yield delta
         finally:
             self._answering -= 1
 
     async def _deltas(self, rows, params, key: str, salt: str, arrival: float) -> AsyncGenerator[Delta, None]:
-        text = Detokenizer(self._tokenizer, params.stop or ())
+        text = Detokenizer(self._tokenizer, params.stop or (), self.manifest.seg_token_id)
         count, first_token, seg_positions, states_are_free = 0, 0.0, [], False
         try:
             async with aclosing(self.engine.generate(rows, params, key, salt)) as outputs:
@@ -163,8 +184,9 @@ class Decoder:
                     ids = tuple(said.token_ids)
                     seg_positions += [count + i for i, id_ in enumerate(ids) if id_ == self.manifest.seg_token_id]
                     count += len(ids)
+                    logprobs = self._chosen(ids, said.logprobs, params.logprobs) if said.logprobs else ()
                     if not output.finished:
-                        yield Delta(text.add(ids), ids)
+                        yield Delta(text.add(ids), ids, logprobs=logprobs)
             stop = said.stop_reason if isinstance(said.stop_reason, str) else None
             states = np.zeros((0, self.manifest.llm_width), np.float32)
             if seg_positions:
@@ -174,10 +196,66 @@ class Decoder:
             states_are_free = bool(seg_positions) or stop is None
             now = time.monotonic()
             info = AnswerInfo(len(rows), output.num_cached_tokens or 0, count, first_token - arrival, now - arrival)
-            yield Delta(text.finish(ids, stop), ids, said.finish_reason, states, info)
+            last = text.finish(ids, stop)
+            yield Delta(last, ids, said.finish_reason, states, info, logprobs=logprobs, seg_spans=text.spans)
         finally:
             if not states_are_free:
                 self.engine.drop_states(key)
+
+    def _chosen(self, ids: Ids, logprobs, most: int) -> tuple[ChosenToken, ...]:
+        """vLLM's log-probabilities of tokens. Tokens that are not allowed are not named."""
+        found = []
+        for id_, by_id in zip(ids, logprobs):
+            # The token itself comes first, then the likeliest, which it may be one of.
+            top = sorted(((other, each) for other, each in by_id.items()), key=lambda pair: -pair[1].logprob)[:most]
+            scored = [self._scored(other, each.logprob) for other, each in top if math.isfinite(each.logprob)]
+            found.append(ChosenToken(**vars(self._scored(id_, by_id[id_].logprob)), top=tuple(scored)))
+        return tuple(found)
+
+    def _scored(self, id_: int, logprob: float) -> ScoredToken:
+        return ScoredToken(id_, self._tokenizer.decode([id_], skip_special_tokens=False), logprob)
+
+    async def _choices(self, sampling: Sampling, question: Asked, prompt_length: int) -> dict[str, Ids]:
+        """The tokens of each choice. Raises InvalidInput for those that cannot be scored."""
+        choices: dict[str, Ids] = {}
+        for text in sampling.choices:
+            choices[text] = tuple(self._prompt.choice_ids(question, text))
+            await asyncio.sleep(0)  # others are not kept waiting by many choices behind a long question
+        texts: dict[Ids, str] = {}
+        for text, ids in choices.items():
+            if not ids or not all(0 <= id_ < self.manifest.vocab_size for id_ in ids):
+                raise InvalidInput(f"the model does not know the choice {shortened(text)}: use another wording")
+            if (other := texts.setdefault(ids, text)) != text:
+                raise InvalidInput(
+                    f"the choices {shortened(other)} and {shortened(text)} are the same tokens to the model: use other "
+                    "wordings"
+                )
+        if (steps := len(steps_of(choices))) > MAX_STEPS:
+            raise InvalidInput(
+                f"the choices have {steps} tokens in all, at most {MAX_STEPS} are scored: give fewer or shorter ones"
+            )
+        room = self.context_length - prompt_length
+        if (longest := max(map(len, texts))) > room:
+            raise InvalidInput(
+                f"a choice has {longest} tokens, but the context of {self.context_length} tokens has room for {room} "
+                f"beside this prompt of {prompt_length}: shorten the choice or the question"
+            )
+        return choices
+
+    async def _logprob(self, rows: torch.Tensor, salt: str, said: Ids, token: int) -> float:
+        """log p(token | prompt, said). The rows of the prompt, and of what was said, are in the prefix cache."""
+        from vllm import SamplingParams
+
+        # Only this token may be sampled; its log-probability is that among all. vLLM's logprob_token_ids would do it
+        # for several tokens, but spoils the log-probabilities of others in the batch (model runner V1).
+        params = SamplingParams(
+            max_tokens=1, temperature=0, ignore_eos=True, detokenize=False, logprobs=0, allowed_token_ids=[token]
+        )
+        prompt = torch.cat([rows, self._table.embed(said, self.dtype)]) if said else rows
+        async with aclosing(self.engine.generate(prompt, params, uuid.uuid4().hex, salt)) as outputs:
+            async for output in outputs:
+                (by_id,) = output.outputs[0].logprobs
+        return by_id[token].logprob
 
     def _prompt_rows(self, visual_tokens: np.ndarray, question: Asked) -> torch.Tensor:
         """[T, H], the whole prompt, in the engine's dtype. What vLLM would accept and break on is refused here."""
@@ -211,10 +289,15 @@ class Decoder:
             )
         return min(sampling.max_new_tokens, room)
 
-    def _params(self, sampling: Sampling, max_tokens: int, key: str):
+    def _params(self, sampling: Sampling, max_tokens: int, key: str, choices: Mapping[str, Ids]):
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+        held = None
+        if sampling.only_choices:
+            held = StructuredOutputsParams(grammar=grammar_of(choices))
+        elif sampling.json_schema is not None:
+            held = StructuredOutputsParams(json=schema_for_grammar(sampling.json_schema))
         seg = self.manifest.seg_token_id
         return SamplingParams(
             max_tokens=max_tokens,
@@ -231,6 +314,8 @@ class Decoder:
             detokenize=bool(sampling.stop),
             skip_special_tokens=True,
             output_kind=RequestOutputKind.DELTA,
+            logprobs=sampling.logprobs,
+            structured_outputs=held,
             extra_args=None if seg is None else {seg_states.EXTRA_ARG: [key, seg]},
         )
 

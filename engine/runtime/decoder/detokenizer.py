@@ -12,10 +12,16 @@ class Detokenizer:
 
     Only the last few tokens are decoded again at each step. A character that several tokens spell is given when it is
     whole, and what may be the beginning of a stop text is held back until it is not.
+
+    marked: a token that is one word of the text. spans: where it stands in the text, each time (start, end) in
+    characters; behind a stop text's place both are the text's length.
     """
 
-    def __init__(self, tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer, stop: Sequence[str] = (), marked: int | None = None):
         self._tokenizer = tokenizer
+        self._marked = marked
+        self._word = "" if marked is None else self._decode([marked]).strip()
+        self.spans: tuple[tuple[int, int], ...] = ()
         self._hold = max((len(text) for text in stop), default=1) - 1
         self._ids: list[int] = []
         self._start = 0  # decoding begins here ...
@@ -35,6 +41,7 @@ class Detokenizer:
         end = self.text.find(stop) if stop else -1
         if end >= 0:
             self.text = self.text[:end]
+            self.spans = tuple((min(first, end), min(last, end)) for first, last in self.spans)
         return self._give(len(self.text))
 
     def _decode_new(self, token_ids: Sequence[int]) -> None:
@@ -43,6 +50,8 @@ class Detokenizer:
             new = self._new_text()
             if new and not new.endswith(_INCOMPLETE):
                 self._take(new)
+            if token_id == self._marked:
+                self.spans += ((len(self.text) - len(self._word), len(self.text)),)
 
     def _new_text(self) -> str:
         known = self._decode(self._ids[self._start : self._known])

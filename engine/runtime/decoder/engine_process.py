@@ -91,6 +91,18 @@ def end_at_once_when_asked() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
+def rank_tokens_without_compiling(runner) -> None:
+    """Let a CPU's sampler count the ranks of tokens, which belong to log-probabilities, by PyTorch itself.
+
+    vLLM compiles that function when the first request asks for log-probabilities: all others wait for seconds, and
+    without a C++ compiler the engine dies. Only model runner V1.
+    """
+    if runner.device.type == "cpu":
+        from vllm.v1.sample import sampler
+
+        sampler.batched_count_greater_than = lambda scores, least: (scores >= least).sum(-1)
+
+
 @contextmanager
 def unused_generators_aside(runner):
     """Keep vLLM from turning back the random generators of seeded requests whose sample it throws away.

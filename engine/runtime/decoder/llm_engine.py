@@ -175,6 +175,8 @@ class LlmEngine:
             async with aclosing(llm.generate(prompt, params, key)) as outputs:
                 async for output in outputs:
                     if output.finished and output.outputs[0].finish_reason not in ("stop", "length"):
+                        if params.structured_outputs is not None and not llm.errored:
+                            raise _not_held()
                         raise Unavailable(
                             "the language model was stopped in the middle of this answer "
                             f"({output.outputs[0].finish_reason}): ask again when the server is ready"
@@ -184,6 +186,8 @@ class LlmEngine:
             raise InvalidInput(f"the language model refuses this request: {one_line(error)}") from error
         except (EngineDeadError, EngineGenerateError) as error:
             if not llm.errored:
+                if params.structured_outputs is not None:
+                    raise _not_held() from error
                 raise
             self._died(llm)
             raise Unavailable(
@@ -206,6 +210,7 @@ class LlmEngine:
 
     # --- inside ------------------------------------------------------------------------------------------------------
     def _make(self):
+        from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -226,6 +231,8 @@ class LlmEngine:
             tensor_parallel_size=settings.tensor_parallel_size,
             enforce_eager=settings.enforce_eager,
             generation_config="vllm",
+            # One library, whose limits are known. JSON without spaces at will: a model may write them without end.
+            structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
             disable_log_stats=True,
         )
         with engine_process.spawned_apart(self.temporary):
@@ -277,6 +284,14 @@ class LlmEngine:
     def _way_out(self) -> str:
         """For a client, when it is not ready."""
         return "try again in a minute" if self.health in (STARTING, RESTARTING) else "the server must be started again"
+
+
+def _not_held() -> InvalidInput:
+    """The error for an answer that cannot go on within its constraint, or whose constraint cannot be compiled."""
+    return InvalidInput(
+        "the answer cannot be held to its json_schema or choices: no token of this model continues it within them; "
+        "give another schema, or none"
+    )
 
 
 def _processes(llm) -> list:

@@ -144,6 +144,7 @@ class SegStateExtension:
             engine_process.end_at_once_when_asked()
             engine_process.ignore_interrupts()
         runner = self.model_runner
+        engine_process.rank_tokens_without_compiling(runner)
         self.seg_states = states = SegStates()
         is_v2 = type(runner).__module__.startswith(("vllm.v1.worker.gpu.", "vllm.v1.worker.cpu."))
         rows_of = _rows_v2 if is_v2 else _rows_v1

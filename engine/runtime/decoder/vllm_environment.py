@@ -28,6 +28,8 @@ _ALWAYS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # FlashInfer's sampler would be compiled by nvcc at every start; vLLM's own one needs no compiler but gcc.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # Megabytes of compiled JSON schemas, which clients choose.
+    "VLLM_XGRAMMAR_CACHE_MB": "64",
     # OpenAI's Triton would compute products of fp32 in TF32: an export in fp32 is fp32.
     "TRITON_F32_DEFAULT": "ieee",
 }

@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 
 from engine.errors import InvalidInput
+from engine.scan.dicom.references import SliceReference, reference_to
 from engine.scan.nifti import rescale
 
 # What the planes of one volume have in common: (keyword, functional group that holds it, what several of them are).
@@ -27,6 +28,7 @@ LABELS = (
     ("FrameType", "CTImageFrameTypeSequence", "frame types"),
     ("FrameType", "PETFrameTypeSequence", "frame types"),
 )
+UNKNOWN = "unknown"  # in the place of a SeriesInstanceUID that is not there
 _SEND = "send an axial, coronal or sagittal series of CT or MR slices"
 
 Value = Callable[[str, str], Any]
@@ -36,15 +38,18 @@ Value = Callable[[str, str], Any]
 class Plane:
     """One image plane; lengths in mm, directions and positions in LPS+.
 
-    name: for messages. series, frame_of_reference: UIDs. pixels: [rows, columns], with the rescale applied. position:
-    of the first pixel's centre. along_row, along_column: direction of growing column and row index. rescaled: whether
-    the data set has RescaleSlope or RescaleIntercept. labels: its values of LABELS, empty where it has none.
+    name: for messages. study, series, frame_of_reference: UIDs. reference: the image that it is. pixels: [rows,
+    columns], with the rescale applied. position: of the first pixel's centre. along_row, along_column: direction of
+    growing column and row index. rescaled: whether the data set has RescaleSlope or RescaleIntercept. labels: its
+    values of LABELS, empty where it has none.
     """
 
     name: str
+    study: str
     series: str
     modality: str
     frame_of_reference: str
+    reference: SliceReference
     pixels: np.ndarray
     position: np.ndarray
     along_row: np.ndarray
@@ -59,11 +64,13 @@ class Plane:
         return np.cross(self.along_row, self.along_column)
 
 
-def planes_of(name: str, dataset: pydicom.Dataset, pixels: np.ndarray) -> list[Plane]:
+def planes_of(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, file: str) -> list[Plane]:
     """The planes of a data set's frames.
 
     Args:
+        name: of the file, for messages.
         pixels: [frames, rows, columns], as stored.
+        file: see `SliceReference`.
 
     Raises:
         InvalidInput: where a frame lies, or what its values mean, is missing or no usable number.
@@ -75,11 +82,15 @@ def planes_of(name: str, dataset: pydicom.Dataset, pixels: np.ndarray) -> list[P
             f"{name} has {frames} frames, and says where {len(per_frame)} of them lie "
             f"(PerFrameFunctionalGroupsSequence): export it as an enhanced multi-frame image, or as single slices"
         )
-    return [_plane(name, dataset, pixels[index], index, frames) for index in range(frames)]
+    found = []
+    for index in range(frames):
+        reference = reference_to(file, dataset, index + 1 if frames > 1 else None)
+        where = f"{name} frame {index + 1}" if frames > 1 else name
+        found.append(_plane(where, dataset, pixels[index], index, reference))
+    return found
 
 
-def _plane(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, frames: int) -> Plane:
-    name = f"{name} frame {index + 1}" if frames > 1 else name
+def _plane(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, reference: SliceReference) -> Plane:
     value = _values(dataset, index)
     orientation = np.array(_numbers(name, value, "ImageOrientationPatient", "PlaneOrientationSequence", 6))
     position = np.array(_numbers(name, value, "ImagePositionPatient", "PlanePositionSequence", 3))
@@ -97,9 +108,11 @@ def _plane(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, 
     slope, intercept, rescaled = _scaling(name, value)
     return Plane(
         name,
-        str(dataset.get("SeriesInstanceUID", "unknown")),
+        str(dataset.get("StudyInstanceUID") or ""),
+        str(dataset.get("SeriesInstanceUID", UNKNOWN)),
         str(dataset.get("Modality") or ""),
         str(dataset.get("FrameOfReferenceUID") or ""),
+        reference,
         rescale(pixels, slope, intercept),
         position,
         along_row,

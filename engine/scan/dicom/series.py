@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,8 @@ from engine.scan.dicom.dataset import Beside, image_type, open_file
 from engine.scan.dicom.decoder import Decoder
 from engine.scan.dicom.geometry import fitted_affine, sorted_planes
 from engine.scan.dicom.pixels import stored_pixels
-from engine.scan.dicom.plane import LABELS, Plane, planes_of
+from engine.scan.dicom.plane import LABELS, UNKNOWN, Plane, planes_of
+from engine.scan.dicom.references import SeriesReference
 from engine.scan.limits import Limits
 from engine.scan.parts import Volume
 
@@ -76,7 +77,7 @@ class _Images:
             if image.kind:
                 self.beside[image.kind] += 1
         else:
-            self.add_image(name, content, image, decoder)
+            self.add_image(name, content, image, decoder, file=name)
 
     def frames_of(self, name: str, image: pydicom.Dataset) -> int:
         """The image's number of frames, with the limit on voxels checked before any is decoded."""
@@ -108,15 +109,20 @@ class _Images:
                 f"this is a single DICOM file, {what}: send the folder of the whole series, or a zip of it"
             )
         with Decoder() as decoder:
-            self.add_image(_FILE, content, image, decoder)
+            self.add_image(_FILE, content, image, decoder, file="")
 
-    def add_image(self, name: str, content: bytes | memoryview, image: pydicom.Dataset, decoder: Decoder) -> None:
-        """Decodes one image, unless it is a copy of another, or a localizer that cannot be read."""
+    def add_image(
+        self, name: str, content: bytes | memoryview, image: pydicom.Dataset, decoder: Decoder, file: str
+    ) -> None:
+        """Decodes one image, unless it is a copy of another, or a localizer that cannot be read.
+
+        name: for messages. file: see `SliceReference`.
+        """
         frames = self.frames_of(name, image)
         localizer = "LOCALIZER" in image_type(image)
         try:
             with damage_named(name):
-                planes = planes_of(name, image, stored_pixels(name, image, frames, decoder))
+                planes = planes_of(name, image, stored_pixels(name, image, frames, decoder), file)
         except InvalidInput:
             if not localizer:
                 raise
@@ -148,7 +154,7 @@ class _Images:
         affine = fitted_affine(planes)
         notes = self._notes(planes[0])
         array = np.stack([plane.pixels for plane in planes]).transpose(2, 1, 0)
-        return Volume(array, affine, notes=notes, modality=planes[0].modality)
+        return Volume(array, affine, notes=notes, modality=planes[0].modality, series=_series_of(planes))
 
     def _notes(self, plane: Plane) -> tuple[str, ...]:
         notes = []
@@ -166,6 +172,17 @@ class _Images:
                 "is a guess"
             )
         return tuple(notes)
+
+
+def _series_of(planes: Sequence[Plane]) -> SeriesReference:
+    """planes: of one series, in order."""
+    first, studies = planes[0], {plane.study for plane in planes}
+    return SeriesReference(
+        first.study if len(studies) == 1 else "",
+        first.series if first.series != UNKNOWN else "",
+        first.frame_of_reference,
+        tuple(plane.reference for plane in planes),
+    )
 
 
 def _check_same(uid: str, first: list[Plane], second: list[Plane]) -> None:

@@ -1,4 +1,4 @@
-"""Draws the mask that an answer's [SEG] states ask for; an answer without one passes through at once."""
+"""Draws the masks that an answer's [SEG] states ask for; an answer without one passes through at once."""
 
 from engine.runtime import triton_io
 from engine.runtime.desk import Desk
