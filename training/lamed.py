@@ -339,10 +339,6 @@ class TrainedLamed(StageModel):
             else:
                 modules[name].float().requires_grad_(True)
         if lamed.seg_module is not None:
-            # DeepSpeed casts weights and leaves buffers, of which SegVol's position encoding is computed.
-            lamed.seg_module.prompt_encoder.pe_layer.register_forward_hook(
-                lambda module, given, places: places.to(lamed.seg_module.prompt_encoder.no_mask_embed.weight.dtype)
-            )
             for name, parameter in lamed.seg_module.named_parameters():
                 if name.startswith(UNREACHED):
                     parameter.requires_grad_(False)
