@@ -22,6 +22,7 @@ from tests.conftest import ROOT
 from tests.m3d_data import LIVER, RIGHT_KIDNEY, SIZE, VQA_COLUMNS, image, mask, save, write_csv, write_root
 from training.config import StageSettings, build
 from training.data import sets
+from training.data.grouping import Groups
 from training.data.jitter import Change, draw_change, swap_sides
 from training.data.reading import Table, mask_id
 from training.data.reports import ShortReports, drawn_sentences
@@ -304,6 +305,77 @@ def test_predictions_that_are_watched_are_of_every_task(complete, tmp_path):
     questions = open_questions(run, SIZE)
     assert [sample.task for sample in shown(questions, 3)] == ["caption", "vqa_closed", "segmentation", "refseg"]
     assert [sample.task for sample in shown(questions, 6)][4:] == ["caption", "caption"]
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+def test_each_round_has_each_sample_once_in_groups_of_one_scan_that_differ_from_round_to_round():
+    scans = [f"scan {k % 3}" for k in range(20)] + ["alone"]
+    groups = Groups(scans, 3, seed=1)
+    rounds = [[groups.members(number, k) for k in range(len(groups))] for number in range(4)]
+    for found in rounds:
+        assert sorted(k for group in found for k in group) == list(range(21))
+        assert all(len({scans[k] for k in group}) == 1 for group in found)
+        # 7, 7 and 6 samples and one: no group is much smaller than it must be.
+        assert Counter(map(len, found)) == {3: 4, 2: 4, 1: 1}
+    assert len({tuple(map(tuple, map(sorted, found))) for found in rounds}) > 1
+    assert rounds[2] == [Groups(scans, 3, seed=1).members(2, k) for k in range(len(groups))]
+
+
+def grouped(root: Path, out: Path, per_scan: int, tasks, jitter: bool = False):
+    m3d = {"root": str(root), "tasks": tasks, "jitter": jitter, "per_scan": per_scan}
+    return open_questions(build(StageSettings, {"out": str(out), "seed": 5, "data": {"m3d": m3d}, "trainer": {}}), SIZE)
+
+
+def test_questions_about_one_scan_are_those_of_an_epoch_without_groups_and_their_scan_is_read_once(
+    complete, tmp_path, monkeypatch
+):
+    tasks = ["segmentation", "refseg", "vqa_open"]
+    single, several = (grouped(complete, tmp_path / str(most), most, tasks) for most in (1, 4))
+    reads, read = [], sets.read_image
+    monkeypatch.setattr(sets, "read_image", lambda path, size: reads.append(path) or read(path, size))
+    together = [several[0, k] for k in range(len(several))]
+    # Data set 0010 asks four questions about one scan, 0000 and the referring ones two.
+    assert sorted(map(len, together)) == [1, 1, 1, 1, 2, 2, 4] and len(reads) == len(together)
+    assert all(len({sample.source for sample in group}) == 1 for group in together)
+    apart = [sample for k in range(len(single)) for sample in single[0, k]]
+    in_groups = [sample for group in together for sample in group]
+    assert len(apart) == len(in_groups) and all(any(same(a, b) for b in in_groups) for a in apart)
+
+
+def test_the_scan_of_a_group_is_changed_once_and_its_masks_and_boxes_with_it(complete, tmp_path):
+    data, changes = grouped(complete, tmp_path / "out", 4, ["segmentation", "rec"], jitter=True), set()
+    for epoch in range(12):
+        for group in (data[epoch, k] for k in range(len(data))):
+            assert all(np.array_equal(sample.image, group[0].image) for sample in group)
+            changes.add(group[0].image.tobytes())
+            for sample in group:
+                if sample.mask is None:
+                    box = parse_boxes(sample.answer)[0] * np.tile(SIZE, 2)
+                    first, last = np.rint(box[:3]).astype(int), np.rint(box[3:]).astype(int)
+                    inside = sample.image[0][tuple(slice(a, b + 1) for a, b in zip(first, last))]
+                else:
+                    inside = sample.image[sample.mask]
+                assert inside.min() > 0.5  # all else is below 0.3 before its change of 0.1 at most
+    assert len(changes) > 12
+
+
+def test_a_broken_question_of_a_group_is_left_out_alone(root, tmp_path):
+    (root / "M3D_Seg_npy/0010/a/masks/mask_1.npy").write_bytes(b"")
+    data = grouped(root, tmp_path / "out", 4, {"segmentation": 1, "segmentation/0000": 0})
+    assert len(data) == 1 and len(data[0, 0]) == 2 and data.samples.counts() == (4, 2)
+
+
+@pytest.mark.parametrize("most, named", [(0, "must be 1 or more"), (-1, "must not be negative")])
+def test_groups_of_nothing_are_refused(complete, tmp_path, most, named):
+    with pytest.raises(InvalidInput, match=named):
+        grouped(complete, tmp_path / "out", most, ["rec"])
+
+
+def test_pairs_come_one_a_scan(complete, tmp_path):
+    m3d = {"root": str(complete), "tasks": ["pair"], "per_scan": 2}
+    run = build(StageSettings, {"out": str(tmp_path / "out"), "seed": 5, "data": {"m3d": m3d}, "trainer": {}})
+    with pytest.raises(InvalidInput, match="per_scan is for questions"):
+        open_pairs(run, SIZE)
 
 
 # --- determinism -----------------------------------------------------------------------------------------------------

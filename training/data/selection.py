@@ -28,7 +28,8 @@ class M3DSettings:
     """root: the data root. tasks: see `training.data.sets.TASKS`; with a number each, how often an epoch has their
     samples (0.5: every other one), where TASK/NNNN is for one data set of M3D-Seg. jitter: whether the recipe's random
     changes are made. words: a file that takes the place of data/templates.json. broken: share of the samples that may
-    be broken (they are left out and listed in `broken.jsonl` of the run)."""
+    be broken (they are left out and listed in `broken.jsonl` of the run). per_scan: most questions of a task about one
+    scan that share a sequence; it is read and encoded once for them, and a batch counts scans."""
 
     root: Path
     tasks: tuple[str, ...] | dict[str, float]
@@ -36,6 +37,7 @@ class M3DSettings:
     jitter: bool = True
     words: Path | None = None
     broken: float = 0.01
+    per_scan: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class M3DSamples:
             settings.root,
             settings.split,
             size,
+            settings.per_scan,
             seed=run.seed,
             jitter=settings.jitter,
             words=settings.words,
@@ -78,11 +81,10 @@ class M3DSamples:
 
 
 class M3DQuestions(M3DSamples):
-    """[epoch, index] -> list of one Sample, or of none if it is broken."""
+    """[epoch, index] -> list of the Samples about one scan that are not broken."""
 
     def __getitem__(self, place: tuple[int, int]) -> list[Sample]:
-        sample = super().__getitem__(place)
-        return [] if sample is None else [sample]
+        return self.samples.group(*place)
 
 
 def open_views(run: StageSettings, size: tuple[int, int, int]) -> Views:
@@ -98,6 +100,8 @@ def open_pairs(run: StageSettings, size: tuple[int, int, int]) -> M3DSamples | V
     choice = _choice(run)
     if choice.m3d and tuple(choice.m3d.tasks) != ("pair",):
         raise InvalidInput(f'data.m3d.tasks must be ["pair"] for contrastive pairs, not {list(choice.m3d.tasks)}')
+    if choice.m3d and choice.m3d.per_scan != 1:
+        raise InvalidInput("data.m3d.per_scan is for questions: a scan has one report to be compared with")
     return M3DSamples(choice.m3d, run, size) if choice.m3d else ViewPairs(Views(choice.scans, run.seed, size))
 
 
@@ -131,6 +135,8 @@ def images_of(samples: list[Sample]) -> Tensor:
 
 def _choice(run: StageSettings) -> _Choice:
     choice = build(_Choice, run.data, "data.")
+    if choice.m3d and choice.m3d.per_scan < 1:
+        raise InvalidInput("data.m3d.per_scan must be 1 or more")
     if (choice.m3d is None) == (choice.scans is None):
         raise InvalidInput("data must have either m3d (sets of M3D-Data) or scans (the demonstration's)")
     return choice

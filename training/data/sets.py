@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 
 from engine.errors import InvalidInput
 from engine.prompt import SEG_TOKEN, format_box
+from training.data.grouping import Groups
 from training.data.jitter import Change, draw_change, swap_sides
 from training.data.reading import (
     ABSENT,
@@ -71,6 +73,7 @@ class TrainingSet(Dataset):
 
     task: str
     space = True
+    _scan_column = "image"
 
     def __init__(
         self,
@@ -112,6 +115,10 @@ class TrainingSet(Dataset):
         """Where sample `index` is read from."""
         raise NotImplementedError
 
+    def scans(self) -> Iterator[str]:
+        """What the scan of each sample is called in the index."""
+        return (row[self._scan_column] for row in self.rows)
+
     def _words(self, index: int, mask: np.ndarray | None, rng: np.random.Generator) -> tuple[str, str]:
         """(question, answer); mask: bool [1, D, H, W], as it lies in the sample."""
         raise NotImplementedError
@@ -126,11 +133,21 @@ class TrainingSet(Dataset):
     def __getitem__(self, index: int) -> Sample:
         return self.at(int(self._epoch), index)
 
-    def at(self, epoch: int, index: int, read_image: Callable[[Path, Size], np.ndarray] = read_image) -> Sample:
-        """Sample `index` of any epoch; read_image may remember images that many samples share. Raises BrokenSample."""
+    def at(
+        self,
+        epoch: int,
+        index: int,
+        read_image: Callable[[Path, Size], np.ndarray] = read_image,
+        changed: Callable[[Change], Change] = lambda own: own,
+    ) -> Sample:
+        """Sample `index` of any epoch. Raises BrokenSample.
+
+        read_image: may remember images that many samples share. changed: the change that is made, from the sample's
+        own; samples that share an image must share its change.
+        """
         rng = np.random.default_rng([self.seed, epoch, zlib.crc32(self.task.encode()), index])
         files = self.files(index)
-        change = draw_change(rng, self.image_size) if self.jitter else Change()
+        change = changed(draw_change(rng, self.image_size) if self.jitter else Change())
         image = read_image(files.image, self.image_size)
         mask = None
         if files.mask is not None:
@@ -228,7 +245,7 @@ class Vqa(TrainingSet):
     task = "vqa_open"
     columns: tuple[str, ...] = ("Image Path", "Question", "Answer")
     needed: tuple[str, ...] = columns  # of these, a row may leave none blank
-    _stem = "M3D_VQA"
+    _stem, _scan_column = "M3D_VQA", "Image Path"
     _splits = {"validation": "val", TEST_5K: TEST_5K}
 
     @property
@@ -325,6 +342,9 @@ class Structures(TrainingSet):
     def __len__(self) -> int:
         return 2 * len(self.rows)
 
+    def scans(self) -> Iterator[str]:
+        return (scan for scan in super().scans() for _ in range(2))
+
     def files(self, index: int) -> Files:
         row = self.rows[index // 2]
         return Files(self._at(row["image"]), self._at(row["label"]))
@@ -360,7 +380,7 @@ class Referring(TrainingSet):
     About one answer in eighty of the published ones has no `[SEG]`: it is text alone, as the reference takes it.
     """
 
-    task = "refseg"
+    task, _scan_column = "refseg", "Image"
 
     @property
     def index(self) -> Path:
@@ -432,13 +452,16 @@ class Mixture(Dataset):
 
     weights: how often an epoch has the samples of each set; 1 for all by default. What an epoch has of a set goes on
     where the last one stopped, and a sample that comes again is drawn anew: 0.5 takes the halves in turn, 3 never gives
-    the same three times.
+    the same three times. per_scan: most questions of a set about one scan that stand together; with more than 1, an
+    index is that of a group, and weights count groups.
     """
 
-    def __init__(self, sets: Sequence[TrainingSet], weights: Sequence[float] | None = None):
+    def __init__(self, sets: Sequence[TrainingSet], weights: Sequence[float] | None = None, per_scan: int = 1):
         self.sets = tuple(sets)
         weights = [1.0] * len(self.sets) if weights is None else weights
-        self._lengths = [round(weight * len(part)) for weight, part in zip(weights, self.sets)]
+        self._groups = [Groups(part.scans(), per_scan, part.seed) if per_scan > 1 else None for part in self.sets]
+        self._counts = [len(part) if groups is None else len(groups) for part, groups in zip(self.sets, self._groups)]
+        self._lengths = [round(weight * count) for weight, count in zip(weights, self._counts)]
         self._ends = tuple(accumulate(self._lengths))
         # In shared memory, as that of the sets.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -454,17 +477,30 @@ class Mixture(Dataset):
         return self.at(int(self._epoch), index)
 
     def at(self, epoch: int, index: int) -> Sample:
-        """Sample `index` of any epoch."""
+        """Sample `index` of any epoch, of a group its first. Raises BrokenSample."""
+        return self.readers(epoch, index)[0]()
+
+    def readers(self, epoch: int, index: int) -> list[Callable[[], Sample]]:
+        """What reads each sample of group `index` of any epoch, or raises BrokenSample.
+
+        The samples of a group have one image, which is read once, and the change of the first.
+        """
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._ends, index)
-        length = self._lengths[number]
+        part, groups, length = self.sets[number], self._groups[number], self._lengths[number]
         place = epoch * length + index - (self._ends[number] - length)
-        round_of_set, index = divmod(place, len(self.sets[number]))
-        return self.sets[number].at(round_of_set, index)
+        round_of_set, index = divmod(place, self._counts[number])
+        if groups is None:
+            return [partial(part.at, round_of_set, index)]
+        shared = _Shared()
+        return [
+            partial(part.at, round_of_set, member, shared.image, shared.change)
+            for member in groups.members(round_of_set, index)
+        ]
 
     def firsts(self) -> list[int]:
-        """The first sample of each task."""
+        """The first index of each task."""
         found: dict[str, int] = {}
         for part, length, end in zip(self.sets, self._lengths, self._ends):
             if length:
@@ -472,11 +508,29 @@ class Mixture(Dataset):
         return list(found.values())
 
 
+class _Shared:
+    """One image and one change for all samples of a group."""
+
+    def __init__(self) -> None:
+        self._image: np.ndarray | None = None
+        self._change: Change | None = None
+
+    def image(self, path: Path, size: Size) -> np.ndarray:
+        if self._image is None:
+            self._image = read_image(path, size)
+        return self._image
+
+    def change(self, own: Change) -> Change:
+        self._change = self._change or own
+        return self._change
+
+
 def open_sets(
     tasks: Iterable[str] | Mapping[str, float],
     root: Path | str,
     split: str,
     image_size: Size = (32, 256, 256),
+    per_scan: int = 1,
     **settings,
 ) -> Mixture:
     """The sets of some tasks under a data root, as one.
@@ -487,6 +541,7 @@ def open_sets(
         root: the data root.
         split: see TrainingSet.
         image_size: (D, H, W) of the model.
+        per_scan: see Mixture.
         settings: seed, jitter and wording of each set.
 
     Raises:
@@ -507,7 +562,7 @@ def open_sets(
             f"there is no {', '.join(unknown)}: TASK/NNNN weighs a data set of a task that is named, too; there are "
             f"{', '.join(filter(None, keys)) or 'none'}"
         )
-    mixture = Mixture(sets, [special.get(key, weight) for key, weight in zip(keys, of_sets)])
+    mixture = Mixture(sets, [special.get(key, weight) for key, weight in zip(keys, of_sets)], per_scan)
     if not len(mixture):
         raise InvalidInput(f"the weights of {', '.join(weights)} leave no sample")
     return mixture
