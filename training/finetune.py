@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from engine.errors import CheckpointError, InvalidInput
 from training import trainer
 from training.config import StageSettings
-from training.data.selection import open_questions, shown
-from training.lamed import Lora, LossWeights, Start, TrainedLamed
+from training.data.selection import HeldOut, M3DQuestions, open_held_out, open_questions, shown
+from training.data.views import ViewQuestions
+from training.lamed import Lora, LossWeights, Start, TrainedLamed, image_size_of
 from training.packing import Packer, count_too_long
+from training.validation import AnswerValidation
 
 _SHOWN = 4
 MASK_GRIDS = ("volume", "decoder")
@@ -95,11 +97,25 @@ def learn_from(model: TrainedLamed, teacher: str) -> tuple[str, ...]:
 
 
 def train(settings: Settings) -> Path:
+    size = image_size_of(settings.start)
+    questions, held_out = open_questions(settings, size), open_held_out(settings, size)
+    trainer.check_amount(len(questions), settings)
     model, packer = build(settings)
-    questions = open_questions(settings, model.lamed.config.vision.image_size)
+    return fit_questions(model, settings, questions, packer, held_out)
+
+
+def fit_questions(
+    model: TrainedLamed,
+    settings: StageSettings,
+    questions: M3DQuestions | ViewQuestions,
+    packer: Packer,
+    held_out: HeldOut | None,
+) -> Path:
+    """Train a model that answers; `held_out` is measured and shown meanwhile, if there is any."""
     count_too_long(questions, packer)
-    model.shown = shown(questions, _SHOWN) if settings.sample_every else []
-    return trainer.fit(model, settings, questions, packer)
+    if settings.sample_every:
+        model.shown = held_out.shown() if held_out else shown(questions, _SHOWN)
+    return trainer.fit(model, settings, questions, packer, held_out and AnswerValidation(held_out, packer))
 
 
 if __name__ == "__main__":

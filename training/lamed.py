@@ -11,7 +11,9 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
@@ -23,13 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
 from engine.models.answering import answer
-from engine.models.checkpoint import PARTS
+from engine.models.checkpoint import PARTS, read_config, resolve
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
 from engine.models.language_model import FAMILIES, causal_lm, families_on
+from engine.seg_states import merged
 from training.data.sample import Sample
 from training.files import write_json
 from training.losses import language_loss, mask_loss
+from training.pictures import picture
 from training.starting_points import (
     ADDED_TOKENS,
     BASE_DIGEST,
@@ -49,7 +53,7 @@ from training.starting_points import (
     prepare_tokenizer,
     read_adapter,
 )
-from training.trainer import Exact, StageModel
+from training.trainer import Exact, Prediction, StageModel
 
 # What may be trained beside LoRA; `added_tokens` are the rows of the added tokens alone, the rest of the table frozen.
 TRAINABLE = ("vision_tower", "mm_projector", "embeddings", "lm_head", "added_tokens", "seg_module", "seg_projector")
@@ -114,6 +118,13 @@ class LossWeights:
 
     mask: float = 1.0
     prompt: float = 0.0
+
+
+class Reply(NamedTuple):
+    """An answer. mask: bool [D, H, W] of its `[SEG]`, None without one."""
+
+    text: str
+    mask: np.ndarray | None = None
 
 
 class GrownEmbedding(nn.Module):
@@ -356,6 +367,9 @@ class TrainedLamed(StageModel):
         logits = llm.lm_head(hidden[batch["answer_rows"], batch["answer_columns"]])
         parts = {"language": language_loss(logits, batch["answers"], batch["answer_weights"], totals["language"])}
         loss = parts["language"]
+        if not self.training:
+            right = (logits.argmax(-1) == batch["answers"]) * batch["answer_weights"]
+            parts["token_accuracy"] = right.float().sum() / totals["language"]
         if "masks" in batch:
             masks, prompt = self._segment(images, hidden, batch, totals)
             parts["mask"], loss = masks, loss + self.weights.mask * masks
@@ -419,29 +433,36 @@ class TrainedLamed(StageModel):
         return (masks * 0, prompts.float().sum() * 0) if none else (masks, prompt)
 
     # --- samples, files ---------------------------------------------------------------------------------------------
-    def answer(self, sample: Sample, new_tokens: int = 48) -> str:
+    def answer(self, sample: Sample, new_tokens: int = 128) -> Reply:
         """What the model now answers, greedily."""
-        llm = self.lamed.llm
-        device = next(llm.parameters()).device
-        image = torch.from_numpy(sample.image)[None].to(device)
-        prompt = self.prompt
-        ids = torch.tensor([prompt.input_ids((" " if sample.space else "") + sample.question)], device=device)
-        embeds = self.lamed.prompt_embeddings(ids, self.lamed.encode_images(image).float(), len(prompt.head))
+        lamed, llm, prompt = self.lamed, self.lamed.llm, self.prompt
+        tower = next(lamed.vision_tower.parameters())
+        image = torch.from_numpy(np.ascontiguousarray(sample.image))[None].to(tower.device, tower.dtype)
+        ids = torch.tensor([prompt.input_ids((" " if sample.space else "") + sample.question)], device=tower.device)
+        wanted = llm.get_input_embeddings()(ids[:, :1]).dtype
+        embeds = lamed.prompt_embeddings(ids, lamed.encode_images(image).to(wanted), len(prompt.head))
         with disable_input_dtype_casting(llm):
-            said = answer(
+            found = answer(
                 llm,
                 embeds,
                 new_tokens,
-                states=False,
+                states=lamed.seg_module is not None,
                 eos_token_id=list(prompt.stop_ids),
                 pad_token_id=self.tokenizer.pad_token_id,
-            ).ids
-        return prompt.text(said[0].tolist())
+            )
+        text, segments = prompt.text(found.ids[0].tolist()), found.ids[0] == self.config_json["seg_token_id"]
+        if lamed.seg_module is None or not segments.any():
+            return Reply(text)
+        logits = lamed.segment(lamed.seg_module.encode(image), merged(found.states[0][segments])[None])
+        return Reply(text, (logits[0, 0] > 0).cpu().numpy())
 
-    def sample_text(self) -> str:
-        return "\n\n".join(
-            f"**{s.source}** {s.question}\n\n- is: {s.answer}\n- answers: {self.answer(s)}" for s in self.shown
-        )
+    def predictions(self) -> list[Prediction]:
+        found = []
+        for sample in self.shown:
+            said = self.answer(sample)
+            text = f"**{sample.source}** {sample.question}\n\n- is: {sample.answer}\n- answers: {said.text}"
+            found.append(Prediction(text, picture(sample, said.text, said.mask)))
+        return found
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
         state = {key.removeprefix("lamed."): value for key, value in state.items() if key.startswith("lamed.")}
@@ -529,6 +550,18 @@ class TrainedLamed(StageModel):
         if not self.config_json.get("tie_word_embeddings"):
             names["llm." + HEAD] = HEAD
         return names
+
+
+def image_size_of(start: Start) -> tuple[int, int, int]:
+    """(D, H, W) of the model, before anything of it is loaded. Raises M3DError where nothing says it."""
+    size = (start.model or {}).get("image_size")
+    if size is None and isinstance(start.language_model, str):
+        size = read_config(resolve(start.language_model)).get("image_size")
+    if size is None:
+        raise InvalidInput("start.model lacks image_size")
+    if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise InvalidInput(f"start.model: image_size must be three whole numbers, D, H and W, not {size!r}")
+    return size[0], size[1], size[2]
 
 
 def _name(start: Start) -> str:

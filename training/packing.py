@@ -214,7 +214,7 @@ class Packer:
             else samples[k].mask[0].astype(np.float32)
             for k in masked
         ]
-        taught = [self.taught.get(getattr(samples[k], "structure", None), -1) for k in segmenting]
+        taught = [self.taught.get(samples[k].structure, -1) for k in segmenting]
         collated |= {
             "state_rows": batch.state_rows[chosen],
             "state_columns": batch.state_columns[chosen],

@@ -27,10 +27,11 @@ from training import trainer
 from training.config import StageSettings, as_json
 from training.data.reports import ShortReports
 from training.data.sample import Sample
-from training.data.selection import images_of, open_pairs, shown
+from training.data.selection import images_of, open_held_out, open_pairs, shown
 from training.files import write_json
 from training.losses import contrastive_loss
 from training.starting_points import PackageFiles, begin_encoders, check_shapes, load_vision_tower, open_text_encoder
+from training.validation import RetrievalValidation
 
 _SHOWN = 4
 
@@ -121,16 +122,17 @@ class ContrastiveClip(trainer.StageModel):
         packaged = "text_encoder" in self.published_config
         return {key: value for key, value in own.items() if not (packaged and key.startswith(TEXT_ENCODER))}
 
-    def sample_text(self) -> str:
+    def predictions(self) -> list[trainer.Prediction]:
         batch = self.collate(self.shown)
         device = self.clip.logit_scale.device
         inputs = (batch[key].to(device) for key in ("images", "input_ids", "attention_mask"))
         logits = self.clip.logits_per_image(*inputs)
-        lines = []
+        found = []
         for sample, row in zip(self.shown, logits):
             best = self.shown[int(row.argmax())].answer
-            lines.append(f"**{sample.source}** {'right' if best == sample.answer else 'wrong'}: {best}")
-        return "\n\n".join(lines)
+            text = f"**{sample.source}** {'right' if best == sample.answer else 'wrong'}: {best}"
+            found.append(trainer.Prediction(text))
+        return found
 
 
 def build(settings: Settings) -> ContrastiveClip:
@@ -174,12 +176,13 @@ def build(settings: Settings) -> ContrastiveClip:
 
 
 def train(settings: Settings) -> Path:
+    size = settings.vision.image_size
+    whole, held_out = open_pairs(settings, size), open_held_out(settings, size)
+    trainer.check_amount(len(whole), settings)
     model = build(settings)
-    pairs = ShortReports(
-        open_pairs(settings, settings.vision.image_size), settings.max_text_len, model.count_tokens, settings.seed
-    )
+    pairs = ShortReports(whole, settings.max_text_len, model.count_tokens, settings.seed)
     model.shown = shown(pairs, _SHOWN) if settings.sample_every else []
-    return trainer.fit(model, settings, pairs, model.collate)
+    return trainer.fit(model, settings, pairs, model.collate, held_out and RetrievalValidation(held_out))
 
 
 if __name__ == "__main__":

@@ -52,12 +52,23 @@ FREE = {
         "ddp_timeout",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs.use_reentrant",
+        "eval_strategy",
+        "eval_steps",
+        "eval_delay",
+        "eval_on_start",
+        "per_device_eval_batch_size",
     )
-} | {"sample_every", "out", "data.m3d.root"}
+} | {
+    "sample_every",
+    "out",
+    "data.m3d.root",
+    *(f"data.m3d.validation.{name}" for name in ("split", "samples", "answers")),
+}
 # How a batch is spread over processes and accumulated. Losses do not depend on it, where its product stays as it was.
 SPREAD = ("processes", "settings.trainer.per_device_train_batch_size", "settings.trainer.gradient_accumulation_steps")
 # transformers' own values for what a configuration leaves out.
-_USUAL = {SPREAD[1]: 8, SPREAD[2]: 1}
+USUAL_BATCH = 8
+_USUAL = {SPREAD[1]: USUAL_BATCH, SPREAD[2]: 1}
 
 
 # Settings that name what a run starts from, and what is read of it where that is a folder.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import shutil
 import sys
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from engine.errors import InvalidInput, M3DError
 from training import record
-from training.config import StageSettings, as_json, check_trainer, read, training_arguments
+from training.config import TENSORBOARD, StageSettings, as_json, boards_of, check_trainer, read, training_arguments
 from training.files import place
 
 FINAL = "final"
@@ -54,6 +55,13 @@ class Exact(UserDict):
     """
 
 
+class Prediction(NamedTuple):
+    """text: Markdown. picture: uint8 [rows, columns, 3], if there is something to see."""
+
+    text: str
+    picture: np.ndarray | None = None
+
+
 class StageModel(nn.Module):
     """A model in training. Its forward takes a collated batch and `totals`, and returns {"loss": what is minimised,
     "parts": every part of it by name, detached}; each part is a sum over the batch divided by its total, in float32.
@@ -71,9 +79,16 @@ class StageModel(nn.Module):
         """Read back, strictly and exactly, what `write` wrote."""
         raise NotImplementedError
 
-    def sample_text(self) -> str:
-        """Markdown: what the model now says about a few training samples."""
+    def predictions(self) -> list[Prediction]:
+        """What the model now says about a few samples."""
         raise NotImplementedError
+
+
+class Validation(Protocol):
+    """Measures a model while it trains."""
+
+    def __call__(self, trainer: StageTrainer) -> dict[str, float]:
+        """Figures by name, over all processes; all of them call it."""
 
 
 class EpochSampler(Sampler):
@@ -108,13 +123,15 @@ class _Clock(TrainerCallback):
 
 
 class _Board(TrainerCallback):
-    """TensorBoard: every scalar that is logged, and sample predictions. A resumed run continues the curves."""
+    """TensorBoard: every scalar that is logged. A resumed run continues the curves.
 
-    def __init__(self, trainer: StageTrainer, sample_every: int):
-        self.trainer, self.sample_every, self.writer = trainer, sample_every, None
+    Sample predictions go there, and to Weights & Biases where curves go there."""
+
+    def __init__(self, trainer: StageTrainer, boards: list[str], sample_every: int):
+        self.trainer, self.boards, self.sample_every, self.writer = trainer, boards, sample_every, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and TENSORBOARD in self.boards:
             from torch.utils.tensorboard import SummaryWriter
 
             # What a killed run logged after its last checkpoint is logged again.
@@ -127,18 +144,30 @@ class _Board(TrainerCallback):
         if self.writer:
             for name, value in (logs or {}).items():
                 if isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"train/{name}", value, state.global_step)
+                    group, name = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+                    self.writer.add_scalar(f"{group}/{name}", value, state.global_step)
             self.writer.flush()
 
     def on_step_end(self, args, state, control, **kwargs):
-        # A model that lies in shards answers in no single process.
-        sharded = self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
         due = self.sample_every and (state.global_step % self.sample_every == 0 or state.global_step == state.max_steps)
-        if self.writer and due and not sharded:
+        if due and self.boards and state.is_world_process_zero and not self.trainer.sharded:
             model = self.trainer.model.eval()
             with torch.no_grad(), self.trainer.accelerator.autocast():
-                self.writer.add_text("samples", model.sample_text(), state.global_step)
+                self._show(model.predictions(), state.global_step)
+
+    def _show(self, predictions: list[Prediction], step: int) -> None:
+        if self.writer:
+            self.writer.add_text("samples", "\n\n".join(text for text, _ in predictions), step)
+            for number, (_, picture) in enumerate(predictions):
+                if picture is not None:
+                    self.writer.add_image(f"samples/{number}", picture, step, dataformats="HWC")
             self.writer.flush()
+        if "wandb" in self.boards:
+            import wandb
+
+            shown = [wandb.Image(picture, caption=text) for text, picture in predictions if picture is not None]
+            texts = wandb.Table(columns=["prediction"], data=[[text] for text, _ in predictions])
+            wandb.log({"samples": shown, "answers": texts, "train/global_step": step})
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.writer:
@@ -151,8 +180,18 @@ class StageTrainer(Trainer):
     `checkpoint-N` holds what `StageModel.write` writes, in full precision, and optimizer, schedule and random states.
     """
 
-    def __init__(self, model: StageModel, settings: StageSettings, data: StageData, collate: Callable, arguments):
-        super().__init__(model=model, args=arguments, train_dataset=data, data_collator=collate)
+    def __init__(
+        self,
+        model: StageModel,
+        settings: StageSettings,
+        data: StageData,
+        collate: Callable,
+        arguments,
+        validation: Validation | None = None,
+    ):
+        super().__init__(
+            model=model, args=arguments, train_dataset=data, data_collator=collate, eval_dataset=validation
+        )
         self.model_accepts_loss_kwargs = True
         self.sampler = EpochSampler(len(data), settings.seed)
         self._sums: dict[str, Tensor] = {}
@@ -160,7 +199,13 @@ class StageTrainer(Trainer):
         self._staging: Path | None = None
         for callback in (_Clock(self), *getattr(data, "callbacks", ())):
             self.add_callback(callback)
-        self.add_callback(_Board(self, settings.sample_every))
+        self.add_callback(_Board(self, boards_of(settings.trainer), settings.sample_every))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no process has the whole model: then none can answer by itself."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return self.is_fsdp_enabled or plugin is not None and plugin.zero_stage == 3
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         return self.sampler
@@ -185,6 +230,15 @@ class StageTrainer(Trainer):
             # Tensors: reading a number here would let the device wait between forward and backward.
             self._sums[name] = self._sums.get(name, 0) + value.float()
         return (losses["loss"], losses) if return_outputs else losses["loss"]
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """What `validation` measures. It draws nothing, so a run ends as it would have without it."""
+        self.model.eval()
+        with torch.no_grad():
+            found = {f"{metric_key_prefix}_{name}": value for name, value in self.eval_dataset(self).items()}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
@@ -242,11 +296,16 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-def fit(model: StageModel, settings: StageSettings, data: StageData, collate: Callable, **defaults) -> Path:
+def fit(
+    model: StageModel,
+    settings: StageSettings,
+    data: StageData,
+    collate: Callable,
+    validation: Validation | None = None,
+) -> Path:
     """Train, or go on from the last whole checkpoint in `settings.out`; returns its `final`."""
-    arguments = training_arguments(settings, **defaults)
-    _check_amount(len(data), arguments)
-    trainer = StageTrainer(model, settings, data, collate, arguments)
+    arguments = training_arguments(settings)
+    trainer = StageTrainer(model, settings, data, collate, arguments, validation)
     out = settings.out
     if arguments.process_index == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -288,13 +347,13 @@ def _seen_by_all(checkpoints: list[str]) -> list[str]:
     return found
 
 
-def _check_amount(samples: int, arguments) -> None:
-    """Raise InvalidInput where the data make no step: incomplete batches are dropped."""
-    batch = arguments.train_batch_size * arguments.world_size
-    if arguments.dataloader_drop_last and samples < batch:
+def check_amount(samples: int, settings: StageSettings) -> None:
+    """Raise InvalidInput where the data make no step: incomplete batches are dropped. Called before a model loads."""
+    own = settings.trainer.get("per_device_train_batch_size", record.USUAL_BATCH)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.trainer.get("dataloader_drop_last", True) and samples < own * processes:
         raise InvalidInput(
-            f"the data have {samples:,} samples, fewer than a batch of all processes "
-            f"({arguments.train_batch_size} x {arguments.world_size}): make "
+            f"the data have {samples:,} samples, fewer than a batch of all processes ({own} x {processes}): make "
             "trainer.per_device_train_batch_size smaller"
         )
 

@@ -240,7 +240,7 @@ def test_losses_of_many_questions_in_a_batch_are_those_of_each_alone(packaged, a
     def group(*asked) -> list:
         image = rng.random((1, *SIZE), np.float32)
         return [
-            views.StructureSample(
+            Sample(
                 image,
                 question,
                 answer,

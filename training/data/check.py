@@ -30,7 +30,7 @@ from training.data.jobs import parallel, progress
 from training.data.oddities import Subject, centre, repeats, subject, turned_cases, turned_sets
 from training.data.reading import read_image
 from training.data.sample import BrokenSample
-from training.data.sets import CAP, REFSEG, SEG, SPLITS, TASKS, TEST_5K, VQA, Structures, TrainingSet, open_sets
+from training.data.sets import CAP, REFSEG, SEG, TASKS, VQA, Structures, TrainingSet, open_sets, splits_of
 from training.files import write_json
 
 _FOLDERS = {
@@ -150,7 +150,7 @@ def check(
             raise InvalidInput(f"{root} holds no set: {', '.join(dict.fromkeys(_FOLDERS.values()))} were looked for")
     sets, problems = [], []
     for task in tasks:
-        for split in _splits(task, root):
+        for split in splits_of(task, root):
             try:
                 sets += open_sets([task], root, split, tuple(image_size)).sets
             except InvalidInput as error:
@@ -194,19 +194,6 @@ def check(
             f"error: {len(problems)} sets cannot be opened and {broken:,} of {samples:,} samples are broken "
             f"(accepted: {limit:.1%})"
         )
-
-
-def _splits(task: str, root: Path) -> tuple[str, ...]:
-    """The splits of a task that are checked: those that it was published with, and others that are there."""
-    if task in ("refseg", *Structures.KINDS):
-        return ("train", "test")  # validation is read from the same files as test
-    tables = {"vqa_closed": "M3D_VQA_test5k", "vqa_open": "M3D_VQA_test5k"}
-    if task in tables:
-        return (*SPLITS, *((TEST_5K,) if (root / VQA / f"{tables[task]}.csv").is_file() else ()))
-    if task == "vqa_yes_no":
-        own = {"validation": "M3D_VQA_yn_val.csv", "test": "M3D_VQA_yn_test.csv"}
-        return ("train", *(split for split, name in own.items() if (root / VQA / name).is_file()))
-    return SPLITS
 
 
 def _repeated(sets: Sequence[TrainingSet], results: Sequence[Findings]) -> list[dict]:

@@ -119,6 +119,10 @@ class TrainingSet(Dataset):
         """What the scan of each sample is called in the index."""
         return (row[self._scan_column] for row in self.rows)
 
+    def name(self, index: int) -> str | None:
+        """Of the structure that sample `index` is about."""
+        return None
+
     def _words(self, index: int, mask: np.ndarray | None, rng: np.random.Generator) -> tuple[str, str]:
         """(question, answer); mask: bool [1, D, H, W], as it lies in the sample."""
         raise NotImplementedError
@@ -164,6 +168,7 @@ class TrainingSet(Dataset):
             space=self.space,
             task=self.task,
             source=str(files.image),
+            structure=self.name(index),
         )
 
     def _found(self, *parts: str) -> Path:
@@ -356,7 +361,6 @@ class Structures(TrainingSet):
         return first_there(self._base / path, self._base.joinpath(*moved))
 
     def name(self, index: int) -> str:
-        """Of the structure that sample `index` is about."""
         return self.names[int(_MASK.fullmatch(Path(self.rows[index // 2]["label"]).name)[1])]
 
     def _words(self, index, mask, rng):
@@ -589,6 +593,18 @@ TASKS: dict[str, Callable[..., list[TrainingSet]]] = {
     **{kind: _structures(kind) for kind in Structures.KINDS},
     "refseg": lambda *args, **settings: [Referring(*args, **settings)],
 }
+
+
+def splits_of(task: str, root: Path) -> tuple[str, ...]:
+    """The splits of a task: those that it was published with, and others that are there."""
+    if task in ("refseg", *Structures.KINDS):
+        return ("train", "test")  # validation is read from the same files as test
+    if task in ("vqa_closed", "vqa_open"):
+        return (*SPLITS, *((TEST_5K,) if (root / VQA / "M3D_VQA_test5k.csv").is_file() else ()))
+    if task == "vqa_yes_no":
+        own = {"validation": "M3D_VQA_yn_val.csv", "test": "M3D_VQA_yn_test.csv"}
+        return ("train", *(split for split, name in own.items() if (root / VQA / name).is_file()))
+    return SPLITS
 
 
 def codes_of(root: Path | str) -> list[str]:
