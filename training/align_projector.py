@@ -112,6 +112,9 @@ class WordAligned(trainer.StageModel):
             folder, {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
         )
 
+    def keeps(self, name: str) -> bool:
+        return name.startswith("model.") and self.model.keeps(name.removeprefix("model."))
+
     def restore(self, folder: Path) -> None:
         self.model.restore(folder)
 

@@ -508,6 +508,10 @@ class TrainedLamed(StageModel):
         if file.is_file():
             file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
 
+    def keeps(self, name: str) -> bool:
+        key = name.removeprefix("lamed.")
+        return not key.startswith("llm.") or ".lora_" in key or key in self._trained_embeddings()
+
     def restore(self, folder: Path) -> None:
         state = self._trained_in(folder)
         check_shapes("model", str(folder), state, self._written())

@@ -18,14 +18,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DeepSpeedSchedulerWrapper, broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
-from engine.errors import InvalidInput, M3DError
+from engine.errors import CheckpointError, InvalidInput, M3DError
 from training import record
 from training.config import TENSORBOARD, StageSettings, as_json, boards_of, check_trainer, read, training_arguments
 from training.files import place
@@ -82,6 +82,22 @@ class StageModel(nn.Module):
     def predictions(self) -> list[Prediction]:
         """What the model now says about a few samples."""
         raise NotImplementedError
+
+    def keeps(self, name: str) -> bool:
+        """Whether `write` needs a parameter: not one that is frozen and read again from where it came from."""
+        return True
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Strict about what a checkpoint keeps: DeepSpeed's has nothing of what is frozen."""
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in found.missing_keys if name not in frozen]
+        if strict and (missing or found.unexpected_keys):
+            raise CheckpointError(
+                f"the state of another model: {len(missing)} parts are missing and {len(found.unexpected_keys)} are "
+                f"unknown, for example {[*missing, *found.unexpected_keys][0]}"
+            )
+        return found
 
 
 class Validation(Protocol):
@@ -272,9 +288,37 @@ class StageTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        # ZeRO-3 without gathering hands over an empty one: DeepSpeed's own files hold the weights then.
-        if state_dict != {}:
-            self.accelerator.unwrap_model(self.model).write(folder, state_dict or self.model.state_dict())
+        self.accelerator.unwrap_model(self.model).write(folder, state_dict or self.model.state_dict())
+
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        if not self.is_deepspeed_enabled:
+            return super().save_model(output_dir, _internal_call)
+        state = self._deepspeed_state()
+        if self.args.should_save:
+            self._save(output_dir, state)
+
+    def _deepspeed_state(self) -> dict[str, Tensor]:
+        """What `write` needs, what is trained in float32: DeepSpeed's model holds bf16. All processes call it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.runtime.zero import GatheredParameters
+
+        state = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()}
+        for name, parameter in self.model.named_parameters():
+            if not self.model.keeps(name):
+                continue
+            if parameter.requires_grad:
+                state[name] = safe_get_full_fp32_param(parameter).cpu()
+            else:
+                with GatheredParameters([parameter]):
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if self.is_fsdp_enabled:
