@@ -18,7 +18,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, broadcast_object_list
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
