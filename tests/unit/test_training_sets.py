@@ -40,7 +40,7 @@ from training.data.sets import (
     box_of,
     open_sets,
 )
-from training.data.wording import class_names, descriptions, templates
+from training.data.wording import class_names, descriptions, read_templates, templates
 
 FORMATS = json.loads((ROOT / "tests/fixtures/formats/formats.json").read_text())
 
@@ -515,6 +515,18 @@ def other_words(path: Path, change=lambda words: None) -> Path:
     change(words)
     path.write_text(json.dumps(words))
     return path
+
+
+def test_our_own_words_have_at_least_the_reference_s_variety_and_every_slot():
+    """Questions in M3D's prompt_templates.py at 63e7200, counted: captions; by name and by description."""
+    words = read_templates(ROOT / "training/data/templates.json")
+    reference = {"segmentation": (26, 21), "rec": (19, 41), "reg": (36, 17)}
+    assert len(set(words["caption"]["train"])) >= 42
+    for task, counts in reference.items():
+        for style, count in zip(("by_name", "by_description"), counts):
+            kinds = words[task][style]
+            assert len(set(kinds["train"])) >= count and not set(kinds["train"]) & set(kinds["held_out"])
+            assert all(len(texts) == len(set(texts)) for texts in kinds.values())
 
 
 def test_other_words_take_the_place_of_our_own(complete, tmp_path):
