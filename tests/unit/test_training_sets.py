@@ -518,14 +518,20 @@ def other_words(path: Path, change=lambda words: None) -> Path:
 
 
 def test_our_own_words_have_at_least_the_reference_s_variety_and_every_slot():
-    """Questions in M3D's prompt_templates.py at 63e7200, counted: captions; by name and by description."""
+    """M3D's prompt_templates.py at 63e7200, counted: captions; questions, answers and denials by name and by
+    description."""
     words = read_templates(ROOT / "training/data/templates.json")
-    reference = {"segmentation": (26, 21), "rec": (19, 41), "reg": (36, 17)}
+    reference = {
+        "segmentation": ((26, 13, 12), (21, 12, 10)),
+        "rec": ((19, 32, 15), (41, 21, 13)),
+        "reg": ((36, 20, 0), (17, 17, 0)),  # what is not there has no box to ask about
+    }
     assert len(set(words["caption"]["train"])) >= 42
     for task, counts in reference.items():
-        for style, count in zip(("by_name", "by_description"), counts):
+        for style, wanted in zip(("by_name", "by_description"), counts):
             kinds = words[task][style]
-            assert len(set(kinds["train"])) >= count and not set(kinds["train"]) & set(kinds["held_out"])
+            assert all(len(kinds.get(kind, ())) >= count for kind, count in zip(("train", "answer", "absent"), wanted))
+            assert not set(kinds["train"]) & set(kinds["held_out"])
             assert all(len(texts) == len(set(texts)) for texts in kinds.values())
 
 
