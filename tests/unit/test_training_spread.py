@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +19,13 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
 
 from engine.errors import CheckpointError
+from export import build_engines
 from tests import m3d_data
 from tests import toy_models as toy
 from tests.conftest import ROOT
-from training import merge_lora, trainer
-from training.config import check_trainer
+from training import finetune, merge_lora, trainer
+from training.config import build, check_trainer
+from training.data.sets import Captions
 
 SPREAD = ROOT / "training" / "configs" / "spread"
 _DEEPSPEED = ("deepspeed==0.19.8", "hjson==3.1.0", "msgpack==1.2.4", "py-cpuinfo==9.0.0", "ninja==1.13.2")
@@ -174,3 +178,34 @@ def test_deepspeed_trains_in_bf16_keeps_float32_and_goes_on_to_the_bit(tmp_path,
     # In three pieces, no process answers.
     assert ("eval/segmentation_dice" in scalars) == (stage == 2)
     assert ("samples/text_summary" in events.Tags()["tensors"]) == (stage == 2)
+
+
+# --- the guide -------------------------------------------------------------------------------------------------------
+GUIDE = (ROOT / "docs" / "training.md").read_text()
+
+
+def test_the_guide_names_files_that_there_are():
+    named = set(re.findall(r"(?:training|export)/[\w/]+\.(?:py|json|yaml)", GUIDE))
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", GUIDE) if "://" not in link]
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+
+
+def test_the_guide_s_configuration_and_export_are_understood():
+    (block,) = (found for found in re.findall(r"```json\n(.*?)```", GUIDE, re.S) if '"out"' in found)
+    settings = build(finetune.Settings, json.loads(block))
+    check_trainer(settings.trainer)
+    (command,) = re.findall(r"python export/build_engines.py (.*?)```", GUIDE.replace("\\\n", " "), re.S)
+    build_engines._parser().parse_args(shlex.split(command))
+
+
+def test_the_guide_s_index_of_own_data_is_read(tmp_path):
+    (block,) = (found for found in re.findall(r"```json\n(.*?)```", GUIDE, re.S) if '"validation": [' in found)
+    index = json.loads(block)
+    for entry in (*index["train"], *index["validation"]):
+        m3d_data.save(tmp_path / entry["image"], m3d_data.image(1))
+        (tmp_path / entry["text"]).write_text("A report.")
+    (tmp_path / "M3D_Cap_npy" / "M3D_Cap.json").write_text(block)
+    for split in index:
+        assert Captions(tmp_path, split, m3d_data.SIZE)[0].answer == "A report."
