@@ -300,8 +300,8 @@ class StageTrainer(Trainer):
 
     def _deepspeed_state(self) -> dict[str, Tensor]:
         """What `write` needs, what is trained in float32: DeepSpeed's model holds bf16. All processes call it."""
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         state = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()}
         for name, parameter in self.model.named_parameters():

@@ -544,7 +544,13 @@ def test_other_words_take_the_place_of_our_own(complete, tmp_path):
     assert {"Caption this, please.", "Box the liver."} <= asked
     before = questions.fingerprint()
     other_words(words, lambda texts: texts["reg"]["by_name"]["train"].append("What has {box}?"))
-    assert open_questions(run, SIZE).fingerprint() != before and "words.json" in before
+    assert open_questions(run, SIZE).fingerprint() != before and {"words.json", "terms.json"} <= set(before)
+
+
+def test_a_run_does_not_go_on_with_other_words_of_ours(complete, tmp_path):
+    m3d = {"root": str(complete), "tasks": ["rec"]}
+    run = build(StageSettings, {"out": str(tmp_path / "out"), "seed": 5, "data": {"m3d": m3d}, "trainer": {}})
+    assert {"templates.json", "terms.json"} <= set(open_questions(run, SIZE).fingerprint())
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,16 @@ from training.data.reading import (
     stored_shape,
 )
 from training.data.sample import BrokenSample, Sample
-from training.data.wording import choose, class_names, descriptions, read_descriptions, read_templates, templates
+from training.data.wording import (
+    OWN_TERMS,
+    TEMPLATES,
+    choose,
+    class_names,
+    descriptions,
+    read_descriptions,
+    read_templates,
+    templates,
+)
 
 CAP, VQA, SEG, REFSEG = "M3D_Cap_npy", "M3D-VQA", "M3D_Seg_npy", "M3D_RefSeg_npy"
 SPLITS = ("train", "validation", "test")
@@ -106,7 +115,7 @@ class TrainingSet(Dataset):
     @property
     def sources(self) -> tuple[Path, ...]:
         """The files that decide which samples there are and what they say, but for images, masks and texts."""
-        return (self.index, *((self.words,) if self.words else ()))
+        return (self.index, self.words or TEMPLATES)
 
     def _open(self) -> Sequence:
         raise NotImplementedError
@@ -324,7 +333,7 @@ class Structures(TrainingSet):
 
     @property
     def sources(self) -> tuple[Path, ...]:
-        return (*super().sources, *((self.terms,) if self.terms else ()))
+        return (*super().sources, OWN_TERMS, *((self.terms,) if self.terms else ()))
 
     def _open(self) -> Sequence:
         self.names = names_of(self.index, self.code)

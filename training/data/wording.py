@@ -19,22 +19,25 @@ from engine.errors import InvalidInput
 from engine.prompt import SEG_TOKEN
 from training.data.reading import read_json
 
+_HERE = Path(__file__).parent
+TEMPLATES, OWN_TERMS = _HERE / "templates.json", _HERE / "terms.json"
+
 
 @cache
 def templates() -> dict:
-    return _read("templates.json")
+    return _read(TEMPLATES)
 
 
 @cache
 def class_names() -> dict[str, tuple[str, ...]]:
     """Class names by data set code; a class id is a position in them."""
-    return {code: tuple(names) for code, names in _read("classes.json").items()}
+    return {code: tuple(names) for code, names in _read(_HERE / "classes.json").items()}
 
 
 @cache
 def descriptions() -> dict[str, tuple[str, ...]]:
     """Descriptions by class name."""
-    return {name: tuple(term["descriptions"]) for term in _read("terms.json") for name in term["names"]}
+    return {name: tuple(term["descriptions"]) for term in _read(OWN_TERMS) for name in term["names"]}
 
 
 def read_templates(path: Path) -> dict:
@@ -85,5 +88,5 @@ def choose(rng: np.random.Generator, texts: list[str] | tuple[str, ...]) -> str:
     return texts[int(rng.integers(len(texts)))]
 
 
-def _read(name: str):
-    return json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+def _read(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
