@@ -18,9 +18,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -253,6 +255,9 @@ class StageTrainer(Trainer):
         self.model.eval()
         with torch.no_grad():
             found = {f"{metric_key_prefix}_{name}": value for name, value in self.eval_dataset(self).items()}
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):  # a forward pass alone leaves its weights whole
+                module.reshard()
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -292,40 +297,39 @@ class StageTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).write(folder, state_dict or self.model.state_dict())
 
     def save_model(self, output_dir=None, _internal_call=False) -> None:
-        if not self.is_deepspeed_enabled:
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
-        state = self._deepspeed_state()
+        state = self._gathered_state()
         if self.args.should_save:
             self._save(output_dir, state)
 
-    def _deepspeed_state(self) -> dict[str, Tensor]:
-        """What `write` needs, what is trained in float32: DeepSpeed's model holds bf16. All processes call it."""
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        state = {name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()}
+    def _gathered_state(self) -> dict[str, Tensor]:
+        """What `write` needs, whole, and what is trained in float32: DeepSpeed's model holds bf16. All processes call
+        it."""
+        state = {name: _whole(buffer) for name, buffer in self.model.named_buffers()}
         for name, parameter in self.model.named_parameters():
-            if not self.model.keeps(name):
-                continue
-            if parameter.requires_grad:
-                state[name] = safe_get_full_fp32_param(parameter).cpu()
-            else:
-                with GatheredParameters([parameter]):
-                    state[name] = parameter.detach().cpu().clone()
+            if self.model.keeps(name):
+                state[name] = _of_deepspeed(parameter) if self.is_deepspeed_enabled else _whole(parameter)
         return state
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
+        """Of DeepSpeed and FSDP nothing that is frozen, and no second copy of what `write` writes where it can be read
+        back."""
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        else:
             return super()._save_optimizer_and_scheduler(output_dir)
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.model.restore(Path(resume_from_checkpoint))
+        hooks = [module.register_load_state_dict_pre_hook(_spread) for module in self.model.modules()]
+        self.model.restore(Path(resume_from_checkpoint))
+        for hook in hooks:
+            hook.remove()
 
     def save_final(self, unwrapped: bool = False) -> None:
         """Write what the stage is for: `final`, whole or not at all. unwrapped: the model was never put into shards."""
@@ -339,6 +343,30 @@ class StageTrainer(Trainer):
         if self.args.should_save:
             place(staging, out / FINAL)
         self.accelerator.wait_for_everyone()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """On the CPU, of all processes' pieces under FSDP."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def _spread(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest) -> None:
+    """Whole tensors that a module is to load become what FSDP holds of them, each process' piece."""
+    for name, parameter in module.named_parameters(prefix.rstrip("."), recurse=False):
+        if name in state and isinstance(parameter, DTensor):
+            whole = state[name].to(parameter.device, parameter.dtype)
+            state[name] = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+
+
+def _of_deepspeed(parameter: nn.Parameter) -> Tensor:
+    """A parameter on the CPU: what is trained from the optimizer, in float32."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter).cpu()
+    with GatheredParameters([parameter]):
+        return parameter.detach().cpu().clone()
 
 
 def fit(

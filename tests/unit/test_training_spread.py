@@ -23,6 +23,7 @@ from export import build_engines
 from tests import m3d_data
 from tests import toy_models as toy
 from tests.conftest import ROOT
+from tests.unit.test_training_stages import AS_ON_GPUS
 from training import finetune, merge_lora, trainer
 from training.config import build, check_trainer
 from training.data.sets import Captions
@@ -178,6 +179,37 @@ def test_deepspeed_trains_in_bf16_keeps_float32_and_goes_on_to_the_bit(tmp_path,
     # In three pieces, no process answers.
     assert ("eval/segmentation_dice" in scalars) == (stage == 2)
     assert ("samples/text_summary" in events.Tags()["tensors"]) == (stage == 2)
+
+
+# --- with FSDP2 ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow(group="faults")
+@pytest.mark.integration
+@pytest.mark.parametrize("bf16", [False, True])
+def test_fsdp2_keeps_what_is_trained_and_goes_on_to_the_bit(tmp_path, bf16):
+    data, llm = m3d_data.write_root(tmp_path / "data"), toy.language_model(tmp_path / "tiny-llama")
+    (tmp_path / "rank.py").write_text(AS_ON_GPUS + _RANK)
+    configurations = {}
+    for name in ("whole", "torn"):
+        settings = {"bf16": bf16, "fsdp": True, "fsdp_config": str(SPREAD / "fsdp2.json"), "max_steps": 3}
+        settings |= {"eval_strategy": "steps", "eval_steps": 1}
+        values = toy.finetune_configuration(tmp_path / name, data, llm, **settings)
+        values["data"]["m3d"]["validation"] = {"samples": 2, "answers": 1}
+        configurations[name] = str(toy.written(values, tmp_path / f"{name}.json"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = two_processes(environment, tmp_path / "rank.py", configurations["whole"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed = two_processes(environment, tmp_path / "rank.py", configurations["torn"], "3")
+    assert killed.returncode != 0 and not (tmp_path / "torn" / "final").exists()
+    assert (tmp_path / "torn" / "checkpoint-2").is_dir(), killed.stderr[-3000:]
+    resumed = two_processes(environment, tmp_path / "rank.py", configurations["torn"])
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        whole, torn = (load_file(tmp_path / run / "final" / name) for run in ("whole", "torn"))
+        assert whole.keys() == torn.keys() and all(torch.equal(value, torn[key]) for key, value in whole.items())
+    assert all(value.dtype == torch.float32 for value in whole.values())
+    assert not [file.name for file in (tmp_path / "whole" / "checkpoint-3").iterdir() if "fsdp" in file.name]
+    merged = merge_lora.merge(merge_lora.Settings(trained=tmp_path / "whole" / "final", out=tmp_path / "merged"))
+    assert (merged / "model.safetensors").is_file()
 
 
 # --- the guide -------------------------------------------------------------------------------------------------------

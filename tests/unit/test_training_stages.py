@@ -418,6 +418,8 @@ import torch
 torch.nn.Dropout.forward = lambda self, x: x
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+_NO_THREADS = """
 names = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
 sys.exit(f"threads outlive the stage: {names}" if any("gloo" in name for name in names) else 0)
 """
@@ -431,6 +433,23 @@ _FSDP2 = {
         "state_dict_type": "FULL_STATE_DICT",
     },
 }
+
+
+# accelerate leaves FSDP out where it finds CPUs alone.
+AS_ON_GPUS = """
+from accelerate import state
+begin = state.AcceleratorState.__init__
+def as_on_gpus(self, *args, **kwargs):
+    state.PartialState._shared_state["distributed_type"] = state.DistributedType.MULTI_GPU
+    begin(self, *args, **kwargs)
+state.AcceleratorState.__init__ = as_on_gpus
+from training import trainer
+step = trainer.StageTrainer.training_step
+def in_pieces(self, *args, **kwargs):
+    assert self.is_fsdp_enabled and {type(p).__name__ for p in self.model.parameters()} == {"DTensor"}
+    return step(self, *args, **kwargs)
+trainer.StageTrainer.training_step = in_pieces
+"""
 
 
 @pytest.mark.parametrize("stage, spread", [("finetune", {}), ("finetune", _FSDP2), ("pretrain_clip", {})])
@@ -456,7 +475,8 @@ def test_two_processes_train_what_one_does_on_the_joined_batch(
         return toy.clip_configuration(tmp_path / name, data, encoder, **settings)
 
     script = tmp_path / "without_dropout.py"
-    script.write_text(_WITHOUT_DROPOUT)
+    # FSDP's meshes hold their groups until the interpreter has ended.
+    script.write_text(AS_ON_GPUS + _WITHOUT_DROPOUT if spread else _WITHOUT_DROPOUT + _NO_THREADS)
     done = subprocess.run(
         [
             sys.executable,
