@@ -145,7 +145,7 @@ def words_of(view: View, lens: Lens, grid: tuple[int, int, int]) -> np.ndarray:
 def train(settings: Settings) -> Path:
     if settings.objective not in OBJECTIVES:
         raise InvalidInput(f"objective {settings.objective!r} is not known; known: {', '.join(OBJECTIVES)}")
-    check_precision(settings, settings.start)
+    check_precision(settings, settings.start, settings.train)
     size = image_size_of(settings.start)
     words = settings.objective == "words"
     data = open_views(settings, size) if words else open_questions(settings, size)

@@ -52,7 +52,6 @@ def build(settings: Settings) -> tuple[TrainedLamed, Packer]:
     """The model before its first step, and its collator. Raises M3DError for what cannot be trained."""
     if settings.mask_grid not in MASK_GRIDS:
         raise InvalidInput(f"mask_grid {settings.mask_grid!r} is not known; known: {', '.join(MASK_GRIDS)}")
-    check_precision(settings, settings.start)
     model = TrainedLamed(settings.start, settings.train, settings.lora, settings.losses)
     config, names = model.lamed.config, ()
     if settings.teacher:
@@ -76,7 +75,13 @@ def build(settings: Settings) -> tuple[TrainedLamed, Packer]:
     return model, packer
 
 
-def check_precision(settings: StageSettings, start: Start) -> None:
+def check_precision(settings: StageSettings, start: Start, train: tuple[str, ...]) -> None:
+    """Raise InvalidInput for what cannot be trained in these types, or in pieces."""
+    if "added_tokens" in train and (settings.trainer.get("fsdp") or settings.trainer.get("deepspeed")):
+        raise InvalidInput(
+            "train: added_tokens works in processes that each have the whole model: leave out trainer.fsdp and "
+            "trainer.deepspeed, or train embeddings"
+        )
     if start.dtype == "bfloat16" and not settings.trainer.get("bf16"):
         raise InvalidInput("start.dtype bfloat16 needs trainer.bf16: the trained parts stay in float32 beside it")
 
@@ -97,6 +102,7 @@ def learn_from(model: TrainedLamed, teacher: str) -> tuple[str, ...]:
 
 
 def train(settings: Settings) -> Path:
+    check_precision(settings, settings.start, settings.train)
     size = image_size_of(settings.start)
     questions, held_out = open_questions(settings, size), open_held_out(settings, size)
     trainer.check_amount(len(questions), settings)

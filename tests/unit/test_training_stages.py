@@ -965,6 +965,7 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
         ({"answer_weights": "equal"}, "answer_weights"),
         ({"train": ["tower"]}, "train names tower"),
         ({"train": ["added_tokens"]}, "tied embeddings"),
+        ({"train": ["added_tokens"], "trainer": {"fsdp": True}}, "train: added_tokens works .* the whole model"),
         ({"max_length": 3}, "max_length 3 leaves no room"),
         ({"max_length": 4096}, "more than the language model's context"),
     ],
