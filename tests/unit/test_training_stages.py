@@ -444,10 +444,10 @@ def as_on_gpus(self, *args, **kwargs):
     begin(self, *args, **kwargs)
 state.AcceleratorState.__init__ = as_on_gpus
 from training import trainer
-step = trainer.StageTrainer.training_step
+whole_step = trainer.StageTrainer.training_step
 def in_pieces(self, *args, **kwargs):
     assert self.is_fsdp_enabled and {type(p).__name__ for p in self.model.parameters()} == {"DTensor"}
-    return step(self, *args, **kwargs)
+    return whole_step(self, *args, **kwargs)
 trainer.StageTrainer.training_step = in_pieces
 """
 
