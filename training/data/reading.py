@@ -85,8 +85,13 @@ def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...]) -> Iterator
     return ({column: row[column] or "" for column in columns} for row in reader)
 
 
+def first_there(*paths: Path) -> Path:
+    """The first of several places where there is a file; the first of all if there is none."""
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def mask_id(cell: str) -> int | None:
-    """The value in a mask that a cell of M3D_RefSeg.csv means, 1 or above (0 is the background); None if it is none."""
+    """The value in a mask that a cell of M3D-RefSeg means, 1 or above (0 is the background); None if it is none."""
     try:
         value = float(cell)  # tables that went through other tools have 1.0 for 1
     except ValueError:
@@ -95,11 +100,13 @@ def mask_id(cell: str) -> int | None:
 
 
 def read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
-    """float32 [1, D, H, W] in 0..1 at `size`. Raises BrokenSample for anything else."""
+    """float32 [1, D, H, W] in 0..1 at `size`, stored so or as uint8 0..255. Raises BrokenSample for anything else."""
     array = _load(path)
     if array.shape != (1, *size):
         raise BrokenSample(path, f"the image has shape {_shape(array.shape)}, the model takes {_shape((1, *size))}")
     image = array.astype(np.float32)
+    if array.dtype == np.uint8:
+        image /= 255
     low, high = float(image.min()), float(image.max())
     if not -_ROUNDING <= low <= high <= 1 + _ROUNDING:
         values = f"{low:g} to {high:g}" if np.isfinite([low, high]).all() else "values that are not finite"
