@@ -60,11 +60,14 @@ def read_json(path: Path):
         raise InvalidInput(f"{path} is not JSON: {error}") from None
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> Table:
-    """The rows of a CSV with a header, `columns` only. Raises InvalidInput naming the columns that it lacks."""
+def read_table(path: Path, columns: tuple[str, ...], also: tuple[str, ...] = ()) -> Table:
+    """The rows of a CSV with a header, `columns` only, and `also` these: blank where it lacks them.
+
+    Raises InvalidInput naming the `columns` that it lacks.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = _rows(path, file, columns)
+            rows = _rows(path, file, columns, also)
             return Table(rows)
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
@@ -72,7 +75,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Table:
         raise InvalidInput(f"{path} is not a CSV in UTF-8: {error}") from None
 
 
-def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...]) -> Iterator[dict]:
+def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...], also: tuple[str, ...]) -> Iterator[dict]:
     csv.field_size_limit(_MAX_CELL)  # reports are long
     reader = csv.DictReader(file)
     found = reader.fieldnames or []
@@ -82,7 +85,7 @@ def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...]) -> Iterator
             f"it has {', '.join(found) or 'none'}"
         )
     # A row that is cut short has None where cells are missing: that row is broken, not the table.
-    return ({column: row[column] or "" for column in columns} for row in reader)
+    return ({column: row.get(column) or "" for column in (*columns, *also)} for row in reader)
 
 
 def first_there(*paths: Path) -> Path:

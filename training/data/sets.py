@@ -56,7 +56,8 @@ TEST_5K = "test5k"
 TERMS = "term_dictionary.json"
 _PROBED = 8
 _SEG_SPLITS = {"validation": "test"}
-_MASK = re.compile(r"mask_(\d+)\.npy")
+# Training reads .npy alone; M3D-Bench asks about NIfTI files, too.
+_MASK = re.compile(r"mask_(\d+)\.(?:npy|nii|nii\.gz)")
 
 Size = tuple[int, int, int]
 
@@ -74,9 +75,10 @@ class TrainingSet(Dataset):
     """What all sets have in common.
 
     root: the data root. split: train, validation or test; M3D-Cap has the splits that its JSON has, M3D-VQA test5k too.
-    image_size: (D, H, W) of the model. seed: of everything that is drawn. jitter: whether the recipe's random changes
-    are made. wording: `train` or `held_out` questions. words: a file of questions and answers that takes the place of
-    templates.json.
+    image_size: (D, H, W) of the model; None: the files are of any size, and no sample is read (M3D-Bench takes files
+    and words from here, and asks about the files). seed: of everything that is drawn. jitter: whether the recipe's
+    random changes are made. wording: `train` or `held_out` questions. words: a file of questions and answers that
+    takes the place of templates.json.
     Raises InvalidInput if the root lacks the set, or its index, images or masks are not as the model needs them.
     """
 
@@ -88,7 +90,7 @@ class TrainingSet(Dataset):
         self,
         root: Path | str,
         split: str,
-        image_size: Size = (32, 256, 256),
+        image_size: Size | None = (32, 256, 256),
         *,
         seed: int = 0,
         jitter: bool = False,
@@ -96,7 +98,8 @@ class TrainingSet(Dataset):
         words: Path | None = None,
     ):
         self.words, self._templates = words, read_templates(words) if words else templates()
-        self.root, self.split, self.image_size = Path(root), split, tuple(image_size)
+        self.root, self.split = Path(root), split
+        self.image_size = None if image_size is None else tuple(image_size)
         self.seed, self.jitter, self.wording = seed, jitter, wording
         # In shared memory: DataLoader workers that outlive an epoch hear of the next one.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -105,7 +108,8 @@ class TrainingSet(Dataset):
         self.rows = self._open()
         if not len(self):
             raise InvalidInput(f"{self.index} has no entries for {self.task} in split {split!r}")
-        self._probe()
+        if self.image_size is not None:
+            self._probe()
 
     @property
     def index(self) -> Path:
@@ -132,8 +136,11 @@ class TrainingSet(Dataset):
         """Of the structure that sample `index` is about."""
         return None
 
-    def _words(self, index: int, mask: np.ndarray | None, rng: np.random.Generator) -> tuple[str, str]:
-        """(question, answer); mask: bool [1, D, H, W], as it lies in the sample."""
+    def worded(self, index: int, mask: np.ndarray | None, rng: np.random.Generator) -> tuple[str, str]:
+        """(question, answer) of a sample, not swapped for a mirror image. Raises BrokenSample.
+
+        mask: bool [1, D, H, W], as it lies in the sample; None without one. rng: draws the wording.
+        """
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -166,7 +173,7 @@ class TrainingSet(Dataset):
         if files.mask is not None:
             mask = read_mask(files.mask, files.image, image.shape, files.label)
             mask = np.ascontiguousarray(change.place(mask))
-        question, answer = self._words(index, mask, rng)
+        question, answer = self.worded(index, mask, rng)
         if change.mirrored:
             question, answer = swap_sides(question), swap_sides(answer)
         return Sample(
@@ -248,7 +255,7 @@ class Captions(TrainingSet):
     def files(self, index: int) -> Files:
         return Files(self.root / self.rows[index]["image"])
 
-    def _words(self, index, mask, rng):
+    def worded(self, index, mask, rng):
         answer = " ".join(read_text(self.root / self.rows[index]["text"]).split())
         return (choose(rng, self._templates["caption"][self.wording]) if self.ask else ""), answer
 
@@ -267,12 +274,12 @@ class Vqa(TrainingSet):
         return self._found(VQA, f"{self._stem}_{_split(self._splits, self.split)}.csv")
 
     def _open(self) -> Sequence:
-        return read_table(self.index, self.columns)
+        return read_table(self.index, self.columns, also=("Question Type",))
 
     def files(self, index: int) -> Files:
         return Files(self.root / self.rows[index]["Image Path"])
 
-    def _words(self, index, mask, rng):
+    def worded(self, index, mask, rng):
         row = {column: text.strip() for column, text in self.rows[index].items()}
         if empty := [column for column in self.needed if not row[column]]:
             raise BrokenSample(self.index, f"row {index + 1} has no {' and no '.join(empty)}")
@@ -289,11 +296,15 @@ class ClosedVqa(Vqa):
     columns = (*Vqa.columns, *(f"Choice {letter}" for letter in "ABCD"), "Answer Choice")
     needed = (*Vqa.columns, "Answer Choice")
 
+    def choices(self, index: int) -> dict[str, str]:
+        """Letter -> text of what a question offers. A blank choice is none; the reference offers it as the word nan."""
+        row = self.rows[index]
+        return {letter: text for letter in "ABCD" if (text := row[f"Choice {letter}"].strip())}
+
     def _asked(self, row, index):
         if row["Answer Choice"] not in ("A", "B", "C", "D"):
             raise BrokenSample(self.index, f"row {index + 1} has Answer Choice {row['Answer Choice']!r}, not A to D")
-        # A blank choice is no choice; the reference offers it as the word nan.
-        offered = {letter: text for letter in "ABCD" if (text := row[f"Choice {letter}"])}
+        offered = self.choices(index)
         if row["Answer Choice"] not in offered or len(offered) < 2:
             raise BrokenSample(
                 self.index,
@@ -319,7 +330,7 @@ class Structures(TrainingSet):
 
     KINDS = ("segmentation", "rec", "reg")
 
-    def __init__(self, root, split, image_size: Size = (32, 256, 256), *, code: str, kind: str, **settings):
+    def __init__(self, root, split, image_size: Size | None = (32, 256, 256), *, code: str, kind: str, **settings):
         self.code, self.task = code, kind
         super().__init__(root, split, image_size, **settings)
 
@@ -372,12 +383,14 @@ class Structures(TrainingSet):
     def name(self, index: int) -> str:
         return self.names[int(_MASK.fullmatch(Path(self.rows[index // 2]["label"]).name)[1])]
 
-    def _words(self, index, mask, rng):
-        slots = {"name": self.name(index)}
-        described = self.descriptions.get(slots["name"])
-        style = "by_description" if index % 2 and described else "by_name"
+    def style(self, index: int) -> str:
+        """by_name or by_description: of each two samples the second, where a description is known."""
+        return "by_description" if index % 2 and self.descriptions.get(self.name(index)) else "by_name"
+
+    def worded(self, index, mask, rng):
+        slots, style = {"name": self.name(index)}, self.style(index)
         if style == "by_description":
-            slots["description"] = choose(rng, described)
+            slots["description"] = choose(rng, self.descriptions[slots["name"]])
         present = bool(mask.any())
         # What is not there has no box to ask about.
         asked = self._templates[self.task if present or self.task != "reg" else "rec"][style]
@@ -421,14 +434,14 @@ class Referring(TrainingSet):
         case, name = PurePosixPath(path).parts[-2:] if "/" in path else ("", path)
         return first_there(self.root / path, self._base / case / f"{name.split('.nii')[0].removesuffix('.npy')}.npy")
 
-    def _words(self, index, mask, rng):
+    def worded(self, index, mask, rng):
         # The published answers were written by a language model, which now and then changed the brackets.
         question, answer = (
             self.rows[index][column].strip().replace("<SEG>", SEG_TOKEN) for column in ("Question", "Answer")
         )
         if not question or not answer:
             raise BrokenSample(self.index, f"row {index + 1} has no {'answer' if question else 'question'}")
-        if SEG_TOKEN in answer and not mask.any():
+        if SEG_TOKEN in answer and mask is not None and not mask.any():
             files = self.files(index)
             raise BrokenSample(
                 [files.mask, self.index], f"no voxel of the mask is {files.label}, which row {index + 1} means"
