@@ -74,7 +74,7 @@ bench: $(VENV)/testing  ## measure latency against eager PyTorch and the machine
 
 bench-forgetful: $(VENV)/testing  ## after `make bench`: the same, short, with room for one study: the follow-up must miss its target
 	@rm -rf $(OUT)/bench/forgetful && cp -r $(OUT)/bench/model_repository $(OUT)/bench/forgetful
-	@sed -i '/study_store_mb/s/string_value: "[0-9]*"/string_value: "16"/' $(OUT)/bench/forgetful/study/config.pbtxt
+	@printf '[study]\nstudy_store_mb = 16\n' > $(OUT)/bench/forgetful/settings.toml
 	@$(BIN)/python benchmarks/latency.py --checkpoint $(OUT)/bench/checkpoint --clip-checkpoint $(OUT)/bench/clip \
 	  --repository $(OUT)/bench/forgetful --baseline fp32 --repeats 3 --tokens 16 --concurrency 1 --seconds 0 \
 	  | tee $(OUT)/bench/forgetful.txt || true  # what needs two scans at once fails
@@ -121,10 +121,10 @@ $(VENV)/bin/uv:
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet uv $(addprefix --constraint ,$(LOCK))
 
-$(VENV)/serving: pyproject.toml overrides.txt $(LOCK) engine/runtime/decoder/decode_kernel.c | $(VENV)/bin/uv
+$(VENV)/serving: pyproject.toml overrides.txt $(LOCK) engine/runtime/cpu/decode_kernel.c | $(VENV)/bin/uv
 	@echo "installing what serving on a CPU needs ..."
 	@$(INSTALL) --editable '.[cpu]'
-	@$(BIN)/python -m engine.runtime.compile_kernel || true  # it says why not, and all works without
+	@$(BIN)/python -m engine.runtime.cpu.compile_kernel || true  # it says why not, and all works without
 	@touch $@
 
 $(VENV)/testing: $(VENV)/serving

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks import machine
-from benchmarks.samples import Sample
 from benchmarks.scans import BenchmarkScan
+from benchmarks.timings import Timing
 from engine.models.answering import answer
 from engine.models.checkpoint import load_clip, load_lamed
 from engine.scan import pack_scan, read_scan
@@ -42,7 +42,7 @@ class Baseline:
             self.clip_tokenizer = AutoTokenizer.from_pretrained(folder)
 
     @torch.inference_mode()
-    def ask(self, scan: BenchmarkScan, question: str, tokens: int) -> Sample:
+    def ask(self, scan: BenchmarkScan, question: str, tokens: int) -> Timing:
         clock = _Clock()
         image, _ = self._image(scan)
         clock.note("prepare")
@@ -54,7 +54,7 @@ class Baseline:
         return clock.sample(said.shape[1], embeds.shape[1])
 
     @torch.inference_mode()
-    def segment(self, scan: BenchmarkScan, question: str, tokens: int) -> tuple[Sample, np.ndarray | None]:
+    def segment(self, scan: BenchmarkScan, question: str, tokens: int) -> tuple[Timing, np.ndarray | None]:
         """Also the mask in the scan's own space, None if the answer has no `[SEG]`."""
         clock = _Clock()
         image, geometry = self._image(scan)
@@ -69,7 +69,7 @@ class Baseline:
         return clock.sample(len(said), ids.shape[1]), mask
 
     @torch.inference_mode()
-    def rank(self, scan: BenchmarkScan, texts: Sequence[str]) -> tuple[Sample, list[float]]:
+    def rank(self, scan: BenchmarkScan, texts: Sequence[str]) -> tuple[Timing, list[float]]:
         """Also the scores, one for each text."""
         started = time.perf_counter()
         image, _ = self._image(scan)
@@ -81,7 +81,7 @@ class Baseline:
             return_tensors="pt",
         ).to(self.device)
         (scores,) = self.clip.logits_per_image(image, tokens["input_ids"], tokens["attention_mask"]).tolist()
-        return Sample(time.perf_counter() - started), scores
+        return Timing(time.perf_counter() - started), scores
 
     def _image(self, scan: BenchmarkScan):
         data, affine = pack_scan(scan.array, scan.affine)
@@ -113,5 +113,5 @@ class _Clock(BaseStreamer):
     def end(self) -> None:
         pass
 
-    def sample(self, tokens: int, prompt_tokens: int) -> Sample:
-        return Sample(time.perf_counter() - self.started, self.first_s, tokens, prompt_tokens, self.parts)
+    def sample(self, tokens: int, prompt_tokens: int) -> Timing:
+        return Timing(time.perf_counter() - self.started, self.first_s, tokens, prompt_tokens, self.parts)

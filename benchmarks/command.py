@@ -1,32 +1,12 @@
-"""What the benchmarks' commands share: how they begin, speak and end, and their arguments' types."""
+"""What the benchmarks' commands share: the signals that end them, progress, and their arguments' types."""
 
 from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from collections.abc import Callable
 
-from engine.errors import M3DError
-
-INTERRUPTED = 130  # exit status, as a shell gives it after Ctrl-C
-_SIGNALS = signal.SIGINT, signal.SIGTERM
-
-
-def run(body: Callable[[], int]) -> int:
-    """The exit status of `body`. Ctrl-C and SIGTERM end what it has started, too, and are said in a line, as errors."""
-    before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
-    try:
-        return body()
-    except M3DError as error:
-        print(f"the benchmark failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("the benchmark was interrupted", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+SIGNALS = signal.SIGINT, signal.SIGTERM  # of `engine.cli.console.run`: SIGTERM, too, ends what a benchmark has started
 
 
 def say(words: str) -> None:
@@ -54,9 +34,3 @@ def several(one: Callable = str):
 
     values.__name__ = "list with commas"
     return values
-
-
-def _interrupt(*_) -> None:
-    for number in _SIGNALS:  # ending a server is bounded, and must not be cut short
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt

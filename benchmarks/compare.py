@@ -26,7 +26,7 @@ if __package__ in (None, ""):  # run as a script, from any folder
 
 import numpy as np
 
-from benchmarks.samples import rest
+from benchmarks.timings import rest
 from engine.errors import InvalidInput
 
 DRAWS = 4000

@@ -24,15 +24,16 @@ if __package__ in (None, ""):  # run as a script, from any folder
 
 import numpy as np
 
-from benchmarks import command, floor
+from benchmarks import command, cpu_roofline
 from benchmarks.command import at_least, say, several
 from benchmarks.report import table
+from engine.cli import console
 from engine.errors import InvalidInput
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
-from engine.runtime.decoder.cpu_forward import Pass
+from engine.runtime.acceleration import Pass
 from engine.runtime.decoder_settings import DecoderSettings
-from engine.runtime.parameters import Parameters
+from engine.runtime.settings import Settings
 from engine.sampling import Sampling
 
 AT_ONCE = 8
@@ -71,7 +72,8 @@ WAYS = {
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return command.run(lambda: (_measure_alone if arguments.way_alone else _measure_and_tell)(arguments))
+    body = _measure_alone if arguments.way_alone else _measure_and_tell
+    return console.run(lambda: body(arguments), command.SIGNALS)
 
 
 def _measure_alone(arguments: argparse.Namespace) -> int:
@@ -92,10 +94,10 @@ def measure(arguments: argparse.Namespace) -> dict:
         raise InvalidInput(f"unknown: {', '.join(unknown)}; the ways are {', '.join(WAYS)}")
     manifest = Manifest.read(arguments.repository)
     say("the machine's rates")
-    rates = floor.measure(seconds=arguments.floor_seconds)
+    rates = cpu_roofline.measure(seconds=arguments.floor_seconds)
     config, _, _ = open_lamed(arguments.checkpoint or manifest.checkpoint)
     alone, together = (
-        floor.stages(
+        cpu_roofline.stages(
             config, llm=manifest.precision, graphs="fp32", question_tokens=12, answer_tokens=arguments.tokens, at_once=n
         )["decode"].seconds(rates)
         for n in (1, AT_ONCE)
@@ -140,8 +142,8 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def configured(repository: Path) -> DecoderSettings:
-    """What the repository's configuration for CPUs says."""
-    return DecoderSettings.from_parameters(Parameters.read(repository, "decoder", "cpu").values)
+    """What the repository's settings say."""
+    return Settings.read(repository).decoder.cpu
 
 
 async def _measure_here(arguments: argparse.Namespace, way: Way) -> dict:
@@ -225,7 +227,7 @@ def text(result: dict) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", type=Path, required=True, help="an exported model repository")
     parser.add_argument("--checkpoint", help="its checkpoint (default: what the manifest names)")
     parser.add_argument("--ways", type=several(), default=tuple(WAYS), help=f"default: {','.join(WAYS)}")

@@ -33,10 +33,11 @@ import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks import command, floor, scans  # noqa: E402
+from benchmarks import command, cpu_roofline, scans  # noqa: E402
 from benchmarks.command import at_least, say, several  # noqa: E402
 from benchmarks.report import table  # noqa: E402
 from engine import contract  # noqa: E402
+from engine.cli import console  # noqa: E402
 from engine.errors import InvalidInput  # noqa: E402
 from engine.models.answering import answer  # noqa: E402
 from engine.models.checkpoint import load_lamed  # noqa: E402
@@ -82,7 +83,7 @@ class Exactness:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return command.run(lambda: _measure_and_tell(arguments))
+    return console.run(lambda: _measure_and_tell(arguments), command.SIGNALS)
 
 
 def _measure_and_tell(arguments: argparse.Namespace) -> int:
@@ -109,7 +110,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         raise InvalidInput(
             "--repository holds graphs for a CPU: for target tensorrt leave it out, they are exported anew"
         )
-    rates = floor.measure(seconds=arguments.floor_seconds)
+    rates = cpu_roofline.measure(seconds=arguments.floor_seconds)
     result = {"target": target, "precisions": precisions, "rates": asdict(rates), "exactness": []}
     with tempfile.TemporaryDirectory() as folder:
         say("the checkpoint")
@@ -178,10 +179,10 @@ class Encoders:
                 self.load_s[name, precision] = time.perf_counter() - started
 
     def encode(self, name: str, precision: str, image: np.ndarray) -> np.ndarray:
-        (found,) = self.graphs[name, precision]({"IMAGE": image[None]}).values()
+        (found,) = self.graphs[name, precision]({contract.IMAGE: image[None]}).values()
         return found
 
-    def timed(self, image: np.ndarray, runs: int, rates: floor.Rates) -> dict:
+    def timed(self, image: np.ndarray, runs: int, rates: cpu_roofline.Rates) -> dict:
         """By encoder and precision: load_s, seconds (one precision after the other, `runs` times), floor_s; and error,
         root mean square against fp32 as a share of fp32's, max_error and mean_error as shares of its largest value.
         """
@@ -245,7 +246,7 @@ class Encoders:
         return None if state is None else self.model.segment(features, state)[0, 0].numpy() > 0
 
     def _flops(self, name: str) -> int:
-        return floor.stages(self.model.config, llm="bf16", graphs="fp32", question_tokens=1, answer_tokens=1)[
+        return cpu_roofline.stages(self.model.config, llm="bf16", graphs="fp32", question_tokens=1, answer_tokens=1)[
             name
         ].flops
 
@@ -374,7 +375,7 @@ def _same_tokens(exact: tuple[int, ...], other: tuple[int, ...]) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="M3D-LaMed: a folder or a Hugging Face id")
     parser.add_argument("--repository", type=Path, help="an export of this checkpoint whose graphs are measured")
     parser.add_argument("--target", choices=tuple(PRECISIONS), default="cpu", help="whose precisions (default: cpu)")

@@ -36,12 +36,13 @@ if __package__ in (None, ""):  # run as a script, from any folder
 
 import torch  # noqa: E402
 
-from benchmarks import command, floor, load, machine, preprocessing, report, scans, triton_trace  # noqa: E402
+from benchmarks import command, cpu_roofline, load, machine, preprocessing, report, scans, triton_trace  # noqa: E402
 from benchmarks.baseline import Baseline  # noqa: E402
 from benchmarks.command import at_least, say, several  # noqa: E402
-from benchmarks.samples import Sample  # noqa: E402
 from benchmarks.served import ENCODERS, Served  # noqa: E402
+from benchmarks.timings import Timing  # noqa: E402
 from engine.api import ModelInfo, Study  # noqa: E402
+from engine.cli import console  # noqa: E402
 from engine.errors import InvalidInput, M3DError  # noqa: E402
 from engine.manifest import FILE_NAME as MANIFEST  # noqa: E402
 from engine.manifest import Manifest  # noqa: E402
@@ -70,7 +71,7 @@ TEXTS = ("a chest CT with a pleural effusion", "an abdominal CT without findings
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    return command.run(lambda: _measure_and_tell(arguments))
+    return console.run(lambda: _measure_and_tell(arguments), command.SIGNALS)
 
 
 def _measure_and_tell(arguments: argparse.Namespace) -> int:
@@ -111,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     result = {"conditions": conditions, "samples": {}, "warm_up": {}, "failures": {}, "seconds": {}, "stolen_s": {}}
     section = Sections(result, arguments.json and _unfinished(arguments.json))
     with section("the machine's rates"):
-        rates_before = floor.measure(seconds=arguments.floor_seconds)
+        rates_before = cpu_roofline.measure(seconds=arguments.floor_seconds)
     with section("preprocessing of a large CT", needed=False):
         result["preprocessing"] = preprocessing.measure(arguments.large_ct)
     with tempfile.TemporaryDirectory() as folder, machine.PeakMemory() as peak:
@@ -131,13 +132,13 @@ def measure(arguments: argparse.Namespace) -> dict:
                     run.interference()
                 with section("arrivals at random", needed=False):
                     run.open_loop()
-                if server["keeper_pid"]:
-                    result["server_memory_bytes"] = machine.memory_of(server["keeper_pid"])
+                if server["supervisor_pid"]:
+                    result["server_memory_bytes"] = machine.memory_of(server["supervisor_pid"])
         with section("Triton's trace", needed=False):  # which it writes when it ends
             result["trace"] = _traced(result, Path(folder) / TRACE)
     result["peak_memory_bytes"] = peak.bytes
     with section("the machine's rates again"):
-        rates_after = floor.measure(seconds=arguments.floor_seconds)
+        rates_after = cpu_roofline.measure(seconds=arguments.floor_seconds)
         rates = rates_before.or_better(rates_after)
         result |= {"rates": asdict(rates), "rates_measured": [asdict(rates_before), asdict(rates_after)]}
     with section("the report"):
@@ -236,13 +237,13 @@ class Sections:
 # --- the sides -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _serving(arguments: argparse.Namespace, folder: Path) -> Iterator[dict]:
-    """{"url", "manifest", "start_s", "keeper_pid"}; the last two of a server that is started here, else None.
+    """{"url", "manifest", "start_s", "supervisor_pid"}; the last two of a server that is started here, else None.
 
     Its trace is written to `folder`. Of an export that is made here also "export_s" and "export_peak_bytes".
     """
     if arguments.server:
         manifest = asdict(Manifest.read(arguments.repository)) if arguments.repository else None
-        yield {"url": arguments.server, "manifest": manifest, "start_s": None, "keeper_pid": None}
+        yield {"url": arguments.server, "manifest": manifest, "start_s": None, "supervisor_pid": None}
         return
     repository = arguments.repository or folder / "model_repository"
     made = _export(arguments, repository) if arguments.checkpoint else {}
@@ -254,7 +255,7 @@ def _serving(arguments: argparse.Namespace, folder: Path) -> Iterator[dict]:
             "url": server.url,
             "manifest": asdict(Manifest.read(repository)),
             "start_s": time.perf_counter() - started,
-            "keeper_pid": server.keeper_pid,
+            "supervisor_pid": server.supervisor_pid,
         }
 
 
@@ -433,17 +434,17 @@ class Run:
         for sample in self.served.during(work, self.studies[0], self.questions, SHORT_TOKENS):
             self._keep("served", kind, sample)
 
-    def _keep(self, side: str, kind: str, sample: Sample) -> None:
+    def _keep(self, side: str, kind: str, sample: Timing) -> None:
         self.kept.setdefault(side, {}).setdefault(kind, []).append(sample.to_dict())
 
 
-def _floors(arguments: argparse.Namespace, result: dict) -> dict[str, floor.Stage]:
+def _floors(arguments: argparse.Namespace, result: dict) -> dict[str, cpu_roofline.Stage]:
     """The stages' floors by name; none without the checkpoint's geometry."""
     if not (arguments.checkpoint and result["manifest"]):
         return {}
     config, _, _ = open_lamed(arguments.checkpoint)
     asked = result["samples"]["served"]["cold"][0]["prompt_tokens"] - 1 - config.num_visual_tokens
-    found = floor.stages(
+    found = cpu_roofline.stages(
         config,
         llm=result["manifest"]["precision"],
         graphs="fp32",
@@ -497,7 +498,7 @@ def _precision(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--checkpoint",

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import mlperf_loadgen as loadgen
 
-from benchmarks.command import INTERRUPTED
-from benchmarks.samples import Sample
+from benchmarks.timings import Timing
+from engine.cli import console
 
 # MLPerf Inference's limits of the Server scenario for an 8B language model, at the 99th percentile.
 TTFT_LIMIT_S, TPOT_LIMIT_S = 0.5, 0.03
@@ -53,7 +53,7 @@ class Load:
     rate: float | None
     seconds: float
     arrivals_s: list[float]
-    samples: list[Sample]
+    samples: list[Timing]
     verdict: str
     summary: str
 
@@ -109,7 +109,7 @@ class _System:
 
     def __init__(self, ask: Callable[[int], Iterator[int]]):
         self.ask = ask
-        self.samples: list[Sample] = []
+        self.samples: list[Timing] = []
         self.arrivals_s: list[float] = []
         self.error: BaseException | None = None
         self.took_s = 0.0
@@ -166,7 +166,7 @@ class _System:
             first = self._first_token(id_, arrived)
         total = time.perf_counter() - arrived
         with self._lock:
-            self.samples.append(Sample(total, first, tokens))
+            self.samples.append(Timing(total, first, tokens))
         loadgen.QuerySamplesComplete([loadgen.QuerySampleResponse(id_, 0, 0, max(tokens, 1))])
 
     def _first_token(self, id_: int, arrived: float) -> float:
@@ -178,4 +178,4 @@ def _exit_at_once() -> None:
     """End the process without LoadGen's own destructors, which crash while it waits for answers."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(INTERRUPTED)
+    os._exit(console.INTERRUPTED)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from engine.processor import has_bf16
-from engine.server import keeper
+from engine.server import supervisor
 
 VERSIONED = (
     "torch",
@@ -52,11 +52,11 @@ def precisions() -> tuple[str, ...]:
 
 def _cpu() -> str:
     """The processor's name, with family and model: a virtual machine's name may hide which it is."""
-    told = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M))
-    if "model name" not in told:
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M))
+    if "model name" not in fields:
         return platform.processor()
-    return told["model name"] + "".join(
-        f", {word} {told[key]}" for key, word in (("cpu family", "family"), ("model", "model")) if key in told
+    return fields["model name"] + "".join(
+        f", {word} {fields[key]}" for key, word in (("cpu family", "family"), ("model", "model")) if key in fields
     )
 
 
@@ -77,10 +77,10 @@ def stolen_s() -> float:
     return int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
 
 
-def memory_of(keeper_pid: int) -> int:
+def memory_of(supervisor_pid: int) -> int:
     """Bytes that a server's processes hold now, shared pages counted once."""
     total = 0
-    for pid in (keeper_pid, *keeper.descendants(keeper_pid)):
+    for pid in (supervisor_pid, *supervisor.descendants(supervisor_pid)):
         with contextlib.suppress(OSError):  # one that has ended meanwhile
             found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
             total += int(found[1]) * 1024

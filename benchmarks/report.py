@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.floor import Rates, Stage
-from benchmarks.samples import ratios, rest, summary
+from benchmarks.cpu_roofline import Rates, Stage
+from benchmarks.timings import ratios, rest, summary
 
 
 @dataclass(frozen=True)

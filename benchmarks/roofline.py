@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.command import at_least
-from benchmarks.floor import Rates, Stage, stages
+from benchmarks.cpu_roofline import Rates, Stage, stages
 from engine.errors import M3DError
 from engine.models.config import LamedConfig
 

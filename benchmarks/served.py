@@ -12,8 +12,8 @@ import numpy as np
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from benchmarks.samples import Sample
 from benchmarks.scans import BenchmarkScan
+from benchmarks.timings import Timing
 from engine.client import Answer, M3DClient, Segmentation, Study
 from engine.errors import InvalidInput
 from engine.scan import pack_scan
@@ -42,7 +42,7 @@ class Served:
     def upload(self, scan: BenchmarkScan) -> Study:
         return self.client.upload(scan.array, scan.affine)
 
-    def cold(self, scan: BenchmarkScan, question: str, tokens: int) -> tuple[Sample, Study]:
+    def cold(self, scan: BenchmarkScan, question: str, tokens: int) -> tuple[Timing, Study]:
         """A question about a scan that the server has never seen: upload, then answer."""
         before = self._compute_s()
         started = time.perf_counter()
@@ -58,20 +58,20 @@ class Served:
             asked, total_s=uploaded + asked.total_s, first_s=uploaded + asked.first_s, parts=parts, started=started
         ), study
 
-    def follow_up(self, study: Study, question: str, tokens: int) -> Sample:
+    def follow_up(self, study: Study, question: str, tokens: int) -> Timing:
         """Another question, with none beside it: if the server has to encode the scan again, its parts say so."""
         before = self._compute_s()
         asked = self.ask(study, question, tokens)
         return replace(asked, parts={**asked.parts, **self._since(before)})
 
-    def upload_again(self, scan: BenchmarkScan) -> Sample:
+    def upload_again(self, scan: BenchmarkScan) -> Timing:
         """A scan that the server should know; without parts if it does."""
         started = time.perf_counter()
         study = self.upload(scan)
         parts = {} if study.info.cached else {"prepare": study.info.prepare_s}
-        return Sample(time.perf_counter() - started, parts=parts)
+        return Timing(time.perf_counter() - started, parts=parts)
 
-    def ask(self, study: Study, question: str, tokens: int) -> Sample:
+    def ask(self, study: Study, question: str, tokens: int) -> Timing:
         """A question, maybe one of many at the same time."""
         started = time.perf_counter()
         first = None
@@ -91,14 +91,14 @@ class Served:
                 yield 1
         yield max(0, len(stream.answer.token_ids) - seen)
 
-    def segment(self, study: Study, question: str, tokens: int) -> tuple[Sample, Segmentation]:
+    def segment(self, study: Study, question: str, tokens: int) -> tuple[Timing, Segmentation]:
         before = self._compute_s()
         started = time.perf_counter()
         found = self.client.segment(study, question, max_new_tokens=tokens)
         asked = _sample(started, time.perf_counter() - started, None, found.answer)
         return replace(asked, parts={**asked.parts, **self._since(before)}), found
 
-    def during(self, work: Callable[[], object], study: Study, questions: Iterator[str], tokens: int) -> list[Sample]:
+    def during(self, work: Callable[[], object], study: Study, questions: Iterator[str], tokens: int) -> list[Timing]:
         """Questions one after the other while a thread does `work`; the last one may outlast it."""
         with ThreadPoolExecutor(1) as pool:
             working, samples = pool.submit(work), []
@@ -134,25 +134,25 @@ class Served:
                 }
         return found
 
-    def rank(self, study: Study, texts: Sequence[str]) -> Sample:
+    def rank(self, study: Study, texts: Sequence[str]) -> Timing:
         before = self._compute_s()
         started = time.perf_counter()
         self.client.rank(study, texts)
-        return Sample(time.perf_counter() - started, parts=self._since(before))
+        return Timing(time.perf_counter() - started, parts=self._since(before))
 
     def serves(self, model: str) -> bool:
         return model in self.client.info().models
 
     def chats(
         self, studies: Sequence[Study], questions: Sequence[str], tokens: int, concurrency: int
-    ) -> tuple[float, list[Sample]]:
+    ) -> tuple[float, list[Timing]]:
         """`concurrency` clients, each asking one question after the other about a study of its own.
 
         questions: what each of them asks. Returns the seconds it all took, and the samples.
         """
         barrier = threading.Barrier(concurrency + 1)
 
-        def chat(study: Study) -> list[Sample]:
+        def chat(study: Study) -> list[Timing]:
             barrier.wait()
             return [self.ask(study, question, tokens) for question in questions]
 
@@ -181,10 +181,10 @@ class Served:
         return {name: seconds - before[name] for name, seconds in self._compute_s().items() if seconds > before[name]}
 
 
-def _sample(started: float, total: float, first: float | None, answer: Answer) -> Sample:
+def _sample(started: float, total: float, first: float | None, answer: Answer) -> Timing:
     clock = answer.timings
     parts = {"prefill": clock.first_token_s, "decode": clock.last_token_s - clock.first_token_s}
-    return Sample(total, first, len(answer.token_ids), clock.prompt_tokens, parts, clock.cached_tokens, started)
+    return Timing(total, first, len(answer.token_ids), clock.prompt_tokens, parts, clock.cached_tokens, started)
 
 
 class _CountedStub:

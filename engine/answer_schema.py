@@ -7,6 +7,7 @@ long is refused here, in the client and again in the server.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,9 +108,10 @@ class _Checker:
             raise _wrong(place, "$defs stands at the top of a schema only")
         if not schema.keys() & {"type", "enum", "const", "anyOf", "$ref"}:
             raise _wrong(place, "it says nothing of its value: give type, enum, const, anyOf or $ref")
-        self._check_type(schema, place)
-        self._check_values(schema, place)
-        self._check_bounds(schema, place)
+        self._check_alone(schema, place)
+        types = self._checked_types(schema, place)
+        self._check_bounds(schema, types, place)
+        self._check_values(schema, types, place)
         self._check_object(schema, place, depth)
         if "items" in schema:
             self.check(schema["items"], f"{place}/items", depth + 1)
@@ -119,15 +121,30 @@ class _Checker:
         if "$ref" in schema:
             self._follow(schema["$ref"], place, depth)
 
-    def _check_type(self, schema: Mapping[str, Any], place: str) -> None:
+    def _check_alone(self, schema: Mapping[str, Any], place: str) -> None:
+        """xgrammar 0.2.8 ignores what stands beside $ref and anyOf."""
+        for name, way_out in (
+            ("$ref", "put them into the definition that it names"),
+            ("anyOf", "put them into each of its schemas"),
+        ):
+            beside = [other for other in schema if other not in (name, "$defs", *_NOTES)]
+            if name in schema and beside:
+                raise _wrong(place, f"{name} takes no other keywords beside it, such as {beside[0]}: {way_out}")
+
+    def _checked_types(self, schema: Mapping[str, Any], place: str) -> list[str]:
         types = schema.get("type", [])
-        for name in [types] if isinstance(types, str) else _filled(types, list, f"{place}/type", "type" not in schema):
+        types = [types] if isinstance(types, str) else _filled(types, list, f"{place}/type", "type" not in schema)
+        for name in types:
             if name not in TYPES:
                 raise _wrong(place, f"type {shortened(name, 40)} is none of {', '.join(TYPES)}")
+        return types
 
-    def _check_values(self, schema: Mapping[str, Any], place: str) -> None:
+    def _check_values(self, schema: Mapping[str, Any], types: list[str], place: str) -> None:
+        """xgrammar 0.2.8 ignores what stands beside enum and const, so that each value is held to it here."""
         values = [*_filled(schema.get("enum", []), list, f"{place}/enum", "enum" not in schema)]
         if "const" in schema:
+            if values:
+                raise _wrong(place, "enum and const stand beside each other: give one of them")
             values.append(schema["const"])
         for value in values:
             if not isinstance(value, _SCALARS) or not isinstance(value, str) and not abs(value or 0) <= MAX_NUMBER:
@@ -136,8 +153,14 @@ class _Checker:
                     f"enum and const take texts, numbers from -{MAX_NUMBER:,} to {MAX_NUMBER:,}, true, false and null, "
                     f"not {shortened(value)}",
                 )
+            if broken := _broken_by(value, schema, types):
+                raise _wrong(
+                    place,
+                    f"the value {shortened(value)} of enum or const is not of {broken} {shortened(schema[broken])}: "
+                    f"leave out one of the two",
+                )
 
-    def _check_bounds(self, schema: Mapping[str, Any], place: str) -> None:
+    def _check_bounds(self, schema: Mapping[str, Any], types: list[str], place: str) -> None:
         for name in _COUNTS:
             value = schema.get(name, 0)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
@@ -148,9 +171,16 @@ class _Checker:
                 raise _wrong(
                     place, f"{name} must be a number from -{MAX_NUMBER:,} to {MAX_NUMBER:,}, not {shortened(value)}"
                 )
+            if "integer" in types and value != int(value):
+                raise _wrong(place, f"{name} of an integer must be a whole number, not {shortened(value)}")
         for low, high in (("minLength", "maxLength"), ("minItems", "maxItems"), ("minimum", "maximum")):
             if low in schema and high in schema and schema[low] > schema[high]:
                 raise _wrong(place, f"{low} {schema[low]} is above {high} {schema[high]}")
+        if _no_number_between(schema, whole="integer" in types):
+            bounds = ", ".join(f"{name} {schema[name]}" for name in _NUMBERS if name in schema)
+            raise _wrong(place, f"no {'integer' if 'integer' in types else 'number'} is within {bounds}: widen them")
+        if "array" in types and schema.get("minItems") and "items" not in schema:
+            raise _wrong(place, f"minItems is {schema['minItems']}, and items does not say what they are: give items")
 
     def _check_object(self, schema: Mapping[str, Any], place: str, depth: int) -> None:
         properties = schema.get("properties", {})
@@ -178,6 +208,48 @@ class _Checker:
         self._open.append(name)
         self.check(self._definitions[name], f"/$defs/{name}", depth + 1)
         self._open.pop()
+
+
+def _broken_by(value: Any, schema: Mapping[str, Any], types: list[str]) -> str | None:
+    """The keyword that a value of enum or const does not fulfil. Those of objects and arrays say nothing of it."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None:
+        kinds = {"null"}
+    elif isinstance(value, str):
+        kinds = {"string"}
+    elif not number:
+        kinds = {"boolean"}
+    else:
+        kinds = {"number", "integer"} if value == int(value) else {"number"}
+    if types and not kinds.intersection(types):
+        return "type"
+    fulfilled = {}
+    if number:
+        fulfilled = {
+            "minimum": lambda bound: value >= bound,
+            "maximum": lambda bound: value <= bound,
+            "exclusiveMinimum": lambda bound: value > bound,
+            "exclusiveMaximum": lambda bound: value < bound,
+        }
+    elif isinstance(value, str):
+        fulfilled = {"minLength": lambda bound: len(value) >= bound, "maxLength": lambda bound: len(value) <= bound}
+    return next((name for name, holds in fulfilled.items() if name in schema and not holds(schema[name])), None)
+
+
+def _no_number_between(schema: Mapping[str, Any], whole: bool) -> bool:
+    """Whether the bounds of numbers leave none. whole: whether integers are meant, whose bounds are whole."""
+    # (bound, 1 if it is itself left out): of two bounds on the same side, the tighter one holds.
+    low = max(
+        (schema.get("minimum", -math.inf), 0),
+        (schema.get("exclusiveMinimum", -math.inf), 1),
+    )
+    high = min(
+        (schema.get("maximum", math.inf), 0),
+        (schema.get("exclusiveMaximum", math.inf), -1),
+    )
+    if whole:
+        return low[0] + low[1] > high[0] + high[1]
+    return low[0] > high[0] or low[0] == high[0] and (low[1], high[1]) != (0, 0)
 
 
 def _filled(value: Any, kind: type, place: str, may_be_empty: bool = False) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:  # imported when they are used: they read scans
     from engine.results.measurements import Measurements
@@ -197,15 +197,20 @@ class MeasuredMasks:
     def measurements(self) -> tuple[Measurements, ...]:
         """Of each mask, see `engine.results.measurements`.
 
-        The intensities are the source's. They are None if the study was known by its handle only, or if the source has
-        changed since it was sent.
+        The intensities are the source's. They are None if the study was known by its handle only, if the source has
+        changed since it was sent, or if it cannot be read here; `intensity_missing` says why.
         """
         from engine.results.measurements import measure
 
-        scan = self._source.read() if self._source else None
+        scan, missing = None, "the study is known by its handle only"
+        try:
+            scan = self._source.read() if self._source else None
+        except (InvalidInput, Unavailable) as error:
+            missing = str(error)
         if scan is not None and any(scan.array.shape != mask.shape for mask in self._masks):
+            missing = f"the mask has not the shape of the scan at its source, {scan.array.shape}"
             scan = None
-        return tuple(measure(mask, self._affine, scan, preset=self._preset) for mask in self._masks)
+        return tuple(measure(mask, self._affine, scan, preset=self._preset, missing=missing) for mask in self._masks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,8 +252,8 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm.
-    header: of the scan's NIfTI file, without free text; None for other scans.
+    """mask: bool, the scan's own shape; None if the answer has no [SEG]. affine: 4 x 4, the scan's own, RAS+ mm;
+    zeros without a mask. header: of the scan's NIfTI file, without free text; None for other scans.
 
     segments: one entry a mask: with merge="each" one for each [SEG] of the answer, in its order, and `mask` is their
     union; with merge="reference" one for all [SEG], whose mask is `mask`. None of an answer without [SEG].

@@ -1,7 +1,8 @@
 """The tensors that cross a model boundary: names, dtypes, shapes, ranges, axis order.
 
-This is the only place that says so; every `config.pbtxt` is checked against it by a test, export and runtime take the
-names from here.
+This is the only place that says so: the configurations in model_repository/ are written from it
+(`python -m engine.server.repository`), export and runtime take the names from here. A new answer tensor is a `Tensor`
+in `_ANSWER`, and what `engine/runtime/decoder_step.py` puts into it.
 
 Legend of the dimensions: D H W axes of the model volume (slices, rows, columns), N visual tokens, H_llm width of the
 language model, E width of the segmentation encoder, K number of `[SEG]` tokens in an answer, S of its masks, T texts. A
@@ -18,9 +19,11 @@ from engine.errors import InvalidInput
 MAX_PART_BYTES = 16 << 20  # of a scan in one request: taken in within some milliseconds, while other requests wait
 
 
-@dataclass(frozen=True)
-class Tensor:
+@dataclass(frozen=True, eq=False)
+class Tensor(str):
     """One tensor of a model: Triton's dtype name, dims without the batch axis, and what it means.
+
+    It is its own name, a text, so that inputs and outputs are mappings by tensor: `outputs[TEXT]`.
 
     max_bytes: of an input's text, encoded; 0 where the models that read it have a limit.
     """
@@ -31,6 +34,9 @@ class Tensor:
     doc: str
     optional: bool = False
     max_bytes: int = 0
+
+    def __new__(cls, name: str, *_: Any, **__: Any) -> Tensor:
+        return super().__new__(cls, name)
 
     def too_long(self, size: int) -> InvalidInput | None:
         """The error for a text of more bytes than are taken."""
@@ -45,7 +51,8 @@ class Tensor:
 class Model:
     """One model of the repository. `max_batch_size` 0 means that there is no batch axis.
 
-    public: clients may call it.
+    steps: of an ensemble, the models that it runs, in this order; a step's input comes from the step before it that
+    writes a tensor of this name, else from the ensemble's input. public: clients may call it.
     """
 
     name: str
@@ -54,8 +61,12 @@ class Model:
     doc: str
     max_batch_size: int = 0
     decoupled: bool = False
-    ensemble: bool = False
+    steps: tuple[str, ...] = ()
     public: bool = False
+
+    @property
+    def ensemble(self) -> bool:
+        return bool(self.steps)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -265,7 +276,7 @@ MODELS: dict[str, Model] = {
             (*_ANSWER, STUDY_HANDLE),
             "answer a question about a scan, streaming",
             decoupled=True,
-            ensemble=True,
+            steps=("study", "decoder"),
             public=True,
         ),
         Model(
@@ -274,7 +285,7 @@ MODELS: dict[str, Model] = {
             (*_ANSWER, SEG_SPANS, STUDY_HANDLE, *_MASKS),
             "answer a question and draw the masks it asks for",
             decoupled=True,
-            ensemble=True,
+            steps=("study", "decoder", "segmentation"),
             public=True,
         ),
         Model(
@@ -282,7 +293,7 @@ MODELS: dict[str, Model] = {
             (*_SCAN, TEXTS),
             (SCORES, TEXT_CUT, TEXT_LIMIT, STUDY_HANDLE, STUDY_INFO),
             "rank texts against a scan",
-            ensemble=True,
+            steps=("study", "retrieval"),
             public=True,
         ),
         Model("vision_encoder", (IMAGE,), (VISUAL_TOKENS,), "3D ViT and projector", ENCODER_MAX_BATCH),

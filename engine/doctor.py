@@ -16,8 +16,8 @@ from engine.errors import M3DError
 from engine.manifest import Manifest
 from engine.memory import meminfo
 from engine.processor import has_bf16
-from engine.runtime import compile_kernel
-from engine.server import SHM_NEEDED, flaws, keeper
+from engine.runtime.acceleration import lacking
+from engine.server import SHM_NEEDED, flaws, supervisor
 from engine.server.triton import Triton
 
 PYTHONS = ((3, 11), (3, 12))
@@ -60,7 +60,7 @@ def examine(repository: Path, target: str) -> list[Finding]:
     findings = [_python(), *_packages(target), *_triton(target), _cores(), _memory(), _shared_memory()]
     if target == "tensorrt":
         return [*findings, *_gpus(), _tensorrt(), _compiler(), *_repository(repository, target)]
-    return [*findings, _decode_kernel(), *_repository(repository, target), _gpu_beside_the_cpu()]
+    return [*findings, _acceleration(), *_repository(repository, target), _gpu_beside_the_cpu()]
 
 
 def target_of(repository: Path) -> str:
@@ -148,15 +148,9 @@ def _compiler() -> Finding:
     return Finding("ok", "C compiler", str(compiler))
 
 
-def _decode_kernel() -> Finding:
-    if compile_kernel.LIBRARY.is_file():
-        return Finding("ok", "decode kernel", "compiled")
-    return Finding(
-        "note",
-        "decode kernel",
-        "not compiled: small language models take half as long again for a token, or longer. apt-get install gcc, "
-        "then `python -m engine.runtime.compile_kernel`",
-    )
+def _acceleration() -> Finding:
+    words = lacking()
+    return Finding("note" if words else "ok", "speed on a CPU", words or "all that this engine has for it is there")
 
 
 def _cores() -> Finding:
@@ -173,13 +167,13 @@ def _memory() -> Finding:
 
 
 def _shared_memory() -> Finding:
-    free = shutil.disk_usage(keeper.SHM).free
+    free = shutil.disk_usage(supervisor.SHM).free
     if free >= SHM_NEEDED:
-        return Finding("ok", "shared memory", f"{free / (1 << 30):.1f} GiB free in {keeper.SHM}")
+        return Finding("ok", "shared memory", f"{free / (1 << 30):.1f} GiB free in {supervisor.SHM}")
     return Finding(
         "missing",
         "shared memory",
-        f"{free >> 20} MiB free in {keeper.SHM}, {SHM_NEEDED >> 20} are needed: in Docker give --shm-size 2g",
+        f"{free >> 20} MiB free in {supervisor.SHM}, {SHM_NEEDED >> 20} are needed: in Docker give --shm-size 2g",
     )
 
 

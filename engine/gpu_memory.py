@@ -20,7 +20,7 @@ from engine.errors import RepositoryError, Unavailable
 from engine.gpu import Gpu
 from engine.manifest import LLM_FOLDER, Manifest
 from engine.runtime.decoder_settings import DecoderSettings
-from engine.runtime.parameters import Parameters
+from engine.runtime.settings import Settings
 
 CUDA_POOL_BYTES = 256 << 20  # Triton's own, see engine/server/triton.py
 # Estimates. A process with CUDA, cuBLAS and cuDNN: contexts take 0.3 to 0.6 GiB on data-centre GPUs.
@@ -228,7 +228,7 @@ def _share_now(plan: Plan) -> float:
 
 def decoder_settings(repository: Path) -> DecoderSettings:
     """The decoder's settings in a repository for a GPU. Raises RepositoryError for what cannot be read."""
-    return DecoderSettings.from_parameters(Parameters.read(repository, "decoder", "tensorrt").values)
+    return Settings.read(repository).decoder.tensorrt
 
 
 def language_model(repository: Path, manifest: Manifest, settings: DecoderSettings) -> LanguageModel:
@@ -256,7 +256,7 @@ def language_model(repository: Path, manifest: Manifest, settings: DecoderSettin
         ) from error
     if heads % count:
         raise RepositoryError(
-            f"decoder: parameter tensor_parallel_size is {count}, which does not divide the {heads} heads of the "
+            f"decoder: setting tensor_parallel_size is {count}, which does not divide the {heads} heads of the "
             "language model"
         )
     return LanguageModel(
@@ -318,14 +318,12 @@ def _ways_out(repository: Path, manifest: Manifest, gpus: list[Gpu], settings: D
         if getattr(settings, name) != getattr(usual, name)
     }
     ways = {
-        f"set the decoder's parameter {name} to {getattr(usual, name)}": _plans(repository, manifest, gpus, other)
+        f"set the decoder's {name} to {getattr(usual, name)}": _plans(repository, manifest, gpus, other)
         for name, other in changed.items()
     }
     if settings.context_of(manifest) > SHORT_CONTEXT:
         shorter = replace(settings, context_length=SHORT_CONTEXT)
-        ways[f"set the decoder's parameter context_length to {SHORT_CONTEXT}"] = _plans(
-            repository, manifest, gpus, shorter
-        )
+        ways[f"set the decoder's context_length to {SHORT_CONTEXT}"] = _plans(repository, manifest, gpus, shorter)
     plans = _plans(repository, manifest, gpus, settings)
     if manifest.precision == "fp32":
         ways["export with --precision bf16"] = [_in_bf16(plan, manifest) for plan in plans]
@@ -338,7 +336,7 @@ def _ways_out(repository: Path, manifest: Manifest, gpus: list[Gpu], settings: D
             for plan in plans
         ]
     # Each of twice as many GPUs like these has half of what it has now, but for results of a step.
-    ways[f"set the decoder's parameter tensor_parallel_size to {2 * count}, on {2 * count} such GPUs"] = [
+    ways[f"set the decoder's tensor_parallel_size to {2 * count}, on {2 * count} such GPUs"] = [
         replace(plan, llm=plan.llm and plan.llm.split(2)) for plan in plans
     ]
     return [words for words, others in ways.items() if all(plan.fits for plan in others)]

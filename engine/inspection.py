@@ -16,11 +16,12 @@ from engine.manifest import FILE_NAME as MANIFEST
 from engine.memory import available_memory
 from engine.models import layout
 from engine.models.base import ADDED_TOKENS
-from engine.models.checkpoint import Weights, differences, listed, read_config
+from engine.models.checkpoint import differences, read_config
 from engine.models.config import ViTConfig
 from engine.models.description import Description, LanguageModel, Tokenizer, describe
 from engine.models.needs import ITEM_BYTES, needs
 from engine.models.survey import SAFETENSORS, Entry, Survey, survey
+from engine.models.weights import Weights, listed
 
 _DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 

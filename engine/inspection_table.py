@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from engine.inspection import Inspection, Keys, Need
-from engine.models.checkpoint import listed
 from engine.models.config import ViTConfig
 from engine.models.hub_cache import size_text
 from engine.models.language_model import FAMILIES
+from engine.models.weights import listed
 
 _KINDS = {
     **{name: f"M3D-LaMed on {family.title}" for name, family in FAMILIES.items()},

@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import logging
 import os
 import queue
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
@@ -34,20 +34,21 @@ from engine.methods import DECODER, RETRIEVAL, SEGMENTATION, STUDY, File, Method
 
 if TYPE_CHECKING:  # imported by the first engine: they bring PyTorch
     from engine.runtime.decoder import Decoder
+    from engine.runtime.decoder_settings import DecoderSettings
     from engine.runtime.decoder_step import DecoderStep, LoopThread
     from engine.runtime.request_pool import RequestPool
+    from engine.runtime.settings import PoolSettings
     from engine.runtime.step import Step
     from engine.runtime.study_store import StudyStore
 
 TARGET = "cpu"
 _LEAVE_S = 1.0
-_log = logging.getLogger(__name__)
 
 
 class M3DEngine(BlockingM3D):
     """An exported model repository in this process: the methods of `engine.api.M3D`, without Triton and gRPC.
 
-    It answers as a server of the same repository does, with the settings in the repository's configurations. Its
+    It answers as a server of the same repository does, with the settings in the repository's settings.toml. Its
     constructor returns when all models are loaded; close it, or use it in a `with` block. It works in scripts, with or
     without `if __name__ == "__main__":`, in interactive sessions and in notebooks. vLLM runs in a process of its own,
     which ends with this one; environment variables that vLLM reads are set in this process, see
@@ -58,15 +59,32 @@ class M3DEngine(BlockingM3D):
         timeout: seconds until a call fails with DeadlineExceeded, None for no limit; each method takes its own. An
             answer is cancelled then; a scan that is being encoded is encoded to its end.
 
+    An engine that is dropped without being closed is closed in the background, with its answers in work.
+
     Raises:
         RepositoryError: the repository was never exported, is damaged, or was exported for a GPU.
         ResourceExhausted: there is no memory for studies.
+        Unavailable: the language model does not start, for want of memory for example, or the extra [cpu] is not
+            installed.
     """
 
     _transport: LocalTransport
 
     def __init__(self, repository: Path | str = "model_repository", timeout: float | None = 600.0):
-        super().__init__(Methods(timeout), LocalTransport(Path(repository).resolve()))
+        methods = Methods(timeout)
+        try:
+            transport = LocalTransport(Path(repository).resolve())
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == "engine":
+                raise
+            raise Unavailable(
+                f"M3DEngine needs {error.name}, which the client alone does without: install 'm3d-engine[cpu]'"
+            ) from None
+        super().__init__(methods, transport)
+        # On a thread, as an object may be dropped anywhere, and `close` waits. At exit, see `LocalTransport._leave`.
+        weakref.finalize(
+            self, lambda: threading.Thread(target=transport.close, name="m3d-close").start()
+        ).atexit = False
 
 
 class LocalTransport:
@@ -136,44 +154,43 @@ class LocalTransport:
     def _open(self, opened: ExitStack) -> None:
         """Load everything; vLLM starts while the graphs are read. What was opened is closed in reverse."""
         from engine.runtime.graphs import Graphs
-        from engine.runtime.parameters import Parameters
         from engine.runtime.retrieval import RetrievalStep, Retriever
         from engine.runtime.segmentation import SegmentationStep, Segmenter
         from engine.runtime.server_folder import SHARED_MEMORY, ServerFolder
+        from engine.runtime.settings import Settings
         from engine.runtime.study import Studies
-        from engine.runtime.study_step import StudyStep, limits_of
+        from engine.runtime.study_step import StudyStep
         from engine.runtime.study_store import StudyStore, default_limit
 
         manifest, repository = self._manifest, self.repository
-        parameters = {model: Parameters.read(repository, model, TARGET) for model in manifest.models}
-        megabytes = parameters[STUDY].integer("study_store_mb", 0)
-        store = StudyStore(ServerFolder.of_process(), megabytes * 1_000_000 or default_limit(SHARED_MEMORY))
+        settings = Settings.read(repository)
+        limit = settings.study.study_store_mb * 1_000_000 or default_limit(SHARED_MEMORY)
+        store = StudyStore(ServerFolder.of_process(), limit)
         opened.callback(store.close)
-        started = self._start_decoder(store, parameters[DECODER], opened) if DECODER in manifest.models else None
-        graphs = Graphs(repository, [model for model in manifest.models if model in GRAPHS])
+        started = self._start_decoder(store, settings.decoder.cpu, opened) if DECODER in manifest.models else None
+        graphs = Graphs(repository, [model for model in manifest.models if model in GRAPHS], settings)
         opened.callback(graphs.close)
-        study = StudyStep(Studies(store, manifest, graphs, limits_of(parameters[STUDY])), _log_error)
+        study = StudyStep(Studies(store, manifest, graphs, settings.study.limits))
         opened.callback(study.close)
-        self._add(STUDY, study, parameters, opened)
+        self._add(STUDY, study, settings.study, opened)
         if SEGMENTATION in manifest.models:
-            self._add(SEGMENTATION, SegmentationStep(Segmenter(store, graphs)), parameters, opened)
+            self._add(SEGMENTATION, SegmentationStep(Segmenter(store, graphs)), settings.segmentation, opened)
         if RETRIEVAL in manifest.models:
             retriever = Retriever(store, manifest, repository / CLIP_TOKENIZER_FOLDER, graphs)
-            self._add(RETRIEVAL, RetrievalStep(retriever), parameters, opened)
+            self._add(RETRIEVAL, RetrievalStep(retriever), settings.retrieval, opened)
         if started is not None:
             started.result()
         # Behind what vLLM registers, so that it is called before.
         atexit.register(self._leave, store)
         opened.callback(atexit.unregister, self._leave)
 
-    def _start_decoder(self, store: StudyStore, parameters: Any, opened: ExitStack) -> Future:
+    def _start_decoder(self, store: StudyStore, settings: DecoderSettings, opened: ExitStack) -> Future:
         """Begin to start the language model on a loop of its own; done when it is ready."""
         from engine.runtime.decoder import Decoder
-        from engine.runtime.decoder_settings import DecoderSettings
         from engine.runtime.decoder_step import DecoderStep, LoopThread
 
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a library is quiet
-        decoder = Decoder(self.repository, DecoderSettings.from_parameters(parameters.values), temporary=store.root)
+        decoder = Decoder(self.repository, settings, temporary=store.root)
         loop = LoopThread("answers")
         opened.callback(loop.close)
         self._decoding = loop, DecoderStep(decoder, store)
@@ -181,10 +198,10 @@ class LocalTransport:
         opened.callback(_stop, loop, decoder, started)
         return started
 
-    def _add(self, model: str, step: Step, parameters: Mapping[str, Any], opened: ExitStack) -> None:
+    def _add(self, model: str, step: Step, settings: PoolSettings, opened: ExitStack) -> None:
         from engine.runtime.request_pool import RequestPool
 
-        pool = RequestPool.of(parameters[model])
+        pool = RequestPool(settings.threads, settings.waiting)
         opened.callback(pool.close)
         self._steps[model] = step, pool
 
@@ -342,7 +359,3 @@ def _too_late() -> DeadlineExceeded:
     return DeadlineExceeded(
         "no complete answer within the deadline; give a longer timeout (seconds), or fewer max_new_tokens"
     )
-
-
-def _log_error(what: str, error: Exception) -> None:
-    _log.error(what, exc_info=error)

@@ -10,26 +10,54 @@ import hashlib
 import importlib.metadata
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
+
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from engine.api import EngineInfo, ModelInfo
 from engine.contract import MODELS
 from engine.errors import RepositoryError
+from engine.validation import CHECKED, checked
 
 FILE_NAME = "manifest.json"
 FORMAT = 3  # 1: clip_text_encoder took texts of one length; 2: all prompts had one layout
 LLM_FOLDER = Path("decoder") / "1" / "llm"
 CLIP_TOKENIZER_FOLDER = Path("retrieval") / "1" / "tokenizer"
 TENSORRT_CONFIG = Path("configs") / "tensorrt.pbtxt"  # of a graph, for `--model-config-name tensorrt`
-# What has to be in two parts of a graph's entry: what decides where its plan can be served, and what it takes there.
-_PARTS: dict[str, dict[str, Any]] = {
-    "plan": {"tensorrt": str, "compute_capability": str, "version_compatible": bool, "hardware_compatible": bool},
-    "gpu_memory": {"weights": int, "contexts": tuple[int, ...], "bindings": int, "source": str},
-}
 _NAMED = 3  # files in a message
+_open = with_config({**CHECKED, "extra": "allow"})
+
+
+@_open
+class Plan(TypedDict):
+    """What decides where a graph's plan can be served, beside what else is known of it."""
+
+    tensorrt: str
+    compute_capability: str
+    version_compatible: bool
+    hardware_compatible: bool
+
+
+@_open
+class GpuMemory(TypedDict):
+    """Bytes that a graph takes of a GPU once loaded, and where they are from, see `export/gpu_memory.py`."""
+
+    weights: int
+    contexts: list[int]
+    bindings: int
+    source: str
+
+
+@_open
+class Graph(TypedDict, total=False):
+    """A graph's parts that are read, beside its errors against PyTorch."""
+
+    plan: Plan | None
+    gpu_memory: GpuMemory | None
 
 
 @dataclass(frozen=True)
@@ -47,8 +75,7 @@ class Manifest:
     precision: of the language model, and of the encoders unless `plans` says otherwise.
     graphs: per ONNX graph {"sha256", "max_error", "mean_error", "bound", "opset"} against PyTorch on random input; for
     target tensorrt also {"plan": ...}: precision, errors, builder, TensorRT version, compute capability, bindings; and
-    {"gpu_memory": {"weights", "contexts", "bindings", "source"}}: bytes that the graph takes of a GPU once loaded,
-    and where they are from, see `export/gpu_memory.py`.
+    {"gpu_memory": ...}.
     models: the models of the repository that this export makes servable.
     plans: for target tensorrt, how the plans were built; empty for a CPU.
     quantization: of the language model's weights: {"scheme", "calibration", "perplexity", "perplexity_before",
@@ -72,7 +99,7 @@ class Manifest:
     seg_token_id: int | None
     eos_token_ids: tuple[int, ...]
     models: tuple[str, ...]
-    graphs: dict[str, dict]
+    graphs: dict[str, Graph]
     versions: dict[str, str]
     checkpoint_commit: str | None = None
     clip_checkpoint: str | None = None
@@ -180,11 +207,10 @@ class Manifest:
         known = {f.name for f in fields(cls)}
         if values.get("format") != FORMAT or set(values) != known:
             raise RepositoryError(_other_version(path, values, target))
-        if wrong := _wrong(values):
-            raise RepositoryError(f"{path} is damaged ({', '.join(wrong)}): export the repository again")
-        tuples = ("image_size", "patch_size", "eos_token_ids", "models", "clip_image_size")
-        own: dict[str, Any] = {k: tuple(v) if k in tuples and v is not None else v for k, v in values.items()}
-        return cls(**own)
+        try:
+            return checked(cls, values)
+        except ValueError as error:
+            raise RepositoryError(f"{path} is damaged ({error}): export the repository again") from None
 
 
 def _other_version(path: Path, values: dict[str, Any], target: str) -> str:
@@ -207,7 +233,7 @@ def _other_version(path: Path, values: dict[str, Any], target: str) -> str:
     )
 
 
-def _parts(graphs: dict[str, dict], part: str) -> dict[str, Any]:
+def _parts(graphs: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {name: entry[part] for name, entry in graphs.items() if entry.get(part) is not None}
 
 
@@ -223,31 +249,3 @@ def _damage(file: Path, size: int) -> str | None:
         return "missing"
     found = file.stat().st_size
     return None if found == size else f"{found:,} bytes instead of {size:,}"
-
-
-def _wrong(values: dict[str, Any]) -> list[str]:
-    """Which of a manifest's values, as JSON has them, are not what they have to be, such as "graphs"."""
-    if wrong := [name for name, kind in get_type_hints(Manifest).items() if not _is(values[name], kind)]:
-        return wrong
-    return [
-        f"{key} of the {part} of {name}"
-        for part, kinds in _PARTS.items()
-        for name, found in _parts(values["graphs"], part).items()
-        for key, kind in kinds.items()
-        if not (isinstance(found, dict) and _is(found.get(key), kind))
-    ]
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of the annotated type `kind`; a tuple is a list there."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        return any(_is(value, one) for one in inner)
-    if origin is tuple:
-        if not isinstance(value, list):
-            return False
-        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
-        return len(value) == len(kinds) and all(map(_is, value, kinds))
-    if origin is dict:
-        return isinstance(value, dict) and all(_is(one, inner[1]) for one in value.values())
-    return type(value) is kind  # a bool is no int here

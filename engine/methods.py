@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -45,11 +46,13 @@ from engine.api import (
     Timings,
 )
 from engine.contract import Tensor
-from engine.errors import Cancelled, InvalidInput, StudyNotFound, Unavailable
+from engine.errors import Cancelled, InvalidInput, StudyNotFound, Unavailable, shortened
 from engine.prompt.turns import USER, Turn, checked_turns, history_to_json
 from engine.sampling import Sampling
 from engine.seg_states import EACH, checked_merge, spans_of_words
 from engine.source import Source, content_of
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # it would bring SciPy into every program that asks
     from engine.volume.crop import Crop
@@ -145,6 +148,12 @@ class Methods:
     def upload(
         self, scan: object, affine: np.ndarray | None, preset: str, crop: Any, timeout: float | None
     ) -> Steps[Study]:
+        return self.uploaded(scan, affine, preset, crop, self._left(timeout))
+
+    def uploaded(
+        self, scan: object, affine: np.ndarray | None, preset: str, crop: Any, left: Countdown
+    ) -> Steps[Study]:
+        """`upload`, as a part of a call whose time runs."""
         if not isinstance(preset, str):
             raise InvalidInput(f"a preset is named by a text, such as 'auto', not by {type(preset).__name__}")
         region = None
@@ -152,7 +161,7 @@ class Methods:
             from engine.volume.crop import Crop
 
             region = Crop.of(crop)
-        return self._upload(scan, affine, preset, region, self._seconds(timeout))
+        return self._upload(scan, affine, preset, region, left)
 
     def asked(
         self,
@@ -194,95 +203,94 @@ class Methods:
         timeout: float | None,
         sampling: Mapping[str, Any],
     ) -> Steps[Segmentation]:
-        left = _Countdown(self._seconds(timeout))
-        asked = self.asked(study, question, messages, sampling, False, left(), hint=True)
-        return self._segment(asked, return_logits, checked_merge(merge), left)
+        asked = self.asked(study, question, messages, sampling, False, timeout, hint=True)
+        return self._segment(asked, return_logits, checked_merge(merge))
 
     def rank(self, study: object, texts: Sequence[str], timeout: float | None) -> Steps[Ranking]:
-        return self._rank(study, _checked_texts(texts), self._seconds(timeout))
+        return self._rank(study, _checked_texts(texts), self._left(timeout))
 
     def embed(self, study: object, timeout: float | None) -> Steps[np.ndarray]:
-        seconds = self._seconds(timeout)
-        known = yield from self.study_of(study, seconds)
+        left = self._left(timeout)
+        known = yield from self.study_of(study, left)
         outputs = yield from self._resent(
-            lambda by: lambda t: t.infer(RETRIEVAL, {contract.STUDY_IN: by.handle}, seconds), known, seconds
+            lambda by: lambda t: t.infer(RETRIEVAL, {contract.STUDY_IN: by.handle}, left()), known, left
         )
-        return outputs["SCAN_EMBEDDING"]
+        return outputs[contract.SCAN_EMBEDDING]
 
     def embed_texts(self, texts: Sequence[str], timeout: float | None) -> Steps[TextEmbeddings]:
-        return self._embed_texts(_checked_texts(texts), self._seconds(timeout))
+        return self._embed_texts(_checked_texts(texts), self._left(timeout))
 
     def forget(self, study: Study, timeout: float | None) -> Steps[None]:
         if not isinstance(study, Study):
             raise InvalidInput(f"forget takes a study, as upload returns it, not {type(study).__name__}")
-        return self._forget(study, self._seconds(timeout))
+        return self._forget(study, self._left(timeout))
 
     def info(self, timeout: float | None) -> Steps[EngineInfo]:
-        seconds = self._seconds(timeout)
-        outputs = yield lambda t: t.infer(STUDY, {contract.DESCRIBE: True}, seconds)
-        return typed(EngineInfo, outputs.text("MODEL_INFO"))
+        left = self._left(timeout)
+        outputs = yield lambda t: t.infer(STUDY, {contract.DESCRIBE: True}, left())
+        return typed(EngineInfo, outputs.text(contract.MODEL_INFO))
 
     # --- inside ------------------------------------------------------------------------------------------------------
-    def _upload(self, scan, affine, preset: str, crop: Crop | None, timeout: float | None) -> Steps[Study]:
+    def _upload(self, scan, affine, preset: str, crop: Crop | None, left: Countdown) -> Steps[Study]:
         file, space, content = yield lambda t: t.work(_packed, scan, affine)
         inputs: Inputs = {contract.AFFINE_IN: space, contract.PRESET: preset}
         if crop is not None:
             inputs |= {contract.CROP: crop.box, contract.CROP_UNIT: crop.unit}
-        outputs = yield lambda t: t.upload(file, inputs, timeout)
+        outputs = yield lambda t: t.upload(file, inputs, left())
         return Study(
-            outputs.text("STUDY"),
-            typed(StudyInfo, outputs.text("STUDY_INFO")),
+            outputs.text(contract.STUDY),
+            typed(StudyInfo, outputs.text(contract.STUDY_INFO)),
             Source(scan, affine, preset, crop, content),
         )
 
-    def _segment(self, asked: Asked, return_logits: bool, merge: str, left: _Countdown) -> Steps[Segmentation]:
+    def _segment(self, asked: Asked, return_logits: bool, merge: str) -> Steps[Segmentation]:
         answer, outputs = yield from asked.whole()
-        if not len(outputs["SEG_STATES"]):
+        if not len(outputs[contract.SEG_STATES]):
             return Segmentation(answer, None, np.zeros((4, 4)), None)
 
         def draw(to: Study) -> Call:
             inputs = {
                 contract.STUDY_IN: to.handle,
-                contract.SEG_STATES: outputs["SEG_STATES"],
+                contract.SEG_STATES: outputs[contract.SEG_STATES],
                 contract.RETURN_LOGITS: return_logits,
                 contract.MERGE: merge,
             }
-            return lambda t: t.infer(SEGMENTATION, inputs, left())
+            return lambda t: t.infer(SEGMENTATION, inputs, asked.left())
 
-        drawn = yield from self._resent(draw, asked.study, left())
-        spans = [(int(start), int(end)) for start, end in outputs["SEG_SPANS"]]
+        drawn = yield from self._resent(draw, asked.study, asked.left)
+        spans = [(int(start), int(end)) for start, end in outputs[contract.SEG_SPANS]]
         preset = asked.study.info.preset if asked.study.info else None
         source = asked.study.source
         return (yield lambda t: t.work(_segmentation, answer, spans, drawn, merge, source, preset))
 
-    def _rank(self, study: object, texts: Sequence[str], timeout: float | None) -> Steps[Ranking]:
-        known = yield from self.study_of(study, timeout)
+    def _rank(self, study: object, texts: Sequence[str], left: Countdown) -> Steps[Ranking]:
+        known = yield from self.study_of(study, left)
 
         def score(by: Study) -> Call:
-            return lambda t: t.infer(RETRIEVAL, {contract.TEXTS: texts, contract.STUDY_IN: by.handle}, timeout)
+            return lambda t: t.infer(RETRIEVAL, {contract.TEXTS: texts, contract.STUDY_IN: by.handle}, left())
 
-        outputs = yield from self._resent(score, known, timeout)
-        return Ranking(tuple(texts), outputs["SCORES"], *_cut(outputs))
+        outputs = yield from self._resent(score, known, left)
+        return Ranking(tuple(texts), outputs[contract.SCORES], *_cut(outputs))
 
-    def _embed_texts(self, texts: Sequence[str], timeout: float | None) -> Steps[TextEmbeddings]:
-        outputs = yield lambda t: t.infer(RETRIEVAL, {contract.TEXTS: texts}, timeout)
-        return TextEmbeddings(tuple(texts), outputs["TEXT_EMBEDDINGS"], *_cut(outputs))
+    def _embed_texts(self, texts: Sequence[str], left: Countdown) -> Steps[TextEmbeddings]:
+        outputs = yield lambda t: t.infer(RETRIEVAL, {contract.TEXTS: texts}, left())
+        return TextEmbeddings(tuple(texts), outputs[contract.TEXT_EMBEDDINGS], *_cut(outputs))
 
-    def _forget(self, study: Study, timeout: float | None) -> Steps[None]:
+    def _forget(self, study: Study, left: Countdown) -> Steps[None]:
         try:
-            yield lambda t: t.infer(STUDY, {contract.STUDY_IN: study.handle, contract.FORGET: True}, timeout)
+            yield lambda t: t.infer(STUDY, {contract.STUDY_IN: study.handle, contract.FORGET: True}, left())
         except StudyNotFound:
             object.__setattr__(study, "source", None)
             raise
         object.__setattr__(study, "source", None)  # else the next question would send the scan again
 
-    def study_of(self, study: object, timeout: float | None) -> Steps[Study]:
+    def study_of(self, study: object, left: Countdown) -> Steps[Study]:
         """The study itself, or of what `upload` takes a new one."""
         if isinstance(study, Study):
             return study
-        return (yield from self.upload(study, None, "auto", None, timeout))
+        return (yield from self.uploaded(study, None, "auto", None, left))
 
-    def send_again(self, study: Study, timeout: float | None, evicted: StudyNotFound) -> Steps[None]:
+    def send_again(self, study: Study, left: Countdown, evicted: StudyNotFound) -> Steps[None]:
         """Upload an evicted study again, from where it came.
 
         A server that was started anew gives it another handle, which the study has from then on.
@@ -290,24 +298,28 @@ class Methods:
         if study.source is None:
             raise evicted
         source = study.source
-        again = yield from self._upload(source.scan, source.affine, source.preset, source.crop, timeout)
+        _log.info("the server no longer holds a study: its scan is sent again")
+        again = yield from self._upload(source.scan, source.affine, source.preset, source.crop, left)
         is_same_scan = again.source is not None and again.source.content == source.content
         # The affine has no part in the content; the server tells what follows from it.
-        told = ("model", "shape", "spacing_mm", "orientation")
-        if not is_same_scan or any(getattr(again.info, name) != getattr(study.info, name) for name in told):
+        compared = ("model", "shape", "spacing_mm", "orientation")
+        if not is_same_scan or any(getattr(again.info, name) != getattr(study.info, name) for name in compared):
             raise InvalidInput(
                 f"the server does not hold {study} any more, and now the scan at its source, or the "
                 "server's model, is another: upload it again to ask about what is there now"
             )
         object.__setattr__(study, "handle", again.handle)  # else each question to come would send the scan again
 
-    def _resent(self, request: Callable[[Study], Call], study: Study, timeout: float | None) -> Steps[Outputs]:
+    def _resent(self, request: Callable[[Study], Call], study: Study, left: Countdown) -> Steps[Outputs]:
         """The outputs of request(study); if the study was evicted, it is sent and the request is made again, once."""
         try:
             return (yield request(study))
         except StudyNotFound as evicted:
-            yield from self.send_again(study, timeout, evicted)
+            yield from self.send_again(study, left, evicted)
         return (yield request(study))
+
+    def _left(self, timeout: float | None) -> Countdown:
+        return Countdown(self._seconds(timeout))
 
     def _seconds(self, timeout: float | None) -> float | None:
         return self.timeout if timeout is None else _checked_timeout(timeout)
@@ -316,7 +328,7 @@ class Methods:
 class Asked:
     """A question and the responses to it. If its study was evicted, it is sent and asked again, once.
 
-    study: as it was given until `open`. answer: the whole, once it is there.
+    study, left: the question's, and what is left of the timeout, from `open` on. answer: the whole, once it is there.
     """
 
     def __init__(self, methods: Methods, study: object, inputs: Inputs, timeout: float | None, hint: bool):
@@ -332,11 +344,14 @@ class Asked:
         self._started = 0.0
         self._first_text_s: float | None = None
         self.study: Study
+        self.left: Countdown
         self.answer: Answer | None = None
 
     def open(self) -> Steps[None]:
-        """Send the question."""
-        self.study = yield from self._methods.study_of(self._given, self._timeout)
+        """Send the question. The timeout begins."""
+        self._check_open()
+        self.left = Countdown(self._timeout)
+        self.study = yield from self._methods.study_of(self._given, self.left)
         yield from self._send()
         self._started = time.monotonic()
 
@@ -372,21 +387,25 @@ class Asked:
         handle: Inputs = {contract.STUDY_IN: self.study.handle}
         if self._hint:
             try:
-                yield lambda t: t.infer(STUDY, handle | {contract.SEGMENT_HINT: True}, self._timeout)
+                yield lambda t: t.infer(STUDY, handle | {contract.SEGMENT_HINT: True}, self.left())
             except StudyNotFound:
                 pass  # the question meets it again, and sends the study
-        self._responses = yield lambda t: t.stream(DECODER, self._inputs | handle, self._timeout)
+        self._check_open()
+        self._responses = yield lambda t: t.stream(DECODER, self._inputs | handle, self.left())
 
-    def _read(self) -> Steps[Outputs]:
+    def _check_open(self) -> None:
         if self._closed:
             raise Cancelled("the request was cancelled by this client")
+
+    def _read(self) -> Steps[Outputs]:
+        self._check_open()
         try:
             outputs = yield lambda _: self._responses.read()
         except StudyNotFound as evicted:
             if self._has_responded:
                 raise
             self._has_responded = True
-            yield from self._methods.send_again(self.study, self._timeout, evicted)
+            yield from self._methods.send_again(self.study, self.left, evicted)
             yield from self._send()
             outputs = yield lambda _: self._responses.read()
         self._has_responded = True
@@ -400,16 +419,16 @@ class Asked:
             yield lambda _: self._responses.finish()
 
     def _add(self, outputs: Outputs) -> str:
-        text, now = outputs.text("TEXT"), time.monotonic() - self._started
+        text, now = outputs.text(contract.TEXT), time.monotonic() - self._started
         if text and self._first_text_s is None:
             self._first_text_s = now
         self._texts.append(text)
-        self._token_ids += outputs["TOKEN_IDS"].tolist()
-        if reason := outputs.text("FINISH_REASON"):
-            cost, details = _info(outputs.text("ANSWER_INFO"))
+        self._token_ids += outputs[contract.TOKEN_IDS].tolist()
+        if reason := outputs.text(contract.FINISH_REASON):
+            cost, details = _info(outputs.text(contract.ANSWER_INFO))
             timings = Timings(**vars(cost), first_text_s=self._first_text_s, total_s=now)
             ids = tuple(self._token_ids)
-            self.answer = Answer("".join(self._texts), ids, reason, outputs["BOXES"], timings, **vars(details))
+            self.answer = Answer("".join(self._texts), ids, reason, outputs[contract.BOXES], timings, **vars(details))
         return text
 
 
@@ -418,8 +437,8 @@ def _only_answer(asked: Asked) -> Steps[Answer]:
     return answer
 
 
-class _Countdown:
-    """Seconds that are left of a timeout for the calls that share it; None for no limit."""
+class Countdown:
+    """Seconds that are left of a timeout for the requests that share it; None for no limit."""
 
     def __init__(self, timeout: float | None):
         self._end = None if timeout is None else time.monotonic() + timeout
@@ -445,15 +464,15 @@ def _segmentation(
     preset: str | None,
 ) -> Segmentation:
     """spans: of each [SEG] in the answer's text. drawn: what the masks' model answered."""
-    mask, affine = _unpacked(drawn["MASK"], drawn["MASK_SHAPE"]), drawn["MASK_AFFINE"]
-    header = drawn["MASK_HEADER"].tobytes() or None
+    mask, affine = _unpacked(drawn[contract.MASK], drawn[contract.MASK_SHAPE]), drawn[contract.MASK_AFFINE]
+    header = drawn[contract.MASK_HEADER].tobytes() or None
     masks = [mask]
     if merge == EACH:
-        masks = [_unpacked(bits, drawn["MASK_SHAPE"]) for bits in drawn["SEGMENT_MASKS"]]
-    words, scores = spans_of_words(answer.text, spans, merge), drawn["SEGMENT_SCORES"].tolist()
+        masks = [_unpacked(bits, drawn[contract.MASK_SHAPE]) for bits in drawn[contract.SEGMENT_MASKS]]
+    words, scores = spans_of_words(answer.text, spans, merge), drawn[contract.SEGMENT_SCORES].tolist()
     if not len(words) == len(scores) == len(masks):
         raise other_version(f"it drew {len(masks)} masks with {len(scores)} scores for {len(words)} [SEG]")
-    logits = np.split(drawn["LOGITS"], len(masks)) if drawn["LOGITS"].size else [None] * len(masks)
+    logits = np.split(drawn[contract.LOGITS], len(masks)) if drawn[contract.LOGITS].size else [None] * len(masks)
     measured = MeasuredMasks(masks, affine, source, preset)
     segments = tuple(
         Segment(
@@ -478,7 +497,7 @@ def _unpacked(bits: np.ndarray, shape: np.ndarray) -> np.ndarray:
 
 
 def _cut(outputs: Outputs) -> tuple[tuple[bool, ...], int]:
-    return tuple(outputs["TEXT_CUT"].tolist()), int(outputs["TEXT_LIMIT"][0])
+    return tuple(outputs[contract.TEXT_CUT].tolist()), int(outputs[contract.TEXT_LIMIT][0])
 
 
 def _info(text: str) -> tuple[AnswerInfo, AnswerDetails]:
@@ -518,7 +537,9 @@ def _frozen(value: Any) -> Any:
 
 def checked_question(question: str) -> str:
     """The question. Raises InvalidInput for what no server answers."""
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str):
+        raise InvalidInput(f"the question must be a text, not {shortened(question)}")
+    if not question.strip():
         raise InvalidInput("the question is empty: give a text")
     return question
 
@@ -534,10 +555,11 @@ def _turns(question: str | None, messages: Messages | None) -> list[Turn]:
     return turns
 
 
-def _checked_texts(texts: Sequence[str]) -> Sequence[str]:
-    if isinstance(texts, str) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise InvalidInput("texts must be a list of one or more texts that are not empty")
-    return texts
+def _checked_texts(texts: Sequence[str]) -> list[str]:
+    found = [] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    if not found or not all(isinstance(text, str) and text.strip() for text in found):
+        raise InvalidInput(f"texts must be a list of one or more texts that are not empty, not {shortened(texts)}")
+    return found
 
 
 def _checked_timeout(timeout: float | None) -> float | None:

@@ -35,7 +35,8 @@ class Sampling:
     logprobs: how many of the likeliest tokens `Answer.logprobs` names for each token of the answer, 0 to 20; None for
     no log-probabilities.
     choices: texts with which the answer may begin (at most 64): `Answer.choices` has the log-probability of each.
-    only_choices: the answer is one of the choices.
+    only_choices: the answer is one of the choices, without the space that a model may put before it. One that
+    max_new_tokens cuts is not complete.
     json_schema: the answer is JSON of this schema: an object or its text, see `engine.answer_schema`; kept as text. An
     answer that max_new_tokens cuts is not complete.
 
@@ -88,9 +89,9 @@ class Sampling:
             raise InvalidInput("only_choices is true, but there are no choices: give some")
         if self.json_schema is not None:
             object.__setattr__(self, "json_schema", checked_schema(self.json_schema))
-            if self.only_choices or self.stop:
-                other = "only_choices" if self.only_choices else "stop"
-                raise InvalidInput(f"json_schema and {other} are given, which exclude each other: leave one out")
+        given = {"json_schema": self.json_schema is not None, "only_choices": self.only_choices, "stop": self.stop}
+        if len(exclusive := [name for name, is_given in given.items() if is_given]) > 1:
+            raise InvalidInput(f"{' and '.join(exclusive)} are given, which exclude each other: leave one out")
 
     def _texts(self, name):
         """One text, or some, as a tuple."""

@@ -7,17 +7,19 @@ library is used.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
 
 import nibabel
 
+from engine.cli import console
 from engine.client import M3DClient
 from engine.errors import M3DError
 from engine.picture import montage
-from engine.samples import write_sample
 from engine.server import Server, free_ports
+from m3d_demo.samples import write_sample
 
 QUESTIONS = (
     "Is this a CT or an MR scan?",
@@ -78,7 +80,4 @@ if __name__ == "__main__":
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="an exported repository")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for scan, mask and picture")
     arguments = parser.parse_args()
-    try:
-        main(arguments.repository, arguments.out)
-    except M3DError as error:
-        sys.exit(f"{error}")
+    sys.exit(console.run(lambda: main(arguments.repository, arguments.out), (signal.SIGINT, signal.SIGTERM)))

@@ -16,7 +16,6 @@ import gc
 import hashlib
 import importlib.metadata
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ if __package__ in (None, ""):  # run as a script, from any folder, whose own mod
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from engine import contract, manifest
+from engine.cli import console
 from engine.errors import CheckpointError, InvalidInput, M3DError, RepositoryError
 from engine.manifest import CLIP_TOKENIZER_FOLDER, LLM_FOLDER, TENSORRT_CONFIG, Manifest
 from engine.models.hub_cache import size_text
@@ -39,8 +39,8 @@ VERSIONED = ("m3d-engine", "torch", "onnx", "onnxruntime", "transformers")
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    try:
-        export(
+    status = console.run(
+        lambda: export(
             arguments.checkpoint,
             arguments.repository,
             clip_checkpoint=arguments.clip_checkpoint,
@@ -51,22 +51,18 @@ def main(argv: list[str] | None = None) -> int:
             quantization=arguments.llm_quantization,
             force=arguments.force,
         )
-    except (M3DError, OSError) as error:
-        print(f"export failed: {error}{_left(arguments.repository)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"export interrupted{_left(arguments.repository)}", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    )
+    if status:
+        _note_left(arguments.repository)
+    return status
 
 
-def _left(repository: Path) -> str:
-    """What an export that broke off has left there, as the end of a message."""
+def _note_left(repository: Path) -> None:
+    """Say in which state an export that broke off leaves the repository."""
     if (repository / manifest.FILE_NAME).is_file():
-        return f"\n{repository} is as it was before"
-    if repository.is_dir() and _artifacts(repository):
-        return f"\n{repository} holds no whole export now and is not served: run the export again"
-    return ""
+        console.note(f"{repository} is as it was before")
+    elif repository.is_dir() and _artifacts(repository):
+        console.note(f"{repository} holds no whole export now and is not served: run the export again")
 
 
 def export(
@@ -434,7 +430,7 @@ def _remove_artifacts(repository: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="M3D-LaMed: a folder or a Hugging Face id, see above")
     parser.add_argument("--clip-checkpoint", help="M3D-CLIP, for retrieval: likewise")
     parser.add_argument(

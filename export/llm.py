@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from engine.errors import CheckpointError
-from engine.models.checkpoint import PARTS, Weights, checked_lamed, listed, load_tokenizer
+from engine.models.checkpoint import PARTS, checked_lamed, load_tokenizer
 from engine.models.config import LamedConfig
 from engine.models.language_model import causal_lm_config
 from engine.models.layout import TOKENIZER_FILES
 from engine.models.needs import SHARD_BYTES
 from engine.models.tokenizer import MODEL as SENTENCEPIECE
+from engine.models.weights import Weights, listed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,8 +12,8 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from engine.cache import cache_folder
 from engine.manifest import TENSORRT_CONFIG
-from engine.packages import cache_folder
 from export import gpu_memory, tensorrt, typed_graph
 from export.build_settings import BuildSettings
 from export.graphs import Graph, compare, runner

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import InvalidInput
+from engine.validation import checked
 
 T = TypeVar("T")
 TENSORBOARD = "tensorboard"
@@ -64,20 +65,12 @@ def read(cls: type[T], path: Path | str) -> T:
 
 def build(cls: type[T], values: Any, where: str = "") -> T:
     """A dataclass from an object of settings; `where` stands in front of the names in errors."""
-    if not isinstance(values, dict):
-        raise InvalidInput(f"{where.rstrip('.') or 'the configuration'} must be an object of settings, not {values!r}")
-    settings = dataclasses.fields(cls)
-    known = {f.name for f in settings}
-    required = {
-        f.name for f in settings if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    for problem, names in (("unknown", set(values) - known), ("missing", required - set(values))):
-        if names:
-            raise InvalidInput(
-                f"{problem} setting {', '.join(where + n for n in sorted(names))}; known: {', '.join(sorted(known))}"
-            )
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _convert(hints[name], value, where + name) for name, value in values.items()})
+    try:
+        settings = checked(cls, values, where)
+    except ValueError as error:
+        raise InvalidInput(f"the configuration: {error}") from None
+    _refuse_odd(settings, where.removesuffix("."))
+    return settings
 
 
 def training_arguments(settings: StageSettings, **defaults):
@@ -180,37 +173,19 @@ def as_json(settings: Any) -> Any:
     return str(settings) if isinstance(settings, Path) else settings
 
 
-def _convert(hint, value, where: str):
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where + ".")
-    arguments = typing.get_args(hint)
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        # The most telling complaint is that of the alternative whose kind of JSON value was given.
-        kinds = [kind for kind in arguments if kind is not type(None)]
-        fitting = [kind for kind in kinds if _fits(kind, value)] or kinds
-        return _convert(fitting[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise InvalidInput(f"{where} must be a list, not {value!r}")
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise InvalidInput(f"{where} must be a list of {len(arguments)}, not {value!r}")
-        return tuple(_convert(arguments[0], item, f"{where}[{k}]") for k, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise InvalidInput(f"{where} must be an object, not {value!r}")
-        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is Path:
-        if not isinstance(value, str) or not value:
-            raise InvalidInput(f"{where} must be a path, not {value!r}")
-        return Path(value)
-    if not _fits(hint, value):
-        raise InvalidInput(f"{where} must be {_name(hint)}, not {value!r}")
-    if hint in (int, float) and value < 0:
-        raise InvalidInput(f"{where} must not be negative, is {value}")
-    return hint(value)
+def _refuse_odd(value: Any, name: str) -> None:
+    """Raises InvalidInput for numbers below zero and for empty paths, but in objects whose keys others name."""
+    if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        inner = {key: one for key, one in vars(value).items() if dict not in (hints[key], *typing.get_args(hints[key]))}
+    else:
+        inner = dict(enumerate(value)) if isinstance(value, tuple) else value if isinstance(value, dict) else {}
+    for key, one in inner.items():
+        _refuse_odd(one, f"{name}.{key}".lstrip("."))
+    if isinstance(value, (int, float)) and value < 0:
+        raise InvalidInput(f"{name} must not be negative, is {value}")
+    if value == Path():
+        raise InvalidInput(f"{name} must be a path, not an empty text")
 
 
 def _fits(hint, value) -> bool:
@@ -218,13 +193,9 @@ def _fits(hint, value) -> bool:
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(kind, value) for kind in typing.get_args(hint))
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, dict)
     hint = origin or hint
     if hint in (str, bool, dict, list):
         return isinstance(value, hint)
-    if hint is tuple:
-        return isinstance(value, list)
     if hint in (int, float):
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
     if hint is type(None):

@@ -9,7 +9,6 @@ figure stand its 95 % interval, what guessing gives, and what is known without a
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import sys
@@ -28,7 +27,8 @@ from accelerate.utils import gather_object
 from rich.progress import track
 from scipy import stats
 
-from engine.errors import InvalidInput, M3DError
+from engine.cli import console
+from engine.errors import InvalidInput
 from engine.models import answering
 from engine.models.checkpoint import load_clip, load_lamed, load_tokenizer
 from engine.prompt import SEG_TOKEN, parse_boxes
@@ -455,17 +455,23 @@ def measure_share(settings: Settings, rank: int, processes: int) -> tuple[list[S
     return scores, pairs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    parser = console.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configuration", type=Path, help="a JSON file, e.g. from training/configs")
-    try:
-        settings = read(Settings, parser.parse_args().configuration)
-        if unknown := sorted({*settings.train, *settings.held_out} - set(SOURCES)):
-            raise InvalidInput(f"train and held_out name {', '.join(unknown)}; known scans: {', '.join(SOURCES)}")
-        state = PartialState(cpu=True)
-        shares = gather_object([measure_share(settings, state.process_index, state.num_processes)])
-    except M3DError as error:
-        sys.exit(f"error: {error}")
+    path = parser.parse_args().configuration
+    return console.run(lambda: evaluate(read(Settings, path)))
+
+
+def evaluate(settings: Settings) -> None:
+    """Measure, write the results and print their table; each process of several takes its share of the views.
+
+    Raises:
+        InvalidInput: the settings name a scan that is unknown.
+    """
+    if unknown := sorted({*settings.train, *settings.held_out} - set(SOURCES)):
+        raise InvalidInput(f"train and held_out name {', '.join(unknown)}; known scans: {', '.join(SOURCES)}")
+    state = PartialState(cpu=True)
+    shares = gather_object([measure_share(settings, state.process_index, state.num_processes)])
     if not state.is_main_process:
         return
     by_scan = _grouped((score for scores, _ in shares for score in scores), lambda score: score.scan)
@@ -488,4 +494,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,6 @@ carries the base model.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from engine.errors import CheckpointError, InvalidInput, M3DError
+from engine.cli import console
+from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
 from engine.models.checkpoint import lamed_shapes, read_config
 from engine.models.config import LamedConfig
@@ -163,19 +163,22 @@ def _save(tensors: dict[str, Tensor], folder: Path, stem: str, dtype: torch.dtyp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = console.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configuration", type=Path, help="a JSON file, e.g. from training/configs")
-    try:
-        settings = read(Settings, parser.parse_args().configuration)
-        # As in the other stages: what is finished is left as it is, if it is what is asked for.
-        if settings.out.is_dir():
-            record.check(settings.out, STAGE, as_json(settings))
-            unknown = "" if (settings.out / record.FILE).is_file() else ", though it does not say what it was made from"
-            print(f"{settings.out} is already there{unknown}: nothing to do (remove it to merge again)")
-        else:
-            print(f"wrote {merge(settings)}")
-    except M3DError as error:
-        sys.exit(f"error: {error}")
+    path = parser.parse_args().configuration
+    if status := console.run(lambda: _run(path)):
+        sys.exit(status)
+
+
+def _run(configuration: Path) -> None:
+    settings = read(Settings, configuration)
+    # As in the other stages: a finished result is left as it is, if its settings are those of the configuration.
+    if settings.out.is_dir():
+        record.check(settings.out, STAGE, as_json(settings))
+        unknown = "" if (settings.out / record.FILE).is_file() else ", though it does not say what it was made from"
+        print(f"{settings.out} is already there{unknown}: nothing to do (remove it to merge again)")
+    else:
+        print(f"wrote {merge(settings)}")
 
 
 if __name__ == "__main__":

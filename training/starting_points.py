@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
-from engine.models.checkpoint import PARTS, Weights, load_tokenizer, read_config, resolve
+from engine.models.checkpoint import PARTS, load_tokenizer, read_config, resolve
 from engine.models.language_model import FAMILIES, families_on, known_families
 from engine.models.vit3d import ViT3D
+from engine.models.weights import Weights
 from engine.prompt import SEG_TOKEN, SPECIAL_TOKENS, Layout
 
 ADDED_TOKENS = (*SPECIAL_TOKENS, SEG_TOKEN)
@@ -93,7 +94,9 @@ def open_language_model(source: str | PackagedModel) -> LanguageModel:
 
     weights = Weights.open(folder)
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return LanguageModel(str(source), told(whole), {key: weights[key] for key in weights}, load_tokenizer(folder))
+    return LanguageModel(
+        str(source), known_settings(whole), {key: weights[key] for key in weights}, load_tokenizer(folder)
+    )
 
 
 def _check_known(name: str, model_type: str | None) -> None:
@@ -112,13 +115,13 @@ def _packaged(source: PackagedModel) -> LanguageModel:
     gguf = base.base_file(spec)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _check_known(source.package, config.model_type)
-    return LanguageModel(source.package, told(config), base.load_base(spec), base.load_base_tokenizer(spec))
+    return LanguageModel(source.package, known_settings(config), base.load_base(spec), base.load_base_tokenizer(spec))
 
 
-def told(config) -> dict:
+def known_settings(config) -> dict:
     """A transformers configuration as config.json should tell it: all that the engine reads of it."""
     family = FAMILIES[families_on(config.model_type)[0]]
-    return {key: value for key, value in family.told(config.to_dict()).items() if value is not None}
+    return {key: value for key, value in family.known_settings(config.to_dict()).items() if value is not None}
 
 
 def prepare_tokenizer(model: LanguageModel, layout: type[Layout]):

@@ -6,7 +6,6 @@ TrainingArguments in the configuration; several processes are started by `torchr
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import shutil
@@ -28,7 +27,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
-from engine.errors import CheckpointError, InvalidInput, M3DError
+from engine.cli import console
+from engine.errors import CheckpointError, InvalidInput
 from training import record
 from training.config import TENSORBOARD, StageSettings, as_json, boards_of, check_trainer, read, training_arguments
 from training.files import place
@@ -433,9 +433,14 @@ def check_amount(samples: int, settings: StageSettings) -> None:
 
 def main(description: str, cls: type[StageSettings], train: Callable[[StageSettings], None]) -> None:
     """The command of a stage: one configuration file; a finished stage is left as it is, if it is what is asked for."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = console.ArgumentParser(description=description)
     parser.add_argument("configuration", type=Path, help="a JSON file, e.g. from training/configs")
     path = parser.parse_args().configuration
+    if status := console.run(lambda: _run_stage(path, cls, train)):
+        sys.exit(status)
+
+
+def _run_stage(path: Path, cls, train) -> None:
     try:
         settings = read(cls, path)
         if (settings.out / FINAL).is_dir():
@@ -445,8 +450,6 @@ def main(description: str, cls: type[StageSettings], train: Callable[[StageSetti
         check_trainer(settings.trainer)
         torch.manual_seed(settings.seed)
         train(settings)
-    except M3DError as error:
-        sys.exit(f"error: {error}")
     finally:
         if torch.distributed.is_initialized():
             # The model, which is part of cycles, holds the group, too: a thread of it that outlived this and let go of

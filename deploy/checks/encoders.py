@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import floor
-from benchmarks.floor import ITEMSIZE, Rates, Stage
+from benchmarks import cpu_roofline
+from benchmarks.cpu_roofline import ITEMSIZE, Rates, Stage
 from deploy.checks import order, roofline
 from deploy.checks.context import Context
 from deploy.checks.geometry import clip_config, lamed_config, made, volumes
@@ -40,7 +40,7 @@ class Part:
         """Its work, counted on the device meta."""
         given = self.inputs(batch)
         with torch.inference_mode():
-            work = floor.flops(lambda: self.run(*given))
+            work = cpu_roofline.flops(lambda: self.run(*given))
         read = self.weights * ITEMSIZE[precision] + sum(x.nbytes for x in given)
         return Stage(self.name, work, read, precision)
 
@@ -78,9 +78,11 @@ def _parts(tiny: bool, device: str, dtype: torch.dtype) -> Iterator[Part]:
         return one, other
 
     whole, encoder = lamed.seg_module, lamed.seg_module.image_encoder
-    yield Part("vision encoder", lamed.encode_images, image, floor.weights(lamed.vision_tower, lamed.mm_projector))
-    yield Part("mask encoder", whole.encode, image, floor.weights(encoder))
-    head = floor.weights(whole, lamed.seg_projector) - floor.weights(encoder)
+    yield Part(
+        "vision encoder", lamed.encode_images, image, cpu_roofline.weights(lamed.vision_tower, lamed.mm_projector)
+    )
+    yield Part("mask encoder", whole.encode, image, cpu_roofline.weights(encoder))
+    head = cpu_roofline.weights(whole, lamed.seg_projector) - cpu_roofline.weights(encoder)
     yield Part("mask head", lamed.segment, features, head)
     clip = made(lambda: M3DClip(clip_config(tiny)), device, dtype)
 
@@ -88,8 +90,10 @@ def _parts(tiny: bool, device: str, dtype: torch.dtype) -> Iterator[Part]:
         ids = torch.ones(batch, clip.config.text_length, device=device, dtype=torch.long)
         return ids, torch.ones(batch, 1, 1, clip.config.text_length, device=device, dtype=torch.bool)
 
-    yield Part("CLIP, scans", clip.encode_image, image, floor.weights(clip.vision_encoder, clip.mm_vision_proj))
-    yield Part("CLIP, texts", clip.encode_text, text, floor.weights(clip.language_encoder, clip.mm_language_proj))
+    yield Part("CLIP, scans", clip.encode_image, image, cpu_roofline.weights(clip.vision_encoder, clip.mm_vision_proj))
+    yield Part(
+        "CLIP, texts", clip.encode_text, text, cpu_roofline.weights(clip.language_encoder, clip.mm_language_proj)
+    )
 
 
 def _timed(part: Part, stage: Stage, batch: int, device: str, rates: Rates) -> dict:

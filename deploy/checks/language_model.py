@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks import floor
-from benchmarks.floor import Rates, Stage
+from benchmarks import cpu_roofline
+from benchmarks.cpu_roofline import Rates, Stage
 from deploy.checks import roofline
 from deploy.checks.context import Context
 from deploy.checks.encoders import row
@@ -88,7 +88,7 @@ def measure(context: Context) -> Iterator[dict]:
     """Rows of times for 1, 8 and 64 questions, what memory they took, and whether the cache changes the answer."""
     rates = roofline.rates(context)
     config = lamed_config(context.tiny)
-    counted = floor.stages(
+    counted = cpu_roofline.stages(
         config, llm=PRECISION, graphs=PRECISION, question_tokens=QUESTION, answer_tokens=ANSWER, at_once=1
     )
     model = made(lambda: Lamed(config), context.device, DTYPE)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from deploy.checks.context import ROOT, Context, Failed
+from engine.contract import FEATURES, IMAGE, VISUAL_TOKENS
 from engine.errors import M3DError
 from engine.manifest import Manifest
 
@@ -18,7 +19,7 @@ SERVED = "fp16"
 OTHERS = ("fp32", "bf16", "fp8")
 SCANS = ("brain-mr", "spine-ct")
 VOLUMES = 8  # that are sent to the server, and whose own results are kept
-ENCODERS = {"vision_encoder": "VISUAL_TOKENS", "segmentation_encoder": "FEATURES"}  # and their output
+ENCODERS = {"vision_encoder": VISUAL_TOKENS, "segmentation_encoder": FEATURES}  # and their output
 
 
 def build_served(context: Context) -> Iterator[dict]:
@@ -29,7 +30,7 @@ def build_served(context: Context) -> Iterator[dict]:
 
 def build_others(context: Context) -> Iterator[dict]:
     """Rows for the plans in the other precisions, compared on real scans where there are any; fp8 needs them."""
-    from engine.samples import write_sample
+    from m3d_demo.samples import write_sample
 
     scans: list[Path] = []
     try:
@@ -90,7 +91,7 @@ def _keep_own_results(context: Context) -> Iterator[dict]:
     for name, output in ENCODERS.items():
         plan = folder / name / "1" / tensorrt.PLAN["tensorrt"]
         if plan.is_file():
-            found = [tensorrt.run(plan, "tensorrt", {"IMAGE": image[None]})[output][0] for image in images]
+            found = [tensorrt.run(plan, "tensorrt", {IMAGE: image[None]})[output][0] for image in images]
             results[name] = np.stack(found)
     np.savez(_own(context), **results)
     yield {"precision": SERVED, "what": f"own results of {', '.join(results)} kept", "ok": bool(results)}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.floor import Rates
+from benchmarks.cpu_roofline import Rates
 from deploy.checks.context import Context
 from deploy.checks.timing import DTYPES, exact_fp32, forget, seconds, use_tf32
 

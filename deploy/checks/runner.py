@@ -154,7 +154,7 @@ def _first_cause(log: Path, begun: int, why: str) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a step and what it has started; a server's keeper sees that its parent is gone and ends the server."""
+    """End a step and what it has started; a server's supervisor sees that its parent is gone and ends the server."""
     for signal_ in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal_)

@@ -16,26 +16,27 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import floor
-from benchmarks.floor import Rates, Stage
-from benchmarks.samples import Sample
+from benchmarks import cpu_roofline
+from benchmarks.cpu_roofline import Rates, Stage
 from benchmarks.scans import BenchmarkScan, different, phantom, read
 from benchmarks.served import Served
+from benchmarks.timings import Timing
 from deploy.checks import order, plans, roofline
 from deploy.checks.context import ROOT, Context, Failed
 from deploy.checks.geometry import volumes
 from deploy.checks.machine import said
 from engine import gpu, gpu_memory
 from engine.client import Segmentation, Study
+from engine.contract import IMAGE
 from engine.errors import M3DError
 from engine.gpu_memory import CONTEXT_BYTES, RESERVE_BYTES, Plan
 from engine.manifest import Manifest
 from engine.models.checkpoint import open_lamed
 from engine.models.config import LamedConfig
-from engine.samples import write_sample
 from engine.server import Server, free_ports
+from m3d_demo.samples import write_sample
 
-SEGMENTED_SCAN = "brain-mr"  # of engine.samples; the default question is about it
+SEGMENTED_SCAN = "brain-mr"  # of m3d_demo.samples; the default question is about it
 # Scans whose masks are asked for at the same time lack so many sixteenths of its slices, from above. The first two
 # sixteenths are air, without which every scan is prepared.
 CROPPED = (2, 3, 4, 5)
@@ -136,7 +137,7 @@ def encoder(url: str, name: str, images: np.ndarray) -> Callable[[int], np.ndarr
         if not hasattr(here, "client"):
             here.client = InferenceServerClient(url)
         image = images[number : number + 1]
-        tensor = InferInput("IMAGE", list(image.shape), "FP32")
+        tensor = InferInput(IMAGE.name, list(image.shape), "FP32")
         tensor.set_data_from_numpy(image)
         return here.client.infer(name, [tensor]).as_numpy(plans.ENCODERS[name])[0]
 
@@ -222,7 +223,7 @@ def new_scans(
 
 
 def _stages(config: LamedConfig, llm: str, graphs: str, load: Load, at_once: int) -> dict[str, Stage]:
-    return floor.stages(
+    return cpu_roofline.stages(
         config,
         llm=llm,
         graphs=graphs,
@@ -232,7 +233,7 @@ def _stages(config: LamedConfig, llm: str, graphs: str, load: Load, at_once: int
     )
 
 
-def _waited(what: str, clients: int, samples: Sequence[Sample], least_s: float) -> dict:
+def _waited(what: str, clients: int, samples: Sequence[Timing], least_s: float) -> dict:
     """A row of medians. least_s: that a step of all answers takes at the least."""
     first = [sample.first_s for sample in samples if sample.first_s is not None]
     later = [sample.per_token_s for sample in samples if sample.per_token_s is not None]

@@ -159,7 +159,11 @@ class AsyncTextStream(AsyncIterator[str]):
     async def __anext__(self) -> str:
         if not self._is_open:
             self._is_open = True
-            await run(self._asked.open(), self._transport)
+            try:
+                await run(self._asked.open(), self._transport)
+            except BaseException:  # the question was not sent: what is read next says so
+                self._asked.close()
+                raise
         text = await run(self._asked.next_text(), self._transport)
         if text is None:
             raise StopAsyncIteration

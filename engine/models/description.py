@@ -146,11 +146,11 @@ def _lamed_tokenizer(
         stops = config.prompt(tokenizer).layout.stop_ids(ends)
     except CheckpointError as error:
         problems.append(str(error))
-    told, known = config.seg_token_id, ids[SEG_TOKEN]
-    if config.segmentation is not None and told is None and known is None:
+    configured, known = config.seg_token_id, ids[SEG_TOKEN]
+    if config.segmentation is not None and configured is None and known is None:
         problems.append(f"neither config.json (seg_token_id) nor the tokenizer knows {SEG_TOKEN}")
-    elif config.segmentation is not None and told is not None and told != known:
-        notes.append(f"config.json's seg_token_id is {told}, the tokenizer's {SEG_TOKEN} is {known}")
+    elif config.segmentation is not None and configured is not None and configured != known:
+        notes.append(f"config.json's seg_token_id is {configured}, the tokenizer's {SEG_TOKEN} is {known}")
     return Tokenizer(
         tokenizer_file(folder),
         {**ids, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id},

@@ -46,7 +46,7 @@ class Family:
     layout: type[Layout]
     own_keys: tuple[str, ...]
 
-    def told(self, values: dict) -> dict:
+    def known_settings(self, values: dict) -> dict:
         """The language model's part of a checkpoint's config.json."""
         keys = (*_SHARED, *self.own_keys)
         return {"model_type": self.model_type, **{key: values[key] for key in keys if key in values}}
@@ -116,7 +116,7 @@ def causal_lm_config(llm: dict, **changes):
 
 
 def causal_lm(llm: dict) -> nn.Module:
-    """`llm`, as `Family.told` gives it, as transformers' model with random weights."""
+    """`llm`, as `Family.known_settings` gives it, as transformers' model with random weights."""
     # transformers is slow to import; the export of the graphs alone does not need it.
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 

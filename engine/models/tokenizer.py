@@ -165,12 +165,12 @@ def _special_tokens(
     mapped = _object(folder / "special_tokens_map.json")
     decoder = {int(token_id): dict(token) for token_id, token in config.get("added_tokens_decoder", {}).items()}
     # Where tokenizer_config.json has no added_tokens_decoder (before transformers 4.34), the map comes first.
-    told = {**mapped, **config} if decoder else {**config, **mapped}
-    names = {name: _text(told.get(name)) for name in NAMED}
+    settings = {**mapped, **config} if decoder else {**config, **mapped}
+    names = {name: _text(settings.get(name)) for name in NAMED}
     names["unk_token"] = names["unk_token"] or "<unk>"
     names["bos_token"] = names["bos_token"] or "<s>"
     names["eos_token"] = names["eos_token"] or "</s>"
-    extra = [str(_text(token)) for token in told.get("additional_special_tokens") or ()]
+    extra = [str(_text(token)) for token in settings.get("additional_special_tokens") or ()]
     special = {*filter(None, names.values()), *extra}
     for content, token_id in _object(folder / "added_tokens.json").items():
         decoder.setdefault(int(token_id), {"content": content, "special": content in special})

@@ -70,11 +70,12 @@ class Layout(ABC):
         """What training reads: (token ids of prompt, answer and the end of the answer, index of the answer's first)."""
 
     @abstractmethod
-    def stop_ids(self, told: Sequence[int] | None) -> tuple[int, ...]:
+    def stop_ids(self, configured: Sequence[int] | None) -> tuple[int, ...]:
         """The token ids that end an answer.
 
         Args:
-            told: those that the checkpoint's generation_config.json or config.json names; None where neither does.
+            configured: those that the checkpoint's generation_config.json or config.json names; None where neither
+                does.
         """
 
 
@@ -134,8 +135,8 @@ class ChatLayout(Layout):
         asked = self.encode(images, [Turn(USER, question)])
         return [*asked, *self.encode_start(question, answer), self._ids[self.turn_end]], len(asked)
 
-    def stop_ids(self, told: Sequence[int] | None) -> tuple[int, ...]:
-        return tuple(dict.fromkeys([self._ids[self.turn_end], self._ids[self.text_end], *(told or ())]))
+    def stop_ids(self, configured: Sequence[int] | None) -> tuple[int, ...]:
+        return tuple(dict.fromkeys([self._ids[self.turn_end], self._ids[self.text_end], *(configured or ())]))
 
     def _tokenise(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -61,9 +61,9 @@ class PlainLayout(Layout):
         whole = self._encode(self._answered(images, question, answer))
         return [*whole, self.tokenizer.eos_token_id], len(self._encode(images + question))
 
-    def stop_ids(self, told: Sequence[int] | None) -> tuple[int, ...]:
+    def stop_ids(self, configured: Sequence[int] | None) -> tuple[int, ...]:
         eos = self.tokenizer.eos_token_id
-        return tuple(told if told is not None else [] if eos is None else [eos])
+        return tuple(configured if configured is not None else [] if eos is None else [eos])
 
     def _answered(self, images: str, question: str, answer: str) -> str:
         """In one piece, joined by a space, as the reference does."""

@@ -31,17 +31,19 @@ class Prompt:
         layout: of the model's family.
         num_visual_tokens: image tokens in a prompt, N.
         context_length: tokens that prompt and answer share.
-        told: token ids that end an answer, as the checkpoint's settings have them; None where they say nothing.
+        configured: token ids that end an answer, as the checkpoint's settings have them; None where they say nothing.
 
     Raises:
         CheckpointError: the tokenizer does not fit, or the context has no room for a question.
     """
 
-    def __init__(self, layout: Layout, num_visual_tokens: int, context_length: int, told: Sequence[int] | None = None):
+    def __init__(
+        self, layout: Layout, num_visual_tokens: int, context_length: int, configured: Sequence[int] | None = None
+    ):
         self.layout = layout
         self.num_visual_tokens = num_visual_tokens
         self.context_length = context_length
-        self.stop_ids = layout.stop_ids(told)
+        self.stop_ids = layout.stop_ids(configured)
         self.image_token_id = layout.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._images = IMAGE_TOKEN * num_visual_tokens
         ids = layout.encode(self._images, [Turn(USER, "")])

@@ -33,6 +33,7 @@ class Measurements:
     intensity_mean, intensity_sd, intensity_min, intensity_max: of the scan's own values in the mask, before any
         preprocessing; the SD is that of a sample (n - 1), 0 of one voxel. None without a scan.
     intensity_unit: "HU", or "arbitrary" for all but CT; None without a scan.
+    intensity_missing: why there are no intensities; None where there are.
     """
 
     voxel_count: int
@@ -45,6 +46,7 @@ class Measurements:
     intensity_min: float | None = None
     intensity_max: float | None = None
     intensity_unit: str | None = None
+    intensity_missing: str | None = None
 
     def to_dict(self) -> dict:
         """JSON-ready: lists for tuples, None for what is not finite."""
@@ -61,7 +63,12 @@ class Measurements:
 
 
 def measure(
-    mask: np.ndarray, affine: np.ndarray, scan: Scan | np.ndarray | None = None, *, preset: str | None = None
+    mask: np.ndarray,
+    affine: np.ndarray,
+    scan: Scan | np.ndarray | None = None,
+    *,
+    preset: str | None = None,
+    missing: str = "no scan was given",
 ) -> Measurements:
     """Measure a mask on any grid: anisotropic, flipped, oblique or sheared.
 
@@ -70,6 +77,7 @@ def measure(
         affine: [4, 4], voxel to world, mm, RAS+, as a scan or a segmentation has it.
         scan: whose intensities are measured; an array is taken as it is. None leaves them out.
         preset: the preset that the server chose, where it is known: ct says that the values are Hounsfield units.
+        missing: without a scan, why there is none.
 
     Raises:
         InvalidInput: for a mask that has not three axes or not the scan's shape.
@@ -84,12 +92,13 @@ def measure(
     offset, modality = getattr(scan, "offset", 0.0), getattr(scan, "modality", None)
     unit = None
     if array is not None:
+        missing = "the mask is empty"
         unit = "HU" if is_ct(array, offset, modality=modality, preset=preset) else "arbitrary"
     # The mask's voxels along each axis: from these come box and centroid, without an index of each voxel.
     planes = counts(mask)
     number = int(planes[0].sum())
     if not number:
-        return Measurements(0, 0.0, None, None, None, intensity_unit=unit)
+        return Measurements(0, 0.0, None, None, None, intensity_unit=unit, intensity_missing=missing)
     found = [np.flatnonzero(plane) for plane in planes]
     box = tuple(slice(int(indices[0]), int(indices[-1]) + 1) for indices in found)
     centre = [float(plane @ np.arange(plane.size)) / number for plane in planes]
@@ -103,6 +112,7 @@ def measure(
         tuple((affine[:3, :3] @ centre + affine[:3, 3]).tolist()),
         **intensities,
         intensity_unit=unit,
+        intensity_missing=missing if array is None else None,
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from engine import contract
 from engine.api import AnswerDetails, AnswerInfo
 from engine.errors import StudyNotFound
 from engine.prompt import Turn, parse_boxes
@@ -42,15 +43,15 @@ class Asked:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Asked:
-        sampling, history = inputs.text("SAMPLING"), inputs.text("HISTORY")
-        question = inputs.needed_text("QUESTION")
+        sampling, history = inputs.text(contract.SAMPLING), inputs.text(contract.HISTORY)
+        question = inputs.needed_text(contract.QUESTION)
         return cls(
-            inputs.needed_text("STUDY"),
+            inputs.needed_text(contract.STUDY),
             turns_of(history, question) if history else question,
             Sampling.from_json(sampling) if sampling else Sampling(),
-            inputs.flag("STREAM"),
-            inputs.flag("RETURN_LOGITS"),
-            checked_merge(inputs.text("MERGE")),
+            inputs.flag(contract.STREAM),
+            inputs.flag(contract.RETURN_LOGITS),
+            checked_merge(inputs.text(contract.MERGE)),
         )
 
 
@@ -82,16 +83,16 @@ class DecoderStep:
         last = deltas[-1]
         no_states = np.zeros((0, self.decoder.manifest.llm_width), np.float32)
         return {
-            "TEXT": "".join(delta.text for delta in deltas),
-            "TOKEN_IDS": np.array([id_ for delta in deltas for id_ in delta.token_ids], np.int32),
-            "FINISH_REASON": last.finish_reason or "",
-            "BOXES": np.asarray(boxes, np.float64),
-            "ANSWER_INFO": "" if last.info is None else _info(last.info, last.details),
-            "SEG_STATES": no_states if last.states is None else last.states,
-            "SEG_SPANS": np.array(last.seg_spans, np.int64).reshape(-1, 2),
-            "STUDY": asked.study,
-            "RETURN_LOGITS": np.array([asked.return_logits]),
-            "MERGE": asked.merge,
+            contract.TEXT: "".join(delta.text for delta in deltas),
+            contract.TOKEN_IDS: np.array([id_ for delta in deltas for id_ in delta.token_ids], np.int32),
+            contract.FINISH_REASON: last.finish_reason or "",
+            contract.BOXES: np.asarray(boxes, np.float64),
+            contract.ANSWER_INFO: "" if last.info is None else _info(last.info, last.details),
+            contract.SEG_STATES: no_states if last.states is None else last.states,
+            contract.SEG_SPANS: np.array(last.seg_spans, np.int64).reshape(-1, 2),
+            contract.STUDY: asked.study,
+            contract.RETURN_LOGITS: np.array([asked.return_logits]),
+            contract.MERGE: asked.merge,
         }
 
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine import logs
 from engine.runtime import triton_io
 from engine.runtime.graphs import open_graph
+from engine.runtime.settings import Settings
 
 
 class TritonPythonModel:
     def initialize(self, args):
+        logs.set_up(args["model_name"])
         repository = Path(args["model_repository"]).parent
-        self.graph = open_graph(repository, args["model_name"], triton_io.parameters(args))
+        self.graph = open_graph(repository, args["model_name"], Settings.read(repository))
 
     def execute(self, requests):
         return [triton_io.answer(self._run, triton_io.Request(request)) for request in requests]

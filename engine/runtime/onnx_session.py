@@ -6,6 +6,7 @@ In fp32 by ONNX Runtime, in bf16 by OpenVINO.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,9 @@ import onnxruntime
 
 from engine.contract import Model, Tensor
 from engine.errors import InvalidInput, M3DError, RepositoryError
-from engine.processor import has_bf16
+from engine.runtime.acceleration import multiplies_bf16, open_bf16
 
 EXPORT_AGAIN = "export the repository again with export/build_engines.py"
-PRECISIONS = ("auto", "fp32", "bf16")
 _DTYPES = {"FP32": ("tensor(float)", np.float32), "INT64": ("tensor(int64)", np.int64)}
 
 
@@ -47,7 +47,7 @@ class OnnxGraph:
             for tensor in promised:
                 self._shapes[tensor.name] = _check_tensor(model.name, kind, tensor, found)
 
-    def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run a batch: every array has the batch axis in front. Contiguous inputs are read where they lie."""
         for tensor in self.model.inputs:
             self._check_input(tensor, inputs[tensor.name])
@@ -69,21 +69,17 @@ class OnnxGraph:
 
 
 def chosen_precision(wanted: str, of_export: str) -> str:
-    """fp32 or bf16 for the parameter `precision`; auto is the export's, where this processor computes it natively."""
-    if wanted not in PRECISIONS:
-        raise RepositoryError(f"parameter precision must be one of {', '.join(PRECISIONS)}, not {wanted!r}")
+    """fp32 or bf16 for the setting `precision`; auto is the export's, where this processor computes it natively."""
     if wanted == "auto":
-        return "bf16" if of_export == "bf16" and has_bf16() else "fp32"
+        return "bf16" if of_export == "bf16" and multiplies_bf16() else "fp32"
     return wanted
 
 
 def _session(path: str, threads: int, precision: str):
     if precision == "bf16":
-        if not has_bf16():
-            raise RepositoryError("parameter precision is bf16, which this processor does not have: take fp32 or auto")
-        from engine.runtime.openvino_session import OpenVinoSession
-
-        return OpenVinoSession(path, threads)
+        if not multiplies_bf16():
+            raise RepositoryError("setting precision is bf16, which this processor does not have: take fp32 or auto")
+        return open_bf16(path, threads)
     return onnxruntime.InferenceSession(path, _options(threads), ["CPUExecutionProvider"])
 
 

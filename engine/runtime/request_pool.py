@@ -7,9 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from engine.errors import ResourceExhausted
-from engine.runtime.parameters import Parameters
-
-THREADS, WAITING = 2, 64  # where a configuration says nothing
 
 
 class RequestPool:
@@ -21,11 +18,6 @@ class RequestPool:
         self.places = threading.BoundedSemaphore(threads + waiting)
         self.capacity = threads + waiting
         self._threads = ThreadPoolExecutor(threads, "slow-requests")
-
-    @classmethod
-    def of(cls, parameters: Parameters) -> RequestPool:
-        """As the configuration of a model says."""
-        return cls(parameters.integer("threads", THREADS), parameters.integer("waiting", WAITING))
 
     def submit(self, work: Callable, *arguments: object) -> Future:
         """Do `work(*arguments)` when its turn comes. Raises ResourceExhausted if there is no place to wait in."""

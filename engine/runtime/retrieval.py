@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from engine.contract import MODELS
+from engine import contract
 from engine.errors import InvalidInput, RepositoryError
 from engine.manifest import Manifest
 from engine.runtime.step import Inputs, Later, Outputs
@@ -17,7 +17,7 @@ from engine.runtime.study_store import StudyStore
 
 MAX_TEXTS = 256  # of 400 short ones the last was ranked after a minute, on 2 cores with other work
 MAX_CHARACTERS = 20_000
-BATCH = MODELS["clip_text_encoder"].max_batch_size
+BATCH = contract.MODELS["clip_text_encoder"].max_batch_size
 
 
 class Retriever:
@@ -62,16 +62,18 @@ class Retriever:
         return features, cut
 
     def _image(self, image: np.ndarray) -> np.ndarray:
-        return self.infer("clip_image_encoder", IMAGE=image[None])["IMAGE_EMBEDDING"][0]
+        return self.infer("clip_image_encoder", {contract.IMAGE: image[None]})[contract.IMAGE_EMBEDDING][0]
 
     def _texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Features of one batch [B, E], and whether each text was cut [B]."""
         encodings = self.tokenizer.encode_batch(texts)
         features = self.infer(
             "clip_text_encoder",
-            INPUT_IDS=np.array([encoding.ids for encoding in encodings], np.int64),
-            ATTENTION_MASK=np.array([encoding.attention_mask for encoding in encodings], np.int64),
-        )["TEXT_EMBEDDING"]
+            {
+                contract.INPUT_IDS: np.array([encoding.ids for encoding in encodings], np.int64),
+                contract.ATTENTION_MASK: np.array([encoding.attention_mask for encoding in encodings], np.int64),
+            },
+        )[contract.TEXT_EMBEDDING]
         return features, np.array([bool(encoding.overflowing) for encoding in encodings])
 
 
@@ -82,25 +84,25 @@ class RetrievalStep:
         self.retriever = retriever
 
     def __call__(self, inputs: Inputs) -> Outputs | Later:
-        if inputs.array("STUDY") is None and inputs.array("TEXTS") is None:
+        if inputs.array(contract.STUDY) is None and inputs.array(contract.TEXTS) is None:
             raise InvalidInput("the request has neither STUDY nor TEXTS: give a scan's handle, texts, or both")
         return lambda: self._outputs(inputs)
 
     def _outputs(self, inputs: Inputs) -> Outputs:
         scores, scan = np.zeros(0, np.float32), np.zeros(0, np.float32)
         embeddings, cut = np.zeros((0, 0), np.float32), np.zeros(0, np.bool_)
-        if inputs.array("TEXTS") is None:
-            scan = self.retriever.embed(inputs.needed_text("STUDY"))
-        elif inputs.array("STUDY") is None:
-            embeddings, cut = self.retriever.embed_texts(inputs.texts("TEXTS"))
+        if inputs.array(contract.TEXTS) is None:
+            scan = self.retriever.embed(inputs.needed_text(contract.STUDY))
+        elif inputs.array(contract.STUDY) is None:
+            embeddings, cut = self.retriever.embed_texts(inputs.texts(contract.TEXTS))
         else:
-            scores, cut = self.retriever.rank(inputs.needed_text("STUDY"), inputs.texts("TEXTS"))
+            scores, cut = self.retriever.rank(inputs.needed_text(contract.STUDY), inputs.texts(contract.TEXTS))
         return {
-            "SCORES": scores,
-            "TEXT_CUT": cut,
-            "TEXT_LIMIT": np.array([self.retriever.text_limit], np.int32),
-            "SCAN_EMBEDDING": scan,
-            "TEXT_EMBEDDINGS": embeddings,
+            contract.SCORES: scores,
+            contract.TEXT_CUT: cut,
+            contract.TEXT_LIMIT: np.array([self.retriever.text_limit], np.int32),
+            contract.SCAN_EMBEDDING: scan,
+            contract.TEXT_EMBEDDINGS: embeddings,
         }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.contract import HEAD_MAX_BATCH
+from engine import contract
 from engine.errors import InvalidInput
 from engine.runtime.step import Inputs, Later, Outputs
 from engine.runtime.study import Infer, segmentation_features
@@ -82,10 +82,12 @@ class Segmenter:
 
     def _logits(self, features: np.ndarray, wanted: np.ndarray) -> Iterator[np.ndarray]:
         """float32 D x H x W of each prompt, HEAD_MAX_BATCH of them at a time."""
-        for start in range(0, len(wanted), HEAD_MAX_BATCH):
-            batch = wanted[start : start + HEAD_MAX_BATCH]
+        for start in range(0, len(wanted), contract.HEAD_MAX_BATCH):
+            batch = wanted[start : start + contract.HEAD_MAX_BATCH]
             repeated = np.repeat(features[None], len(batch), axis=0)
-            yield from self.infer("segmentation_head", FEATURES=repeated, SEG_STATE=batch)["MASK_LOGITS"][:, 0]
+            yield from self.infer("segmentation_head", {contract.FEATURES: repeated, contract.SEG_STATE: batch})[
+                contract.MASK_LOGITS
+            ][:, 0]
 
 
 def score_of(probabilities: np.ndarray) -> float:
@@ -104,23 +106,23 @@ class SegmentationStep:
         self.segmenter = segmenter
 
     def __call__(self, inputs: Inputs) -> Outputs | Later:
-        merge = checked_merge(inputs.text("MERGE"))
-        if not len(inputs.needed_array("SEG_STATES")):
+        merge = checked_merge(inputs.text(contract.MERGE))
+        if not len(inputs.needed_array(contract.SEG_STATES)):
             return _outputs(NO_MASK)
         return lambda: self._drawn(inputs, merge)
 
     def _drawn(self, inputs: Inputs, merge: str) -> Outputs:
-        handle, states = inputs.needed_text("STUDY"), inputs.needed_array("SEG_STATES")
-        return _outputs(self.segmenter.mask(handle, states, inputs.flag("RETURN_LOGITS"), merge))
+        handle, states = inputs.needed_text(contract.STUDY), inputs.needed_array(contract.SEG_STATES)
+        return _outputs(self.segmenter.mask(handle, states, inputs.flag(contract.RETURN_LOGITS), merge))
 
 
 def _outputs(mask: Mask) -> Outputs:
     return {
-        "MASK": mask.packed,
-        "MASK_SHAPE": np.array(mask.shape, np.int64),
-        "MASK_AFFINE": mask.affine,
-        "MASK_HEADER": np.frombuffer(mask.header, np.uint8),
-        "SEGMENT_MASKS": mask.segments,
-        "SEGMENT_SCORES": mask.scores,
-        "LOGITS": mask.logits,
+        contract.MASK: mask.packed,
+        contract.MASK_SHAPE: np.array(mask.shape, np.int64),
+        contract.MASK_AFFINE: mask.affine,
+        contract.MASK_HEADER: np.frombuffer(mask.header, np.uint8),
+        contract.SEGMENT_MASKS: mask.segments,
+        contract.SEGMENT_SCORES: mask.scores,
+        contract.LOGITS: mask.logits,
     }

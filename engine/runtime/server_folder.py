@@ -31,14 +31,14 @@ class ServerFolder:
         """The folder of the tritonserver that this process belongs to."""
         sweep()
         pid = _server_pid()
-        return cls(SHARED_MEMORY / f"{PREFIX}-{pid}-{_start_time(pid)}")
+        return cls(SHARED_MEMORY / f"{prefix_of(pid)}{_start_time(pid)}")
 
     @classmethod
     def of_process(cls) -> ServerFolder:
         """A new folder that belongs to this process alone."""
         sweep()
         pid = os.getpid()
-        return cls(SHARED_MEMORY / f"{PREFIX}-{pid}-{_start_time(pid)}-{secrets.token_hex(4)}")
+        return cls(SHARED_MEMORY / f"{prefix_of(pid)}{_start_time(pid)}-{secrets.token_hex(4)}")
 
     def leave(self) -> None:
         if self._users is None:
@@ -51,6 +51,11 @@ class ServerFolder:
         finally:
             os.close(self._users)
             self._users = None
+
+
+def prefix_of(pid: int | str) -> str:
+    """How the names of the folders of a server, or of a process, begin."""
+    return f"{PREFIX}-{pid}-"
 
 
 def sweep() -> None:

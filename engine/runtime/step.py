@@ -1,6 +1,6 @@
 """A step of the chain: it takes the inputs of one request and gives its outputs, by the names of engine.contract.
 
-Triton's Python models answer by the steps, see `Desk`, and so does `M3DEngine`.
+Triton's Python models answer by the steps, see `RequestService`, and so does `M3DEngine`.
 """
 
 from __future__ import annotations

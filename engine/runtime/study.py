@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 
 from engine.api import StudyInfo
+from engine.contract import FEATURES, IMAGE, VISUAL_TOKENS
 from engine.errors import InvalidInput, Unavailable
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest
@@ -18,8 +19,8 @@ from engine.scan import read_scan
 from engine.scan.limits import Limits
 from engine.volume import Crop, prepare
 
-Infer = Callable[..., dict[str, np.ndarray]]
-"""infer(model, NAME=batch, ...) -> {name: batch}: call a compute model."""
+Infer = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+"""infer(model, {input: batch}) -> {output: batch}: call a compute model; names are those of engine.contract."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Studies:
         return handle, False
 
     def _visual_tokens(self, image: np.ndarray) -> np.ndarray:
-        tokens = self.infer("vision_encoder", IMAGE=image[None])["VISUAL_TOKENS"][0]
+        tokens = self.infer("vision_encoder", {IMAGE: image[None]})[VISUAL_TOKENS][0]
         # One bad row in the language model's cache would spoil the answers to other requests.
         if not np.isfinite(tokens).all():
             raise Unavailable(
@@ -129,5 +130,5 @@ class Studies:
 def segmentation_features(store: StudyStore, infer: Infer, handle: str) -> np.ndarray:
     """SegVol's features of a study, E x D/p x H/p x W/p, from the store or encoded now."""
     return store.computed(
-        handle, "segmentation_features", lambda image: infer("segmentation_encoder", IMAGE=image[None])["FEATURES"][0]
+        handle, "segmentation_features", lambda image: infer("segmentation_encoder", {IMAGE: image[None]})[FEATURES][0]
     )

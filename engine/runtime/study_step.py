@@ -3,49 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
+from engine import contract
 from engine.api import StudyInfo
-from engine.contract import MODELS
 from engine.errors import InvalidInput
-from engine.runtime.parameters import Parameters
 from engine.runtime.step import Inputs, Later, Outputs
 from engine.runtime.study import ScanRequest, Studies
 from engine.runtime.uploads import Uploads
-from engine.scan.limits import Limits
 from engine.volume.crop import Crop
 
-_WITH_THE_LAST_PART = ("AFFINE", "PRESET", "CROP", "CROP_UNIT", "STUDY", "SEGMENT_HINT")
-_NOTHING: Outputs = {"STUDY": "", "STUDY_INFO": "", "MODEL_INFO": ""}
+_log = logging.getLogger(__name__)
 
-
-def limits_of(parameters: Parameters) -> Limits:
-    """What a scan may weigh."""
-    names = ("max_bytes", "max_voxels", "max_files")
-    return Limits(**{name: parameters.integer(name, getattr(Limits, name)) for name in names})
+_WITH_THE_LAST_PART = (
+    contract.AFFINE_IN,
+    contract.PRESET,
+    contract.CROP,
+    contract.CROP_UNIT,
+    contract.STUDY,
+    contract.SEGMENT_HINT,
+)
+_NOTHING: Outputs = {contract.STUDY: "", contract.STUDY_INFO: "", contract.MODEL_INFO: ""}
 
 
 class StudyStep:
-    """Opens, forgets and describes. on_error(what, error): is told of what no request is answered with.
+    """Opens, forgets and describes.
 
     Uploads that do not go on are forgotten by `uploads.forget_idle`, which somebody calls now and then.
     """
 
-    def __init__(self, studies: Studies, on_error: Callable[[str, Exception], None]):
+    def __init__(self, studies: Studies):
         self.studies = studies
         self.uploads = Uploads(studies.limits)
-        self._on_error = on_error
         self._early = ThreadPoolExecutor(1, "early-segmentation")
 
     def __call__(self, inputs: Inputs) -> Outputs | Later:
-        if inputs.flag("DESCRIBE"):
-            _check_alone(inputs, "DESCRIBE")
-            return {**_NOTHING, "MODEL_INFO": json.dumps(asdict(self.studies.manifest.info))}
-        if inputs.flag("FORGET"):
-            _check_alone(inputs, "FORGET", "STUDY")
-            handle = inputs.needed_text("STUDY")
+        if inputs.flag(contract.DESCRIBE):
+            _check_alone(inputs, contract.DESCRIBE)
+            return {**_NOTHING, contract.MODEL_INFO: json.dumps(asdict(self.studies.manifest.info))}
+        if inputs.flag(contract.FORGET):
+            _check_alone(inputs, contract.FORGET, contract.STUDY)
+            handle = inputs.needed_text(contract.STUDY)
             return lambda: self._forgotten(handle)
         scan = self._scan(inputs)
         if scan is None:
@@ -62,14 +62,14 @@ class StudyStep:
         return _NOTHING
 
     def _opened(self, inputs: Inputs, handle: str, info: StudyInfo) -> Outputs:
-        if inputs.flag("SEGMENT_HINT") and self.studies.manifest.segments:
+        if inputs.flag(contract.SEGMENT_HINT) and self.studies.manifest.segments:
             self._early.submit(self._encode_early, handle)
-        return {**_NOTHING, "STUDY": handle, "STUDY_INFO": json.dumps(asdict(info))}
+        return {**_NOTHING, contract.STUDY: handle, contract.STUDY_INFO: json.dumps(asdict(info))}
 
     def _scan(self, inputs: Inputs) -> ScanRequest | None:
         """What the request says about its scan; None if it brings a part, and more are to come."""
-        data, digest = inputs.array("VOLUME"), None
-        upload, place = inputs.text("UPLOAD"), inputs.array("UPLOAD_RANGE")
+        data, digest = inputs.array(contract.VOLUME), None
+        upload, place = inputs.text(contract.UPLOAD), inputs.array(contract.UPLOAD_RANGE)
         if upload is not None or place is not None:
             if upload is None or place is None or data is None:
                 raise InvalidInput(
@@ -85,18 +85,23 @@ class StudyStep:
                 return None
             data, digest = whole.data, whole.digest.hexdigest()
         return ScanRequest(
-            data, inputs.array("AFFINE"), inputs.text("PRESET"), inputs.text("STUDY"), digest, _crop(inputs)
+            data,
+            inputs.array(contract.AFFINE_IN),
+            inputs.text(contract.PRESET),
+            inputs.text(contract.STUDY),
+            digest,
+            _crop(inputs),
         )
 
     def _encode_early(self, handle: str) -> None:
         try:
             self.studies.encode_for_segmentation(handle)
         except Exception as error:  # not lost: the segmentation model runs into it again, and tells its client
-            self._on_error("encoding early for segmentation failed", error)
+            _log.error("encoding early for segmentation failed", exc_info=error)
 
 
 def _crop(inputs: Inputs) -> Crop | None:
-    box, unit = inputs.array("CROP"), inputs.text("CROP_UNIT")
+    box, unit = inputs.array(contract.CROP), inputs.text(contract.CROP_UNIT)
     if box is None:
         if unit is not None:
             raise InvalidInput("CROP_UNIT came without a CROP: give both")
@@ -106,6 +111,6 @@ def _crop(inputs: Inputs) -> Crop | None:
 
 def _check_alone(inputs: Inputs, name: str, *with_it: str) -> None:
     """Raises InvalidInput if a request has other inputs than these."""
-    for other in MODELS["study"].input_names:
+    for other in contract.MODELS["study"].input_names:
         if other not in (name, *with_it) and inputs.array(other) is not None:
             raise InvalidInput(f"{other} came with {name}, which goes with {' and '.join(with_it) or 'nothing'}")

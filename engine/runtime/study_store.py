@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -38,6 +39,8 @@ if TYPE_CHECKING:  # it would bring SciPy into every process that only looks for
 PIECES = ("image", "visual_tokens", "segmentation_features", "clip_image")
 DEFAULT_LIMIT_BYTES = 2 << 30
 SMALLEST_LIMIT_BYTES = 1 << 20
+
+_log = logging.getLogger(__name__)
 
 _HANDLE = re.compile(r"[0-9a-f]{64}")
 _INFO = "info.json"
@@ -251,7 +254,7 @@ class StudyStore:
         if own + size > limit:
             raise ResourceExhausted(
                 f"the study needs {_mb(own + size)}, more than the whole study store ({_mb(limit)}): raise the "
-                f"parameter study_store_mb of the model 'study'"
+                f"setting study_store_mb of table study in settings.toml"
             )
         with self._locked(_WHOLE_STORE, 1):
             unfinished = self.root / _UNFINISHED
@@ -269,7 +272,7 @@ class StudyStore:
                 if self._evict_oldest(keep=handle) is None:
                     raise ResourceExhausted(
                         f"no space left in {self.root.parent}: give it more (docker --shm-size), or lower the "
-                        f"parameter study_store_mb of the model 'study'"
+                        f"setting study_store_mb of table study in settings.toml"
                     )
 
     def _evict_until(self, wanted: int, keep: str) -> None:
@@ -279,7 +282,7 @@ class StudyStore:
         if used > wanted:
             raise ResourceExhausted(
                 f"the study store ({_mb(self.limit_bytes)}) is full of studies that are being encoded: try again "
-                f"shortly, or raise the parameter study_store_mb of the model 'study'"
+                f"shortly, or raise the setting study_store_mb of table study in settings.toml"
             )
 
     def _evict_oldest(self, keep: str) -> int | None:
@@ -291,6 +294,7 @@ class StudyStore:
         for folder in sorted(self._studies(), key=_last_use):
             size = _size(folder)
             if folder.name != keep and self._evict(folder):
+                _log.info("a study was evicted: %s", _mb(size))
                 return size
         return None
 
@@ -326,7 +330,7 @@ def _check_limit(root: Path, limit: int) -> None:
         raise ResourceExhausted(
             f"a study store of {_mb(limit)} is not possible in {root.parent}, which has {_mb(available)}; at least "
             f"{_mb(SMALLEST_LIMIT_BYTES)} are needed: give it more (docker --shm-size), or set the parameter "
-            f"study_store_mb of the model 'study'"
+            f"study_store_mb of table study in settings.toml"
         )
 
 

@@ -6,8 +6,8 @@ Importable inside a Triton Python stub only.
 from __future__ import annotations
 
 import json
-import traceback
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ import triton_python_backend_utils as pb_utils
 
 from engine.contract import MODELS
 from engine.errors import M3DError, Unavailable, from_wire
-from engine.runtime.parameters import Parameters
 from engine.runtime.run_folder import PEER, RunFolder
 from engine.runtime.step import Inputs, Outputs
+
+_log = logging.getLogger(__name__)
 
 # Names only: the stub completes `pb_utils` after it has imported the model's module.
 _CODES = {
@@ -39,6 +40,11 @@ class Request(Inputs):
     def array(self, name: str) -> np.ndarray | None:
         tensor = pb_utils.get_input_tensor_by_name(self.triton, name)
         return None if tensor is None else tensor.as_numpy()
+
+    @property
+    def id(self) -> str:
+        """The front's name of the request, or the client's where there is no front; may be empty."""
+        return self.triton.request_id()
 
     def peer(self) -> str:
         """As the front tells it, which adds it to the request's parameters; empty if there is none."""
@@ -65,8 +71,11 @@ def response(wanted: Iterable[str], outputs: Outputs) -> pb_utils.InferenceRespo
 
 def error_response(error: Exception) -> pb_utils.InferenceResponse:
     """Our own errors with their code and text; anything unexpected as a short INTERNAL, its traceback in the log."""
-    if not isinstance(error, M3DError):
-        log_error("unexpected error", error)
+    if isinstance(error, M3DError):
+        _log.info("refused: %s", error.code)
+        _log.debug("because: %s", error)
+    else:
+        _log.error("unexpected error", exc_info=error)
         error = M3DError(f"unexpected {type(error).__name__}; the server's log has the details")
     code = getattr(pb_utils.TritonError, _CODES.get(error.code, "INTERNAL"))
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), code))
@@ -104,17 +113,13 @@ class Cancellations:
         return lambda id_, asked: id_ in gone if id_ else asked.is_cancelled()
 
 
-def log_error(what: str, error: Exception) -> None:
-    pb_utils.Logger.log_error(f"{what}: {''.join(traceback.format_exception(error))}")
-
-
 # --- other models ----------------------------------------------------------------------------------------------------
-def infer(model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+def infer(model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Call a compute model of the repository with a batch and wait; its errors are raised as typed ones."""
     request = pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=list(MODELS[model].output_names),
-        inputs=[_tensor(name, value) for name, value in inputs.items()],
+        inputs=[_tensor(str(name), value) for name, value in inputs.items()],
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
     )
     result = request.exec()
@@ -127,13 +132,6 @@ def infer(model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
     return {
         name: pb_utils.get_output_tensor_by_name(result, name).as_numpy().copy() for name in MODELS[model].output_names
     }
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
-def parameters(args: dict) -> Parameters:
-    """Those of the model's configuration; args: of `initialize`."""
-    values = json.loads(args["model_config"])["parameters"]
-    return Parameters(args["model_name"], {name: value["string_value"] for name, value in values.items()})
 
 
 def _tensor(name: str, value) -> pb_utils.Tensor:

@@ -11,7 +11,14 @@ import numpy as np
 
 from engine.errors import InvalidInput
 from engine.scan.affine import checked_affine
-from engine.scan.dicom import looks_like_dicom, read_dicom_file, read_dicom_zip
+from engine.scan.dicom import (
+    looks_like_dicom,
+    read_dicom_file,
+    read_dicom_zip,
+    read_series_of_file,
+    read_series_of_zip,
+)
+from engine.scan.dicom.references import SeriesReference
 from engine.scan.formats import FORMATS, HEAD, named, not_an_image
 from engine.scan.inflate import Inflate
 from engine.scan.limits import Limits
@@ -61,6 +68,7 @@ def read_scan(
 
     Raises:
         InvalidInput: naming cause, limit and way out, for all but one finite, non-constant volume within limits.
+        Unavailable: a package that the file needs is not installed; the message says which.
     """
     try:
         data = (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
@@ -93,6 +101,21 @@ def read_volume(data: memoryview, limits: Limits = Limits()) -> tuple[str, Volum
     if looks_like_dicom(head):
         return "dicom", read_dicom_file(data, limits)
     raise InvalidInput(not_an_image(head))
+
+
+def read_series(data: bytes | memoryview, limits: Limits = Limits()) -> SeriesReference | None:
+    """The DICOM series in a file's bytes, as `Scan.series`, without reading pixels; None for a file of another format.
+
+    Raises:
+        InvalidInput: the DICOM files form no volume.
+    """
+    data = memoryview(data).cast("B")
+    head = bytes(data[:HEAD])
+    if head.startswith(_ZIP):
+        return read_series_of_zip(data, limits)
+    if any(is_kind(head) for is_kind, _ in _READERS.values()) or not looks_like_dicom(head):
+        return None
+    return read_series_of_file(data, limits)
 
 
 def is_recognised(data: bytes | memoryview) -> bool:

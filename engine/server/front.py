@@ -37,6 +37,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
+from engine import logs
 from engine.contract import DECODER_MODELS, MAX_PART_BYTES, MODELS
 from engine.errors import (
     DeadlineExceeded,
@@ -66,6 +67,8 @@ DRAIN_S = 12.0  # for calls in work when the server stops; Triton itself waits f
 LOOK_S = 0.25  # between two times that Triton is asked whether it has loaded what it loads by itself
 TIDY_S = 10.0  # between two times that memory is given back
 EMPTY_FINAL, FINAL = "triton_enable_empty_final_response", "triton_final_response"  # parameters of Triton's
+
+_log = logging.getLogger("engine.server.front")  # it runs as __main__
 
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _HEALTH = "grpc.health.v1.Health"
@@ -552,6 +555,7 @@ def keep_log_short() -> None:
 
 async def serve(settings: FrontSettings) -> None:
     """Serve until SIGTERM. Raises Unavailable if a model that is loaded last does not load."""
+    logs.set_up("front")
     keep_log_short()
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -563,6 +567,7 @@ async def serve(settings: FrontSettings) -> None:
     http = web.AppRunner(pages(front, settings.inside_metrics), access_log=None, handle_signals=False)
     await http.setup()
     await web.TCPSite(http, settings.metrics_host, settings.metrics_port).start()
+    _log.info("listening on %s", address(settings.host, settings.grpc_port))
     tidying = asyncio.ensure_future(give_memory_back())
     if settings.last:
         stopping, loading = asyncio.ensure_future(stop.wait()), asyncio.ensure_future(front.load(settings.last))
@@ -571,6 +576,7 @@ async def serve(settings: FrontSettings) -> None:
             loading.result()
         loading.cancel()
     await stop.wait()
+    _log.info("stopping")
     tidying.cancel()
     front.stopping = True
     await server.stop(DRAIN_S)

@@ -16,6 +16,7 @@ from typing import ClassVar, cast
 from engine.errors import InvalidInput, Unavailable
 from engine.gpu_memory import CUDA_POOL_BYTES
 from engine.manifest import Manifest
+from engine.runtime import acceleration
 from engine.runtime.run_folder import VARIABLE as RUN_FOLDER
 
 TARGETS = ("cpu", "tensorrt")
@@ -27,7 +28,6 @@ TRACES_A_FILE = 10  # few, as what is not written when Triton ends may be lost
 STUB_TIMEOUT_S = 60  # for a stub's Python to start; loading a model may take longer
 QUIET = {
     "PYTHONUTF8": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on shared cores make everything ten times slower
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -203,6 +203,7 @@ class Triton:
         environment = {
             **os.environ,
             **QUIET,
+            **acceleration.variables(),
             "VLLM_RPC_BASE_PATH": str(run_folder),
             "TMPDIR": str(run_folder),
             RUN_FOLDER: str(run_folder),

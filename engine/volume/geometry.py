@@ -132,15 +132,6 @@ class Geometry:
         edges = np.sort(crop[:, 0] + edges * (crop[:, 1] - crop[:, 0]), axis=1)
         return edges[..., np.argsort(self.axes)].reshape(-1, 6)
 
-    def boxes_to_model(self, boxes: np.ndarray) -> np.ndarray:
-        """The inverse of `boxes_to_scan`: [K, 6] edges in the scan's array to M3D's normalised boxes."""
-        size, crop = np.array(self.image_size), np.array(self.crop, float)
-        edges = np.asarray(boxes, float).reshape(-1, 2, 3)[..., list(self.axes)]
-        edges = (edges - crop[:, 0]) / (crop[:, 1] - crop[:, 0])
-        edges[..., list(self.flips)] = 1 - edges[..., list(self.flips)]
-        first, last = np.sort(np.clip(edges, 0, 1), axis=1).swapaxes(0, 1)
-        return np.concatenate([first, np.maximum(last - 1 / size, first)], axis=-1)
-
     def _box(self) -> tuple[slice, ...]:
         return tuple(slice(*self.crop[model_axis]) for model_axis in np.argsort(self.axes))
 

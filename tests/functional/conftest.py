@@ -57,7 +57,7 @@ def server(repository, tmp_path_factory):
         # vLLM removes none of its temporary files: they lie in the run folder, which goes.
         assert set(Path(tempfile.gettempdir()).glob("vllm*")) <= before
         yield server
-        footprint = Footprint(server.keeper_pid)
+        footprint = Footprint(server.supervisor_pid)
         assert len(footprint.processes) > len(contract.MODELS) // 2 and footprint.mapped
     assert footprint.left() == []
 

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.runtime.server_folder import PREFIX as FOLDER_PREFIX
-from engine.server import keeper
+from engine.runtime.server_folder import prefix_of
+from engine.server import supervisor
 from tests.conftest import ROOT
 
 
@@ -23,43 +23,45 @@ def _started(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def stub_of(keeper_pid: int, model: str) -> int:
+def stub_of(supervisor_pid: int, model: str) -> int:
     """The process of a Python model."""
     found, *_ = (
         pid
-        for pid in keeper.descendants(keeper_pid)
+        for pid in supervisor.descendants(supervisor_pid)
         if f"/{model}/1/model.py".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
     return found
 
 
 class Footprint:
-    """Taken while the keeper `keeper_pid` runs; `left()` names what still exists of it.
+    """Taken while the supervisor `supervisor_pid` runs; `left()` names what still exists of it.
 
     Processes are known by their environment, too: whatever the server starts inherits the name of its run folder.
     """
 
-    def __init__(self, keeper_pid: int):
-        tree = keeper.descendants(keeper_pid)
-        self.processes = {pid: _started(pid) for pid in (keeper_pid, *tree)}
+    def __init__(self, supervisor_pid: int):
+        tree = supervisor.descendants(supervisor_pid)
+        self.processes = {pid: _started(pid) for pid in (supervisor_pid, *tree)}
         (self.triton_pid,) = (pid for pid in tree if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver")
         environment = Path(f"/proc/{self.triton_pid}/environ").read_bytes().split(b"\0")
         name = b"VLLM_RPC_BASE_PATH="
         (self.run_folder,) = (variable[len(name) :] for variable in environment if variable.startswith(name))
-        self.mapped = keeper.shared_memory_of(tree)
+        self.mapped = supervisor.shared_memory_of(tree)
 
     def _is_ours(self, name: str) -> bool:
-        return name.startswith((f"{FOLDER_PREFIX}-{self.triton_pid}-", f"{Path(os.fsdecode(self.run_folder)).name}-"))
+        return name.startswith((prefix_of(self.triton_pid), f"{Path(os.fsdecode(self.run_folder)).name}-"))
 
     def left(self) -> list[str]:
         alive = [f"process {pid}" for pid, started in self.processes.items() if started and _started(pid) == started]
-        for pid in keeper.everybody():
+        for pid in supervisor.everybody():
             try:
                 if self.run_folder in Path(f"/proc/{pid}/environ").read_bytes() and _started(pid):
                     alive.append(f"process {pid} by its environment")
             except OSError:
                 pass  # it ended meanwhile, or is another user's
-        shm = [name for name, inode in keeper.shared_memory().items() if inode in self.mapped or self._is_ours(name)]
+        shm = [
+            name for name, inode in supervisor.shared_memory().items() if inode in self.mapped or self._is_ours(name)
+        ]
         folder = [os.fsdecode(self.run_folder)] if os.path.exists(self.run_folder) else []
         return alive + shm + folder
 

@@ -37,7 +37,7 @@ from engine.client.wire import outputs_of
 from engine.errors import InvalidInput, ResourceExhausted, StudyNotFound, Unavailable
 from engine.manifest import Manifest
 from engine.runtime.study_store import StudyStore, content_digest
-from engine.server import Server, free_ports, keeper
+from engine.server import Server, free_ports, supervisor
 from engine.server.requests import MAX_BESIDE_BYTES
 from tests.functional.raw import PATIENCE_S, PUBLIC, Case, Raw, Request, cases, good_requests, npy, request_of
 from tests.functional.test_client import BATCH, LONG
@@ -66,13 +66,13 @@ def expected(client, study):
 
 @pytest.fixture(scope="module")
 def tree(server):
-    return Tree(server.keeper_pid)
+    return Tree(server.supervisor_pid)
 
 
 @pytest.fixture
 def unharmed(server, client, study, expected, tree):
     yield
-    assert Tree(server.keeper_pid).pids == tree.pids
+    assert Tree(server.supervisor_pid).pids == tree.pids
     assert server.is_ready()
     assert client.ask(study, QUESTION, max_new_tokens=8).token_ids == expected.token_ids
     assert until(lambda: not os.listdir(tree.run_folder / "cancelled"))
@@ -243,7 +243,7 @@ def every_command_line():
 @as_root
 def test_no_secret_stands_on_a_command_line(tree):
     seen = as_stranger(every_command_line)
-    ours = {pid: seen[str(pid)] for pid in (tree.keeper_pid, *tree.pids.values())}
+    ours = {pid: seen[str(pid)] for pid in (tree.supervisor_pid, *tree.pids.values())}
     assert any("tritonserver" in words for words in ours.values())
     for words in ours.values():
         assert "m3d-admin" not in words and not re.search(r"(?<![0-9a-f-])[0-9a-f]{32}", words)
@@ -265,9 +265,9 @@ def opened(paths):
 @as_root
 def test_another_user_reads_nothing_of_the_processes_but_that_they_run(server, tree):
     names = ("environ", "mem", "maps", "fd", "cwd", "root/dev/shm", "map_files")
-    paths = [f"/proc/{pid}/{name}" for pid in (tree.keeper_pid, *tree.pids.values()) for name in names]
+    paths = [f"/proc/{pid}/{name}" for pid in (tree.supervisor_pid, *tree.pids.values()) for name in names]
     paths += [str(tree.run_folder), str(server.log), str(tree.run_folder / "health")]
-    control = [f"/proc/{tree.keeper_pid}/cmdline", "/dev/shm"]
+    control = [f"/proc/{tree.supervisor_pid}/cmdline", "/dev/shm"]
     assert as_stranger(opened, [*paths, *control]) == control
 
 
@@ -403,7 +403,7 @@ def test_each_process_may_open_as_many_files_as_the_hard_limit_allows(tree):
     for name in ("front", "triton"):
         limits = Path(f"/proc/{tree.pids[name]}/limits").read_text()
         soft, hard = re.search(r"Max open files\s+(\d+)\s+(\d+)", limits).groups()
-        assert int(soft) == min(int(hard), keeper.MOST_FILES) >= 2000
+        assert int(soft) == min(int(hard), supervisor.MOST_FILES) >= 2000
 
 
 @survives
@@ -430,12 +430,7 @@ def small_server(light_repository, tmp_path_factory):
     """It takes in two scans of SMALL_BYTES at a time, and has none of its own."""
     folder = tmp_path_factory.mktemp("small")
     repository = shutil.copytree(light_repository, folder / "model_repository", symlinks=True)
-    configuration = repository / "study" / "config.pbtxt"
-    text, changed = re.subn(
-        r'("max_bytes" value { string_value: )"\d+"', rf'\1"{SMALL_BYTES}"', configuration.read_text()
-    )
-    assert changed == 1
-    configuration.write_text(text)
+    (repository / "settings.toml").write_text(f"[study]\nmax_bytes = {SMALL_BYTES}\n")
     with Server(repository, **free_ports(), log=folder / "triton.log") as server:
         yield server
 
@@ -523,7 +518,7 @@ def light_server(light_repository, tmp_path):
 @pytest.mark.parametrize("count", [10, pytest.param(30, marks=pytest.mark.slow(group="soak"))])
 def test_the_memory_of_many_large_scans_is_given_back(light_server, scans, count):
     """50 of 100 MB left 8 GB behind."""
-    tree, random = Tree(light_server.keeper_pid), np.random.default_rng(7)
+    tree, random = Tree(light_server.supervisor_pid), np.random.default_rng(7)
     with M3DClient(light_server.url, timeout=PATIENCE_S) as client:
         client.upload(scans[0])
         before = taken(tree, *tree.processes)
@@ -537,7 +532,7 @@ def test_the_memory_of_many_large_scans_is_given_back(light_server, scans, count
 def test_the_memory_of_many_large_messages_at_once_is_given_back(light_server, scans):
     """200 of 16 MB left 6 GB in the front: gRPC's errors keep their messages, and the C library what comes in pieces.
     Triton keeps some memory in each of its threads, of which it starts no more."""
-    tree = Tree(light_server.keeper_pid)
+    tree = Tree(light_server.supervisor_pid)
     middle = part_of(bytes(16 * MB), 0, 16 * MB, "of nothing", size=64 * MB)
     middle.raw_input_contents[-1] = np.array([MB, 64 * MB], np.int64).tobytes()
     with M3DClient(light_server.url, timeout=PATIENCE_S) as client:
@@ -583,17 +578,11 @@ def page_of(server, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def with_decoder(repository: Path, folder: Path, **parameters) -> Path:
-    """A copy of the repository in which the language model has these parameters."""
+def with_decoder(repository: Path, folder: Path, **settings) -> Path:
+    """A copy of the repository in which the language model has these settings."""
     copied = shutil.copytree(repository, folder / "model_repository", symlinks=True)
-    configuration = copied / "decoder" / "configs" / "cpu.pbtxt"
-    lines = [
-        f'parameters {{ key: "{name}" value {{ string_value: "{value}" }} }}' for name, value in parameters.items()
-    ]
-    text = configuration.read_text()
-    for name in parameters:
-        text = re.sub(rf'^parameters {{ key: "{name}" .*\n', "", text, flags=re.M)
-    configuration.write_text("\n".join([text, *lines, ""]))
+    lines = (f"{name} = {value}\n" for name, value in settings.items())
+    (copied / "settings.toml").write_text(f"[decoder.cpu]\n{''.join(lines)}")
     return copied
 
 
@@ -605,7 +594,7 @@ def test_a_server_whose_language_model_died_is_not_ready_until_it_is_back(reposi
         before = client.ask(study, QUESTION, max_new_tokens=8)
         ready = Readiness(server)
         assert set(ready().values()) == {True}
-        os.kill(Tree(server.keeper_pid).pids["vllm"], signal.SIGKILL)
+        os.kill(Tree(server.supervisor_pid).pids["vllm"], signal.SIGKILL)
         with pytest.raises(Unavailable, match="the language model is restarting|stopped while it answered"):
             while True:  # nobody has noticed at first: such a question waits for an answer, and gets its error
                 client.ask(study, QUESTION, max_new_tokens=8)
@@ -620,13 +609,13 @@ def test_a_server_whose_language_model_died_is_not_ready_until_it_is_back(reposi
 
 @pytest.mark.slow(group="faults")
 def test_a_server_whose_language_model_does_not_come_back_ends_with_the_cause(repository, scans, tmp_path):
-    """It stayed, ready and useless, and a supervisor had nothing to see."""
+    """It stayed, ready and useless, and a service manager had nothing to see."""
     hopeless = with_decoder(repository, tmp_path, restarts=0)
     with Server(hopeless, **free_ports(), log=tmp_path / "triton.log") as server, M3DClient(server.url) as client:
         study = client.upload(scans[0])
         stream = client.stream(study, QUESTION, max_new_tokens=LONG)
         next(stream)
-        os.kill(Tree(server.keeper_pid).pids["vllm"], signal.SIGKILL)
+        os.kill(Tree(server.supervisor_pid).pids["vllm"], signal.SIGKILL)
         with pytest.raises(Unavailable, match="out of order.*must be started again"):
             list(stream)
         with pytest.raises(Unavailable, match="ended by itself.*language model is out of order .it stopped 1 times"):
@@ -714,7 +703,7 @@ def words_during_a_stop(server: Server, ways: list, seed: int) -> list[str]:
     which comes first, and by each of the ways, again and again. A scan that takes very long is in work meanwhile.
     """
     scan = npy(new_scan(seed))
-    (folder,) = Tree(server.keeper_pid).shared_memory.glob("m3d-studies-*")
+    (folder,) = Tree(server.supervisor_pid).shared_memory.glob("m3d-studies-*")
     requests = queue.SimpleQueue()
     with StudyStore(folder) as store, Raw(server.url) as raw, ThreadPoolExecutor(2) as threads:
         open_before = raw.stub.ModelStreamInfer(iter(requests.get, None), timeout=PATIENCE_S)
@@ -769,24 +758,24 @@ def test_clients_of_a_server_that_stops_are_told_so(repository, scans, tmp_path)
     assert not [words for words in said if "clip-checkpoint" in words or "does not serve" in words]
 
 
-def test_what_a_killed_keeper_left_goes_with_the_next_start(light_repository, scans, tmp_path, monkeypatch):
+def test_what_a_killed_supervisor_left_goes_with_the_next_start(light_repository, scans, tmp_path, monkeypatch):
     """Its folder for temporary files stayed."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     first = Server(light_repository, **free_ports(), log=tmp_path / "first.log")
     first.start()
-    tree = Tree(first.keeper_pid)
+    tree = Tree(first.supervisor_pid)
     run_folder = tree.run_folder
     with M3DClient(first.url) as client:
         client.upload(scans[0])
     assert run_folder.parent == tmp_path
-    os.kill(first.keeper_pid, signal.SIGKILL)
+    os.kill(first.supervisor_pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(tree.processes.values(), timeout=PATIENCE_S)
     assert alive == []
     assert run_folder.is_dir()
     with Server(light_repository, **free_ports(), log=tmp_path / "second.log") as second:
         assert not run_folder.exists()
-        (own,) = Tree(second.keeper_pid).shared_memory.glob("m3d-studies-*")
+        (own,) = Tree(second.supervisor_pid).shared_memory.glob("m3d-studies-*")
         assert not [path for path in Path("/dev/shm").glob("m3d-studies-*") if f"-{tree.pids['triton']}-" in path.name]
     assert list(tmp_path.glob("m3d-*")) == []
     first.stop()

@@ -22,7 +22,7 @@ from tests.tiny import QUESTION
 pytestmark = pytest.mark.integration
 
 LONG = 480  # tokens: seconds of decoding, nearly to the context's end
-BATCH, WAITING = 16, 64  # max_num_seqs and max_waiting of model_repository/decoder/configs/cpu.pbtxt
+BATCH, WAITING = 16, 64  # max_num_seqs and max_waiting of table decoder.cpu in model_repository/settings.toml
 PATIENCE_S = 120
 
 
@@ -169,7 +169,7 @@ def test_a_mask_and_its_answer_are_those_of_a_plain_question(client, study):
 
 def test_clients_that_come_and_go_leave_triton_no_sockets(server, study):
     """A cancelled call cost one for good: about 30 of these 100."""
-    triton = Footprint(server.keeper_pid).triton_pid
+    triton = Footprint(server.supervisor_pid).triton_pid
 
     def ask(_):
         with M3DClient(server.url, timeout=PATIENCE_S) as client:

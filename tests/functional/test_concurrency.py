@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from engine.errors import Cancelled
-from engine.server import keeper
+from engine.server import supervisor
 from tests.functional.footprint import stub_of
 
 pytestmark = pytest.mark.integration
@@ -88,9 +88,9 @@ def test_a_cancelled_stream_says_so(client, asked):
 @pytest.mark.parametrize("graph", ["vision_encoder", "segmentation_encoder"])
 def test_an_encoder_leaves_most_of_the_cores_to_answers_in_progress(server, client, asked, graph):
     client.segment(*asked[0], max_new_tokens=TOKENS)  # now all its threads are there
-    stub = stub_of(server.keeper_pid, graph)
-    decoder = stub_of(server.keeper_pid, "decoder")
-    decoding = [thread for pid in (decoder, *keeper.descendants(decoder)) for thread in _threads(pid)]
+    stub = stub_of(server.supervisor_pid, graph)
+    decoder = stub_of(server.supervisor_pid, "decoder")
+    decoding = [thread for pid in (decoder, *supervisor.descendants(decoder)) for thread in _threads(pid)]
     # The thread that runs the graph, and the last that its library has started; those between may be Triton's own.
     for thread in (stub, max(_threads(stub))):
         assert _niceness(thread) >= max(map(_niceness, decoding)) + 5

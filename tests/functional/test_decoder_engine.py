@@ -19,11 +19,12 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from engine.api import AnswerDetails
+from engine.api import AnswerDetails, AnswerInfo
 from engine.errors import InvalidInput, RepositoryError, ResourceExhausted, Unavailable
 from engine.processor import has_bf16
-from engine.runtime.decoder import AnswerInfo, Decoder, decode_kernel, llm_engine
-from engine.runtime.decoder.cpu_forward import Pass
+from engine.runtime.acceleration import Pass
+from engine.runtime.cpu import decode_kernel
+from engine.runtime.decoder import Decoder, llm_engine
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.sampling import Sampling
 from tests.tiny_llm import (
@@ -491,7 +492,7 @@ def test_an_answer_may_be_held_to_a_json_schema(tmp_path):
         # As training spells an answer: behind a space.
         choices = running.ask(visual_tokens(0), asked, max_new_tokens=1, choices=["yes", "no"]).details.choices
         held = running.ask(visual_tokens(0), asked, max_new_tokens=9, choices=["yes", "no"], only_choices=True)
-        assert held.text in (" yes", " no") and set(choices) == {"yes", "no"}
+        assert held.text in ("yes", "no") and set(choices) == {"yes", "no"}
         assert running.ask(visual_tokens(0), asked, max_new_tokens=24).ids == before.ids
 
 

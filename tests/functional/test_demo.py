@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from engine.samples import write_sample
+from m3d_demo.samples import write_sample
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.integration

@@ -19,7 +19,7 @@ from engine.client import M3DClient
 from engine.manifest import LLM_FOLDER, Manifest
 from engine.models.checkpoint import load_lamed, read_config
 from engine.prompt import IMAGE_TOKEN
-from engine.runtime.decoder.cpu_forward import Pass
+from engine.runtime.acceleration import Pass
 from engine.server import Server, free_ports
 from tests import tiny, tiny_chats
 from tests.conftest import ROOT, copy_repository

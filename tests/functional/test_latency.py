@@ -138,7 +138,7 @@ def test_another_model_than_the_servers_is_refused(server, repository, fixture_c
     other_export = shutil.copytree(repository, tmp_path / "model_repository", symlinks=True)
     replace(Manifest.read(other_export), precision="bf16").write(other_export)
     for wrong in (["--repository", str(other_export)], ["--checkpoint", str(other_checkpoint), "--baseline", ""]):
-        assert latency.main([*QUICK, "--server", server.url, "--scan", str(scan), "--warm-up", "0", *wrong]) == 1
+        assert latency.main([*QUICK, "--server", server.url, "--scan", str(scan), "--warm-up", "0", *wrong]) == 2
         assert "serves another" in capsys.readouterr().err
 
 

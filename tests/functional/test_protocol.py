@@ -37,7 +37,7 @@ from engine.runtime.server_folder import PREFIX, SHARED_MEMORY
 from engine.scan import scan_pieces
 from engine.scan.nifti import geometry_header
 from engine.seg_states import MAX_SEGMENTS
-from engine.server import keeper
+from engine.server import supervisor
 from tests.awaited import Awaited
 from tests.functional.footprint import Footprint
 from tests.functional.test_client import BATCH, LONG, PATIENCE_S, WAITING, Reader
@@ -290,10 +290,10 @@ def scan_bytes(folder: Path) -> bytes:
 
 def kept_by(server) -> list[Path]:
     """The folders of the engine and the server: their studies, and what the server's parts tell each other."""
-    of_server = Path(f"/proc/{server.keeper_pid}/root{SHARED_MEMORY}")
+    of_server = Path(f"/proc/{server.supervisor_pid}/root{SHARED_MEMORY}")
     studies = [*SHARED_MEMORY.glob(f"{PREFIX}-{os.getpid()}-*"), *of_server.glob(f"{PREFIX}-*")]
     assert len(studies) >= 2
-    return [*studies, Path(os.fsdecode(Footprint(server.keeper_pid).run_folder))]
+    return [*studies, Path(os.fsdecode(Footprint(server.supervisor_pid).run_folder))]
 
 
 # --- studies ---------------------------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def test_an_answer_has_what_was_asked_for_and_stays_the_same(m3d, study):
 
 def test_an_answer_may_be_held_to_choices(m3d, study):
     held = m3d.ask(study, QUESTION, max_new_tokens=24, choices=CHOICES, only_choices=True)
-    assert held.text.strip() in CHOICES and held.finish_reason == "stop"
+    assert held.text in CHOICES and held.finish_reason == "stop"
 
 
 def test_an_answer_that_cannot_be_held_to_a_schema_is_refused(m3d, study):
@@ -646,7 +646,7 @@ def occupied() -> set[str]:
     """Processes that this one has started, folders of studies, and what lies in the folder for temporary files."""
     tracker = b"multiprocessing.resource_tracker"  # Python's, one for this process until it ends
     processes = [
-        pid for pid in keeper.descendants(os.getpid()) if tracker not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        pid for pid in supervisor.descendants(os.getpid()) if tracker not in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     folders = [*SHARED_MEMORY.glob(f"{PREFIX}-{os.getpid()}-*"), *Path(tempfile.gettempdir()).iterdir()]
     return {*map(str, processes), *map(str, folders)}

@@ -22,7 +22,7 @@ from engine.client import M3DClient
 from engine.contract import DECODER_MODELS
 from engine.errors import InvalidInput, RepositoryError, Unavailable
 from engine.manifest import Manifest
-from engine.server import Server, free_ports, keeper
+from engine.server import Server, free_ports, supervisor
 from tests.conftest import ROOT, copy_repository
 from tests.functional.footprint import Footprint, stub_of
 from tests.tiny import QUESTION
@@ -83,12 +83,12 @@ class Serving:
             line = self.process.stderr.readline()
             assert line, self.said
             self.said += line
-        (self.keeper_pid,) = (
+        (self.supervisor_pid,) = (
             pid
-            for pid in keeper.descendants(self.process.pid)
-            if b"keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            for pid in supervisor.descendants(self.process.pid)
+            if b"supervisor.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
         )
-        self.footprint = Footprint(self.keeper_pid)
+        self.footprint = Footprint(self.supervisor_pid)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def serving(light_repository, log):
     yield serving
     serving.process.kill()
     serving.process.communicate()
-    assert ended(serving.keeper_pid)
+    assert ended(serving.supervisor_pid)
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------
@@ -113,13 +113,13 @@ def test_m3d_serve_stops_on_a_signal_and_leaves_nothing(serving, scans, number):
         client.upload(scans[0])
     serving.process.send_signal(number)
     _, err = serving.process.communicate(timeout=PATIENCE_S)
-    assert serving.process.returncode == 0 and "Traceback" not in err
+    assert serving.process.returncode == (130 if number == signal.SIGINT else 0) and "Traceback" not in err
     assert serving.footprint.left() == []
 
 
 def test_nothing_is_left_when_m3d_serve_is_killed(serving):
     serving.process.kill()
-    assert ended(serving.keeper_pid)
+    assert ended(serving.supervisor_pid)
     assert serving.footprint.left() == []
 
 
@@ -133,7 +133,7 @@ def test_m3d_serve_fails_when_triton_dies_and_leaves_nothing(serving):
 
 def test_a_triton_killed_in_the_middle_of_an_answer_is_a_clear_error_and_leaves_nothing(repository, scans, log):
     with Server(repository, **free_ports(), log=log) as server, M3DClient(server.url) as client:
-        footprint = Footprint(server.keeper_pid)
+        footprint = Footprint(server.supervisor_pid)
         stream = client.stream(scans[0], QUESTION, max_new_tokens=480)
         next(stream)
         os.kill(footprint.triton_pid, signal.SIGKILL)
@@ -148,9 +148,9 @@ def test_a_triton_killed_in_the_middle_of_an_answer_is_a_clear_error_and_leaves_
 
 def test_the_death_of_a_python_model_ends_the_server_instead_of_letting_everybody_wait(light_repository, scans, log):
     with Server(light_repository, **free_ports(), log=log) as server, M3DClient(server.url, timeout=300) as client:
-        footprint = Footprint(server.keeper_pid)
+        footprint = Footprint(server.supervisor_pid)
         client.upload(scans[0])
-        os.kill(stub_of(server.keeper_pid, "vision_encoder"), signal.SIGKILL)
+        os.kill(stub_of(server.supervisor_pid, "vision_encoder"), signal.SIGKILL)
         with pytest.raises(Unavailable, match="the process of vision_encoder ended"):
             server.wait()
         with pytest.raises(Unavailable, match=server.url):
@@ -199,16 +199,16 @@ def test_a_model_that_does_not_load_is_named_with_its_own_words_and_nothing_is_l
     repository = shutil.copytree(light_repository, tmp_path / "model_repository")
     graph = repository / "vision_encoder" / "1" / "model.onnx"
     graph.write_bytes(b"not a graph".ljust(graph.stat().st_size))  # another size would be refused before Triton starts
-    before = set(os.listdir(keeper.SHM))
+    before = set(os.listdir(supervisor.SHM))
     server = Server(repository, **free_ports(), log=log)
     with pytest.raises(Unavailable, match=r"vision_encoder: .*\n?.*log: .*triton.log"):
         server.start()
-    assert not server.is_running()
+    assert server._supervisor.poll() is not None
     # Other servers on this machine have theirs: what one of them has mapped, or a folder named by a living process.
-    held = keeper.shared_memory_of(keeper.everybody())
+    held = supervisor.shared_memory_of(supervisor.everybody())
     assert not [
         name
-        for name, inode in keeper.shared_memory().items()
+        for name, inode in supervisor.shared_memory().items()
         if name not in before
         and inode not in held
         and name.startswith("m3d-")
@@ -218,7 +218,7 @@ def test_a_model_that_does_not_load_is_named_with_its_own_words_and_nothing_is_l
 
 # --- while it runs ---------------------------------------------------------------------------------------------------
 def test_it_reports_ready_and_metrics(server):
-    assert server.is_ready() and server.is_running()
+    assert server.is_ready() and server._supervisor.poll() is None
     assert b"nv_inference_count" in urllib.request.urlopen(server.metrics_url, timeout=30).read()
 
 
@@ -256,7 +256,7 @@ def test_two_servers_run_side_by_side(light_repository, server, scans, tmp_path)
     with Server(light_repository, **free_ports(), log=tmp_path / "second.log") as second:
         with M3DClient(second.url) as client:
             assert client.upload(scans[0]).info.shape
-        footprint = Footprint(second.keeper_pid)
+        footprint = Footprint(second.supervisor_pid)
     assert footprint.left() == []
     assert server.is_ready()
 
@@ -288,12 +288,11 @@ def test_a_language_model_that_does_not_load_last_ends_the_server_with_its_cause
     decoder_last, repository, tmp_path, log
 ):
     broken = shutil.copytree(repository, tmp_path / "model_repository", symlinks=True)
-    config = broken / "decoder" / "configs" / "cpu.pbtxt"
-    config.write_text(config.read_text().replace('"max_num_seqs"', '"max_num_sequences"'))
+    (broken / "settings.toml").write_text("[decoder.cpu]\ncontext_length = 1_000_000\n")
     server = Server(broken, **free_ports(), log=log)
-    with pytest.raises(Unavailable, match="decoder: .*unknown parameter max_num_sequences"):
+    with pytest.raises(Unavailable, match="decoder: .*context_length is 1000000: the model has"):
         server.start()
-    assert ended(server.keeper_pid)
+    assert ended(server.supervisor_pid)
 
 
 def test_a_server_that_is_stopped_while_the_language_model_loads_leaves_nothing(decoder_last, repository, log):
@@ -310,4 +309,4 @@ def test_a_server_that_is_stopped_while_the_language_model_loads_leaves_nothing(
     server = Server(repository, **free_ports(), log=log, on_progress=progress)
     with pytest.raises(Stop):
         server.start()
-    assert "loading decoder" in said[-1] and ended(server.keeper_pid)
+    assert "loading decoder" in said[-1] and ended(server.supervisor_pid)

@@ -283,7 +283,7 @@ def test_beside_bad_clients_good_ones_are_answered_exactly_and_nothing_grows(rep
             expected = [alone(client, scan) for scan in scans]
             handle = client.upload(scans[0], np.eye(4)).handle
         assert expected[0] != expected[1], "the scans must matter, or the test could not see them mixed"
-        over, tree = threading.Event(), Tree(server.keeper_pid)
+        over, tree = threading.Event(), Tree(server.supervisor_pid)
         samples, before = Samples(tree), tree.pids
         good = [Good(server.url, list(scans), expected, seed, over) for seed in range(GOOD)]
         malformed = [
@@ -297,7 +297,7 @@ def test_beside_bad_clients_good_ones_are_answered_exactly_and_nothing_grows(rep
         for client_ in (*good, *bad):
             client_.start()
         try:
-            while (passed := time.monotonic() - started) < SECONDS and server.is_running():
+            while (passed := time.monotonic() - started) < SECONDS and server._supervisor.poll() is None:
                 if passed >= WARM_UP * SECONDS:
                     samples.take()
                 over.wait(SAMPLE_S)
@@ -310,7 +310,7 @@ def test_beside_bad_clients_good_ones_are_answered_exactly_and_nothing_grows(rep
         wrong = [words for client_ in good for words in client_.wrong]
         report = f"{dict(done)}\n{samples.table()}\n" + "\n".join(wrong[:20])
         print(report)
-        assert Tree(server.keeper_pid).pids == before, report
+        assert Tree(server.supervisor_pid).pids == before, report
         assert wrong == [] and samples.grown() == [], report
         assert [words for client_ in bad for words in client_.failed] == []
         assert min(done.values()) > 0 and len(done) == 6 - 1 + 7, report

@@ -26,7 +26,7 @@ from tests.tiny import IMAGE_SIZE, QUESTION
 pytestmark = pytest.mark.integration
 
 ENCODERS = ("vision_encoder", "segmentation_encoder", "clip_image_encoder")
-WORKED_ON = 4  # scans at a time, as in the study model's config.pbtxt
+WORKED_ON = 4  # scans at a time, as in table study of model_repository/settings.toml
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def chat(triton: Connection, study: Study) -> dict[str, np.ndarray]:
 
 def folder_in(server, study: Study) -> Path:
     """Where the server keeps the study, in its own shared memory."""
-    (folder,) = Path(f"/proc/{server.keeper_pid}/root/dev/shm").glob(f"m3d-studies-*/{study.handle}")
+    (folder,) = Path(f"/proc/{server.supervisor_pid}/root/dev/shm").glob(f"m3d-studies-*/{study.handle}")
     return folder
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.server import keeper
+from engine.server import supervisor
 
 STRANGER = 65534
 PATIENCE_S = 120
@@ -41,12 +41,12 @@ class Process(psutil.Process):
 
 
 class Tree:
-    """The processes below a keeper by name: `triton`, `front`, `vllm`, and each Python model's by the model's."""
+    """The processes below a supervisor by name: `triton`, `front`, `vllm`, and each Python model's by the model's."""
 
-    def __init__(self, keeper_pid: int):
-        self.keeper_pid = keeper_pid
+    def __init__(self, supervisor_pid: int):
+        self.supervisor_pid = supervisor_pid
         self.processes: dict[str, Process] = {}
-        for pid in keeper.descendants(keeper_pid):
+        for pid in supervisor.descendants(supervisor_pid):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
             self.processes[_name(words, pid)] = Process(pid)
 
@@ -64,7 +64,7 @@ class Tree:
     @property
     def shared_memory(self) -> Path:
         """/dev/shm as the tree sees it."""
-        return Path(f"/proc/{self.keeper_pid}/root/dev/shm")
+        return Path(f"/proc/{self.supervisor_pid}/root/dev/shm")
 
     @property
     def shared_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import weights
 import write_checkpoint
 
-from engine import cli
+from engine import cli, logs
 from tests.conftest import ROOT
 from tests.unit.fake_triton import FakeTriton
 
@@ -26,8 +27,21 @@ def triton():
 
 
 @pytest.fixture
+def engine_log(monkeypatch):
+    """The engine's logger, which a test may set up: it is afterwards as it was."""
+    logger = logging.getLogger("engine")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.delenv(logs.VARIABLE, raising=False)
+    level = logger.level
+    yield logger
+    logger.setLevel(level)
+
+
+@pytest.fixture
 def m3d(monkeypatch, capsys):
     """m3d(*arguments) -> (exit code, stdout, stderr)."""
+
+    monkeypatch.setenv(logs.VARIABLE, "warning")  # which `m3d` sets for good
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["m3d", *map(str, arguments)])

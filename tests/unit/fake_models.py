@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -49,10 +50,10 @@ class FakeModels:
         self.batches = []
         self.tokens = lambda image: np.full((8, WIDTH), image.mean(), np.float32)
 
-    def __call__(self, model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.calls[model] += 1
         self.batches.append((model, inputs))
-        return getattr(self, model)(**inputs)
+        return getattr(self, model)(**{str(name): batch for name, batch in inputs.items()})
 
     def vision_encoder(self, IMAGE):
         return {"VISUAL_TOKENS": np.stack([self.tokens(image) for image in IMAGE])}

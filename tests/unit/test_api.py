@@ -34,6 +34,8 @@ def test_a_method_takes_the_same_arguments_in_all_implementations(kind, name):
         ("engine.runtime.study_step, engine.runtime.segmentation, engine.runtime.retrieval", ("grpc", "torch", "vllm")),
         ("engine.client", ("torch", "scipy", "nibabel", "matplotlib")),
         ("engine.local", ("grpc", "torch", "vllm")),
+        ("engine.models.base", ("engine.models.checkpoint",)),
+        ("engine.cli, engine.models.checkpoint, engine.server", ("m3d_demo",)),
     ],
 )
 def test_a_process_loads_nothing_of_the_others(modules, absent):

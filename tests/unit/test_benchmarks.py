@@ -17,11 +17,10 @@ import torch
 from transformers import BertTokenizer
 
 from benchmarks import (
-    command,
     compare,
+    cpu_roofline,
     decode,
     encoders,
-    floor,
     latency,
     load,
     machine,
@@ -34,7 +33,8 @@ from benchmarks import (
 from benchmarks.baseline import Baseline
 from benchmarks.latency import TEXTS
 from benchmarks.make_checkpoint import PUBLISHED_CLIP, config_of, write_clip
-from benchmarks.samples import Sample, ratios, summary
+from benchmarks.timings import Timing, ratios, summary
+from engine.cli import console
 from engine.errors import InvalidInput
 from engine.models.checkpoint import load_clip, load_lamed
 from engine.models.config import ClipConfig, LamedConfig
@@ -61,8 +61,8 @@ def test_a_summary_has_median_percentiles_and_extremes():
 
 
 def test_the_time_per_token_leaves_the_first_token_out():
-    assert Sample(3.0, 1.0, 5).per_token_s == 0.5
-    assert Sample(3.0, 1.0, 1).per_token_s is None and Sample(3.0, None, 5).per_token_s is None
+    assert Timing(3.0, 1.0, 5).per_token_s == 0.5
+    assert Timing(3.0, 1.0, 1).per_token_s is None and Timing(3.0, None, 5).per_token_s is None
 
 
 def test_ratios_are_taken_pair_by_pair():
@@ -74,7 +74,7 @@ def test_ratios_are_taken_pair_by_pair():
 # --- the floor -------------------------------------------------------------------------------------------------------
 def test_the_encoders_flops_are_those_of_its_formula():
     config = LamedConfig.from_dict(config_of("135m"))
-    found = floor.stages(config, llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64)
+    found = cpu_roofline.stages(config, llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64)
     patches, width, mlp, layers = 2048, 768, 3072, 12
 
     def vit(n):  # products of n rows: qkv, output, two of the MLP; scores and their product with the values
@@ -89,7 +89,9 @@ def test_the_encoders_flops_are_those_of_its_formula():
 @pytest.mark.parametrize("llm", ["135m", "7b"])
 def test_the_language_models_flops_and_bytes_are_those_of_its_formula(llm):
     values = config_of(llm)
-    found = floor.stages(LamedConfig.from_dict(values), llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64)
+    found = cpu_roofline.stages(
+        LamedConfig.from_dict(values), llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64
+    )
     h, layers, vocabulary = values["hidden_size"], values["num_hidden_layers"], values["vocab_size"]
     kv = h // values["num_attention_heads"] * values["num_key_value_heads"]
     layer = 2 * h * h + 2 * h * kv + 3 * h * values["intermediate_size"]
@@ -106,22 +108,24 @@ def test_the_language_models_flops_and_bytes_are_those_of_its_formula(llm):
 def test_answers_decoded_together_read_the_weights_once():
     config = LamedConfig.from_dict(config_of("135m"))
     one, eight = (
-        floor.stages(config, llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64, at_once=n)["decode"]
+        cpu_roofline.stages(config, llm="bf16", graphs="fp32", question_tokens=12, answer_tokens=64, at_once=n)[
+            "decode"
+        ]
         for n in (1, 8)
     )
     assert eight.flops == 8 * one.flops and one.bytes < eight.bytes < 2 * one.bytes
 
 
 def test_a_stage_takes_what_is_scarcer():
-    stage = floor.Stage("x", flops=100, bytes=10, precision="bf16")
-    compute, memory = floor.Rates({"bf16": 10}, 10), floor.Rates({"bf16": 1000}, 10)
+    stage = cpu_roofline.Stage("x", flops=100, bytes=10, precision="bf16")
+    compute, memory = cpu_roofline.Rates({"bf16": 10}, 10), cpu_roofline.Rates({"bf16": 1000}, 10)
     assert (stage.seconds(compute), stage.bound(compute)) == (10, "compute")
     assert (stage.seconds(memory), stage.bound(memory)) == (1, "memory")
 
 
 def test_a_machine_is_as_fast_as_the_better_of_two_measurements():
-    first, second = floor.Rates({"fp32": 1, "bf16": 4}, 10, 7), floor.Rates({"fp32": 2, "bf16": 3}, 20, 6)
-    assert first.or_better(second) == floor.Rates({"fp32": 2, "bf16": 4}, 20, 7)
+    first, second = cpu_roofline.Rates({"fp32": 1, "bf16": 4}, 10, 7), cpu_roofline.Rates({"fp32": 2, "bf16": 3}, 20, 6)
+    assert first.or_better(second) == cpu_roofline.Rates({"fp32": 2, "bf16": 4}, 20, 7)
 
 
 def test_what_other_virtual_machines_took_is_a_number_of_seconds():
@@ -129,7 +133,7 @@ def test_what_other_virtual_machines_took_is_a_number_of_seconds():
 
 
 def test_the_machine_has_rates():
-    rates = floor.measure(seconds=0.01)
+    rates = cpu_roofline.measure(seconds=0.01)
     assert all(rate > 1e8 for rate in rates.matmul.values()) and rates.memory > 1e8 and rates.wire > 1e6
 
 
@@ -137,8 +141,8 @@ def test_without_bf16_in_the_processor_its_products_are_those_of_fp32_and_nothin
     monkeypatch.setattr(machine, "has_bf16", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.precisions() == ("fp32",)
-    monkeypatch.setattr(floor, "_product_rate", lambda shape, dtype, *_: {torch.float32: 7.0}[dtype])
-    assert floor.measure(seconds=0.01).matmul == {"fp32": 7.0, "bf16": 7.0, "fp16": 7.0}
+    monkeypatch.setattr(cpu_roofline, "_product_rate", lambda shape, dtype, *_: {torch.float32: 7.0}[dtype])
+    assert cpu_roofline.measure(seconds=0.01).matmul == {"fp32": 7.0, "bf16": 7.0, "fp16": 7.0}
 
 
 def test_the_roofline_names_every_gpu_and_stage(monkeypatch, capsys):
@@ -150,8 +154,8 @@ def test_the_roofline_names_every_gpu_and_stage(monkeypatch, capsys):
 
 @pytest.mark.parametrize("precision, seconds", [("fp32", 10.0), ("bf16", 5.0)])
 def test_a_stage_in_another_precision_has_its_rate_and_its_bytes(precision, seconds):
-    stage = floor.Stage("x", flops=100, bytes=40, precision="fp32").at(precision)
-    assert stage.seconds(floor.Rates({"fp32": 10, "bf16": 20}, 100)) == seconds
+    stage = cpu_roofline.Stage("x", flops=100, bytes=40, precision="fp32").at(precision)
+    assert stage.seconds(cpu_roofline.Rates({"fp32": 10, "bf16": 20}, 100)) == seconds
     assert stage.bytes == {"fp32": 40, "bf16": 20}[precision]
 
 
@@ -189,6 +193,7 @@ def test_an_answer_that_fails_fails_the_load():
 INTERRUPTED_LOAD = """
 import sys, time
 from benchmarks import command, load
+from engine.cli import console
 
 def answer(index):
     sys.stdout.write("asked\\n")  # whole, from whichever thread
@@ -197,7 +202,7 @@ def answer(index):
         time.sleep(0.01)
         yield 1
 
-sys.exit(command.run(lambda: load.run(sys.argv[1], answer, 4, rate=50.0, seconds=60)))
+sys.exit(console.run(lambda: load.run(sys.argv[1], answer, 4, rate=50.0, seconds=60), command.SIGNALS))
 """
 
 
@@ -217,12 +222,12 @@ def test_a_load_that_is_interrupted_ends_in_order(scenario, number):
             _, said = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert (process.returncode, said) == (command.INTERRUPTED, "the benchmark was interrupted\n")
+    assert (process.returncode, said) == (console.INTERRUPTED, "interrupted\n")
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
 def sample(total, first=None, tokens=5, **parts):
-    return Sample(total, first, tokens, 100, parts).to_dict()
+    return Timing(total, first, tokens, 100, parts).to_dict()
 
 
 def chats(concurrency, rate, **baselines):
@@ -288,9 +293,9 @@ def result() -> dict:
     }
 
 
-RATES = floor.Rates({"fp32": 1e9, "bf16": 2e9}, 1e6, 1e5)
+RATES = cpu_roofline.Rates({"fp32": 1e9, "bf16": 2e9}, 1e6, 1e5)
 FLOORS = {
-    name: floor.Stage(name, flops, size, precision)
+    name: cpu_roofline.Stage(name, flops, size, precision)
     for name, flops, size, precision in (
         ("vision_encoder", 1e9, 0, "fp32"),
         ("prefill", 2e8, 0, "bf16"),
@@ -386,7 +391,7 @@ def test_a_target_that_the_floor_rules_out_is_no_miss():
         slow = result()
         for sample_ in slow["samples"]["served"]["cold"]:
             sample_["total_s"] = 7.0
-        floors = FLOORS | {"vision_encoder": floor.Stage("vision_encoder", 2e9 * encoder_s, 0, "fp32")}
+        floors = FLOORS | {"vision_encoder": cpu_roofline.Stage("vision_encoder", 2e9 * encoder_s, 0, "fp32")}
         reported(slow, floors)
         found = {target["name"]: target for target in slow["targets"]}["cold_e2e"]
         assert (found["verdict"], found["least"] > found["limit"]) == (verdict, best == "impossible")
@@ -464,14 +469,14 @@ def test_a_decoupled_model_works_until_it_answers(tmp_path, sent, ends):
 
 def test_stages_stand_beside_their_floors():
     floors = {
-        "vision_encoder": floor.Stage("vision_encoder", 1e9, 0, "fp32"),
-        "decode": floor.Stage("decode", 0, 1e5, "bf16"),
-        "segmentation_encoder": floor.Stage("segmentation_encoder", 5e8, 0, "fp32"),
-        "segmentation_head": floor.Stage("segmentation_head", 5e8, 0, "fp32"),
+        "vision_encoder": cpu_roofline.Stage("vision_encoder", 1e9, 0, "fp32"),
+        "decode": cpu_roofline.Stage("decode", 0, 1e5, "bf16"),
+        "segmentation_encoder": cpu_roofline.Stage("segmentation_encoder", 5e8, 0, "fp32"),
+        "segmentation_head": cpu_roofline.Stage("segmentation_head", 5e8, 0, "fp32"),
     }
     found = {
         s["stage"]: (s["measured_s"], s["floor_s"])
-        for s in report.stages(result(), floors, floor.Rates({"fp32": 1e9, "bf16": 2e9}, 1e6, 1e5))
+        for s in report.stages(result(), floors, cpu_roofline.Rates({"fp32": 1e9, "bf16": 2e9}, 1e6, 1e5))
     }
     assert found == {
         "transport": (0.02, 0.01),
@@ -801,7 +806,7 @@ def test_a_bad_argument_is_refused_before_anything_runs(capsys, words, cause):
 
 
 def test_a_scan_or_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
-    assert latency.main(["--server", "localhost:1", "--scan", str(tmp_path / "none.nii")]) == 1
+    assert latency.main(["--server", "localhost:1", "--scan", str(tmp_path / "none.nii")]) == 2
     assert "none.nii cannot be read" in capsys.readouterr().err
     for option, path, words in (
         ("--checkpoint", tmp_path, "no config.json"),
@@ -817,7 +822,7 @@ def test_a_scan_or_checkpoint_that_is_not_there_is_said(tmp_path, monkeypatch, c
 def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(tmp_path, capsys):
     (tmp_path / "file").touch()
     for option, path in (("--json", "file/out.json"), ("--plots", "file"), ("--json", "")):
-        assert latency.main(["--server", "localhost:1", option, str(tmp_path / path)]) == 1
+        assert latency.main(["--server", "localhost:1", option, str(tmp_path / path)]) == 2
         assert str(tmp_path) in (said := capsys.readouterr()).err and "rates" not in said.out
 
 
@@ -969,5 +974,5 @@ def test_ways_to_decode_stand_beside_the_floor_and_failures_are_named():
 
 
 def test_an_unknown_way_to_decode_is_refused(capsys):
-    assert decode.main(["--repository", "nowhere", "--ways", "as configured,faster"]) == 1
+    assert decode.main(["--repository", "nowhere", "--ways", "as configured,faster"]) == 2
     assert "unknown: faster; the ways are as configured" in capsys.readouterr().err

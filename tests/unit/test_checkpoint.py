@@ -13,7 +13,6 @@ from engine.errors import CheckpointError
 from engine.models import base
 from engine.models.base import merge_lora
 from engine.models.checkpoint import (
-    Weights,
     eos_token_ids,
     load_clip,
     load_lamed,
@@ -21,10 +20,10 @@ from engine.models.checkpoint import (
     read_config,
     resolve,
     sha256,
-    write_lamed,
 )
 from engine.models.config import ClipConfig, LamedConfig
 from engine.models.lamed import Lamed
+from engine.models.weights import Weights
 from tests import tiny
 
 
@@ -240,11 +239,6 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(tmp_path):
         resolve(tmp_path / "nowhere" / "at" / "all")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         resolve(tmp_path)
-
-
-def test_a_written_checkpoint_has_the_published_keys_and_the_same_weights(checkpoint, tmp_path):
-    model, tokenizer = load_lamed(checkpoint)
-    assert_same_weights(write_lamed(model, read_config(checkpoint), tokenizer, tmp_path / "copy"), checkpoint)
 
 
 def test_the_hash_of_a_checkpoint_changes_with_its_content_alone(folder, checkpoint):

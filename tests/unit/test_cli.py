@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import matplotlib.image
 import nibabel
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, copy_repository
 from tests.unit.fake_triton import ANSWER
 
 
@@ -67,6 +71,7 @@ def test_a_scan_that_changes_while_it_is_asked_about_is_neither_drawn_nor_measur
     assert code == 0 and "has changed since it was sent" in err and not (tmp_path / "out.png").exists()
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["voxel_count"] == 12 * 13 * 14 and found["intensity_mean"] is None
+    assert "has changed since it was sent" in found["intensity_missing"]
 
 
 @pytest.mark.parametrize("command", [("ask", "What?"), ("segment", "What?"), ("rank", "a text")], ids=lambda c: c[0])
@@ -214,7 +219,7 @@ def served(monkeypatch):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "gpu-1.hospital.example"])
 def test_serve_says_before_it_starts_what_others_can_do_at_a_port_they_reach(m3d, served, host):
     code, out, err = m3d("serve", "--host", host, "--grpc-port", 9001)
-    assert (code, out) == (0, "") and served[0].arguments["host"] == host
+    assert (code, out) == (130, "") and served[0].arguments["host"] == host
     warning, _, rest = err.partition("\n")
     assert warning.startswith(f"warning: --host {host}: ") and "starting" in rest and "warning" not in rest
     for word in ("9001", "upload", "ask", "segment", "rank", "handle", "capacity", "key", "not encrypted", "gateway"):
@@ -256,7 +261,7 @@ def test_help_comes_without_loading_what_only_commands_need():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "LOADED []" in done.stdout
-    for command in ("serve", "ask", "segment", "rank", "sample", "inspect", "doctor"):
+    for command in ("serve", "ask", "segment", "rank", "sample", "inspect", "doctor", "export", "evaluate", "bench"):
         assert command in done.stdout
     assert "\x1b" not in done.stdout  # no colour codes in a pipe
 
@@ -279,10 +284,126 @@ def test_a_reader_that_has_enough_ends_the_request_quietly(scan, triton):
     assert triton.cancelled.wait(60)
 
 
-@pytest.mark.parametrize("command", ["", "ask", "segment", "rank", "serve", "doctor", "inspect", "sample"])
+@pytest.mark.parametrize(
+    "command", ["", "ask", "segment", "rank", "serve", "doctor", "inspect", "sample", "export", "evaluate", "bench"]
+)
 def test_every_command_has_a_help_text(m3d, command):
     code, out, _ = m3d(*filter(None, [command]), "--help")
-    assert code == 0 and "Usage" in out
+    assert code == 0 and "usage: m3d" in " ".join(out.lower().split())
+
+
+# --- how a command ends ----------------------------------------------------------------------------------------------
+def started(*arguments) -> subprocess.Popen:
+    """`m3d` in a process of its own, in which Ctrl-C is not ignored, as it may be in this one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "engine.cli", *map(str, arguments)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupted(process: subprocess.Popen) -> str:
+    """What a process says on stderr after Ctrl-C; it ends as it should."""
+    try:
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in err and "Exception" not in err, err
+    return err
+
+
+def test_ctrl_c_ends_an_answer_and_cancels_its_question(scan, triton):
+    triton.endless = True
+    process = started("ask", scan, "What?", "--server", triton.url)
+    assert process.stdout.read(10)
+    assert interrupted(process).endswith("interrupted\n")
+    assert triton.cancelled.wait(60)
+
+
+@pytest.mark.parametrize("command", [("segment", "Segment it."), ("rank", "a text")], ids=lambda c: c[0])
+def test_ctrl_c_ends_a_command_that_waits_for_the_server(scan, triton, command):
+    name, words = command
+    sent, end = threading.Event(), threading.Event()
+
+    def wait(seconds):
+        sent.set()
+        return end.wait(seconds)
+
+    triton.may_answer = SimpleNamespace(wait=wait)
+    process = started(name, scan, words, "--server", triton.url)
+    try:
+        assert sent.wait(60)
+        assert interrupted(process).endswith("interrupted\n")
+    finally:
+        end.set()
+
+
+@pytest.mark.integration
+def test_ctrl_c_ends_an_export(dev_small, tmp_path):
+    process = started("export", "--checkpoint", dev_small.folder, "--repository", copy_repository(tmp_path))
+    assert process.stdout.readline().startswith("this export needs")
+    assert "interrupted\n" in interrupted(process)
+
+
+def test_a_second_ctrl_c_does_not_cut_the_end_of_a_command_short():
+    code = (
+        "import os, signal, sys\nfrom engine.cli import console\n"
+        "def body():\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    finally:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        print('tidied')\n"
+        "sys.exit(console.run(body))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "tidied\n", "interrupted\n")
+
+
+# --- scripts of a clone ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["export", "--checkpoint", "nowhere", "--beams", "3"], 2, ["--beams", "m3d export --help"]),
+        (["export", "--checkpoint", "nowhere", "--repository", "FOLDER"], 1, ["model repository"]),
+        (["evaluate", "FOLDER/none.json"], 2, ["none.json"]),
+        (["bench", "--tokens", "0"], 2, ["--tokens", "m3d bench --help"]),
+        (["bench", "--server", "localhost:1", "--scan", "FOLDER/none.nii"], 2, ["none.nii"]),
+    ],
+)
+def test_a_script_that_m3d_runs_fails_as_m3d_does(m3d, tmp_path, arguments, code, words):
+    found, out, err = m3d(*(argument.replace("FOLDER", str(tmp_path)) for argument in arguments))
+    assert found == code and out == "" and err.startswith("error: ") and "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize("command", ["export", "evaluate", "bench"])
+def test_the_package_alone_says_that_a_script_needs_a_clone(tmp_path, command):
+    shutil.copytree(ROOT / "engine", tmp_path / "engine", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.cli", command, "--help"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    for word in (f"error: m3d {command}", ".py", "clone"):
+        assert word in done.stderr
+
+
+def test_a_script_without_its_packages_says_how_to_install_them(monkeypatch, m3d):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "training.evaluate", raising=False)
+    code, _, err = m3d("evaluate", "none.json")
+    assert code == 1 and "accelerate" in err and "m3d-engine[cpu,train,bench]" in err
 
 
 # --- one mask for each [SEG] -----------------------------------------------------------------------------------------

@@ -24,6 +24,9 @@ from engine.scan import pack_scan
 from engine.source import Source
 from tests.awaited import Awaited
 from tests.unit.fake_triton import ANSWER, EMBEDDING, HANDLE, MODEL
+from tests.unit.test_dicom import JPEG_LS, encoded
+from tests.unit.test_scan import series
+from tests.unit.test_source import without_decoder, written
 
 VOLUME = np.linspace(0, 1, 60, dtype=np.float32).reshape(1, 3, 4, 5)
 PATIENCE_S = 60
@@ -147,7 +150,7 @@ def test_a_scan_may_stand_for_its_study(client, triton):
 
 @pytest.mark.parametrize("question", ["", "  \n", None, 3])
 def test_an_empty_question_is_refused_before_it_is_sent(client, triton, study, question):
-    with pytest.raises(errors.InvalidInput, match="empty"):
+    with pytest.raises(errors.InvalidInput, match="question (is empty: give|must be) a text"):
         client.ask(study, question)
     assert not triton.asked
 
@@ -511,13 +514,27 @@ def test_a_source_that_changed_is_not_measured(segmented, tmp_path):
     np.save(path, array)
     for found in (from_array, from_file):
         assert found.measurements.volume_ml > 0 and found.measurements.intensity_mean is None
+        assert "has changed since it was sent" in found.measurements.intensity_missing
     path.unlink()
     assert gone.measurements.volume_ml > 0 and gone.measurements.intensity_mean is None
+    assert "is gone" in gone.measurements.intensity_missing and str(tmp_path) not in gone.measurements.intensity_missing
+
+
+def test_a_source_that_cannot_be_decoded_here_is_measured_without_intensities_and_says_so(
+    segmented, tmp_path, monkeypatch
+):
+    without_decoder(monkeypatch, tmp_path)
+    slices = [encoded(dataset, JPEG_LS) for dataset in series(5, shape=(4, 3))]
+    found = segmented(written(tmp_path / "scan", slices))
+    assert found.measurements.volume_ml > 0 and found.measurements.intensity_mean is None
+    assert "pip install 'm3d-engine[dicom]'" in found.measurements.intensity_missing
+    assert len(found.source.series().slices) == 5
 
 
 def test_a_bare_handle_has_no_intensities(segmented):
     found = segmented(Study(HANDLE)).measurements
     assert found.volume_ml > 0 and found.intensity_mean is found.intensity_unit is None
+    assert found.intensity_missing == "the study is known by its handle only"
 
 
 def test_no_mask_has_no_measurements(client, study):
@@ -696,6 +713,31 @@ def test_a_question_whose_task_is_cancelled_ends_on_the_server(triton):
             with pytest.raises(asyncio.CancelledError):
                 await asking
             assert await asyncio.to_thread(triton.cancelled.wait, PATIENCE_S)
+
+    asyncio.run(ask())
+
+
+def test_a_stream_that_was_closed_before_it_was_read_sends_nothing(triton):
+    async def ask():
+        async with AsyncM3DClient(triton.url, timeout=PATIENCE_S) as client:
+            stream = client.stream(await client.upload(VOLUME), "What?")
+            await stream.aclose()
+            for _ in range(2):
+                with pytest.raises(errors.Cancelled):
+                    await anext(stream)
+
+    asyncio.run(ask())
+    assert not [model for model, _ in triton.asked if model == "decoder"]
+
+
+def test_a_stream_that_could_not_be_begun_is_closed(triton, tmp_path):
+    async def ask():
+        async with AsyncM3DClient(triton.url, timeout=PATIENCE_S) as client:
+            stream = client.stream(tmp_path / "nothing.nii.gz", "What?")
+            with pytest.raises(errors.InvalidInput):
+                await anext(stream)
+            with pytest.raises(errors.Cancelled):
+                await anext(stream)
 
     asyncio.run(ask())
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from engine.contract import CHAT_MODELS, GRAPHS, IMAGE_ENCODERS, MODELS, RETRIEVE_MODELS, SEGMENT_MODELS, Model
+from engine.contract import CHAT_MODELS, GRAPHS, IMAGE_ENCODERS, MODELS, RETRIEVE_MODELS, SEGMENT_MODELS, TEXT, Model
+from engine.runtime.settings import Settings
+from engine.server import repository
 from tests.conftest import ROOT
 
 REPOSITORY = ROOT / "model_repository"
@@ -91,6 +95,38 @@ def faults(ensemble: ModelConfig) -> list[str]:
 def test_every_model_of_the_contract_is_in_the_repository_and_no_other():
     assert {path.parts[0] for path in CONFIGS} == set(MODELS) == {p.name for p in REPOSITORY.iterdir() if p.is_dir()}
     assert all((REPOSITORY / name / "config.pbtxt").is_file() for name in MODELS)
+
+
+def test_the_tracked_configurations_are_what_the_contract_writes(tmp_path):
+    repository.write(tmp_path)
+    for path in {*CONFIGS, *(path.relative_to(tmp_path) for path in tmp_path.rglob("*.pbtxt"))}:
+        tracked, written = (folder / path for folder in (REPOSITORY, tmp_path))
+        assert tracked.is_file() and written.is_file() and tracked.read_text() == written.read_text(), (
+            f"{path} is not current: run `python -m engine.server.repository`"
+        )
+
+
+def test_configurations_that_the_contract_does_not_have_any_more_are_removed(tmp_path):
+    old = tmp_path / "decoder" / "configs" / "cpu.pbtxt"
+    old.parent.mkdir(parents=True)
+    old.write_text("")
+    repository.write(tmp_path)
+    assert not old.exists() and (tmp_path / "vision_encoder" / "configs" / "cpu.pbtxt").is_file()
+
+
+def test_a_new_answer_tensor_reaches_the_ensembles_by_the_contract_alone(monkeypatch):
+    """Of a tensor in the decoder's outputs and an ensemble's, the whole way is written."""
+    added = replace(TEXT, name="ADDED")
+    for name in ("decoder", "m3d_segment"):
+        model = replace(MODELS[name], outputs=(*MODELS[name].outputs, added))
+        monkeypatch.setitem(repository.MODELS, name, model)
+    (text,) = repository.configurations(MODELS["m3d_segment"]).values()
+    ensemble = text_format.Parse(text, ModelConfig())
+    assert faults(ensemble) == [] and "ADDED" in configured(ensemble.output)
+
+
+def test_a_tensor_is_its_name():
+    assert TEXT == "TEXT" and {TEXT: 1}["TEXT"] == 1 and f"{TEXT}" == "TEXT" and hash(TEXT) == hash("TEXT")
 
 
 def test_models_are_grouped_by_what_a_checkpoint_can_do():
@@ -193,7 +229,7 @@ def test_no_request_waits_for_others_to_make_a_batch(path):
 )
 def test_a_batch_is_no_larger_than_what_its_caller_sends_at_a_time(name, caller):
     """Memory goes with the largest batch, used or not."""
-    assert MODELS[name].max_batch_size == int(parameters(f"{caller}/config.pbtxt")["threads"])
+    assert MODELS[name].max_batch_size == getattr(Settings(), caller).threads
 
 
 @pytest.mark.parametrize("name", IMAGE_ENCODERS)
@@ -208,4 +244,4 @@ def test_onnx_runtime_computes_in_fp32_on_a_gpu_and_takes_no_more_memory_than_it
     assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
     found = parameters(f"{name}/config.pbtxt")
     assert (found["arena_extend_strategy"], found["enable_mem_pattern"]) == ("1", "0")
-    assert name != "segmentation_head" or found["cudnn_conv_algo_search"] == "1"
+    assert found["cudnn_conv_algo_search"] == "1"

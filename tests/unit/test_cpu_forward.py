@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from engine.runtime.decoder import cpu_forward
-from engine.runtime.decoder.cpu_forward import Norms, Pass
+from engine.runtime.acceleration import Pass
+from engine.runtime.cpu import forward as cpu_forward
+from engine.runtime.cpu.forward import Norms
 
 
 def norms(to) -> Norms:
@@ -45,20 +46,21 @@ def test_kernels_that_cut_are_recognised(name):
 
 
 @pytest.mark.parametrize(
-    "device, eager, fits, found, kernel, furthest, used",
+    "device, eager, fits, found, kernel, furthest, used, size",
     [
-        ("cpu", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.DECODE_KERNEL),
-        ("cpu", True, True, ROUNDING, False, Pass.DECODE_KERNEL, Pass.DIRECT),
-        ("cpu", True, True, ROUNDING, True, Pass.DIRECT, Pass.DIRECT),
-        ("cpu", True, True, ROUNDING, True, Pass.VLLM, Pass.VLLM),
-        ("cuda", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM),
-        ("cpu", False, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM),
-        ("cpu", True, False, None, True, Pass.DECODE_KERNEL, Pass.VLLM),
-        ("cpu", True, True, CUTTING, True, Pass.DECODE_KERNEL, Pass.VLLM),
+        ("cpu", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.DECODE_KERNEL, 1 << 20),
+        ("cpu", True, True, ROUNDING, False, Pass.DECODE_KERNEL, Pass.DIRECT, 1 << 20),
+        ("cpu", True, True, ROUNDING, True, Pass.DIRECT, Pass.DIRECT, 1 << 20),
+        ("cpu", True, True, ROUNDING, True, Pass.VLLM, Pass.VLLM, 1 << 20),
+        ("cuda", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM, 1 << 20),
+        ("cpu", False, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM, 1 << 20),
+        ("cpu", True, False, None, True, Pass.DECODE_KERNEL, Pass.VLLM, 1 << 20),
+        ("cpu", True, True, CUTTING, True, Pass.DECODE_KERNEL, Pass.VLLM, 1 << 20),
+        ("cpu", True, True, ROUNDING, True, Pass.DECODE_KERNEL, Pass.VLLM, 4 << 30),
     ],
 )
-def test_a_shorter_pass_is_used_on_a_cpu_uncompiled_where_it_fits_and_kernels_round(
-    monkeypatch, device, eager, fits, found, kernel, furthest, used
+def test_a_shorter_pass_is_used_on_a_cpu_uncompiled_where_it_fits_and_helps_and_kernels_round(
+    monkeypatch, device, eager, fits, found, kernel, furthest, used, size
 ):
     model = SimpleNamespace(forward="vLLM's own")
     head = SimpleNamespace(cpu_linear="vLLM's own", weight=torch.zeros(16, 8))
@@ -68,10 +70,11 @@ def test_a_shorter_pass_is_used_on_a_cpu_uncompiled_where_it_fits_and_kernels_ro
         model_config=SimpleNamespace(enforce_eager=eager, dtype=torch.bfloat16),
     )
     monkeypatch.setattr(cpu_forward, "_fits", lambda _: fits)
+    monkeypatch.setattr(cpu_forward, "_layer_bytes", lambda *_: size)
     monkeypatch.setattr(cpu_forward, "_kernel_of", lambda *_: SimpleNamespace() if kernel else None)
     monkeypatch.setattr(cpu_forward, "_forward_of", lambda *_: "a shorter one")
     monkeypatch.setattr(Norms, "of_vllm", lambda: found)
-    assert cpu_forward.use_on(runner, furthest) is used
+    assert cpu_forward.install_on(runner, furthest) is used
     assert (model.forward == "vLLM's own") is (used is Pass.VLLM)
     assert (head.cpu_linear == "vLLM's own") is (used is not Pass.DECODE_KERNEL)
 

@@ -12,12 +12,13 @@ import torch
 from torch.nn import functional
 
 from engine import doctor
-from engine.runtime import compile_kernel
-from engine.runtime.decoder import decode_kernel
-from engine.runtime.decoder.decode_kernel import DecodeKernel, Geometry, Weights
+from engine.runtime.cpu import compile_kernel, decode_kernel, entry
+from engine.runtime.cpu.decode_kernel import DecodeKernel, KernelShape, LayerWeights
 
 # Widths that nothing else has, blocks that three threads cannot share evenly, fewer heads of keys than of queries.
-GEOMETRY = Geometry(hidden=96, intermediate=160, heads=5, kv_heads=1, head_size=64, epsilon=1e-5, dtype=torch.float32)
+GEOMETRY = KernelShape(
+    hidden=96, intermediate=160, heads=5, kv_heads=1, head_size=64, epsilon=1e-5, dtype=torch.float32
+)
 LAYERS, POSITIONS = 3, 50
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the largest value
 
@@ -36,7 +37,7 @@ class Model:
         self.geometry = g = replace(GEOMETRY, dtype=dtype)
         generator = torch.Generator().manual_seed(seed)
         self.layers = [
-            Weights(
+            LayerWeights(
                 1 + random(generator, g.hidden),
                 random(generator, g.projected, g.hidden),
                 random(generator, g.hidden, g.queries),
@@ -46,7 +47,7 @@ class Model:
             )
             for _ in range(LAYERS)
         ]
-        self.layers = [Weights(*(part.to(dtype) for part in vars(layer).values())) for layer in self.layers]
+        self.layers = [LayerWeights(*(part.to(dtype) for part in vars(layer).values())) for layer in self.layers]
         self.last_norm = (1 + random(generator, g.hidden)).to(dtype)
         angles = torch.outer(torch.arange(POSITIONS), 0.7 ** torch.arange(g.head_size // 2))
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], -1).to(dtype)
@@ -97,10 +98,10 @@ def test_a_kernel_of_another_version_is_not_used(monkeypatch, broken):
 
 @pytest.mark.parametrize("built, state", [(True, "ok"), (False, "note")])
 def test_the_doctor_says_whether_it_was_compiled(monkeypatch, tmp_path, built, state):
-    monkeypatch.setattr(compile_kernel, "LIBRARY", tmp_path / "_decode_kernel.so")
+    monkeypatch.setattr(entry, "LIBRARY", tmp_path / "_decode_kernel.so")
     if built:
         (tmp_path / "_decode_kernel.so").write_text("")
-    finding = doctor._decode_kernel()
+    finding = doctor._acceleration()
     assert finding.state == state and ("gcc" in finding.detail) is not built
 
 

@@ -1,10 +1,9 @@
-"""The decoder's parameters are checked before anything loads, and vLLM's surroundings are set."""
+"""What the decoder needs of its process: vLLM's surroundings, and a GPU where the export is for one."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 import subprocess
 import sys
 from unittest.mock import MagicMock
@@ -13,39 +12,10 @@ import pytest
 import torch
 
 from engine import gpu
-from engine.errors import RepositoryError, Unavailable
+from engine.errors import Unavailable
 from engine.runtime import decoder
 from engine.runtime.decoder_settings import DecoderSettings
 from tests.conftest import ROOT
-
-
-def test_texts_become_settings_of_their_own_kinds():
-    settings = DecoderSettings.from_parameters({"kv_cache_gib": "0.5", "max_num_seqs": "3", "enforce_eager": "True"})
-    assert settings == DecoderSettings(kv_cache_gib=0.5, max_num_seqs=3, enforce_eager=True)
-
-
-@pytest.mark.parametrize(
-    "parameters, words",
-    [
-        ({"max_num_sequences": "3"}, "unknown parameter max_num_sequences; known are kv_cache_gib"),
-        ({"max_num_seqs": "many"}, "max_num_seqs must be a whole number, not 'many'"),
-        ({"enforce_eager": "1"}, "enforce_eager must be true or false"),
-        ({"max_num_seqs": "0"}, "max_num_seqs must be 1 or more, not 0"),
-        ({"kv_cache_gib": "nan"}, "kv_cache_gib must be 0 or more"),
-        ({"gpu_memory_utilization": "90"}, "above 0 and at most 1"),
-        ({"block_size": "24"}, "multiple of 16"),
-    ],
-)
-def test_a_bad_parameter_is_named_with_what_is_allowed(parameters, words):
-    with pytest.raises(RepositoryError, match=re.escape(words)):
-        DecoderSettings.from_parameters(parameters)
-
-
-@pytest.mark.parametrize("path", ["config.pbtxt", "configs/cpu.pbtxt"])
-def test_the_parameters_of_the_model_repository_are_valid(path):
-    text = (ROOT / "model_repository" / "decoder" / path).read_text()
-    found = dict(re.findall(r'key: "(\w+)" value \{ string_value: "([^"]*)" \}', text))
-    assert found and DecoderSettings.from_parameters(found)
 
 
 @pytest.mark.integration

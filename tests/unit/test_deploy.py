@@ -28,7 +28,7 @@ from typer.main import get_command
 
 from deploy import gpu_check
 from deploy.tensorrt_bindings import requirement
-from engine import cli
+from engine.cli.app import app
 from engine.errors import InvalidInput
 from engine.server import SHM_NEEDED, Server, flaws
 from engine.server.triton import Triton
@@ -314,7 +314,7 @@ def test_the_ports_are_the_fronts_and_metrics_can_be_published():
     assert given["--host"] == given["--metrics-host"] == "0.0.0.0"
     assert instructions("EXPOSE") == ["8001 8002"]
     assert SERVICE["ports"] == ["127.0.0.1:8001:8001", "127.0.0.1:8002:8002"]
-    defaults = {option.name: option.default for option in get_command(cli.app).commands["serve"].params}
+    defaults = {option.name: option.default for option in get_command(app).commands["serve"].params}
     assert (defaults["grpc_port"], defaults["metrics_port"]) == (8001, 8002)
 
 
@@ -341,7 +341,7 @@ def test_what_a_documented_container_is_told_is_understood(one):
         return
     assert one.the("--gpus") == "all"
     if one.program == "m3d":
-        group = get_command(cli.app)
+        group = get_command(app)
         with group.make_context("m3d", list(one.arguments)) as context:
             name, command, rest = group.resolve_command(context, list(one.arguments))
             repository = command.make_context(name, rest, parent=context).params["repository"]

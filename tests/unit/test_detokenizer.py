@@ -104,3 +104,14 @@ def test_a_marked_token_that_a_stop_text_cuts_off_ends_with_the_text(tokenizer, 
     text = Detokenizer(tokenizer, [stop], seg)
     text.finish([seg, *tokenizer(" end", add_special_tokens=False)["input_ids"]], stop)
     assert list(text.spans) == spans and spans[0][1] == len(text.text)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_white_space_at_the_beginning_is_left_out_if_asked_for(pieces):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level())
+    tokenizer.add_tokens([AddedToken("[SEG]", normalized=False)])
+    ids = tokenizer.encode("  It is [SEG]", add_special_tokens=False)
+    text = Detokenizer(tokenizer, marked=tokenizer.convert_tokens_to_ids("[SEG]"), trimmed=True)
+    given = "".join(text.add(ids[start : start + pieces]) for start in range(0, len(ids), pieces)) + text.finish()
+    assert given == text.text == "It is [SEG]"
+    assert [given[slice(*span)] for span in text.spans] == ["[SEG]"]

@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import signal
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -19,7 +20,7 @@ import SimpleITK as sitk
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, Unavailable
 from engine.scan import pack_scan, read_scan
 from engine.scan.dicom.dataset import open_file
 from engine.scan.dicom.decoder import Decoder, DecodingFailed
@@ -594,8 +595,38 @@ def test_without_imagecodecs_the_error_says_what_to_install(tmp_path, monkeypatc
     compressed = encoded(image(8, False), LOSSLESS_SV1)
     (tmp_path / "imagecodecs.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Decoder() as running, pytest.raises(InvalidInput, match="pip install imagecodecs"):
+    with Decoder() as running, pytest.raises(Unavailable, match=r"pip install 'm3d-engine\[dicom\]'"):
         decoded(compressed, running)
+
+
+def test_the_decoder_starts_on_a_python_without_the_option_p(tmp_path, monkeypatch):
+    """As Python 3.10 is."""
+    old = tmp_path / "python"
+    old.write_text(f'#!/bin/sh\ncase "$1" in -P*) exit 2;; esac\nexec {sys.executable} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(old))
+    with Decoder() as running:
+        assert decoded(encoded(image(8, False), LOSSLESS_SV1), running).shape == (1, 24, 20)
+
+
+def test_the_decoder_starts_on_a_system_without_limits_of_a_process(tmp_path, monkeypatch):
+    """As Windows is."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['resource'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Decoder() as running:
+        assert decoded(encoded(image(8, False), LOSSLESS_SV1), running).shape == (1, 24, 20)
+
+
+@pytest.mark.parametrize("name", ["codestream", "imagecodecs_of_this_folder"])
+def test_the_decoder_imports_nothing_of_its_own_folder_and_the_working_one(tmp_path, monkeypatch, name):
+    (tmp_path / "imagecodecs_of_this_folder.py").touch()
+    (tmp_path / "path").mkdir()
+    told = "raise ValueError('found' if importlib.util.find_spec('{}') else 'not there')"
+    (tmp_path / "path" / "imagecodecs.py").write_text("import importlib.util\n" + told.format(name))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.chdir(tmp_path)
+    with Decoder() as running, pytest.raises(InvalidInput, match="not there"):
+        decoded(encoded(image(8, False), LOSSLESS_SV1), running)
 
 
 def test_the_decoder_needs_an_interpreter(monkeypatch):

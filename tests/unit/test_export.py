@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import weakref
 from types import SimpleNamespace
@@ -190,7 +191,7 @@ def test_a_calibration_file_that_is_no_scan_is_named_and_leaves_what_was_exporte
     before = {path: path.stat().st_size for path in repository.rglob("*")}
     monkeypatch.setattr(quantize, "check", lambda *_: None)  # its environment is not needed for this
     arguments = ["--checkpoint", str(checkpoints[0]), "--repository", str(repository), "--llm-quantization", "fp8"]
-    assert main([*arguments, "--calibration", str(tmp_path / "notes.md")]) == 1
+    assert main([*arguments, "--calibration", str(tmp_path / "notes.md")]) == 2
     said = capsys.readouterr().err
     assert f"--calibration {tmp_path / 'notes.md'}: " in said and f"{repository} is as it was before" in said
     assert {path: path.stat().st_size for path in repository.rglob("*")} == before
@@ -232,19 +233,20 @@ def test_a_graph_that_is_off_fails_the_export_and_leaves_no_manifest(checkpoints
 
 
 def test_a_checkpoint_without_segmentation_exports_chat_alone(checkpoints, tmp_path):
-    from engine.models.checkpoint import load_lamed, read_config, write_lamed
-
-    model, tokenizer = load_lamed(checkpoints[0])
-    model.seg_module = model.seg_projector = None
-    chat = write_lamed(
-        model, {**read_config(checkpoints[0]), "segmentation_module": None}, tokenizer, tmp_path / "chat"
-    )
+    chat = shutil.copytree(checkpoints[0], tmp_path / "chat")
+    tensors = load_file(chat / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if not key.startswith("model.seg_")}
+    save_file(kept, chat / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((chat / "config.json").read_text())
+    (chat / "config.json").write_text(json.dumps({**config, "segmentation_module": None}))
     manifest = export(chat, copy_repository(tmp_path))
+    assert len(kept) < len(tensors)
     assert set(manifest.models) == set(contract.CHAT_MODELS) and manifest.seg_token_id is None
 
 
 def test_shards_hold_every_tensor_once(checkpoints, tmp_path, monkeypatch):
-    from engine.models.checkpoint import Weights, open_lamed
+    from engine.models.checkpoint import open_lamed
+    from engine.models.weights import Weights
 
     monkeypatch.setattr(llm, "SHARD_BYTES", 200_000)
     config, weights, source = open_lamed(checkpoints[0])
@@ -311,7 +313,7 @@ def test_a_folder_that_is_no_model_repository_is_refused(checkpoints, tmp_path):
 
 def test_errors_are_one_line_and_a_status(tmp_path, capsys):
     assert main(["--checkpoint", str(tmp_path / "nothing"), "--repository", str(ROOT / "model_repository")]) == 1
-    assert capsys.readouterr().err.startswith("export failed: ")
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize("part", ["lamed", "clip"])

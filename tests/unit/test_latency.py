@@ -250,19 +250,19 @@ def test_a_run_that_fails_leaves_earlier_results_and_says_where_its_own_are(
         "--json",
         str(tmp_path / "out.json"),
     ]
-    assert latency.main(command) == 1
+    assert latency.main(command) == 2
     assert (tmp_path / "out.json").read_text() == "earlier" and "out.json.part" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json.part").read_text())["samples"]["served"]["cold"]
 
 
 def test_nothing_to_measure_is_a_clear_failure(capsys):
-    assert latency.main([]) == 1
+    assert latency.main([]) == 2
     assert "--checkpoint, --repository or --server" in capsys.readouterr().err
 
 
 def test_results_below_a_file_are_refused_before_anything_is_measured(tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert latency.main(["--checkpoint", "none", "--json", str(tmp_path / "file" / "out.json")]) == 1
+    assert latency.main(["--checkpoint", "none", "--json", str(tmp_path / "file" / "out.json")]) == 2
     assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
 
 
@@ -274,11 +274,11 @@ def test_a_run_that_cannot_begin_leaves_what_an_interrupted_one_has_left(tmp_pat
 
 
 def test_a_device_is_no_file_for_results(capsys):
-    assert latency.main(["--checkpoint", "none", "--json", "/dev/null"]) == 1
+    assert latency.main(["--checkpoint", "none", "--json", "/dev/null"]) == 2
     assert "/dev/null is no file" in capsys.readouterr().err
 
 
 def test_an_answer_without_a_mask_names_the_option(triton, scan, capsys):
     triton.mask[:] = False
-    assert latency.main([*QUICK, "--server", triton.url, "--scan", str(scan)]) == 1
+    assert latency.main([*QUICK, "--server", triton.url, "--scan", str(scan)]) == 2
     assert "--segment-question" in capsys.readouterr().err

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from engine.errors import CheckpointError
 from engine.models import hub
-from engine.models.checkpoint import Weights, sha256
+from engine.models.checkpoint import sha256
 from engine.models.hub import HubName
 from engine.models.layout import WEIGHTS, files_read
+from engine.models.weights import Weights
 
 TENSORS = {"a": torch.ones(2)}
 

@@ -19,8 +19,8 @@ import torch
 
 import engine.runtime
 from engine.errors import Unavailable
+from engine.runtime.acceleration import Pass
 from engine.runtime.decoder import engine_process, llm_engine
-from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.llm_engine import LlmEngine
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.run_folder import VARIABLE, RunFolder
@@ -140,9 +140,18 @@ def test_an_engine_that_does_not_start_again_is_broken(llm, monkeypatch, where):
         await llm.restarted()
         return await llm.refusal()
 
-    why = "out of order (it did not start again: no memory)"
-    assert asyncio.run(run()) == f"the language model is {why}: the server must be started again"
-    assert llm.told == ["ready", "restarting", why, f"broken: the language model is {why}"]
+    refusal = asyncio.run(run())
+    ready, restarting, why, broken = llm.told
+    assert (ready, restarting) == ("ready", "restarting") and why.startswith("out of order (it did not start again: ")
+    assert "no memory" in why and ("GB of memory left" in why) == (where == "_make")
+    assert refusal == f"the language model is {why}: the server must be started again"
+    assert broken == f"broken: the language model is {why}"
+
+
+def test_a_start_that_fails_says_how_much_memory_is_left(llm):
+    llm.fails = RuntimeError("Engine core initialization failed")
+    with pytest.raises(Unavailable, match=r"Engine core initialization failed.* [\d.]+ GB of memory left.*m3d inspect"):
+        asyncio.run(llm.start())
 
 
 def test_an_engine_that_dies_without_a_question_is_noticed(llm, monkeypatch):
@@ -162,22 +171,23 @@ def test_an_engine_that_dies_without_a_question_is_noticed(llm, monkeypatch):
 
 # --- the model that Triton runs --------------------------------------------------------------------------------------
 @pytest.fixture
-def model(monkeypatch):
+def model(monkeypatch, caplog):
     """model_repository/decoder/1/model.py, without a decoder."""
     backend = types.ModuleType("triton_python_backend_utils")
     backend.InferenceResponse = object
     backend.InferenceRequest = backend.Tensor = object
-    backend.errors = []
-    backend.Logger = types.SimpleNamespace(log_error=backend.errors.append)
     monkeypatch.setitem(sys.modules, backend.__name__, backend)
-    for name in ("triton_io", "answer_desk"):  # what holds on to another stand-in, and no other test shall find these
+    for name in (
+        "triton_io",
+        "decoder_service",
+    ):  # what holds on to another stand-in, and no other test shall find these
         monkeypatch.setitem(sys.modules, f"engine.runtime.{name}", None)
         monkeypatch.setattr(engine.runtime, name, None, raising=False)
         del sys.modules[f"engine.runtime.{name}"]
         delattr(engine.runtime, name)
     names = runpy.run_path(str(ROOT / "model_repository/decoder/1/model.py"))
     model = names["TritonPythonModel"]()
-    model.end, model.log = names["_end"], backend.errors
+    model.end, model.log = names["_end"], caplog
     return model
 
 
@@ -202,7 +212,7 @@ def test_health_that_cannot_be_written_stops_no_restart(model, tmp_path, monkeyp
     model.folder = RunFolder.of_server()
     shutil.rmtree(tmp_path / "run")
     model._tell("restarting")
-    assert not model.is_ready() and "could not be told" in model.log[0]
+    assert not model.is_ready() and "could not be written" in model.log.text
 
 
 def test_a_broken_language_model_ends_its_process_with_a_line_in_the_log(model, monkeypatch, capfd):
@@ -218,11 +228,11 @@ def test_a_broken_language_model_ends_its_process_with_a_line_in_the_log(model, 
 def test_python_takes_no_modules_apart_once_all_is_closed(model, monkeypatch):
     done = []
     monkeypatch.setattr(atexit, "register", lambda *call: done.append(call))
-    model.desk, model.store = (
-        types.SimpleNamespace(close=lambda name=name: done.append(name)) for name in ("desk", "store")
+    model.service, model.store = (
+        types.SimpleNamespace(close=lambda name=name: done.append(name)) for name in ("service", "store")
     )
     model.finalize()
-    assert done == ["desk", "store", (os._exit, 0)]
+    assert done == ["service", "store", (os._exit, 0)]
 
 
 # --- the engine's process --------------------------------------------------------------------------------------------

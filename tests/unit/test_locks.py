@@ -34,7 +34,10 @@ def test_a_lock_has_one_exact_version_a_line_and_no_address(name):
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_lock_satisfies_what_the_project_asks_for(name):
     locked = pins(ROOT / "locks" / name)
+    here = {"python_version": "3.12"}  # which each lock holds for
     for needed in map(Requirement, TARGETS[name]):
+        if needed.marker and not needed.marker.evaluate(here):
+            continue
         assert needed.specifier.contains(locked[canonicalize_name(needed.name)], prereleases=True), needed
 
 

@@ -60,20 +60,23 @@ def test_a_repository_without_a_manifest_is_refused_with_a_command_that_a_shell_
         ({"image_size": [1, 2]}, "image_size"),
         ({"eos_token_ids": [None]}, "eos_token_ids"),
         ({"seg_token_id": True}, "seg_token_id"),
-        ({"plans": None, "checkpoint": 1}, "checkpoint, plans"),
-        ({"graphs": {"study": {"plan": []}}}, "compute_capability of the plan of study"),
-        ({"graphs": {"study": {"gpu_memory": 9}}}, "weights of the gpu_memory of study"),
+        (
+            {"plans": None, "checkpoint": 1},
+            "checkpoint must be a valid string, not 1; plans must be an object",
+        ),
+        ({"graphs": {"study": {"plan": []}}}, "graphs.study.plan must be an object"),
+        ({"graphs": {"study": {"gpu_memory": 9}}}, "graphs.study.gpu_memory must be an object, not 9"),
         (
             {"graphs": {"study": {"gpu_memory": {**MEMORY, "contexts": [1, None]}}}},
-            "contexts of the gpu_memory of study",
+            "graphs.study.gpu_memory.contexts.1 must be a valid integer, not None",
         ),
         (
             {"graphs": {"study": {"plan": {**PLAN, "compute_capability": None}}}},
-            "compute_capability of the plan of study",
+            "graphs.study.plan.compute_capability must be a valid string, not None",
         ),
         (
             {"graphs": {"study": {"plan": {**PLAN, "version_compatible": "no"}}}},
-            "version_compatible of the plan of study",
+            "graphs.study.plan.version_compatible must be a valid boolean, not 'no'",
         ),
     ],
 )

@@ -95,7 +95,8 @@ def test_the_layout_of_mask_and_scan_does_not_matter(monkeypatch, order):
     expected = measure(mask, SHEARED, array)
     found = measure(np.asarray(mask, order=order).astype(np.uint8), SHEARED, np.asarray(array, order=order)[::-1][::-1])
     assert found.intensity_unit == expected.intensity_unit
-    for name in set(Measurements.__dataclass_fields__) - {"intensity_unit"}:
+    assert found.intensity_missing is expected.intensity_missing is None
+    for name in set(Measurements.__dataclass_fields__) - {"intensity_unit", "intensity_missing"}:
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
@@ -160,6 +161,13 @@ def test_one_voxel_has_a_box_of_its_size_and_no_spread():
 def test_what_does_not_fit_together_is_refused(mask, scan):
     with pytest.raises(InvalidInput, match="mask"):
         measure(mask, np.eye(4), scan)
+
+
+def test_why_there_are_no_intensities_is_said():
+    assert measure(blob(), FLIPPED).intensity_missing == "no scan was given"
+    assert measure(blob(), FLIPPED, missing="it is gone").intensity_missing == "it is gone"
+    assert measure(np.zeros_like(blob()), FLIPPED, missing="it is gone").intensity_missing == "it is gone"
+    assert measure(np.zeros_like(blob()), FLIPPED, values()).intensity_missing == "the mask is empty"
 
 
 def test_they_are_frozen_and_become_json_with_units_in_the_names(tmp_path):

@@ -11,9 +11,9 @@ from importlib import metadata
 import numpy
 import pytest
 
-from engine import packages
 from engine.errors import Unavailable
-from engine.packages import fetch
+from m3d_demo import packages
+from m3d_demo.packages import fetch
 
 pytestmark = pytest.mark.integration
 

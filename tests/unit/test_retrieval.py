@@ -1,4 +1,5 @@
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def pytorch(clip_checkpoint):
     clip, _ = load_clip(clip_checkpoint)
 
     @torch.inference_mode()
-    def infer(model: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def infer(model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors = [torch.tensor(array) for array in inputs.values()]
         if model == "clip_image_encoder":
             return {"IMAGE_EMBEDDING": clip.encode_image(*tensors)[:, 0].numpy()}

@@ -9,7 +9,7 @@ import tempfile
 import pytest
 
 from engine.runtime.run_folder import READY, RunFolder
-from engine.server import RUN_LOCK, RUN_PREFIX, sweep
+from engine.server.server import RUN_LOCK, RUN_PREFIX, sweep
 
 
 def test_health_is_what_was_said_last_and_starting_before(tmp_path):
@@ -36,7 +36,7 @@ def temporary(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_what_a_killed_keeper_left_is_removed_and_what_is_in_use_is_not(temporary):
+def test_what_a_killed_supervisor_left_is_removed_and_what_is_in_use_is_not(temporary):
     left, used, young, other = (temporary / f"{RUN_PREFIX}{name}" for name in ("left", "used", "young", "other"))
     for folder in (left, used, young):
         folder.mkdir()

@@ -7,11 +7,11 @@ import nrrd
 import numpy as np
 import pytest
 
-from engine import samples
 from engine.errors import InvalidInput
-from engine.samples import SAMPLES, write_sample
 from engine.scan import read_scan
 from engine.scan.read import read_volume
+from m3d_demo import samples
+from m3d_demo.samples import SAMPLES, write_sample
 
 DIRECTIONS = np.array([[0.57, 0, 0], [0, 0.57, 0], [0, 0, 5.0]])
 

@@ -68,6 +68,7 @@ def test_constraints_survive_the_wire():
         ({"json_schema": {"type": "tree"}}, "json_schema, at its top: type 'tree'"),
         ({"json_schema": {"type": "null"}, "stop": "a"}, "json_schema and stop are given.*leave one out"),
         ({"json_schema": {"type": "null"}, "choices": "a", "only_choices": True}, "json_schema and only_choices"),
+        ({"choices": "a b", "only_choices": True, "stop": "b"}, "only_choices and stop"),
     ],
 )
 def test_unusable_likelihoods_and_constraints_are_refused(settings, words):

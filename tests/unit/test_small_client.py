@@ -23,7 +23,7 @@ for name in [name for name in sys.modules if name.split(".")[0] in {blocked!r}]:
     del sys.modules[name]
 sys.meta_path.insert(0, Block())
 import numpy as np
-import engine.cli
+import engine.cli.app
 from engine.client import M3DClient
 from engine.errors import Unavailable
 from engine.results import save_mask
@@ -53,3 +53,11 @@ def test_a_client_works_without_what_is_large_and_without_what_only_linux_has(tm
         [sys.executable, "-c", program, tmp_path / "mask.nii.gz"], cwd=ROOT, capture_output=True, text=True
     )
     assert "pip install scipy" in done.stdout, done.stderr
+
+
+def test_the_doctor_looks_at_a_machine_that_has_the_client_alone(tmp_path):
+    blocked = PROGRAM.format(blocked=set(LARGE)).partition("import numpy as np")[0]
+    program = f"{blocked}\nfrom engine import doctor\nfrom pathlib import Path\n"
+    program += "print([finding.state for finding in doctor.examine(Path(sys.argv[1]), 'cpu')])"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert "'note'" in done.stdout or "'missing'" in done.stdout, done.stderr

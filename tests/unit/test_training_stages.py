@@ -28,7 +28,7 @@ from tests.conftest import ROOT
 from training import align_projector, finetune, lamed, merge_lora, pretrain_clip, record, trainer
 from training.config import build, check_trainer, read
 from training.data import selection
-from training.data.tolerant import TooManyBroken
+from training.data.skip_broken import TooManyBroken
 from training.lamed import Start, TrainedLamed
 from training.losses import contrastive_loss
 from training.packing import Packer
@@ -931,15 +931,16 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
     [
         ({"lora": {"r": 0, "alpha": 8, "dropout": 0}}, "lora.r must be 1 or more"),
         ({"lora": {"r": 4, "alpha": 8, "dropout": 1.5}}, "lora.dropout in 0 to 1"),
-        ({"sede": 1}, "unknown setting sede"),
-        ({"seed": None}, "seed must be int"),
-        ({"seed": "1"}, "seed must be int"),
+        ({"sede": 1}, "sede is unknown; known are out, seed"),
+        ({"seed": None}, "seed must be a valid integer, not None"),
+        ({"seed": "1"}, "seed must be a valid integer, not '1'"),
         ({"seed": -1}, "seed must not be negative"),
-        ({"lora": {"r": 8}}, "missing setting lora.alpha"),
-        ({"lora": {"r": 8, "alpha": 8, "dropout": 0, "beta": 1}}, "unknown setting lora.beta"),
-        ({"train": "lm_head"}, "train must be a list"),
-        ({"out": 3}, "out must be a path"),
-        ({"start": {"language_model": {"package": "x"}}}, "missing setting start.language_model.file"),
+        ({"lora": {"r": 8}}, "lora.alpha is missing"),
+        ({"lora": {"r": 8, "alpha": 8, "dropout": 0, "beta": 1}}, "lora.beta is unknown; known are r, alpha, dropout"),
+        ({"train": "lm_head"}, "train must be a valid array, not 'lm_head'"),
+        ({"out": 3}, "out must be a valid string, not 3"),
+        ({"out": ""}, "out must be a path"),
+        ({"start": {"language_model": {"package": "x"}}}, "start.language_model.PackagedModel.file is missing"),
         ({"trainer": {"lerning_rate": 1}}, "unknown setting trainer.lerning_rate"),
         ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate must be float"),
         ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps must be int"),
@@ -954,14 +955,13 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
             "trainer.fsdp_config: nowhere.json cannot be read",
         ),
         ({"trainer": {"full_determinism": True}}, "trainer.full_determinism: on CUDA, .*AvgPool3d.*trilinear"),
-        ({"start": {"language_model": "nowhere", "model": {}}}, "nowhere"),
         ({"trainer": {"seed": 1}}, "use `seed`"),
         ({"trainer": {"save_only_model": True}}, "trainer.save_only_model is set by the stage itself"),
         ({"trainer": {"save_on_each_node": True}}, "trainer.save_on_each_node is set by the stage itself"),
         ({"trainer": {"ignore_data_skip": True}}, "trainer.ignore_data_skip is set by the stage itself"),
         ({"trainer": {"auto_find_batch_size": True}}, "trainer.auto_find_batch_size is set by the stage itself"),
         ({"data": {}}, "data must have either"),
-        ({"data": {"m3d": {"root": "x"}}}, "missing setting data.m3d.tasks"),
+        ({"data": {"m3d": {"root": "x"}}}, "data.m3d.tasks is missing"),
         ({"mask_grid": "patches"}, "mask_grid"),
         ({"answer_weights": "equal"}, "answer_weights"),
         ({"train": ["tower"]}, "train names tower"),
@@ -971,12 +971,15 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
         ({"max_length": 4096}, "more than the language model's context"),
     ],
 )
-def test_a_configuration_with_a_wrong_setting_is_refused_by_name(tmp_path, data, llm, change, named, monkeypatch):
+def test_a_configuration_with_a_wrong_setting_is_refused_by_name(
+    tmp_path, data, llm, change, named, monkeypatch, capsys
+):
     values = {**toy.finetune_configuration(tmp_path / "run", data, llm), **change}
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(toy.written(values, tmp_path / "c.json"))])
     with pytest.raises(SystemExit) as stopped:
         trainer.main("", finetune.Settings, finetune.train)
-    assert re.search(named, str(stopped.value)) and not (tmp_path / "run" / "checkpoint-1").exists()
+    assert stopped.value.code == 2 and re.search(named, capsys.readouterr().err)
+    assert not (tmp_path / "run" / "checkpoint-1").exists()
 
 
 @pytest.mark.parametrize("given", [True, None, "full_shard auto_wrap"])
@@ -1017,8 +1020,8 @@ def called(monkeypatch, capsys, module, values: dict, file: Path) -> str:
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", str(toy.written(values, file))])
     try:
         module.main() if module is merge_lora else trainer.main("", module.Settings, module.train)
-    except SystemExit as stopped:
-        return str(stopped)
+    except SystemExit:
+        return capsys.readouterr().err
     return capsys.readouterr().out
 
 

@@ -25,7 +25,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from engine.errors import InvalidInput, M3DError
+from engine.cli import console
+from engine.errors import InvalidInput
 from training.data.jobs import parallel, progress
 from training.data.oddities import Subject, centre, repeats, subject, turned_cases, turned_sets
 from training.data.reading import read_image
@@ -272,10 +273,7 @@ def _show(sets: Sequence[TrainingSet], results: Sequence[Findings], problems: Se
 
 
 def main() -> None:
-    try:
-        typer.run(check)
-    except M3DError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(console.run(lambda: typer.run(check)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from engine.errors import InvalidInput, M3DError
+from engine.cli import console
+from engine.errors import InvalidInput
 from engine.volume import PRESETS
 from training.data.jobs import Job, LeftOut, Outcome, do_all
 from training.data.raw import DTYPES, MASK_RULES, Rules, cap_jobs, refseg_jobs, seg_jobs
@@ -378,10 +379,7 @@ def _finish(
 
 
 def main() -> None:
-    try:
-        app()
-    except M3DError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(console.run(app))
 
 
 if __name__ == "__main__":

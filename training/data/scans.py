@@ -15,10 +15,10 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from engine.packages import fetch
 from engine.scan import Scan
 from engine.scan.read import read_volume
 from engine.volume import prepare
+from m3d_demo.packages import fetch
 
 Masks = dict[str, np.ndarray]
 

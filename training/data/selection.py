@@ -18,7 +18,7 @@ from engine.errors import InvalidInput
 from training.config import StageSettings, build
 from training.data.sample import BrokenSample, Sample
 from training.data.sets import TASKS, Mixture, open_sets, splits_of
-from training.data.tolerant import Tolerant
+from training.data.skip_broken import SkipBroken
 from training.data.views import ScanSettings, ViewPairs, ViewQuestions, Views
 from training.data.watch import BrokenSampleCheck
 from training.record import sha256
@@ -77,7 +77,7 @@ class M3DSamples:
         )
         run.out.mkdir(parents=True, exist_ok=True)
         self.root = settings.root
-        self.samples = Tolerant(self.sets, run.out / "broken.jsonl", settings.broken)
+        self.samples = SkipBroken(self.sets, run.out / "broken.jsonl", settings.broken)
         self.callbacks = [BrokenSampleCheck(self.samples)]
 
     def __len__(self) -> int:

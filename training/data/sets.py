@@ -374,10 +374,10 @@ class Structures(TrainingSet):
 
     def _words(self, index, mask, rng):
         slots = {"name": self.name(index)}
-        told = self.told.get(slots["name"])
-        style = "by_description" if index % 2 and told else "by_name"
+        described = self.told.get(slots["name"])
+        style = "by_description" if index % 2 and described else "by_name"
         if style == "by_description":
-            slots["description"] = choose(rng, told)
+            slots["description"] = choose(rng, described)
         present = bool(mask.any())
         # What is not there has no box to ask about.
         asked = self._templates[self.task if present or self.task != "reg" else "rec"][style]

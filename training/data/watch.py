@@ -6,7 +6,7 @@ import logging
 
 from transformers import TrainerCallback
 
-from training.data.tolerant import Tolerant
+from training.data.skip_broken import SkipBroken
 
 _log = logging.getLogger(__name__)
 _SHOWN = 20
@@ -15,7 +15,7 @@ _SHOWN = 20
 class BrokenSampleCheck(TrainerCallback):
     """Stops a Trainer on too many broken samples, on all ranks at the same step, and sums up at the end."""
 
-    def __init__(self, dataset: Tolerant):
+    def __init__(self, dataset: SkipBroken):
         self.dataset = dataset
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -13,12 +13,14 @@ class Detokenizer:
     Only the last few tokens are decoded again at each step. A character that several tokens spell is given when it is
     whole, and what may be the beginning of a stop text is held back until it is not.
 
+    trimmed: whether white space at the beginning is left out.
     marked: a token that is one word of the text. spans: where it stands in the text, each time (start, end) in
     characters; behind a stop text's place both are the text's length.
     """
 
-    def __init__(self, tokenizer, stop: Sequence[str] = (), marked: int | None = None):
+    def __init__(self, tokenizer, stop: Sequence[str] = (), marked: int | None = None, trimmed: bool = False):
         self._tokenizer = tokenizer
+        self._trimmed = trimmed
         self._marked = marked
         self._word = "" if marked is None else self._decode([marked]).strip()
         self.spans: tuple[tuple[int, int], ...] = ()
@@ -58,7 +60,7 @@ class Detokenizer:
         return self._decode(self._ids[self._start :])[len(known) :]
 
     def _take(self, new: str) -> None:
-        self.text += new
+        self.text += new.lstrip() if self._trimmed and not self.text else new
         self._start, self._known = self._known, len(self._ids)
 
     def _give(self, end: int) -> str:

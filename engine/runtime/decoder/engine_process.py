@@ -104,7 +104,7 @@ def rank_tokens_without_compiling(runner) -> None:
 
 
 @contextmanager
-def unused_generators_aside(runner):
+def without_unused_generators(runner):
     """Keep vLLM from turning back the random generators of seeded requests whose sample it throws away.
 
     That happens after each chunk of a prompt but the last, and a CPU's generator cannot be turned back: vLLM 0.32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from collections import deque
@@ -17,11 +18,14 @@ import torch
 
 from engine.errors import InvalidInput, M3DError, Unavailable, one_line
 from engine.gpu_memory import cache_bytes
+from engine.memory import available_memory
+from engine.runtime.acceleration import Pass
 from engine.runtime.decoder import engine_process, seg_states, vllm_environment, worker_extension
-from engine.runtime.decoder.cpu_forward import Pass
 from engine.runtime.decoder.seg_state_check import check_same_states, check_seg_states
 from engine.runtime.decoder_settings import DecoderSettings
 from engine.runtime.run_folder import READY
+
+_log = logging.getLogger(__name__)
 
 RESTART_WINDOW_S = 3600
 WATCH_INTERVAL_S = 1.0
@@ -76,6 +80,8 @@ class LlmEngine:
         return self._health
 
     def _become(self, health: str) -> None:
+        level = logging.INFO if health in (STARTING, READY, STOPPED) else logging.WARNING
+        _log.log(level, "the language model is %s", health)
         self._health = health
         self._on_health(health)
 
@@ -89,6 +95,12 @@ class LlmEngine:
         except asyncio.CancelledError:  # stopped meanwhile: what is being made must not outlive this
             await _end(await making)
             raise
+        except RuntimeError as error:  # vLLM's, when its process ends: that process has printed why
+            raise Unavailable(
+                f"the language model's process did not start ({one_line(error)}); this machine has "
+                f"{available_memory() / 1e9:.1f} GB of memory left. The process printed the reason before; "
+                "`m3d inspect` says how much memory the model needs"
+            ) from error
         try:
             await llm.collective_rpc("watch_seg_states", args=(os.getpid(),))
             self._llm = llm
@@ -307,6 +319,6 @@ async def _end(llm) -> None:
         llm.output_handler.cancel()
         llm.output_processor.propagate_error(EngineDeadError())
     await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
-    llm.shutdown = lambda: None  # its finaliser would call it again, amid the ruins of a Python that ends
+    llm.shutdown = lambda: None  # its finaliser would call it again while Python ends
     for process in processes:
         await asyncio.to_thread(process.join)

@@ -165,7 +165,7 @@ class SegStateExtension:
         def sample_and_keep(*args, **kwargs):
             executed = runner.execute_model_state
             rows, watched = (None, []) if executed is None else rows_of(runner, executed, states.running)
-            with engine_process.unused_generators_aside(runner):
+            with engine_process.without_unused_generators(runner):
                 output = sample_tokens(*args, **kwargs)
             if watched:
                 states.record(Step(rows(), watched, *_sampled_tokens(output)))

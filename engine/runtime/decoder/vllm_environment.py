@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from engine.runtime import acceleration
+
 _ALWAYS = {
     # Nothing leaves the machine and nothing is looked for outside it: the model folder is complete.
     "VLLM_NO_USAGE_STATS": "1",
@@ -14,12 +16,6 @@ _ALWAYS = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_HOST_IP": "127.0.0.1",
-    # Threads that spin while they wait would take the cores from the encoders. But a token is hundreds of short
-    # products, and with threads that sleep after each it takes a third longer to twice as long: waking one costs a
-    # virtual machine up to 70 microseconds. So they spin first, for about as long as it is from one product to the
-    # next; an encoder beside them takes up to a twelfth longer for it.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "5000",
     # A Triton stub starts in the C locale; the engine's process inherits this.
     "LC_ALL": "C.UTF-8",
     # To ask PyTorch for a GPU makes a fork of this process useless to CUDA, unless PyTorch asks the driver's NVML. vLLM
@@ -52,5 +48,6 @@ def prepare(threads: int) -> None:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available():
+        os.environ.update(acceleration.variables())
         os.environ.update(_ON_CPU)
         os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.runtime.decoder import cpu_forward
+from engine.runtime import acceleration
 from engine.runtime.decoder.seg_states import SegStateExtension
 
 NAME = f"{__name__}.WorkerExtension"
@@ -12,5 +12,5 @@ class WorkerExtension(SegStateExtension):
     """Its methods, and those of its base, are called by `collective_rpc`."""
 
     def shorten_pass(self, furthest: int) -> int:
-        """See `cpu_forward.use_on`; passes as numbers, which vLLM can send."""
-        return int(cpu_forward.use_on(self.model_runner, cpu_forward.Pass(furthest)))
+        """See `engine.runtime.acceleration`."""
+        return acceleration.shorten_pass(self.model_runner, furthest)

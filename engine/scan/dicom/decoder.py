@@ -21,8 +21,11 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from engine.errors import Unavailable
+
 _SCRIPT = Path(__file__).with_name("decoder_process.py")
-_KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_ALL")  # of the environment; no secrets
+# Of the environment; no secrets. Windows needs SYSTEMROOT to start a Python.
+_KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_ALL", "SYSTEMROOT")
 
 
 class DecodingFailed(Exception):
@@ -34,7 +37,7 @@ class Decoder:
 
     Decoders are native code. Damaged frames make them abort or overrun memory: no upload may do that to a server.
 
-    seconds: for one frame; then the process is killed.
+    seconds: for one frame; then the process is killed. On Linux its memory is bounded, too.
     """
 
     def __init__(self, seconds: float = 60.0):
@@ -61,7 +64,8 @@ class Decoder:
             rows, columns, allocated: size in pixels, and bits of a cell in the data set (used by rle).
 
         Raises:
-            DecodingFailed: the decoder refused the frame, died of it, took too long, or is not installed.
+            DecodingFailed: the decoder refused the frame, died of it, or took too long.
+            Unavailable: the decoder is not installed.
         """
         process = self._running()
         request = json.dumps({"family": family, "rows": rows, "columns": columns, "bits_allocated": allocated}).encode()
@@ -86,6 +90,10 @@ class Decoder:
         finally:
             timer.cancel()
         found = json.loads(answer)
+        if package := found.get("missing"):
+            raise Unavailable(
+                f"compressed DICOM cannot be decoded here, {package} is not installed: pip install 'm3d-engine[dicom]'"
+            )
         if cause := found.get("error"):
             # What a damaged frame left in the libraries must not reach the next one.
             self.__exit__(None, None, None)
@@ -98,9 +106,8 @@ class Decoder:
         if self._process is None:
             environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
             try:
-                # -P: the modules beside the script are no top-level modules.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", str(_SCRIPT)],
+                    [sys.executable, str(_SCRIPT)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

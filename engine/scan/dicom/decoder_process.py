@@ -1,19 +1,27 @@
 """The process that decodes compressed frames. `Decoder` runs this file as a script; the engine does not import it.
 
 Messages in and out are those of decoder.py: in a JSON object (the frame's family, rows, columns, bits_allocated) and
-the frame, out a JSON object (dtype, or error) and the pixels.
+the frame, out a JSON object (dtype and shape, or error, or the package that is missing) and the pixels.
 """
 
 from __future__ import annotations
 
+import sys
+
+# Python put the script's folder there. The modules beside the script are no top-level modules. Python 3.10 lacks -P.
+sys.path.pop(0)
+
 import json
 import os
-import resource
 import struct
-import sys
 from typing import Any
 
 import numpy as np
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits: there `Decoder` bounds a frame by its time alone
+    resource = None  # type: ignore[assignment]
 
 # Of addresses, the libraries included: a frame that asks for more is refused, and the server keeps its memory.
 _MEMORY = 4 << 30
@@ -23,8 +31,9 @@ def main() -> None:
     # Libraries print to standard output, too: that must not reach the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold a patient's pixels
-    if sys.platform == "linux":  # macOS refuses that limit
+    if resource:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold a patient's pixels
+    if resource and sys.platform == "linux":  # macOS refuses that limit
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     while lengths := sys.stdin.buffer.read(16):
         head, body = struct.unpack(">QQ", lengths)
@@ -35,7 +44,7 @@ def main() -> None:
             array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
             pixels, answer = array.tobytes(), {"dtype": array.dtype.str, "shape": array.shape}
         except ImportError:
-            answer = {"error": "its decoder is not installed on the server: pip install imagecodecs"}
+            answer = {"missing": "imagecodecs"}
         except MemoryError:
             answer = {"error": f"it needs more than the {_MEMORY >> 30} GiB that a frame may take"}
         except Exception as error:

@@ -48,6 +48,7 @@ def stored_pixels(name: str, dataset: pydicom.Dataset, frames: int, decoder: Dec
 
     Raises:
         InvalidInput: the pixels are no grey values, are damaged, or are compressed in a way that is not read.
+        Unavailable: they are compressed, and their decoder is not installed.
     Source: DICOM PS3.3 C.7.6.3, PS3.5 section 8.
     """
     _check_grey(name, dataset)

@@ -39,9 +39,9 @@ class Plane:
     """One image plane; lengths in mm, directions and positions in LPS+.
 
     name: for messages. study, series, frame_of_reference: UIDs. reference: the image that it is. pixels: [rows,
-    columns], with the rescale applied. position: of the first pixel's centre. along_row, along_column: direction of
-    growing column and row index. rescaled: whether the data set has RescaleSlope or RescaleIntercept. labels: its
-    values of LABELS, empty where it has none.
+    columns], with the rescale applied; zeros, which take no memory, if they are not read. position: of the first
+    pixel's centre. along_row, along_column: direction of growing column and row index. rescaled: whether the data set
+    has RescaleSlope or RescaleIntercept. labels: its values of LABELS, empty where it has none.
     """
 
     name: str
@@ -64,19 +64,20 @@ class Plane:
         return np.cross(self.along_row, self.along_column)
 
 
-def planes_of(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, file: str) -> list[Plane]:
+def planes_of(name: str, dataset: pydicom.Dataset, frames: int, pixels: np.ndarray | None, file: str) -> list[Plane]:
     """The planes of a data set's frames.
 
     Args:
         name: of the file, for messages.
-        pixels: [frames, rows, columns], as stored.
+        frames: how many it has.
+        pixels: [frames, rows, columns], as stored; None if they are not read.
         file: see `SliceReference`.
 
     Raises:
         InvalidInput: where a frame lies, or what its values mean, is missing or no usable number.
     Source: DICOM PS3.3 C.7.6.2, C.7.6.16, C.11.1.
     """
-    frames, per_frame = len(pixels), dataset.get("PerFrameFunctionalGroupsSequence") or ()
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or ()
     if frames > 1 and len(per_frame) != frames:
         raise InvalidInput(
             f"{name} has {frames} frames, and says where {len(per_frame)} of them lie "
@@ -86,11 +87,13 @@ def planes_of(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, file: str
     for index in range(frames):
         reference = reference_to(file, dataset, index + 1 if frames > 1 else None)
         where = f"{name} frame {index + 1}" if frames > 1 else name
-        found.append(_plane(where, dataset, pixels[index], index, reference))
+        found.append(_plane(where, dataset, None if pixels is None else pixels[index], index, reference))
     return found
 
 
-def _plane(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, reference: SliceReference) -> Plane:
+def _plane(
+    name: str, dataset: pydicom.Dataset, pixels: np.ndarray | None, index: int, reference: SliceReference
+) -> Plane:
     value = _values(dataset, index)
     orientation = np.array(_numbers(name, value, "ImageOrientationPatient", "PlaneOrientationSequence", 6))
     position = np.array(_numbers(name, value, "ImagePositionPatient", "PlanePositionSequence", 3))
@@ -113,7 +116,9 @@ def _plane(name: str, dataset: pydicom.Dataset, pixels: np.ndarray, index: int, 
         str(dataset.get("Modality") or ""),
         str(dataset.get("FrameOfReferenceUID") or ""),
         reference,
-        rescale(pixels, slope, intercept),
+        np.broadcast_to(np.uint8(0), (dataset.Rows, dataset.Columns))
+        if pixels is None
+        else rescale(pixels, slope, intercept),
         position,
         along_row,
         along_column,

@@ -34,13 +34,9 @@ def read_dicom_zip(data: memoryview, limits: Limits) -> Volume:
 
     Raises:
         InvalidInput: there is no series or more than one; its slices do not form one volume; pixels that are not read.
+        Unavailable: pixels are compressed, and their decoder is not installed.
     """
-    found = _Images(limits)
-    with Decoder() as decoder:
-        for name, content in members(data, limits):
-            with damage_named(name):
-                found.add(name, content, decoder)
-    return found.volume()
+    return _images_of_zip(data, limits, with_pixels=True).volume()
 
 
 def read_dicom_file(data: memoryview, limits: Limits) -> Volume:
@@ -49,10 +45,33 @@ def read_dicom_file(data: memoryview, limits: Limits) -> Volume:
     Raises:
         InvalidInput: also for a file with a single slice, which is a part of a series.
     """
-    found = _Images(limits)
+    return _images_of_file(data, limits, with_pixels=True).volume()
+
+
+def read_series_of_zip(data: memoryview, limits: Limits) -> SeriesReference:
+    """The series of what `read_dicom_zip` reads. No pixels are read, so that no decoder is needed."""
+    return _series_of(_images_of_zip(data, limits, with_pixels=False).planes())
+
+
+def read_series_of_file(data: memoryview, limits: Limits) -> SeriesReference:
+    """The series of what `read_dicom_file` reads. No pixels are read, so that no decoder is needed."""
+    return _series_of(_images_of_file(data, limits, with_pixels=False).planes())
+
+
+def _images_of_zip(data: memoryview, limits: Limits, with_pixels: bool) -> _Images:
+    found = _Images(limits, with_pixels)
+    with Decoder() as decoder:
+        for name, content in members(data, limits):
+            with damage_named(name):
+                found.add(name, content, decoder)
+    return found
+
+
+def _images_of_file(data: memoryview, limits: Limits, with_pixels: bool) -> _Images:
+    found = _Images(limits, with_pixels)
     with damage_named(_FILE):
         found.add_series(data)
-    return found.volume()
+    return found
 
 
 @dataclass
@@ -60,6 +79,7 @@ class _Images:
     """The images of the files that were added, and what there was beside them."""
 
     limits: Limits
+    with_pixels: bool
     scans: list[Plane] = field(default_factory=list)
     localizers: list[Plane] = field(default_factory=list)
     beside: Counter[str] = field(default_factory=Counter)
@@ -114,7 +134,7 @@ class _Images:
     def add_image(
         self, name: str, content: bytes | memoryview, image: pydicom.Dataset, decoder: Decoder, file: str
     ) -> None:
-        """Decodes one image, unless it is a copy of another, or a localizer that cannot be read.
+        """Reads one image, unless it is a copy of another, or a localizer that cannot be read.
 
         name: for messages. file: see `SliceReference`.
         """
@@ -122,7 +142,8 @@ class _Images:
         localizer = "LOCALIZER" in image_type(image)
         try:
             with damage_named(name):
-                planes = planes_of(name, image, stored_pixels(name, image, frames, decoder), file)
+                pixels = stored_pixels(name, image, frames, decoder) if self.with_pixels else None
+                planes = planes_of(name, image, frames, pixels, file)
         except InvalidInput:
             if not localizer:
                 raise
@@ -138,7 +159,8 @@ class _Images:
         self.voxels += frames * planes[0].pixels.size
         (self.localizers if localizer else self.scans).extend(planes)
 
-    def volume(self) -> Volume:
+    def planes(self) -> list[Plane]:
+        """In order. Raises InvalidInput if they form no volume."""
         if self.scans and self.localizers:
             self.beside["localizer image"] += len(self.localizers)
         planes = self.scans or self.localizers
@@ -150,7 +172,10 @@ class _Images:
             )
         _check_one_volume(planes)
         self.limits.check_shape((*planes[0].pixels.shape[::-1], len(planes)))
-        planes = sorted_planes(planes)
+        return sorted_planes(planes)
+
+    def volume(self) -> Volume:
+        planes = self.planes()
         affine = fitted_affine(planes)
         notes = self._notes(planes[0])
         array = np.stack([plane.pixels for plane in planes]).transpose(2, 1, 0)
