@@ -349,7 +349,7 @@ class Structures(TrainingSet):
     def _open(self) -> Sequence:
         self.names = names_of(self.index, self.code)
         self.terms = next((path for path in (self._base / TERMS, self.root / TERMS) if path.is_file()), None)
-        self.descriptions = descriptions() | (read_descriptions(self.terms) if self.terms else {})
+        self.told = descriptions() | (read_descriptions(self.terms) if self.terms else {})
         rows = read_split(self.index, _split(_SEG_SPLITS, self.split), ("image", "label"))
         for number, row in enumerate(rows):
             found = _MASK.fullmatch(Path(row["label"]).name)
@@ -385,12 +385,12 @@ class Structures(TrainingSet):
 
     def style(self, index: int) -> str:
         """by_name or by_description: of each two samples the second, where a description is known."""
-        return "by_description" if index % 2 and self.descriptions.get(self.name(index)) else "by_name"
+        return "by_description" if index % 2 and self.told.get(self.name(index)) else "by_name"
 
     def worded(self, index, mask, rng):
         slots, style = {"name": self.name(index)}, self.style(index)
         if style == "by_description":
-            slots["description"] = choose(rng, self.descriptions[slots["name"]])
+            slots["description"] = choose(rng, self.told[slots["name"]])
         present = bool(mask.any())
         # What is not there has no box to ask about.
         asked = self._templates[self.task if present or self.task != "reg" else "rec"][style]
