@@ -28,13 +28,13 @@ from training.config import StageSettings
 from training.data.augment import View
 from training.data.jitter import swap_sides
 from training.data.scans import LabelledScan
-from training.data.selection import open_questions, open_views, shown
-from training.finetune import check_precision
-from training.lamed import Start, TrainedLamed
-from training.packing import Packer, count_too_long
+from training.data.selection import open_held_out, open_questions, open_views
+from training.data.views import Views
+from training.finetune import check_precision, fit_questions
+from training.lamed import Start, TrainedLamed, image_size_of
+from training.packing import Packer
 
 OBJECTIVES = ("captions", "words")
-_SHOWN = 4
 # A cell is named after every structure that fills this share of it; a tumour is named wherever it reaches.
 _NAMED_SHARE = 0.1
 _SHARPNESS = 12.0
@@ -97,7 +97,7 @@ class WordAligned(trainer.StageModel):
         tokens = self.model.lamed.encode_images(images)
         with torch.autocast(images.device.type, enabled=False):
             words, length = (part * len(images) / totals["scans"] for part in self.lens.losses(tokens, target))
-        return {"loss": words + length, "words": words.detach(), "length": length.detach()}
+        return {"loss": words + length, "parts": trainer.Exact(words=words.detach(), length=length.detach())}
 
     def collate(self, items: list[tuple[View, np.random.Generator]]) -> dict:
         grid = self.model.lamed.config.visual_grid
@@ -112,11 +112,14 @@ class WordAligned(trainer.StageModel):
             folder, {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
         )
 
+    def keeps(self, name: str) -> bool:
+        return name.startswith("model.") and self.model.keeps(name.removeprefix("model."))
+
     def restore(self, folder: Path) -> None:
         self.model.restore(folder)
 
-    def sample_text(self) -> str:
-        return f"{len(self.lens.tokens)} names: {', '.join(self.lens.tokens)}"
+    def predictions(self) -> list[trainer.Prediction]:
+        return [trainer.Prediction(f"{len(self.lens.tokens)} names: {', '.join(self.lens.tokens)}")]
 
 
 def about(facts: dict[str, str]) -> list[str]:
@@ -142,18 +145,18 @@ def words_of(view: View, lens: Lens, grid: tuple[int, int, int]) -> np.ndarray:
 def train(settings: Settings) -> Path:
     if settings.objective not in OBJECTIVES:
         raise InvalidInput(f"objective {settings.objective!r} is not known; known: {', '.join(OBJECTIVES)}")
-    check_precision(settings, settings.start)
+    check_precision(settings, settings.start, settings.train)
+    size = image_size_of(settings.start)
+    words = settings.objective == "words"
+    data = open_views(settings, size) if words else open_questions(settings, size)
+    held_out = open_held_out(settings, size)
+    trainer.check_amount(len(data), settings)
     model = TrainedLamed(settings.start, settings.train, segmentation=False)
-    size = model.lamed.config.vision.image_size
-    if settings.objective == "words":
-        views = open_views(settings, size)
-        aligned = WordAligned(model, list(views.scans.values()))
-        return trainer.fit(aligned, settings, views, aligned.collate)
-    captions = open_questions(settings, size)
+    if isinstance(data, Views):
+        aligned = WordAligned(model, list(data.scans.values()))
+        return trainer.fit(aligned, settings, data, aligned.collate)
     packer = Packer(model.prompt, size, model.config_json["seg_token_id"], settings.max_length)
-    count_too_long(captions, packer)
-    model.shown = shown(captions, _SHOWN) if settings.sample_every else []
-    return trainer.fit(model, settings, captions, packer)
+    return fit_questions(model, settings, data, packer, held_out)
 
 
 if __name__ == "__main__":

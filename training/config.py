@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import types
@@ -15,6 +16,7 @@ from engine.errors import InvalidInput
 from engine.validation import checked
 
 T = TypeVar("T")
+TENSORBOARD = "tensorboard"
 
 # Set by the stages; everything else of transformers' TrainingArguments may stand under `trainer`.
 MANAGED = {
@@ -26,6 +28,9 @@ MANAGED = {
     "load_best_model_at_end": None,
     "push_to_hub": None,
     "do_train": None,
+    "do_eval": "trainer.eval_strategy",
+    # Checkpoints appear once, whole, in a folder that all machines share.
+    "save_on_each_node": None,
     # With these a resumed run would not end where one that was never interrupted does.
     "save_only_model": None,
     "ignore_data_skip": None,
@@ -74,6 +79,7 @@ def training_arguments(settings: StageSettings, **defaults):
 
     given = settings.trainer
     check_trainer(given)
+    boards = boards_of(given)
     # One process has no group; several on CPUs talk through gloo.
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     backend = {"ddp_backend": None if alone else given.get("ddp_backend", "gloo" if given.get("use_cpu") else None)}
@@ -83,11 +89,12 @@ def training_arguments(settings: StageSettings, **defaults):
                 # No batch is padded by repeating samples, and every parameter that is trained is reached by every step.
                 "dataloader_drop_last": True,
                 "ddp_find_unused_parameters": False,
-                "report_to": "none",
                 "save_total_limit": 2,
                 **defaults,
                 **given,
                 **backend,
+                # TensorBoard's curves are the stage's own.
+                "report_to": [name for name in boards if name != TENSORBOARD] or "none",
                 "output_dir": str(settings.out),
                 "seed": settings.seed,
                 "data_seed": settings.seed,
@@ -114,9 +121,45 @@ def check_trainer(given: dict) -> None:
             "not one of transformers' TrainingArguments"
         )
     hints = typing.get_type_hints(TrainingArguments)
+    # Its annotation lags behind: true is the form that stays, a string the one that is about to go.
+    hints["fsdp"] |= bool
     for name, value in given.items():
         if not _fits(hints[name], value):
             raise InvalidInput(f"trainer.{name} must be {_name(hints[name])}, not {value!r}")
+    boards_of(given)
+    _check_files(given)
+    if given.get("full_determinism") and not given.get("use_cpu"):
+        raise InvalidInput(
+            "trainer.full_determinism: on CUDA, PyTorch has no deterministic gradient of the projector's pooling "
+            "(AvgPool3d) and of the masks' upsampling (trilinear), and stops at the first of them: leave it out"
+        )
+
+
+def boards_of(given: dict) -> list[str]:
+    """Where curves go: `report_to`, by default TensorBoard. Raises InvalidInput naming what is not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    names = given.get("report_to", TENSORBOARD)
+    names = [] if names in ("none", None) else names if isinstance(names, list) else [names]
+    there = get_available_reporting_integrations()
+    if unknown := sorted({str(name) for name in names} - {*there, TENSORBOARD}):
+        raise InvalidInput(
+            f"trainer.report_to: {', '.join(unknown)} is not installed, or not known to transformers; here is "
+            f"{', '.join(there) or 'none'}"
+        )
+    return names
+
+
+def _check_files(given: dict) -> None:
+    """Raise InvalidInput where DeepSpeed's or FSDP's settings cannot be read, or DeepSpeed is not installed."""
+    for name in ("deepspeed", "fsdp_config"):
+        if isinstance(file := given.get(name), str):
+            try:
+                json.loads(Path(file).read_text())
+            except (OSError, ValueError) as error:
+                raise InvalidInput(f"trainer.{name}: {file} cannot be read: {error}") from None
+    if given.get("deepspeed") and not importlib.util.find_spec("deepspeed"):
+        raise InvalidInput("trainer.deepspeed: the package deepspeed is not installed")
 
 
 def as_json(settings: Any) -> Any:

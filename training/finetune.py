@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from engine.errors import CheckpointError, InvalidInput
 from training import trainer
 from training.config import StageSettings
-from training.data.selection import open_questions, shown
-from training.lamed import Lora, LossWeights, Start, TrainedLamed
+from training.data.selection import HeldOut, M3DQuestions, open_held_out, open_questions, shown
+from training.data.views import ViewQuestions
+from training.lamed import Lora, LossWeights, Start, TrainedLamed, image_size_of
 from training.packing import Packer, count_too_long
+from training.validation import AnswerValidation
 
 _SHOWN = 4
 MASK_GRIDS = ("volume", "decoder")
@@ -50,7 +52,6 @@ def build(settings: Settings) -> tuple[TrainedLamed, Packer]:
     """The model before its first step, and its collator. Raises M3DError for what cannot be trained."""
     if settings.mask_grid not in MASK_GRIDS:
         raise InvalidInput(f"mask_grid {settings.mask_grid!r} is not known; known: {', '.join(MASK_GRIDS)}")
-    check_precision(settings, settings.start)
     model = TrainedLamed(settings.start, settings.train, settings.lora, settings.losses)
     config, names = model.lamed.config, ()
     if settings.teacher:
@@ -74,7 +75,13 @@ def build(settings: Settings) -> tuple[TrainedLamed, Packer]:
     return model, packer
 
 
-def check_precision(settings: StageSettings, start: Start) -> None:
+def check_precision(settings: StageSettings, start: Start, train: tuple[str, ...]) -> None:
+    """Raise InvalidInput for what cannot be trained in these types, or in pieces."""
+    if "added_tokens" in train and (settings.trainer.get("fsdp") or settings.trainer.get("deepspeed")):
+        raise InvalidInput(
+            "train: added_tokens works in processes that each have the whole model: leave out trainer.fsdp and "
+            "trainer.deepspeed, or train embeddings"
+        )
     if start.dtype == "bfloat16" and not settings.trainer.get("bf16"):
         raise InvalidInput("start.dtype bfloat16 needs trainer.bf16: the trained parts stay in float32 beside it")
 
@@ -95,11 +102,26 @@ def learn_from(model: TrainedLamed, teacher: str) -> tuple[str, ...]:
 
 
 def train(settings: Settings) -> Path:
+    check_precision(settings, settings.start, settings.train)
+    size = image_size_of(settings.start)
+    questions, held_out = open_questions(settings, size), open_held_out(settings, size)
+    trainer.check_amount(len(questions), settings)
     model, packer = build(settings)
-    questions = open_questions(settings, model.lamed.config.vision.image_size)
+    return fit_questions(model, settings, questions, packer, held_out)
+
+
+def fit_questions(
+    model: TrainedLamed,
+    settings: StageSettings,
+    questions: M3DQuestions | ViewQuestions,
+    packer: Packer,
+    held_out: HeldOut | None,
+) -> Path:
+    """Train a model that answers; `held_out` is measured and shown meanwhile, if there is any."""
     count_too_long(questions, packer)
-    model.shown = shown(questions, _SHOWN) if settings.sample_every else []
-    return trainer.fit(model, settings, questions, packer)
+    if settings.sample_every:
+        model.shown = held_out.shown() if held_out else shown(questions, _SHOWN)
+    return trainer.fit(model, settings, questions, packer, held_out and AnswerValidation(held_out, packer))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
@@ -23,13 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base
 from engine.models.answering import answer
-from engine.models.checkpoint import PARTS
+from engine.models.checkpoint import PARTS, read_config, resolve
 from engine.models.config import LamedConfig
 from engine.models.lamed import Lamed
 from engine.models.language_model import FAMILIES, causal_lm, families_on
+from engine.seg_states import merged
 from training.data.sample import Sample
 from training.files import write_json
 from training.losses import language_loss, mask_loss
+from training.pictures import picture
 from training.starting_points import (
     ADDED_TOKENS,
     BASE_DIGEST,
@@ -49,7 +53,7 @@ from training.starting_points import (
     prepare_tokenizer,
     read_adapter,
 )
-from training.trainer import StageModel
+from training.trainer import Exact, Prediction, StageModel
 
 # What may be trained beside LoRA; `added_tokens` are the rows of the added tokens alone, the rest of the table frozen.
 TRAINABLE = ("vision_tower", "mm_projector", "embeddings", "lm_head", "added_tokens", "seg_module", "seg_projector")
@@ -114,6 +118,13 @@ class LossWeights:
 
     mask: float = 1.0
     prompt: float = 0.0
+
+
+class Reply(NamedTuple):
+    """An answer. mask: bool [D, H, W] of its `[SEG]`, None without one."""
+
+    text: str
+    mask: np.ndarray | None = None
 
 
 class GrownEmbedding(nn.Module):
@@ -194,7 +205,9 @@ class TrainedLamed(StageModel):
     # --- building ---------------------------------------------------------------------------------------------------
     def _load_language_model(self, source: LanguageModel, rows_only: bool, dtype: torch.dtype) -> None:
         config, state = self.config_json, dict(source.state)
-        llm = causal_lm(self.lamed.config.llm)
+        # Without memory: random weights of 7B would cost each process minutes and 27 GB, only to be replaced.
+        with torch.device("meta"):
+            llm = causal_lm(self.lamed.config.llm)
         if len(set(getattr(llm.config, "layer_types", None) or ["all alike"])) > 1:
             raise CheckpointError(
                 f"{source.name}: some layers look back over a window and some over everything; packed questions are "
@@ -214,13 +227,23 @@ class TrainedLamed(StageModel):
                 state[key][ids] = mean
         if rows_only:
             known = len(state[EMBEDDINGS])
-            llm.model.embed_tokens = nn.Embedding(known, config["hidden_size"])
-            llm.lm_head = nn.Linear(config["hidden_size"], known, bias=False)
-            llm.lm_head.weight = llm.model.embed_tokens.weight
+            with torch.device("meta"):
+                llm.model.embed_tokens = nn.Embedding(known, config["hidden_size"])
         expected = {key: value for key, value in llm.state_dict().items() if not (tied and key == HEAD)}
         check_shapes("language model that its config.json describes", source.name, state, expected)
-        llm.load_state_dict(state, strict=False)
-        llm.to(dtype)
+        for key in state:
+            # One at a time, so that not all of them are there in two types. The embeddings may be written to.
+            state[key] = state[key].to(dtype, copy=key in (EMBEDDINGS, HEAD))
+            if key != EMBEDDINGS:  # what is checked of the source later
+                source.state.pop(key, None)
+        llm.load_state_dict(state, strict=False, assign=True)
+        if tied:
+            llm.lm_head.weight = llm.model.embed_tokens.weight
+        # Computed, not stored, and in float32 whatever the weights are in.
+        llm.model.rotary_emb = type(llm.model.rotary_emb)(llm.config)
+        left = [name for name, value in (*llm.named_parameters(), *llm.named_buffers()) if value.is_meta]
+        if left:
+            raise CheckpointError(f"{source.name} has no value for {', '.join(left[:4])}")
         if rows_only:
             llm.model.embed_tokens = GrownEmbedding(llm.model.embed_tokens, rows - known)
             llm.lm_head = GrownHead(llm.model.embed_tokens)
@@ -344,12 +367,15 @@ class TrainedLamed(StageModel):
         logits = llm.lm_head(hidden[batch["answer_rows"], batch["answer_columns"]])
         parts = {"language": language_loss(logits, batch["answers"], batch["answer_weights"], totals["language"])}
         loss = parts["language"]
+        if not self.training:
+            right = (logits.argmax(-1) == batch["answers"]) * batch["answer_weights"]
+            parts["token_accuracy"] = right.float().sum() / totals["language"]
         if "masks" in batch:
             masks, prompt = self._segment(images, hidden, batch, totals)
             parts["mask"], loss = masks, loss + self.weights.mask * masks
             if self.teacher is not None:
                 parts["prompt"], loss = prompt, loss + self.weights.prompt * prompt
-        return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
+        return {"loss": loss, "parts": Exact({name: value.detach() for name, value in parts.items()})}
 
     def hidden(
         self, visual_BNH: Tensor, head: Tensor, ids: Tensor, positions: Tensor | None, mask: Tensor | None
@@ -385,7 +411,8 @@ class TrainedLamed(StageModel):
             counts = torch.bincount(owners)[:, None]
             sums = found.new_zeros(len(counts), found.shape[1]).index_add(0, owners, found)
             states = (sums / counts).to(hidden.dtype)
-        prompts = lamed.seg_projector(states).float()
+        # In the weights' own type: DeepSpeed holds them all in bf16, without autocast.
+        prompts = lamed.seg_projector(states)
         target = batch["masks"] if not none else images.new_zeros(1, *batch["masks"].shape[1:])
         rows = batch["mask_rows"] if not none else batch["mask_rows"].new_zeros(1)
         scans, which = rows.unique(return_inverse=True)
@@ -397,38 +424,45 @@ class TrainedLamed(StageModel):
         with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION] if images.is_cuda else SDPBackend.MATH):
             logits = decode(features[which], prompts[: len(target)])[:, 0]
         masks = mask_loss(logits, target) * len(target) / totals["mask"]
-        prompt = prompts.new_zeros(())
+        prompt = prompts.new_zeros((), dtype=torch.float32)
         if self.teacher is not None and not none:
             taught = batch["taught"]
             known = taught >= 0
-            wanted = self.teacher(taught.clamp(min=0)).to(prompts)
-            prompt = (F.mse_loss(prompts, wanted, reduction="none").mean(1) * known).sum() / totals["prompt"]
-        return (masks * 0, prompts.sum() * 0) if none else (masks, prompt)
+            wanted = self.teacher(taught.clamp(min=0)).float()
+            prompt = (F.mse_loss(prompts.float(), wanted, reduction="none").mean(1) * known).sum() / totals["prompt"]
+        return (masks * 0, prompts.float().sum() * 0) if none else (masks, prompt)
 
     # --- samples, files ---------------------------------------------------------------------------------------------
-    def answer(self, sample: Sample, new_tokens: int = 48) -> str:
+    def answer(self, sample: Sample, new_tokens: int = 128) -> Reply:
         """What the model now answers, greedily."""
-        llm = self.lamed.llm
-        device = next(llm.parameters()).device
-        image = torch.from_numpy(sample.image)[None].to(device)
-        prompt = self.prompt
-        ids = torch.tensor([prompt.input_ids((" " if sample.space else "") + sample.question)], device=device)
-        embeds = self.lamed.prompt_embeddings(ids, self.lamed.encode_images(image).float(), len(prompt.head))
+        lamed, llm, prompt = self.lamed, self.lamed.llm, self.prompt
+        tower = next(lamed.vision_tower.parameters())
+        image = torch.from_numpy(np.ascontiguousarray(sample.image))[None].to(tower.device, tower.dtype)
+        ids = torch.tensor([prompt.input_ids((" " if sample.space else "") + sample.question)], device=tower.device)
+        wanted = llm.get_input_embeddings()(ids[:, :1]).dtype
+        embeds = lamed.prompt_embeddings(ids, lamed.encode_images(image).to(wanted), len(prompt.head))
         with disable_input_dtype_casting(llm):
-            said = answer(
+            found = answer(
                 llm,
                 embeds,
                 new_tokens,
-                states=False,
+                states=lamed.seg_module is not None,
                 eos_token_id=list(prompt.stop_ids),
                 pad_token_id=self.tokenizer.pad_token_id,
-            ).ids
-        return prompt.text(said[0].tolist())
+            )
+        text, segments = prompt.text(found.ids[0].tolist()), found.ids[0] == self.config_json["seg_token_id"]
+        if lamed.seg_module is None or not segments.any():
+            return Reply(text)
+        logits = lamed.segment(lamed.seg_module.encode(image), merged(found.states[0][segments])[None])
+        return Reply(text, (logits[0, 0] > 0).cpu().numpy())
 
-    def sample_text(self) -> str:
-        return "\n\n".join(
-            f"**{s.source}** {s.question}\n\n- is: {s.answer}\n- answers: {self.answer(s)}" for s in self.shown
-        )
+    def predictions(self) -> list[Prediction]:
+        found = []
+        for sample in self.shown:
+            said = self.answer(sample)
+            text = f"**{sample.source}** {sample.question}\n\n- is: {sample.answer}\n- answers: {said.text}"
+            found.append(Prediction(text, picture(sample, said.text, said.mask)))
+        return found
 
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
         state = {key.removeprefix("lamed."): value for key, value in state.items() if key.startswith("lamed.")}
@@ -474,6 +508,10 @@ class TrainedLamed(StageModel):
         if file.is_file():
             file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
 
+    def keeps(self, name: str) -> bool:
+        key = name.removeprefix("lamed.")
+        return not key.startswith("llm.") or ".lora_" in key or key in self._trained_embeddings()
+
     def restore(self, folder: Path) -> None:
         state = self._trained_in(folder)
         check_shapes("model", str(folder), state, self._written())
@@ -516,6 +554,18 @@ class TrainedLamed(StageModel):
         if not self.config_json.get("tie_word_embeddings"):
             names["llm." + HEAD] = HEAD
         return names
+
+
+def image_size_of(start: Start) -> tuple[int, int, int]:
+    """(D, H, W) of the model, before anything of it is loaded. Raises M3DError where nothing says it."""
+    size = (start.model or {}).get("image_size")
+    if size is None and isinstance(start.language_model, str):
+        size = read_config(resolve(start.language_model)).get("image_size")
+    if size is None:
+        raise InvalidInput("start.model lacks image_size")
+    if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise InvalidInput(f"start.model: image_size must be three whole numbers, D, H and W, not {size!r}")
+    return size[0], size[1], size[2]
 
 
 def _name(start: Start) -> str:

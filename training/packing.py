@@ -7,7 +7,9 @@ positions go on from the prefix. The result equals that of separate sequences, f
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from engine.errors import InvalidInput
 from engine.prompt import Prompt
 from training.data.sample import BrokenSample, Sample
 from training.data.selection import M3DQuestions, images_of
+from training.data.sets import Mixture
 
 _log = logging.getLogger(__name__)
 WEIGHTINGS = ("tokens", "root")
@@ -211,7 +214,7 @@ class Packer:
             else samples[k].mask[0].astype(np.float32)
             for k in masked
         ]
-        taught = [self.taught.get(getattr(samples[k], "structure", None), -1) for k in segmenting]
+        taught = [self.taught.get(samples[k].structure, -1) for k in segmenting]
         collated |= {
             "state_rows": batch.state_rows[chosen],
             "state_columns": batch.state_columns[chosen],
@@ -227,16 +230,19 @@ class Packer:
 
 
 class Fitting(Dataset):
-    """A set of M3D-Data in which a question that leaves no room for its answer is a broken sample."""
+    """A Mixture in which a question that leaves no room for its answer is a broken sample."""
 
-    def __init__(self, dataset: Dataset, packer: Packer):
-        self.dataset, self.packer = dataset, packer
+    def __init__(self, mixture: Mixture, packer: Packer):
+        self.mixture, self.packer = mixture, packer
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.mixture)
 
-    def at(self, epoch: int, index: int) -> Sample:
-        sample = self.dataset.at(epoch, index)
+    def readers(self, epoch: int, index: int) -> list[Callable[[], Sample]]:
+        return [partial(self._fitting, read) for read in self.mixture.readers(epoch, index)]
+
+    def _fitting(self, read: Callable[[], Sample]) -> Sample:
+        sample = read()
         if not self.packer.room_for(sample):
             raise BrokenSample(sample.source, f"the question leaves no room for its answer: {sample.question:.80}")
         return sample

@@ -25,11 +25,13 @@ from engine.models.clip import M3DClip
 from engine.models.config import BERT_POSITIONS, ClipConfig, ViTConfig
 from training import trainer
 from training.config import StageSettings, as_json
+from training.data.reports import ShortReports
 from training.data.sample import Sample
-from training.data.selection import images_of, open_pairs, shown
+from training.data.selection import images_of, open_held_out, open_pairs, shown
 from training.files import write_json
 from training.losses import contrastive_loss
 from training.starting_points import PackageFiles, begin_encoders, check_shapes, load_vision_tower, open_text_encoder
+from training.validation import RetrievalValidation
 
 _SHOWN = 4
 
@@ -38,7 +40,8 @@ _SHOWN = 4
 class Settings(StageSettings):
     """text_encoder: a BERT, as folder, Hugging Face id or files of a package. train_text_encoder: else it stays as it
     is, and that of a package is left out of the checkpoint, which names it. vision_tower: a ViT to start from.
-    max_text_len: most tokens of a text to read, at most the text encoder's positions; 512 as the reference trains.
+    max_text_len: most tokens of a text to read, at most the text encoder's positions; 512 as the reference trains. Of a
+    longer text, sentences are drawn (see `training.data.reports`).
     """
 
     text_encoder: str | PackageFiles
@@ -74,7 +77,7 @@ class ContrastiveClip(trainer.StageModel):
             pairs = contrastive_loss(image, text, self.clip.logit_scale, kept)
         # `totals` counts the pairs of the whole step, over this process' share of it.
         loss = pairs * kept.sum() / totals["pairs"]
-        return {"loss": loss, "contrastive": loss.detach()}
+        return {"loss": loss, "parts": trainer.Exact(contrastive=loss.detach())}
 
     def collate(self, samples: list[Sample | None]) -> dict:
         # Every process must bring as many rows: a broken sample keeps its place, and counts as not there.
@@ -97,6 +100,10 @@ class ContrastiveClip(trainer.StageModel):
             "totals": {"pairs": kept.sum().float()},
         }
 
+    def count_tokens(self, text: str) -> int:
+        """Of a text, those at its beginning and end included."""
+        return len(self.tokenizer(text, verbose=False)["input_ids"])
+
     def write(self, folder: Path, state: dict[str, Tensor]) -> None:
         clip = {key: value.contiguous() for key, value in self._own(state, "clip.").items()}
         save_file(clip, folder / "model.safetensors", metadata={"format": "pt"})
@@ -115,16 +122,17 @@ class ContrastiveClip(trainer.StageModel):
         packaged = "text_encoder" in self.published_config
         return {key: value for key, value in own.items() if not (packaged and key.startswith(TEXT_ENCODER))}
 
-    def sample_text(self) -> str:
+    def predictions(self) -> list[trainer.Prediction]:
         batch = self.collate(self.shown)
         device = self.clip.logit_scale.device
         inputs = (batch[key].to(device) for key in ("images", "input_ids", "attention_mask"))
         logits = self.clip.logits_per_image(*inputs)
-        lines = []
+        found = []
         for sample, row in zip(self.shown, logits):
             best = self.shown[int(row.argmax())].answer
-            lines.append(f"**{sample.source}** {'right' if best == sample.answer else 'wrong'}: {best}")
-        return "\n\n".join(lines)
+            text = f"**{sample.source}** {'right' if best == sample.answer else 'wrong'}: {best}"
+            found.append(trainer.Prediction(text))
+        return found
 
 
 def build(settings: Settings) -> ContrastiveClip:
@@ -168,10 +176,13 @@ def build(settings: Settings) -> ContrastiveClip:
 
 
 def train(settings: Settings) -> Path:
+    size = settings.vision.image_size
+    whole, held_out = open_pairs(settings, size), open_held_out(settings, size)
+    trainer.check_amount(len(whole), settings)
     model = build(settings)
-    pairs = open_pairs(settings, settings.vision.image_size)
+    pairs = ShortReports(whole, settings.max_text_len, model.count_tokens, settings.seed)
     model.shown = shown(pairs, _SHOWN) if settings.sample_every else []
-    return trainer.fit(model, settings, pairs, model.collate)
+    return trainer.fit(model, settings, pairs, model.collate, held_out and RetrievalValidation(held_out))
 
 
 if __name__ == "__main__":

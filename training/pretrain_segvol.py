@@ -30,7 +30,7 @@ from training import trainer
 from training.config import StageSettings
 from training.data.augment import View
 from training.data.jitter import swap_sides
-from training.data.selection import open_views
+from training.data.selection import open_held_out, open_views
 from training.files import write_json
 from training.lamed import UNREACHED
 from training.losses import mask_loss
@@ -81,7 +81,7 @@ class TaughtSegVol(trainer.StageModel):
             prompts = self.prompts(structures)
             logits = self.seg_module.decode_low_res(features[owners], prompts + self.noise * torch.randn_like(prompts))
         loss = mask_loss(logits[:, 0], masks) * len(masks) / totals["mask"]
-        return {"loss": loss, "mask": loss.detach()}
+        return {"loss": loss, "parts": trainer.Exact(mask=loss.detach())}
 
     def collate(self, items: list[tuple[View, np.random.Generator]], per_view: int) -> dict:
         """Up to `per_view` of the structures in each view."""
@@ -120,12 +120,14 @@ class TaughtSegVol(trainer.StageModel):
         check_shapes("SegVol of this configuration", str(folder), state, self.state_dict())
         self.load_state_dict(state)
 
-    def sample_text(self) -> str:
-        return f"{len(self.names)} structures: {', '.join(self.names)}"
+    def predictions(self) -> list[trainer.Prediction]:
+        return [trainer.Prediction(f"{len(self.names)} structures: {', '.join(self.names)}")]
 
 
 def train(settings: Settings) -> Path:
     views = open_views(settings, settings.vision.image_size)
+    open_held_out(settings, settings.vision.image_size)
+    trainer.check_amount(len(views), settings)
     model = TaughtSegVol(
         settings.vision, {name for scan in views.scans.values() for name in scan.structures}, settings.prompt_noise
     )

@@ -49,8 +49,26 @@ FREE = {
         "dataloader_prefetch_factor",
         "dataloader_persistent_workers",
         "dataloader_pin_memory",
+        "ddp_timeout",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs.use_reentrant",
+        "eval_strategy",
+        "eval_steps",
+        "eval_delay",
+        "eval_on_start",
+        "per_device_eval_batch_size",
     )
-} | {"sample_every", "out", "data.m3d.root"}
+} | {
+    "sample_every",
+    "out",
+    "data.m3d.root",
+    *(f"data.m3d.validation.{name}" for name in ("split", "samples", "answers")),
+}
+# How a batch is spread over processes and accumulated. Losses do not depend on it, where its product stays as it was.
+SPREAD = ("processes", "settings.trainer.per_device_train_batch_size", "settings.trainer.gradient_accumulation_steps")
+# transformers' own values for what a configuration leaves out.
+USUAL_BATCH = 8
+_USUAL = {SPREAD[1]: USUAL_BATCH, SPREAD[2]: 1}
 
 
 # Settings that name what a run starts from, and what is read of it where that is a folder.
@@ -71,8 +89,8 @@ _READ = {".safetensors", ".bin", ".pt", ".pth", ".json", ".model", ".txt"}
 
 
 def begin(folder: Path, stage: str, settings: dict, data: dict | None = None, world_size: int = 1) -> None:
-    """Record that a run begins or goes on; InvalidInput unless folder, settings, data, number of processes and the
-    files that it starts from are the same."""
+    """Record that a run begins or goes on; InvalidInput unless folder, settings, data, the batch of all processes and
+    the files that it starts from are the same."""
     decisive = {
         "stage": stage,
         "processes": world_size,
@@ -146,11 +164,13 @@ def _matching(folder: Path, decisive: dict) -> dict | None:
     # Whatever a run started from may be gone once it was read.
     sources = [{key.partition("/")[0] for key in flat if key.startswith("started_from.")} for flat in (before, now)]
     gone = sources[0] ^ sources[1]
+    spread = SPREAD if _same_batch(before, now) else ()
     changed = [
         f"{key.removeprefix('settings.').removeprefix('started_from.')}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key.removeprefix("settings.") not in FREE
+        and key not in spread
         and key.partition("/")[0] not in gone
     ]
     if changed:
@@ -159,6 +179,18 @@ def _matching(folder: Path, decisive: dict) -> dict | None:
             "another `out`, or remove that folder to begin again"
         )
     return record
+
+
+def _same_batch(before: dict, now: dict) -> bool:
+    """Whether a step has the samples that it had, and its losses their value, however they are spread."""
+    if any(key.startswith(("settings.trainer.deepspeed", "settings.trainer.fsdp")) and now[key] for key in now):
+        return False  # optimizer states lie in as many files as there were processes
+    processes, batch, steps = ([flat.get(key, _USUAL.get(key)) for flat in (before, now)] for key in SPREAD)
+    if None in processes:
+        return False  # a check of settings alone
+    if now.get("stage") == "pretrain_clip":  # pairs are compared within a batch, not over accumulated ones
+        return processes[0] * batch[0] == processes[1] * batch[1] and steps[0] == steps[1]
+    return processes[0] * batch[0] * steps[0] == processes[1] * batch[1] * steps[1]
 
 
 def code_version() -> dict:

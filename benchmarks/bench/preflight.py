@@ -11,9 +11,9 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from benchmarks.bench.samples import Sample, is_nifti
+from benchmarks.bench.samples import Sample, is_nifti, words_of
 from engine.errors import InvalidInput
-from training.data.reading import ABSENT, read_text
+from training.data.reading import ABSENT
 from training.data.sample import BrokenSample
 
 MOST_BROKEN = 0.01  # share of a task's samples
@@ -81,10 +81,11 @@ class _Look:
         self._images: dict[Path, tuple[int, ...] | BrokenSample] = {}
 
     def __call__(self, sample: Sample) -> None:
-        self._words(sample)
+        if sample.broken:
+            raise sample.broken
         shape = self._image(sample)
-        if sample.text is not None:
-            read_text(sample.text)
+        if sample.structure is None:  # the words about a structure depend on its mask
+            words_of(sample)
         if sample.mask is None:
             return
         found = stored_shape(sample.mask)
@@ -104,17 +105,6 @@ class _Look:
         if isinstance(found, BrokenSample):
             raise found
         return found
-
-    @staticmethod
-    def _words(sample: Sample) -> None:
-        if sample.text is None and sample.structure is None and not (sample.question and sample.answer):
-            raise BrokenSample(sample.image, f"the row has no {'answer' if sample.question else 'question'}")
-        if sample.choices and sample.choice not in sample.choices:
-            raise BrokenSample(
-                sample.image, f"the row has Answer Choice {sample.choice!r}, none of {', '.join(sample.choices)}"
-            )
-        if sample.label is not None and sample.label < 1:
-            raise BrokenSample(sample.image, "the row has a Mask_ID that is no whole number from 1")
 
 
 def stored_shape(path: Path) -> tuple[int, ...]:

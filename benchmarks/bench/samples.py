@@ -11,15 +11,12 @@ import nibabel
 import numpy as np
 
 from engine.errors import InvalidInput
-from engine.prompt import format_box
-from training.data.reading import read_mask, read_text
+from training.data.reading import read_mask
 from training.data.sample import BrokenSample
-from training.data.sets import box_of
-from training.data.wording import choose, descriptions, templates
+from training.data.sets import TrainingSet, box_of
 
 TASKS = ("retrieval", "report", "vqa-closed", "vqa-open", "rec", "reg", "seg-semantic", "seg-referring")
 MASKED = ("seg-semantic", "seg-referring")
-_STRUCTURE_TASKS = {"rec": "rec", "reg": "reg", "seg-semantic": "segmentation", "seg-referring": "segmentation"}
 _NIFTI = (".nii", ".nii.gz")
 
 
@@ -29,27 +26,27 @@ class Sample:
 
     key: unique in its task, and the same in every run over the same files. task: one of TASKS.
     scan: the case that the image is of, which is what intervals are taken over: the image's folder.
-    image, text, mask: files. label: the value in the mask that is meant; None: all that is not 0.
-    question, answer: None where they depend on the mask: see `read_truth`.
+    image, mask: files. label: the value in the mask that is meant; None: all that is not 0.
+    data, index: the set of training's that it is from, and where it stands there: what is asked is worded by that.
     choices: letter -> text, and choice, the right letter, of closed questions.
-    style: by_name or by_description, of questions about a structure.
+    structure: the name of what is asked about, of M3D-Seg's.
     groups: by what the report breaks the figures down (question type, structure, data set).
+    broken: why nothing can be asked, if the index alone says so.
     """
 
     key: str
     task: str
     scan: str
     image: Path
-    question: str | None = None
-    answer: str | None = None
-    text: Path | None = None
+    data: TrainingSet = field(compare=False, repr=False)
+    index: int
     mask: Path | None = None
     label: int | None = None
     choices: dict[str, str] = field(default_factory=dict)
     choice: str | None = None
-    style: str | None = None
     structure: str | None = None
     groups: dict[str, str] = field(default_factory=dict)
+    broken: BrokenSample | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,23 +68,21 @@ class Truth:
 
 def read_truth(sample: Sample) -> Truth:
     """The question, and what is right. Raises BrokenSample."""
-    if sample.text is not None:
-        return Truth(sample.question or "", " ".join(read_text(sample.text).split()))
-    if sample.mask is None:
-        return Truth(f" {sample.question}", sample.answer or "")
-    mask, spacing = _read_mask(sample)
-    box = box_of(mask) if mask.any() else None
-    question, answer = sample.question, sample.answer
-    if question is None:
-        question, answer = _worded(sample, box)
-    elif box is None:
+    mask, spacing = (None, None) if sample.mask is None else _read_mask(sample)
+    question, answer = words_of(sample, mask)
+    box = box_of(mask) if mask is not None and mask.any() else None
+    if mask is not None and sample.structure is None and box is None:  # of an answer without [SEG]
         raise BrokenSample([sample.mask], f"no voxel of the mask is {sample.label}, which {sample.key} means")
-    return Truth(f" {question}", answer or "", mask, box, spacing)
+    return Truth(f" {question}" if sample.data.space else question, answer, mask, box, spacing)
 
 
-def drawn(key: str) -> np.random.Generator:
-    """Random numbers that depend on the key alone."""
-    return np.random.default_rng(zlib.crc32(key.encode()))
+def words_of(sample: Sample, mask: np.ndarray | None = None) -> tuple[str, str]:
+    """(question, answer) in training's words, drawn by the key alone: every run asks the same. Raises BrokenSample.
+
+    mask: bool [D, H, W], which questions about a structure need; others are only checked against it.
+    """
+    rng = np.random.default_rng(zlib.crc32(sample.key.encode()))
+    return sample.data.worded(sample.index, None if mask is None else mask[None], rng)
 
 
 def is_nifti(path: Path) -> bool:
@@ -137,20 +132,6 @@ def _spacing_of(image: Path) -> tuple[float, ...] | None:
     ):
         raise BrokenSample(path, f"must be three numbers above 0, mm along D, H and W, not {values!r:.80}")
     return tuple(map(float, values))
-
-
-def _worded(sample: Sample, box: np.ndarray | None) -> tuple[str, str]:
-    """(question, answer) about a structure, in training's words; box: where it is, None if it is not in the scan."""
-    task, rng = _STRUCTURE_TASKS[sample.task], drawn(sample.key)
-    slots = {"name": sample.structure}
-    if sample.style == "by_description":
-        slots["description"] = choose(rng, descriptions()[sample.structure])
-    # What is not there has no box to ask about.
-    asked = templates()["rec" if box is None and task == "reg" else task][sample.style]
-    if box is not None:
-        slots["box"] = format_box(box)
-    answers = asked["absent" if box is None else "answer"]
-    return choose(rng, asked["train"]).format(**slots), choose(rng, answers).format(**slots)
 
 
 def checked_task(task: str) -> str:

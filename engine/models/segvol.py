@@ -223,7 +223,8 @@ class SegVol(nn.Module):
     def decode_low_res(self, features_BEdhw: Tensor, prompt_BE: Tensor) -> Tensor:
         """Logits at four times the patch grid, [B, 1, 4d, 4h, 4w]."""
         image_BNE = features_BEdhw.flatten(2).transpose(1, 2) + self.prompt_encoder.no_mask_embed.weight
-        return self.mask_decoder(image_BNE, self.prompt_encoder.pe_layer(), prompt_BE)
+        # DeepSpeed casts weights and leaves buffers, of which the positions are computed.
+        return self.mask_decoder(image_BNE, self.prompt_encoder.pe_layer().to(image_BNE.dtype), prompt_BE)
 
     def decode(self, features_BEdhw: Tensor, prompt_BE: Tensor) -> Tensor:
         low_res = self.decode_low_res(features_BEdhw, prompt_BE)

@@ -23,5 +23,8 @@ def parse_boxes(text: str) -> np.ndarray:
 
 
 def format_box(box) -> str:
-    """A normalised box as training writes it: `<bx_start>[x1, y1, z1, x2, y2, z2]<bx_end>`, three decimals."""
-    return f"{BOX_START}[{', '.join(f'{value:.3f}' for value in box)}]{BOX_END}"
+    """A normalised box as training writes it: `<bx_start>[x1, y1, z1, x2, y2, z2]<bx_end>`.
+
+    Numbers have at most three decimals and no zeros at their end, as the reference writes them: 0.25, 0.0.
+    """
+    return f"{BOX_START}{[round(float(value), 3) for value in box]}{BOX_END}"

@@ -229,7 +229,8 @@ def test_reports_are_embedded_in_batches_once(root, tmp_path, monkeypatch):
             return super().embed_texts(texts)
 
     index = root / "M3D_Cap_npy/M3D_Cap.json"
-    pairs = [pair for split in json.loads(index.read_text()).values() for pair in split]
+    splits = json.loads(index.read_text())
+    pairs = [pair for split in ("train", "validation", "test") for pair in splits[split]]
     index.write_text(json.dumps({"train": [], "validation": [], "test": pairs}))
     monkeypatch.setattr(runner, "_TEXT_BATCH", 4)
     rows, _ = asked("retrieval", root, tmp_path, Counting())
@@ -724,7 +725,7 @@ def test_the_demonstrations_data_has_samples_for_every_task(tmp_path, monkeypatc
     (in_mm,) = (s for s in samples_of("seg-semantic", tmp_path) if s.image.name == "scan.nii.gz")
     assert read_truth(in_mm).spacing_mm == (2, 2, 5) and read_truth(in_mm).mask.sum() == 29
     closed = samples_of("vqa-closed", tmp_path)
-    assert all(sample.answer == f"{sample.choice}. {sample.choices[sample.choice]}" for sample in closed)
+    assert all(read_truth(s).answer == f"{s.choice}. {s.choices[s.choice]}" for s in closed)
     assert {sample.choice for sample in closed} > {"A", "B"}  # not always the same one
 
 

@@ -11,7 +11,7 @@ from benchmarks.bench.preflight import check
 from benchmarks.bench.samples import TASKS, read_truth
 from engine.errors import InvalidInput
 from engine.prompt import parse_boxes
-from tests.m3d_data import LIVER, SIZE, VQA_COLUMNS, image, mask, save, write_csv, write_root
+from tests.m3d_data import LIVER, REFSEG_COLUMNS, SIZE, VQA_COLUMNS, image, mask, save, write_csv, write_root
 from training.data.sample import BrokenSample
 
 
@@ -48,8 +48,31 @@ def test_a_closed_question_has_its_choices_behind_it(root):
 
 def test_choices_that_are_empty_are_not_asked(root):
     row = ("M3D_Cap_npy/ct_case/000005/Axial.npy", "", 4, "Is it?", "Yes", "No", "", "", "No", "B")
-    write_csv(root / "M3D-VQA/M3D_VQA_test.csv", VQA_COLUMNS, [row])
+    write_csv(root / "M3D-VQA/M3D_VQA_test5k.csv", VQA_COLUMNS, [row])
     assert read_truth(one("vqa-closed", root)).question == " Is it? Choices: A. Yes B. No"
+
+
+@pytest.mark.parametrize("task", ["vqa-closed", "vqa-open"])
+def test_questions_are_those_of_the_published_figures_where_their_table_is_there(task, root):
+    row = ("M3D_Cap_npy/ct_case/000005/Axial.npy", "", 4, "Is it?", "Yes", "No", "", "", "No", "B")
+    write_csv(root / "M3D-VQA/M3D_VQA_test5k.csv", VQA_COLUMNS, [row])
+    assert read_truth(one(task, root)).question.startswith(" Is it?")
+    (root / "M3D-VQA/M3D_VQA_test5k.csv").unlink()
+    assert read_truth(one(task, root)).question.startswith(" Which plane?")
+
+
+def test_descriptions_beside_the_data_are_what_is_asked_with(root):
+    (root / "M3D_Seg_npy/term_dictionary.json").write_text(json.dumps({"liver": ["the organ that makes bile"]}))
+    assert "the organ that makes bile" in read_truth(one("seg-referring", root, "0000/b")).question
+
+
+def test_masks_whose_folder_has_moved_are_found(root):
+    index = root / "M3D_Seg_npy/0000/0000.json"
+    entries = json.loads(index.read_text())
+    moved = [{key: f"/elsewhere/M3D_Seg_npy/{path}" for key, path in entry.items()} for entry in entries["test"]]
+    index.write_text(json.dumps({"train": [], "test": moved}))
+    checked = check("rec", samples_of("rec", root))
+    assert not checked.broken and {sample.scan for sample in checked.samples} > {"M3D_Seg_npy/0000/b"}
 
 
 def test_boxes_are_asked_for_by_name_and_by_description(root):
@@ -166,29 +189,31 @@ def vqa_row(**changes):
         "Question Type": "1",
         "Question": "Which?",
         "Choice A": "x",
+        "Choice B": "y",
         "Answer": "x",
         "Answer Choice": "A",
     }
     return tuple((row | changes)[column] for column in VQA_COLUMNS)
 
 
-@pytest.mark.parametrize(
-    ("changes", "cause"),
-    [
-        ({"Image Path": "nowhere.npy"}, "is missing"),
-        ({"Answer Choice": "B"}, "the row has Answer Choice 'B', none of A"),
-    ],
-)
-def test_a_broken_row_is_listed_and_counted(changes, cause, root):
-    write_csv(root / "M3D-VQA/M3D_VQA_test.csv", VQA_COLUMNS, [vqa_row(), vqa_row(**changes), vqa_row(**changes)])
+def test_broken_rows_are_listed_and_counted(root):
+    rows = [vqa_row(), *[vqa_row(**{"Image Path": "nowhere.npy"})] * 2, vqa_row(**{"Answer Choice": "C"})]
+    write_csv(root / "M3D-VQA/M3D_VQA_test5k.csv", VQA_COLUMNS, rows)
     checked = check("vqa-closed", samples_of("vqa-closed", root))
-    assert len(checked.samples) == 1 and checked.causes == {cause: 2}
-    assert f"2 x {cause}" in checked.words()
+    assert len(checked.samples) == 1 and checked.causes == {"is missing": 2, "row 4 offers A, B, and C is right": 1}
+    assert "2 x is missing" in checked.words()
+
+
+def test_a_mask_id_that_is_no_label_is_broken(root):
+    rows = [("s0001/ct.nii.gz", "s0001/mask.nii.gz", label, 0, "Which?", "It is [SEG].") for label in (1, "x")]
+    write_csv(root / "M3D_RefSeg_npy/M3D_RefSeg_test.csv", REFSEG_COLUMNS, rows)
+    checked = check("seg-referring", samples_of("seg-referring", root))
+    assert checked.causes == {"row 2 has Mask_ID 'x', not a whole number from 1": 1}
 
 
 def test_a_row_without_a_question_is_broken(root):
-    write_csv(root / "M3D-VQA/M3D_VQA_test.csv", VQA_COLUMNS, [vqa_row(Question="", **{"Choice A": ""})])
-    assert check("vqa-open", samples_of("vqa-open", root)).causes == {"the row has no question": 1}
+    write_csv(root / "M3D-VQA/M3D_VQA_test5k.csv", VQA_COLUMNS, [vqa_row(Question="")])
+    assert check("vqa-open", samples_of("vqa-open", root)).causes == {"row 1 has no Question": 1}
 
 
 BROKEN_FILES = {
@@ -213,14 +238,14 @@ def test_a_mask_of_another_shape_is_broken(root):
 
 
 def test_a_referring_question_whose_label_is_not_in_the_mask_is_broken(root):
-    save(root / "M3D_RefSeg_npy/s0000/mask.npy", np.zeros((1, *SIZE)))
+    save(root / "M3D_RefSeg_npy/s0001/mask.npy", np.zeros((1, *SIZE)))
     with pytest.raises(BrokenSample, match="no voxel of the mask is 2"):
         read_truth(one("seg-referring", root, "000002"))
 
 
 def test_more_than_the_share_of_broken_samples_stops_the_run(root):
     rows = [vqa_row() for _ in range(9)] + [vqa_row(**{"Image Path": "nowhere.npy"})]
-    write_csv(root / "M3D-VQA/M3D_VQA_test.csv", VQA_COLUMNS, rows)
+    write_csv(root / "M3D-VQA/M3D_VQA_test5k.csv", VQA_COLUMNS, rows)
     checked = check("vqa-open", samples_of("vqa-open", root))
     checked.refuse(0.1)
     with pytest.raises(

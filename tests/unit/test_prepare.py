@@ -25,7 +25,8 @@ from engine.errors import InvalidInput, M3DError
 from engine.prompt import SEG_TOKEN
 from engine.scan import ARRAY_AFFINE, Scan, read_scan
 from engine.volume import prepare
-from tests.m3d_data import REFSEG_COLUMNS, SIZE, image, save, write_csv, write_root
+from tests.conftest import ROOT
+from tests.m3d_data import REFSEG_COLUMNS, SIZE, image, referring_rows, save, write_csv, write_root
 from training.data import check, raw
 from training.data.prepare import _drawn, app
 from training.data.sets import Captions, Referring, Structures, open_sets
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.integration
 
 AFFINE = np.diag([-2.0, -2.0, 5.0, 1.0])
 SHAPE = (40, 36, 20)  # i, j, k
+FORMATS = json.loads((ROOT / "tests/fixtures/formats/formats.json").read_text())
 SIZED = ["--image-size", *map(str, SIZE), "--workers", "1"]
 
 
@@ -58,10 +60,17 @@ def scan_array(seed: int = 0) -> np.ndarray:
 
 
 def labels() -> np.ndarray:
-    """1 liver, 2 right kidney, 3 a spleen of a single voxel."""
+    """1 liver, 2 right kidney, 3 a spleen of a single voxel, between those that the model's volume takes."""
     array = np.zeros(SHAPE, np.uint8)
-    array[6:20, 6:20, 3:12], array[22:30, 10:20, 6:12], array[30, 25, 15] = 1, 2, 3
+    array[6:20, 6:20, 3:12], array[22:30, 10:20, 6:12], array[30, 25, 9] = 1, 2, 3
     return array
+
+
+def nearest(volume: np.ndarray) -> np.ndarray:
+    """[D, H, W] as the published masks were resized."""
+    from monai.transforms import Resize
+
+    return Resize(SIZE, mode="nearest")(volume[None].astype(np.float32))[0].numpy().astype(volume.dtype)
 
 
 def nifti(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
@@ -87,8 +96,10 @@ def seg_raw(tmp_path) -> Path:
     return tmp_path / "raw"
 
 
-def test_prepared_structures_are_what_the_presets_make_of_scan_and_label(seg_raw, tmp_path):
-    run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0)
+@pytest.mark.parametrize("rule", ["nearest", "half"])
+def test_prepared_structures_are_what_the_presets_make_of_scan_and_label(seg_raw, tmp_path, rule):
+    options = ["--mask", rule] if rule == "half" else []
+    run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0, *options)
     prepared = prepare(read_scan((seg_raw / "0010/a/image.nii.gz").read_bytes()), SIZE, "m3d-seg")
     structures = Structures(tmp_path / "root", "train", SIZE, code="0010", kind="segmentation")
     assert [structures.name(k) for k in range(0, len(structures), 2)] == [
@@ -96,15 +107,52 @@ def test_prepared_structures_are_what_the_presets_make_of_scan_and_label(seg_raw
     ] * 2
     for k, value in ((0, 1), (2, 2)):
         np.testing.assert_array_equal(structures[k].image, prepared.image)
-        # By hand: each voxel of the model is filled by as much as the finer voxels that it covers.
         crop = tuple(slice(*prepared.geometry.crop[axis]) for axis in (2, 1, 0))
         fine = (labels() == value)[crop].transpose(2, 1, 0)
+        if rule == "nearest":
+            np.testing.assert_array_equal(structures[k].mask[0], nearest(fine))
+            continue
+        # By hand: each voxel of the model is filled by as much as the finer voxels that it covers.
         for axis, size in enumerate(SIZE):
             fine = np.repeat(fine, size, axis=axis).astype(float)
             fine = np.stack([part.mean(axis) for part in np.split(fine, size, axis=axis)], axis=axis)
         np.testing.assert_array_equal(structures[k].mask[0], fine >= 0.5 - 1e-6)
-    (lost,) = {entry["cause"] for entry in report(tmp_path / "root/M3D_Seg_npy")["left_out"]}
-    assert lost == "spleen fills no voxel of the model by half"
+    said = report(tmp_path / "root/M3D_Seg_npy")
+    (lost,) = {entry["cause"] for entry in said["left_out"]}
+    assert (
+        lost
+        == {"nearest": "spleen is at no voxel of the model", "half": "spleen fills no voxel of the model by half"}[rule]
+    )
+    assert said["lost_by_class"] == {"spleen": {"lost": 2, "of": 2}}
+
+
+def test_thin_structures_are_kept_as_the_published_preparation_keeps_them(tmp_path):
+    """A vessel one voxel wide: nowhere half of a voxel of the model."""
+    array = np.zeros((64, 64, 32), np.uint8)
+    array[20, 24, :], array[40:50, 40:50, 10:20] = 1, 2
+    scan = np.random.default_rng(0).integers(0, 100, array.shape).astype(np.int16)
+    nifti(tmp_path / "raw/9000/x/image.nii.gz", scan)
+    nifti(tmp_path / "raw/9000/x/label.nii.gz", array)
+    named = {"labels": {"0": "background", "1": "vessel", "2": "block"}}
+    (tmp_path / "raw/9000/9000.json").write_text(json.dumps(named))
+    for rule, names in (("nearest", ["vessel", "block"]), ("half", ["block"])):
+        root = tmp_path / rule
+        run("seg", tmp_path / "raw", root, *SIZED, "--test-share", 0, "--mask", rule)
+        structures = Structures(root, "train", SIZE, code="9000", kind="segmentation")
+        assert [structures.name(k) for k in range(0, len(structures), 2)] == names
+
+
+@pytest.mark.parametrize("dtype, error, size", [("float16", 5e-4, 2), ("uint8", 0.5 / 255 + 1e-6, 1)])
+def test_images_may_be_stored_smaller(seg_raw, tmp_path, dtype, error, size):
+    run("seg", seg_raw, tmp_path / "whole", *SIZED, "--test-share", 0)
+    run("seg", seg_raw, tmp_path / "small", *SIZED, "--test-share", 0, "--dtype", dtype)
+    whole, small = (
+        Structures(tmp_path / name, "train", SIZE, code="0010", kind="segmentation") for name in ("whole", "small")
+    )
+    assert np.load(small.files(0).image).dtype.itemsize == size
+    assert small[0].image.dtype == np.float32
+    np.testing.assert_allclose(small[0].image, whole[0].image, atol=error)
+    np.testing.assert_array_equal(small[0].mask, whole[0].mask)
 
 
 def test_a_class_that_is_not_in_the_scan_gets_the_published_empty_mask_and_is_denied(seg_raw, tmp_path):
@@ -165,7 +213,19 @@ def test_cases_are_held_out_by_their_name_or_as_the_raw_json_says(seg_raw, tmp_p
         json.dumps({"train": [{"image": "0010/a/image.npy"}], "test": [{"image": "0010/b/image.npy"}]})
     )
     run("seg", seg_raw, tmp_path / "two", *SIZED, "--test-share", 0)
-    assert cases(tmp_path / "two", "test") == {"b"}
+    # Cases that the published index does not list are in no split: in which they would leak, nobody knows.
+    assert (cases(tmp_path / "two", "train"), cases(tmp_path / "two", "test")) == ({"a"}, {"b"})
+    unlisted = {
+        Path(entry["path"]).name for entry in report(tmp_path / "two/M3D_Seg_npy")["left_out"] if not entry["lost"]
+    }
+    assert unlisted == {f"{number:02}" for number in range(12)} - {"03"}
+
+
+def test_the_published_dictionary_goes_with_the_data(seg_raw, tmp_path):
+    (tmp_path / "term_dictionary.json").write_text('{"liver": ["Makes bile."]}')
+    run("seg", seg_raw, tmp_path / "root", *SIZED, "--test-share", 0)
+    structures = Structures(tmp_path / "root", "train", SIZE, code="0010", kind="rec")
+    assert "Makes bile" in structures[1].question
 
 
 def test_what_is_skipped_is_reported_with_its_cause(seg_raw, tmp_path):
@@ -460,6 +520,73 @@ def test_slices_that_do_not_fit_are_left_out_and_named(tmp_path):
     assert "no series can be used: series: only 1 of 1" in said["skipped"][0]["cause"]
 
 
+def published_cap(raw: Path, place: str = "{family}/{family}_00/{case}") -> dict[str, list]:
+    """M3D-Cap as it is downloaded and unpacked, with its index; what the index says."""
+    cases = {
+        ("ct_case", "000006"): ["Axial_lung_window", "Axial_Pöschl", "骨窗"],
+        ("ct_quizze", "000007"): ["Coronal_C_"],
+    }
+    published = {"Axial_Pöschl": "Axial_Poschl", "骨窗": "Gu Chuang "}
+    pairs = []
+    for number, ((family, case), series) in enumerate(cases.items()):
+        folder = raw / place.format(family=family, case=case)
+        for name in series:
+            slices(folder / name, seed=number)
+            image = f"M3D_Cap_npy/{family}/{case}/{published.get(name, name)}.npy"
+            pairs.append({"image": image, "text": f"M3D_Cap_npy/{family}/{case}/text.txt"})
+        (folder / "text.txt").write_text("study_findings: The lungs are clear.")
+    index = {"train": pairs[:2], "validation": pairs[2:3], "test": pairs[3:], "test100": pairs[3:], "test1k": pairs[3:]}
+    (raw / "M3D_Cap.json").write_text(json.dumps(index))
+    return index
+
+
+@pytest.mark.parametrize(
+    "place", ["{family}/{family}_00/{case}", "{family}_00/{case}", "{family}_image/{case}", "M3D_Cap/{family}/{case}"]
+)
+def test_archives_unpacked_as_downloaded_become_the_published_pairs(tmp_path, place):
+    index = published_cap(tmp_path / "raw", place)
+    run("cap", tmp_path / "raw", tmp_path / "root", *SIZED)
+    made = json.loads((tmp_path / "root/M3D_Cap_npy/M3D_Cap.json").read_text())
+    key = {split: sorted(pair["image"] for pair in pairs) for split, pairs in index.items()}
+    assert {split: sorted(pair["image"] for pair in pairs) for split, pairs in made.items()} == key
+    assert not report(tmp_path / "root/M3D_Cap_npy")["left_out"]
+    assert Captions(tmp_path / "root", "test1k", SIZE)[0].answer == "The lungs are clear."
+
+
+def test_one_archive_alone_is_prepared_with_the_index_above_it(tmp_path):
+    published_cap(tmp_path / "raw")
+    run("cap", tmp_path / "raw/ct_quizze/ct_quizze_00", tmp_path / "root", *SIZED, "--test-share", 0)
+    made = json.loads((tmp_path / "root/M3D_Cap_npy/M3D_Cap.json").read_text())
+    assert {split: [pair["image"][12:] for pair in pairs] for split, pairs in made.items() if pairs} == dict.fromkeys(
+        ("test", "test100", "test1k"), ["ct_quizze/000007/Coronal_C_.npy"]
+    )
+
+
+def test_raw_folders_of_other_names_than_the_index_has_are_refused_before_anything_is_made(tmp_path):
+    published_cap(tmp_path / "raw")
+    (tmp_path / "raw/ct_quizze/ct_quizze_00/000007").rename(tmp_path / "raw/ct_quizze/ct_quizze_00/7")
+    arguments = ("cap", tmp_path / "raw", tmp_path / "root", *SIZED)
+    run(*arguments, refused="does not list 1 of the 1 series of ct_quizze, for example ct_quizze/7/Coronal_C_.npy")
+    assert not (tmp_path / "root").exists()
+    run(*arguments, "--unlisted", 1)
+    (left_out,) = report(tmp_path / "root/M3D_Cap_npy")["left_out"]
+    assert "does not list it" in left_out["cause"]
+
+
+def test_two_folders_of_the_same_case_are_refused(tmp_path):
+    for folder in ("ct_case_00", "ct_case_01"):
+        slices(tmp_path / "raw" / folder / "000001" / "s")
+        (tmp_path / "raw" / folder / "000001" / "text.txt").write_text("Findings.")
+    run("cap", tmp_path / "raw", tmp_path / "root", *SIZED, refused="are both case ct_case/000001")
+
+
+@pytest.mark.parametrize("name, published", FORMATS["series"].items())
+def test_series_are_named_as_the_published_preparation_names_them(name, published):
+    assert raw.series_names([name, "other"], {published, "other"})[name] == published
+    if all(ord(c) < 0x370 or 0x2000 <= ord(c) < 0x2070 for c in name):  # without an index to look it up in, too
+        assert raw.series_names([name], ())[name] == published
+
+
 def test_pairs_are_split_as_the_raw_json_says_and_other_folders_pairs_stay(tmp_path):
     for name in ("ct_case", "ct_quizze"):
         for number in "12":
@@ -508,30 +635,50 @@ def test_referring_questions_keep_their_masks(tmp_path):
         (f"M3D_RefSeg/{case}/ct.nii.gz", f"M3D_RefSeg/{case}/mask.nii.gz", number, 0, f"Segment {number}.", "[SEG].")
         for case, number in (("s0000", 1), ("s0000", "2.0"), ("s0000", 3), ("s0000", 0), ("s0001", 1), ("s0002", 1))
     ]
-    write_csv(tmp_path / "raw/M3D_RefSeg.csv", REFSEG_COLUMNS, rows)
+    write_csv(tmp_path / "raw/M3D_RefSeg_train.csv", REFSEG_COLUMNS, rows)
     run("refseg", tmp_path / "raw", tmp_path / "root", *SIZED)
     referring = Referring(tmp_path / "root", "train", SIZE)
     assert [referring[k].question for k in range(len(referring))] == ["Segment 1.", "Segment 2.0."]
     prepared = prepare(read_scan((tmp_path / "raw/s0000/ct.nii.gz").read_bytes()), SIZE, "m3d-refseg")
-    np.testing.assert_array_equal(referring[1].mask[0], prepared.geometry.mask_to_model(labels() == 2) >= 0.5)
+    crop = tuple(slice(*prepared.geometry.crop[axis]) for axis in (1, 2, 0))
+    np.testing.assert_array_equal(referring[1].mask[0], nearest((labels() == 2)[crop].transpose(2, 0, 1)))
     said = report(tmp_path / "root/M3D_RefSeg_npy")
     assert [entry["cause"] for entry in said["skipped"]] == [
         "ct.nii.gz and mask.nii.gz are looked for, and at least one is missing"
     ]
     causes = [entry["cause"] for entry in said["left_out"]]
     assert causes == [
-        "mask 3 fills no voxel of the model by half",
+        "mask 3 is at no voxel of the model",
         "s0000 has no mask 3",
         "s0000 has no mask 0",
         "its case 's0001' is not prepared",
         "its case 's0002' is not prepared",
     ]
+    assert said["lost_by_class"] == {"lesion": {"lost": 1, "of": 3}}
+
+
+def test_the_published_tables_beside_the_cases_are_prepared_and_all_questions_are_not_trained_on(tmp_path):
+    for case in ("s0000", "s0001"):
+        nifti(tmp_path / "M3D_RefSeg" / case / "ct.nii.gz", scan_array())
+        nifti(tmp_path / "M3D_RefSeg" / case / "mask.nii.gz", labels())
+    tables = {"train": ["s0000"], "test": ["s0001"], "all": ["s0000", "s0001"]}
+    for split, cases in tables.items():
+        rows = [row for case in cases for row in referring_rows(case)]
+        write_csv(tmp_path / f"M3D_RefSeg_{split}.csv", REFSEG_COLUMNS, rows)
+    run("refseg", tmp_path / "M3D_RefSeg", tmp_path / "root", *SIZED)
+    for split, case in (("train", "s0000"), ("test", "s0001")):
+        referring = Referring(tmp_path / "root", split, SIZE)
+        assert {Path(referring[k].source).parent.name for k in range(len(referring))} == {case}
+    # Under the reference's name for the training questions, the table of all is told by the test's.
+    (tmp_path / "M3D_RefSeg_train.csv").unlink()
+    (tmp_path / "M3D_RefSeg_all.csv").rename(tmp_path / "M3D_RefSeg.csv")
+    run("refseg", tmp_path / "M3D_RefSeg", tmp_path / "root", *SIZED, refused="it is the table of all questions")
 
 
 def test_referring_questions_of_another_raw_folder_stay(tmp_path):
     root = tmp_path / "root"
     for folder, case, tables in (
-        ("one", "s0000", ("M3D_RefSeg.csv", "M3D_RefSeg_test.csv")),
+        ("one", "s0000", ("M3D_RefSeg_train.csv", "M3D_RefSeg_test.csv")),
         ("two", "s0001", ("M3D_RefSeg.csv",)),
     ):
         nifti(tmp_path / folder / case / "ct.nii.gz", scan_array())
@@ -562,8 +709,17 @@ def test_raw_folders_without_a_usable_case_are_refused(tmp_path):
     run("seg", tmp_path / "raw", tmp_path / "root", refused="none was found")
     run("seg", tmp_path / "raw", tmp_path / "raw" / "root", refused="lies inside")
     run("cap", tmp_path / "raw", tmp_path / "root", "--preset", "x-ray", refused="no preset 'x-ray'")
-    run("refseg", tmp_path / "raw", tmp_path / "root", refused="M3D_RefSeg.csv cannot be read")
-    write_csv(tmp_path / "raw/M3D_RefSeg.csv", ("Image", "Mask"), [])
+    run("refseg", tmp_path / "raw", tmp_path / "root", refused="hold no M3D_RefSeg_train.csv")
+    run(
+        "seg",
+        tmp_path / "raw",
+        tmp_path / "root",
+        "--mask",
+        "all",
+        refused="no rule for masks 'all': choose one of near",
+    )
+    run("cap", tmp_path / "raw", tmp_path / "root", "--dtype", "int8", refused="no type of stored images 'int8'")
+    write_csv(tmp_path / "raw/M3D_RefSeg_train.csv", ("Image", "Mask"), [])
     run("refseg", tmp_path / "raw", tmp_path / "root", refused="lacks the columns Mask_ID, Question_Type")
     (tmp_path / "raw/9000/x").mkdir(parents=True)
     run("seg", tmp_path / "raw", tmp_path / "root", refused="its classes must be named")
@@ -582,22 +738,68 @@ def checked(root: Path, *arguments) -> tuple[int, str, dict]:
     return result.exit_code, result.output, json.loads(target.read_text())
 
 
-def test_a_sound_root_passes_with_its_counts(tmp_path):
-    code, output, said = checked(write_root(tmp_path / "root"))
-    assert code == 0 and not said["problems"]
+def test_a_root_as_published_passes_with_its_counts(tmp_path):
+    root = write_root(tmp_path / "root")
+    code, output, said = checked(root)
+    assert code == 0 and not said["problems"] and not said["turned"]
     assert {
         (part["task"], part["split"]): part["samples"] for part in said["sets"] if part["task"] != "segmentation"
     } == {
         **{
             (task, split): 4 if split == "train" else 1
             for split in ("train", "validation", "test")
-            for task in ("caption", "vqa_closed", "vqa_yes_no")
+            for task in ("caption", "vqa_closed")
         },
+        ("vqa_closed", "test5k"): 1,
+        ("vqa_yes_no", "train"): 4,
         ("refseg", "train"): 2,
         ("refseg", "test"): 2,
     }
     assert all(0 <= part["low"] < part["high"] <= 1 and not part["broken"] for part in said["sets"])
-    assert "M3D_VQA_train.csv" in output
+    assert "M3D_VQA_train.csv" in output and "an epoch of these reads" in output
+
+
+def test_the_check_counts_what_an_epoch_reads(tmp_path):
+    root = write_root(tmp_path / "root")
+    said = checked(root, "--task", "caption", "--task", "refseg")[2]["read"]
+    images = {
+        path: path.stat().st_size for path in [*(root / "M3D_Cap_npy").rglob("*.npy"), *root.rglob("s000*/*.npy")]
+    }
+    assert said["distinct_bytes"] == sum(images.values())
+    assert said["bytes"] - said["distinct_bytes"] == sum(path.stat().st_size for path in root.rglob("s000*/*.npy"))
+
+
+def test_the_check_tells_of_reports_and_scans_that_stand_in_two_splits(tmp_path):
+    root = write_root(tmp_path / "root")
+    # As the reference's issue 61 found it: a quiz of the test split is a case of the training split.
+    texts = [root / "M3D_Cap_npy/ct_case" / case / "text.txt" for case in ("000000", "000005")]
+    texts[1].write_text(texts[0].read_text())
+    index = root / "M3D_Seg_npy/0010/0010.json"
+    listed = json.loads(index.read_text())
+    index.write_text(json.dumps(listed | {"test": listed["test"] + listed["train"][:1]}))
+    code, output, said = checked(root, "--task", "caption", "--task", "segmentation")
+    assert code == 0 and said["repeated"] == [
+        {"task": "caption", "split": "test", "samples": 1, "in_train": 1, "of_other_cases": 1},
+        {"task": "segmentation", "split": "test", "samples": 8, "in_train": 2, "of_other_cases": 0},
+    ]
+    assert "repeated: of caption, test, 1 of 1 samples are in train as well, 1 of them in another case" in output
+
+
+def test_the_check_tells_of_scans_whose_slices_run_the_other_way(tmp_path):
+    root = write_root(tmp_path / "root")
+    folder = root / "M3D_Seg_npy/0010"
+    entries = []
+    for case in range(6):
+        for number, place in enumerate([(0, 2, 2), (3, 10, 10), (6, 20, 20)]):
+            mask = np.zeros((1, *SIZE), bool)
+            mask[0][tuple(slice(start, start + 2) for start in place)] = True
+            save(folder / f"{case}/masks/mask_{number}.npy", mask[:, ::-1] if case == 4 else mask)
+            entries.append({"image": f"0010/{case}/image.npy", "label": f"0010/{case}/masks/mask_{number}.npy"})
+        save(folder / f"{case}/image.npy", image(case))
+    (folder / "0010.json").write_text(json.dumps({"train": entries, "test": []}))
+    code, output, said = checked(root, "--task", "segmentation")
+    assert code == 0 and said["turned"] == [{"code": "0010", "image": str(folder / "4/image.npy"), "axis": "D"}]
+    assert f"turned: the structures of {folder / '4/image.npy'} follow each other along D the other way" in output
 
 
 def test_the_check_finds_what_training_would_stumble_over(tmp_path):
@@ -607,12 +809,12 @@ def test_the_check_finds_what_training_would_stumble_over(tmp_path):
     bad_image = root / "M3D_Cap_npy/ct_case/000002/Axial.npy"
     save(bad_image, image(0) * 7)
     (root / "M3D-VQA/M3D_VQA_yn_val.csv").write_text("Image Path,Question\n")
-    (root / "M3D-VQA/M3D_VQA_yn_test.csv").unlink()
+    (root / "M3D-VQA/M3D_VQA_test.csv").unlink()
     code, output, said = checked(root)
     assert code == 1
     assert [problem["cause"].split("; ")[0].split("/")[-1] for problem in said["problems"]] == [
+        "M3D_VQA_test.csv was looked for",
         "M3D_VQA_yn_val.csv lacks the column Answer",
-        "M3D_VQA_yn_test.csv was looked for",
     ]
     broken = {
         (part["task"], part["split"]): {tuple(e["paths"]) for e in part["broken"]}

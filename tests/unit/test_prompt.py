@@ -17,8 +17,10 @@ from engine.prompt.llama3 import Llama3Layout
 from engine.prompt.plain import PlainLayout
 from engine.prompt.qwen2 import Qwen2Layout
 from tests import tiny, tiny_chats
+from tests.conftest import ROOT
 
 N, CONTEXT = 8, 40
+FORMATS = json.loads((ROOT / "tests/fixtures/formats/formats.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +240,12 @@ def test_boxes_are_read_back_as_written():
     boxes = np.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0, 0, 0, 1, 1, 1]])
     text = "It is at " + " and ".join(format_box(box) for box in boxes)
     np.testing.assert_allclose(parse_boxes(text), boxes)
+
+
+@pytest.mark.parametrize("recorded", FORMATS["boxes"], ids=lambda recorded: recorded["text"])
+def test_boxes_are_written_as_the_reference_writes_them(recorded):
+    corners = np.array([recorded["first"], recorded["last"]]) / recorded["shape"]
+    assert format_box(corners.ravel()) == f"<bx_start>{recorded['text']}<bx_end>"
 
 
 @pytest.mark.parametrize(

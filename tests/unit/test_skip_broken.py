@@ -162,7 +162,7 @@ def test_a_trainer_goes_on_past_a_broken_file_sees_new_epochs_and_sums_up(tmp_pa
     data = SkipBroken(open_sets(["caption"], root, "train", SIZE, jitter=True), tmp_path / "broken.jsonl")
     with caplog.at_level(logging.WARNING):
         _trainer(data, tmp_path).train()
-    assert data.counts() == (8, 2) and int(data.dataset.sets[0]._epoch) == 1
+    assert data.counts() == (8, 2) and int(data.dataset._epoch) == 1
     (entry,) = data.report()
     assert entry.times == 2 and entry.paths[0].endswith("000001/Axial.npy")
     assert "left out as broken: 1 sample, all" in caplog.text and "(2 times)" in caplog.text

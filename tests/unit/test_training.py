@@ -240,7 +240,7 @@ def test_losses_of_many_questions_in_a_batch_are_those_of_each_alone(packaged, a
     def group(*asked) -> list:
         image = rng.random((1, *SIZE), np.float32)
         return [
-            views.StructureSample(
+            Sample(
                 image,
                 question,
                 answer,
@@ -264,9 +264,9 @@ def test_losses_of_many_questions_in_a_batch_are_those_of_each_alone(packaged, a
     ]
     with torch.no_grad():
         batch = packer(groups)
-        together = model(**batch)
+        together = model(**batch)["parts"]
         alone = [(sample, packer([[sample]])) for part in groups for sample in part]
-        found = [(sample, single, model(**{**single, "totals": batch["totals"]})) for sample, single in alone]
+        found = [(sample, single, model(**{**single, "totals": batch["totals"]})["parts"]) for sample, single in alone]
     segmenting = [(sample, single, losses) for sample, single, losses in found if sample.mask is not None]
     expected = {
         "language": sum(losses["language"] for _, _, losses in found),

@@ -18,11 +18,16 @@ from torch.utils.data import DataLoader
 
 from engine.errors import InvalidInput
 from engine.prompt import BOX_START, SEG_TOKEN, parse_boxes
+from tests.conftest import ROOT
 from tests.m3d_data import LIVER, RIGHT_KIDNEY, SIZE, VQA_COLUMNS, image, mask, save, write_csv, write_root
+from training.config import StageSettings, build
 from training.data import sets
+from training.data.grouping import Groups
 from training.data.jitter import Change, draw_change, swap_sides
 from training.data.reading import Table, mask_id
+from training.data.reports import ShortReports, drawn_sentences
 from training.data.sample import BrokenSample
+from training.data.selection import open_pairs, open_questions, shown
 from training.data.sets import (
     TASKS,
     Captions,
@@ -35,7 +40,9 @@ from training.data.sets import (
     box_of,
     open_sets,
 )
-from training.data.wording import class_names, descriptions, templates
+from training.data.wording import class_names, descriptions, read_templates, templates
+
+FORMATS = json.loads((ROOT / "tests/fixtures/formats/formats.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +85,43 @@ def test_the_choices_of_a_closed_question_stand_behind_it(complete):
     assert sample.answer == "A. Axial" and sample.space and sample.task == "vqa_closed"
     sample = Vqa(complete, "validation", SIZE)[0]
     assert (sample.question, sample.answer, sample.task) == ("Which plane?", "Axial", "vqa_open")
-    sample = YesNoVqa(complete, "test", SIZE)[0]
+    sample = YesNoVqa(complete, "train", SIZE)[0]
     assert (sample.question, sample.answer, sample.task) == ("Is there a mass?", "No", "vqa_yes_no")
+
+
+@pytest.mark.parametrize(
+    "blank, choices", [("D", "A. Axial B. Coronal C. Sagittal"), ("B", "A. Axial C. Sagittal D. None")]
+)
+def test_a_blank_choice_is_left_out(root, blank, choices):
+    spoil_choices(root, blank)
+    assert ClosedVqa(root, "train", SIZE)[0].question == f"Which plane? Choices: {choices}"
+
+
+@pytest.mark.parametrize("blank, said", [("A", "offers B, C, D, and A is right"), ("BCD", "offers A, and A is right")])
+def test_a_question_without_its_right_choice_or_with_no_other_is_broken(root, blank, said):
+    spoil_choices(root, blank)
+    with pytest.raises(BrokenSample, match=f"row 1 {said}"):
+        ClosedVqa(root, "train", SIZE)[0]
+
+
+def spoil_choices(root: Path, letters: str) -> None:
+    """The first question of training leaves some choices blank."""
+    path = root / "M3D-VQA/M3D_VQA_train.csv"
+    rows = list(csv.DictReader(path.open()))
+    rows[0].update({f"Choice {letter}": " " for letter in letters})
+    write_csv(path, VQA_COLUMNS, [row.values() for row in rows])
+
+
+def test_the_published_test_tables_of_questions_can_be_named(complete):
+    assert len(ClosedVqa(complete, "test5k", SIZE)) == len(Vqa(complete, "test5k", SIZE)) == 1
+    assert len(Captions(complete, "test1k", SIZE)) == 1
+    with pytest.raises(InvalidInput, match="no split 'test5k'"):
+        YesNoVqa(complete, "test5k", SIZE)
+
+
+def test_questions_for_yes_or_no_are_published_for_training_only(complete):
+    with pytest.raises(InvalidInput, match="M3D_VQA_yn_test.csv was looked for"):
+        YesNoVqa(complete, "test", SIZE)
 
 
 def test_structures_are_asked_for_by_name_and_by_description(complete):
@@ -122,6 +164,73 @@ def test_a_referring_question_means_the_voxels_with_its_mask_id(complete):
     np.testing.assert_array_equal(referring[0].mask, mask(LIVER))
     np.testing.assert_array_equal(referring[1].mask, mask(RIGHT_KIDNEY))
     assert referring[1].question == "Segment lesion 2." and referring[1].task == "refseg" and referring[1].space
+    assert {Path(Referring(complete, split, SIZE)[0].source).parent.name for split in ("validation", "test")} == {
+        "s0001"
+    }
+
+
+@pytest.mark.parametrize("base", ["", "M3D_RefSeg/", "M3D_RefSeg_npy/", "/elsewhere/M3D_RefSeg_npy/"])
+@pytest.mark.parametrize("ending", [".nii.gz", ".npy"])
+def test_paths_of_referring_questions_count_from_their_folder_or_from_the_root(root, base, ending):
+    path = root / "M3D_RefSeg_npy/M3D_RefSeg_train.csv"
+    text = path.read_text()
+    assert text.count("s0000/ct.nii.gz") == text.count("s0000/mask.nii.gz") == 2
+    path.write_text(text.replace("s0000/", f"{base}s0000/").replace(".nii.gz", ending))
+    referring = Referring(root, "train", SIZE)
+    assert referring.files(0).image == root / "M3D_RefSeg_npy/s0000/ct.npy"
+    np.testing.assert_array_equal(referring[1].mask, mask(RIGHT_KIDNEY))
+
+
+def test_training_questions_under_the_reference_s_name_are_taken_unless_they_are_all_questions(root):
+    folder = root / "M3D_RefSeg_npy"
+    train = (folder / "M3D_RefSeg_train.csv").rename(folder / "M3D_RefSeg.csv")
+    assert len(Referring(root, "train", SIZE)) == 2
+    train.write_text((folder / "M3D_RefSeg_all.csv").read_text())
+    with pytest.raises(InvalidInput, match="holds 2 of the 2 questions of M3D_RefSeg_test.csv.*M3D_RefSeg_train.csv"):
+        Referring(root, "train", SIZE)
+    train.unlink()
+    with pytest.raises(InvalidInput, match="M3D_RefSeg_train.csv was looked for"):
+        Referring(root, "train", SIZE)
+
+
+def test_a_referring_answer_without_a_mask_is_text(root):
+    path = root / "M3D_RefSeg_npy/M3D_RefSeg_train.csv"
+    path.write_text(path.read_text().replace("It is [SEG] on the right.", "It is on the right.", 1))
+    referring = Referring(root, "train", SIZE)
+    assert referring[0].mask is None and referring[0].answer == "It is on the right."
+    assert referring[1].mask.any()
+
+
+@pytest.mark.parametrize("base", ["./Data/data/M3D_Seg_npy/", "/old/0010/M3D_Seg_npy/"])
+def test_an_index_that_names_the_place_of_its_preparation_is_read_where_it_now_lies(root, base):
+    index = root / "M3D_Seg_npy/0010/0010.json"
+    listed = json.loads(index.read_text())
+    moved = {
+        split: [{key: base + path for key, path in entry.items()} for entry in entries]
+        for split, entries in listed.items()
+    }
+    index.write_text(json.dumps(moved))
+    structures = Structures(root, "train", SIZE, code="0010", kind="segmentation")
+    np.testing.assert_array_equal(structures[2].mask, mask(RIGHT_KIDNEY))
+    assert structures.files(2).image == root / "M3D_Seg_npy/0010/a/image.npy"
+
+
+@pytest.mark.parametrize("place", ["M3D_Seg_npy/term_dictionary.json", "term_dictionary.json"])
+def test_descriptions_are_those_of_the_dictionary_beside_the_data(root, place):
+    (root / place).write_text(json.dumps({"liver": ["Makes bile."]}))
+    structures = Structures(root, "train", SIZE, code="0010", kind="segmentation")
+    # The sentence that it is filled into goes on behind it.
+    assert re.search(r"Makes bile(?!\.[?.:;,])", structures[1].question)
+    # What the dictionary leaves out has our own words.
+    assert any(text in structures[3].question for text in descriptions()["right kidney"])
+    assert root / place in structures.sources
+
+
+@pytest.mark.parametrize("content", ["[]", '{"liver": "an organ"}', '{"liver": []}', '{"liver": [" "]}'])
+def test_a_dictionary_that_is_not_one_is_refused(root, content):
+    (root / "M3D_Seg_npy/term_dictionary.json").write_text(content)
+    with pytest.raises(InvalidInput, match="term_dictionary.json must hold descriptions by class name"):
+        Structures(root, "train", SIZE, code="0010", kind="rec")
 
 
 def test_one_s_own_data_set_names_its_classes_in_its_json(root):
@@ -139,7 +248,7 @@ def test_one_s_own_data_set_names_its_classes_in_its_json(root):
 
 
 def test_all_tasks_open_from_one_root_as_one_set(complete):
-    mixture = open_sets(TASKS, complete, "train", SIZE, jitter=True)
+    mixture = open_sets(list(TASKS), complete, "train", SIZE, jitter=True)
     tasks = Counter(mixture[k].task for k in range(len(mixture)))
     assert tasks == {
         "caption": 8,
@@ -153,6 +262,120 @@ def test_all_tasks_open_from_one_root_as_one_set(complete):
     }
     with pytest.raises(IndexError):
         mixture[len(mixture)]
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+def test_a_set_that_comes_twice_as_often_gives_other_samples_each_time(complete):
+    mixture = open_sets({"rec": 2, "caption": 1, "vqa_open": 0}, complete, "train", SIZE, jitter=True)
+    assert Counter(mixture[k].task for k in range(len(mixture))) == {"rec": 12, "caption": 4}
+    of_epochs = [(mixture.at(0, k), mixture.at(0, k + 2), mixture.at(1, k)) for k in (0, 1)]
+    assert not any(same(a, b) for first, again, later in of_epochs for a, b in ((first, again), (again, later)))
+    # Data set 0000 has one structure, asked for twice; 0010 follows with two.
+    assert [mixture.at(0, k).source for k in range(4)] == [mixture.at(0, 0).source] * 4
+
+
+def test_half_of_a_set_is_the_other_half_in_the_next_epoch(complete):
+    half = open_sets({"caption": 0.5}, complete, "train", SIZE)
+    assert len(half) == 2
+    sources = [[half.at(epoch, k).source for k in range(2)] for epoch in range(4)]
+    assert sources[0] == sources[2] and sources[1] == sources[3] and not set(sources[0]) & set(sources[1])
+    whole = open_sets(["caption"], complete, "train", SIZE)
+    assert sources[0] + sources[1] == [whole[k].source for k in range(4)]
+
+
+def test_one_data_set_of_a_task_may_weigh_more_than_its_others(complete):
+    mixture = open_sets({"rec": 1, "rec/0000": 3, "segmentation": 1}, complete, "train", SIZE)
+    counted = Counter((mixture[k].task, Path(mixture[k].source).parent.parent.name) for k in range(len(mixture)))
+    assert counted == {
+        ("rec", "0000"): 6,
+        ("rec", "0010"): 4,
+        ("segmentation", "0000"): 2,
+        ("segmentation", "0010"): 4,
+    }
+    with pytest.raises(InvalidInput, match="there is no rec/0099: .* there are rec/0000, rec/0010"):
+        open_sets({"rec": 1, "rec/0099": 2}, complete, "train", SIZE)
+    with pytest.raises(InvalidInput, match="the weights of rec leave no sample"):
+        open_sets({"rec": 0}, complete, "train", SIZE)
+
+
+def test_predictions_that_are_watched_are_of_every_task(complete, tmp_path):
+    tasks = {"caption": 1, "vqa_closed": 1, "rec": 0, "segmentation": 2, "refseg": 1}
+    m3d = {"root": str(complete), "tasks": tasks, "jitter": False}
+    run = build(StageSettings, {"out": str(tmp_path / "out"), "seed": 5, "data": {"m3d": m3d}, "trainer": {}})
+    questions = open_questions(run, SIZE)
+    assert [sample.task for sample in shown(questions, 3)] == ["caption", "vqa_closed", "segmentation", "refseg"]
+    assert [sample.task for sample in shown(questions, 6)][4:] == ["caption", "caption"]
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+def test_each_round_has_each_sample_once_in_groups_of_one_scan_that_differ_from_round_to_round():
+    scans = [f"scan {k % 3}" for k in range(20)] + ["alone"]
+    groups = Groups(scans, 3, seed=1)
+    rounds = [[groups.members(number, k) for k in range(len(groups))] for number in range(4)]
+    for found in rounds:
+        assert sorted(k for group in found for k in group) == list(range(21))
+        assert all(len({scans[k] for k in group}) == 1 for group in found)
+        # 7, 7 and 6 samples and one: no group is much smaller than it must be.
+        assert Counter(map(len, found)) == {3: 4, 2: 4, 1: 1}
+    assert len({tuple(map(tuple, map(sorted, found))) for found in rounds}) > 1
+    assert rounds[2] == [Groups(scans, 3, seed=1).members(2, k) for k in range(len(groups))]
+
+
+def grouped(root: Path, out: Path, per_scan: int, tasks, jitter: bool = False):
+    m3d = {"root": str(root), "tasks": tasks, "jitter": jitter, "per_scan": per_scan}
+    return open_questions(build(StageSettings, {"out": str(out), "seed": 5, "data": {"m3d": m3d}, "trainer": {}}), SIZE)
+
+
+def test_questions_about_one_scan_are_those_of_an_epoch_without_groups_and_their_scan_is_read_once(
+    complete, tmp_path, monkeypatch
+):
+    tasks = ["segmentation", "refseg", "vqa_open"]
+    single, several = (grouped(complete, tmp_path / str(most), most, tasks) for most in (1, 4))
+    reads, read = [], sets.read_image
+    monkeypatch.setattr(sets, "read_image", lambda path, size: reads.append(path) or read(path, size))
+    together = [several[0, k] for k in range(len(several))]
+    # Data set 0010 asks four questions about one scan, 0000 and the referring ones two.
+    assert sorted(map(len, together)) == [1, 1, 1, 1, 2, 2, 4] and len(reads) == len(together)
+    assert all(len({sample.source for sample in group}) == 1 for group in together)
+    apart = [sample for k in range(len(single)) for sample in single[0, k]]
+    in_groups = [sample for group in together for sample in group]
+    assert len(apart) == len(in_groups) and all(any(same(a, b) for b in in_groups) for a in apart)
+
+
+def test_the_scan_of_a_group_is_changed_once_and_its_masks_and_boxes_with_it(complete, tmp_path):
+    data, changes = grouped(complete, tmp_path / "out", 4, ["segmentation", "rec"], jitter=True), set()
+    for epoch in range(12):
+        for group in (data[epoch, k] for k in range(len(data))):
+            assert all(np.array_equal(sample.image, group[0].image) for sample in group)
+            changes.add(group[0].image.tobytes())
+            for sample in group:
+                if sample.mask is None:
+                    box = parse_boxes(sample.answer)[0] * np.tile(SIZE, 2)
+                    first, last = np.rint(box[:3]).astype(int), np.rint(box[3:]).astype(int)
+                    inside = sample.image[0][tuple(slice(a, b + 1) for a, b in zip(first, last))]
+                else:
+                    inside = sample.image[sample.mask]
+                assert inside.min() > 0.5  # all else is below 0.3 before its change of 0.1 at most
+    assert len(changes) > 12
+
+
+def test_a_broken_question_of_a_group_is_left_out_alone(root, tmp_path):
+    (root / "M3D_Seg_npy/0010/a/masks/mask_1.npy").write_bytes(b"")
+    data = grouped(root, tmp_path / "out", 4, {"segmentation": 1, "segmentation/0000": 0})
+    assert len(data) == 1 and len(data[0, 0]) == 2 and data.samples.counts() == (4, 2)
+
+
+@pytest.mark.parametrize("most, named", [(0, "must be 1 or more"), (-1, "must not be negative")])
+def test_groups_of_nothing_are_refused(complete, tmp_path, most, named):
+    with pytest.raises(InvalidInput, match=named):
+        grouped(complete, tmp_path / "out", most, ["rec"])
+
+
+def test_pairs_come_one_a_scan(complete, tmp_path):
+    m3d = {"root": str(complete), "tasks": ["pair"], "per_scan": 2}
+    run = build(StageSettings, {"out": str(tmp_path / "out"), "seed": 5, "data": {"m3d": m3d}, "trainer": {}})
+    with pytest.raises(InvalidInput, match="per_scan is for questions"):
+        open_pairs(run, SIZE)
 
 
 # --- determinism -----------------------------------------------------------------------------------------------------
@@ -285,9 +508,106 @@ def test_templates_have_the_slots_that_are_filled():
             assert all("{name}" in text and given != "{name}" and given not in text for text in texts.get("absent", []))
 
 
+def other_words(path: Path, change=lambda words: None) -> Path:
+    words = json.loads(json.dumps(templates()))
+    words["caption"]["train"] = ["Caption this, please."]
+    words["rec"]["by_name"]["train"] = ["Box the {name}."]
+    change(words)
+    path.write_text(json.dumps(words))
+    return path
+
+
+def test_our_own_words_have_at_least_the_reference_s_variety_and_every_slot():
+    """M3D's prompt_templates.py at 63e7200, counted: captions; questions, answers and denials by name and by
+    description."""
+    words = read_templates(ROOT / "training/data/templates.json")
+    reference = {
+        "segmentation": ((26, 13, 12), (21, 12, 10)),
+        "rec": ((19, 32, 15), (41, 21, 13)),
+        "reg": ((36, 20, 0), (17, 17, 0)),  # what is not there has no box to ask about
+    }
+    assert len(set(words["caption"]["train"])) >= 42
+    for task, counts in reference.items():
+        for style, wanted in zip(("by_name", "by_description"), counts):
+            kinds = words[task][style]
+            assert all(len(kinds.get(kind, ())) >= count for kind, count in zip(("train", "answer", "absent"), wanted))
+            assert not set(kinds["train"]) & set(kinds["held_out"])
+            assert all(len(texts) == len(set(texts)) for texts in kinds.values())
+
+
+def test_other_words_take_the_place_of_our_own(complete, tmp_path):
+    words = other_words(tmp_path / "words.json")
+    m3d = {"root": str(complete), "tasks": ["caption", "rec"], "words": str(words)}
+    run = build(StageSettings, {"out": str(tmp_path / "out"), "seed": 5, "data": {"m3d": m3d}, "trainer": {}})
+    questions = open_questions(run, SIZE)
+    asked = {questions[0, k][0].question for k in range(len(questions))}
+    assert {"Caption this, please.", "Box the liver."} <= asked
+    before = questions.fingerprint()
+    other_words(words, lambda texts: texts["reg"]["by_name"]["train"].append("What has {box}?"))
+    assert open_questions(run, SIZE).fingerprint() != before and {"words.json", "terms.json"} <= set(before)
+
+
+def test_a_run_does_not_go_on_with_other_words_of_ours(complete, tmp_path):
+    m3d = {"root": str(complete), "tasks": ["rec"]}
+    run = build(StageSettings, {"out": str(tmp_path / "out"), "seed": 5, "data": {"m3d": m3d}, "trainer": {}})
+    assert {"templates.json", "terms.json"} <= set(open_questions(run, SIZE).fingerprint())
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda words: words.pop("caption"), "a list of texts as caption.train"),
+        (lambda words: words["rec"]["by_name"].update(train=[]), "a list of texts as rec.by_name.train"),
+        (lambda words: words["rec"]["by_name"].update(answer=["There."]), "rec.by_name.answer lacks {box}: 'There.'"),
+        (lambda words: words["segmentation"]["by_name"].update(answer=["{name}"]), r"lacks \[SEG\]: '{name}'"),
+        (lambda words: words["reg"]["by_name"].update(train=["{box} {what}"]), "a slot that is not filled in"),
+        (lambda words: words["caption"].update(train=["{name}"]), "a slot that is not filled in"),
+    ],
+)
+def test_words_that_cannot_be_filled_are_refused(complete, tmp_path, change, said):
+    words = other_words(tmp_path / "words.json", change)
+    with pytest.raises(InvalidInput, match=said):
+        open_sets(["rec"], complete, "train", SIZE, words=words)
+
+
 def test_held_out_wordings_are_asked_where_wanted(complete):
     captions = Captions(complete, "test", SIZE, wording="held_out")
     assert captions[0].question in templates()["caption"]["held_out"]
+
+
+# --- long reports ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("recorded", FORMATS["reports"], ids=lambda recorded: recorded["text"][:20])
+def test_a_report_that_is_too_long_loses_the_sentences_that_the_reference_would_drop(recorded):
+    def count(text: str) -> int:
+        return len(text.split()) + 2
+
+    drawn = {
+        drawn_sentences(recorded["text"], recorded["max_tokens"], count, np.random.default_rng(seed))
+        for seed in range(1000)
+    }
+    assert sorted(drawn) == recorded["outcomes"]
+
+
+def test_the_sentences_of_a_long_report_depend_on_seed_epoch_and_index_only(root):
+    for path in (root / "M3D_Cap_npy/ct_case").glob("*/text.txt"):
+        path.write_text(". ".join(f"Finding {k} is here" for k in range(12)))
+    values = {
+        "out": str(root / "out"),
+        "seed": 5,
+        "data": {"m3d": {"root": str(root), "tasks": ["pair"]}},
+        "trainer": {},
+    }
+
+    def opened(seed: int = 5) -> ShortReports:
+        run = build(StageSettings, values | {"seed": seed})
+        return ShortReports(open_pairs(run, SIZE), 20, lambda text: len(text.split()), seed)
+
+    pairs, again = opened(), opened()
+    again[0, 3]
+    assert pairs[1, 2].answer == again[1, 2].answer
+    assert pairs[1, 2].answer.startswith("Finding 0 is here.") and len(pairs[1, 2].answer.split()) <= 24
+    assert len({pairs[1, 2].answer, pairs[0, 2].answer, pairs[1, 1].answer, opened(6)[1, 2].answer}) == 4
+    assert len(pairs) == 4 and pairs.fingerprint() == pairs.pairs.fingerprint() and pairs.callbacks
 
 
 # --- bad input that stops a run before it starts ---------------------------------------------------------------------
@@ -312,9 +632,11 @@ def test_missing_columns_are_named(root):
 
 
 def test_a_missing_split_is_named_with_those_that_there_are(root):
-    with pytest.raises(InvalidInput, match="no split 'test500'; it has train, validation, test"):
-        Captions(root, "test500", SIZE)
-    with pytest.raises(InvalidInput, match="no split 'dev': choose one of train, validation, test"):
+    with pytest.raises(
+        InvalidInput, match="no split 'test2000'; it has train, validation, test, test100, test500, test1k"
+    ):
+        Captions(root, "test2000", SIZE)
+    with pytest.raises(InvalidInput, match="no split 'dev': choose one of train, validation, test, test5k"):
         Vqa(root, "dev", SIZE)
     index = root / "M3D_Seg_npy" / "0000" / "0000.json"
     index.write_text(json.dumps({"test": []}))
@@ -506,11 +828,12 @@ def test_broken_words_are_named_with_their_row(root):
         ({"Mask_ID": "0"}, "Mask_ID '0'"),
         ({"Mask_ID": "1.5"}, "'1.5', not a whole number from 1"),
         ({"Mask_ID": "nan"}, "Mask_ID 'nan'"),
-        ({"Answer": "There."}, r"no \[SEG\]"),
+        ({"Answer": " "}, "row 2 has no answer"),
+        ({"Question": ""}, "row 2 has no question"),
     ],
 )
 def test_a_referring_row_that_cannot_be_taught_is_broken(root, change, cause):
-    path = root / "M3D_RefSeg_npy/M3D_RefSeg.csv"
+    path = root / "M3D_RefSeg_npy/M3D_RefSeg_train.csv"
     rows = list(csv.DictReader(path.open()))
     rows[1].update(change)
     write_csv(path, rows[0].keys(), [row.values() for row in rows])

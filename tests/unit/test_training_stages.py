@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from engine.errors import CheckpointError, InvalidInput
 from engine.models import base, checkpoint, layout
@@ -24,11 +25,13 @@ from engine.models.language_model import FAMILIES
 from tests import m3d_data
 from tests import toy_models as toy
 from tests.conftest import ROOT
-from training import align_projector, finetune, merge_lora, pretrain_clip, trainer
-from training.config import build, read
+from training import align_projector, finetune, lamed, merge_lora, pretrain_clip, record, trainer
+from training.config import build, check_trainer, read
 from training.data import selection
 from training.data.skip_broken import TooManyBroken
+from training.lamed import Start, TrainedLamed
 from training.losses import contrastive_loss
+from training.packing import Packer
 from training.record import started_from
 
 pytestmark = pytest.mark.integration
@@ -216,6 +219,17 @@ def test_a_run_of_two_processes_one_of_which_is_killed_ends_with_the_same_bits_w
     assert same_bits(tmp_path / "torn" / "final", tmp_path / "whole" / "final"), f"{rank} killed before step {number}"
 
 
+def test_a_machine_that_does_not_see_the_first_one_s_checkpoint_stops_with_words(tmp_path, data, llm, monkeypatch):
+    def of_the_first(objects: list) -> None:
+        objects[:] = [["/elsewhere/checkpoint-3"]]
+
+    monkeypatch.setattr(trainer, "broadcast_object_list", of_the_first)
+    with pytest.raises(
+        InvalidInput, match="/elsewhere/checkpoint-3, .* is not on this machine: `out` must be a folder"
+    ):
+        run(finetune, toy.finetune_configuration(tmp_path / "run", data, llm))
+
+
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_step_more(tmp_path, data, llm, tuned):
     shutil.copytree(tuned.parent, tmp_path / "run", ignore=shutil.ignore_patterns("final"))
     assert same_bits(run(finetune, toy.finetune_configuration(tmp_path / "run", data, llm)), tuned)
@@ -232,10 +246,64 @@ def test_a_run_goes_on_only_with_the_settings_and_data_it_began_with(tmp_path, d
     with pytest.raises(InvalidInput, match=r"trainer.learning_rate: 0.001 -> 0.002"):
         run(finetune, values)
     other = shutil.copytree(data, tmp_path / "data")
-    index = other / "M3D_RefSeg_npy" / "M3D_RefSeg.csv"
+    index = other / "M3D_RefSeg_npy" / "M3D_RefSeg_train.csv"
     index.write_text(index.read_text().replace("lesion", "tumour"))
-    with pytest.raises(InvalidInput, match="begun with something else.*M3D_RefSeg.csv"):
+    with pytest.raises(InvalidInput, match="begun with something else.*M3D_RefSeg_train.csv"):
         run(finetune, toy.finetune_configuration(tmp_path / "run", other, llm))
+
+
+@pytest.mark.parametrize(
+    "stage, changes, processes",
+    [
+        ("finetune", {"ddp_timeout": 7200}, 8),
+        ("finetune", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, 8),
+        ("finetune", {"per_device_train_batch_size": 8}, 4),
+        ("finetune", {"gradient_accumulation_steps": 2}, 4),
+        ("finetune", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, 16),
+        ("pretrain_clip", {"per_device_train_batch_size": 8}, 4),
+    ],
+)
+def test_a_run_goes_on_with_what_does_not_change_its_result(tmp_path, stage, changes, processes):
+    trainer = {"per_device_train_batch_size": 4}
+    record.begin(tmp_path, stage, {"trainer": trainer}, {}, 8)
+    record.begin(tmp_path, stage, {"trainer": trainer | changes}, {}, processes)
+
+
+@pytest.mark.parametrize(
+    "stage, before, changes, processes, named",
+    [
+        ("finetune", {}, {}, 4, "processes: 8 -> 4"),
+        ("finetune", {}, {"per_device_train_batch_size": 8}, 8, "per_device_train_batch_size: 4 -> 8"),
+        ("pretrain_clip", {}, {"gradient_accumulation_steps": 2}, 4, "gradient_accumulation_steps: None -> 2"),
+        ("finetune", {"deepspeed": "zero2.json"}, {"per_device_train_batch_size": 8}, 4, "processes: 8 -> 4"),
+        ("finetune", {"fsdp": True}, {"per_device_train_batch_size": 8}, 4, "processes: 8 -> 4"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_batch(tmp_path, stage, before, changes, processes, named):
+    trainer = {"per_device_train_batch_size": 4} | before
+    record.begin(tmp_path, stage, {"trainer": trainer}, {}, 8)
+    with pytest.raises(InvalidInput, match=named):
+        record.begin(tmp_path, stage, {"trainer": trainer | changes}, {}, processes)
+
+
+def test_a_run_that_goes_on_with_its_batch_spread_otherwise_ends_as_it_would_have(tmp_path, data, llm, monkeypatch):
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+    settings = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+    def values(name: str, **spread) -> dict:
+        return only(toy.finetune_configuration(tmp_path / name, data, llm, dropout=0.0, **settings, **spread))
+
+    def stop(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+    whole = weights(run(finetune, values("whole", per_device_train_batch_size=4)))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(trainer._Clock, "on_step_end", stop)
+        with pytest.raises(InvalidInput, match="stopped at step 2"):
+            run(finetune, values("torn", per_device_train_batch_size=4))
+    torn = weights(run(finetune, values("torn", per_device_train_batch_size=2, gradient_accumulation_steps=2)))
+    for key, value in whole.items():
+        torch.testing.assert_close(torn[key], value, atol=1e-5, rtol=1e-4, msg=key)
 
 
 # --- broken samples, epochs ------------------------------------------------------------------------------------------
@@ -350,32 +418,65 @@ import torch
 torch.nn.Dropout.forward = lambda self, x: x
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+_NO_THREADS = """
 names = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
 sys.exit(f"threads outlive the stage: {names}" if any("gloo" in name for name in names) else 0)
 """
 
 
-@pytest.mark.parametrize("stage", ["finetune", "pretrain_clip"])
-def test_two_processes_train_what_one_does_on_the_joined_batch(tmp_path, data, llm, encoder, stage, monkeypatch):
+_FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+    },
+}
+
+
+# accelerate leaves FSDP out where it finds CPUs alone.
+AS_ON_GPUS = """
+from accelerate import state
+begin = state.AcceleratorState.__init__
+def as_on_gpus(self, *args, **kwargs):
+    state.PartialState._shared_state["distributed_type"] = state.DistributedType.MULTI_GPU
+    begin(self, *args, **kwargs)
+state.AcceleratorState.__init__ = as_on_gpus
+from training import trainer
+whole_step = trainer.StageTrainer.training_step
+def in_pieces(self, *args, **kwargs):
+    assert self.is_fsdp_enabled and {type(p).__name__ for p in self.model.parameters()} == {"DTensor"}
+    return whole_step(self, *args, **kwargs)
+trainer.StageTrainer.training_step = in_pieces
+"""
+
+
+@pytest.mark.parametrize("stage, spread", [("finetune", {}), ("finetune", _FSDP2), ("pretrain_clip", {})])
+def test_two_processes_train_what_one_does_on_the_joined_batch(
+    tmp_path, data, llm, encoder, stage, spread, monkeypatch
+):
     """SGD: weights move by the gradient itself, which Adam would hide where it is small.
 
     No thread of the process group is left at the end: one that is aborts the process now and then."""
     module = {"finetune": finetune, "pretrain_clip": pretrain_clip}[stage]
 
-    def values(name: str, batch: int, rate: float = 0.1) -> dict:
+    def values(name: str, batch: int, rate: float = 0.1, **spread) -> dict:
         settings = {
             "per_device_train_batch_size": batch,
             "max_steps": 2,
             "optim": "sgd",
             "learning_rate": rate,
             "max_grad_norm": 0.0,
+            **spread,
         }
         if stage == "finetune":
             return toy.finetune_configuration(tmp_path / name, data, llm, dropout=0.0, **settings)
         return toy.clip_configuration(tmp_path / name, data, encoder, **settings)
 
     script = tmp_path / "without_dropout.py"
-    script.write_text(_WITHOUT_DROPOUT)
+    # FSDP's mesh holds its group, a thread of which may abort an interpreter that ends.
+    script.write_text(AS_ON_GPUS + _WITHOUT_DROPOUT + "os._exit(0)" if spread else _WITHOUT_DROPOUT + _NO_THREADS)
     done = subprocess.run(
         [
             sys.executable,
@@ -386,7 +487,7 @@ def test_two_processes_train_what_one_does_on_the_joined_batch(tmp_path, data, l
             "2",
             str(script),
             str(ROOT / "training" / f"{stage}.py"),
-            str(toy.written(values("two", 2), tmp_path / "two.json")),
+            str(toy.written(values("two", 2, **spread), tmp_path / "two.json")),
         ],
         env=_ENVIRONMENT,
         capture_output=True,
@@ -458,6 +559,129 @@ def test_a_step_is_the_same_in_one_batch_or_accumulated(tmp_path, data, llm, mon
     parts = trained("parts", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     for key, value in whole.items():
         torch.testing.assert_close(parts[key], value, atol=1e-5, rtol=1e-4, msg=key)
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("phi3", False), ("llama3", False)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_language_model_starts_from_its_weights_alone(tmp_path, family, tied, dtype, monkeypatch):
+    """No random weights before them; its positions are those of transformers' own model, in float32."""
+    source = toy.language_model(tmp_path / "llm", family, tie_word_embeddings=tied)
+    built, made = [], lamed.causal_lm
+    monkeypatch.setattr(lamed, "causal_lm", lambda config: built.append(made(config)) or built[-1])
+    model = TrainedLamed(Start(source, toy.PARTS, dtype=dtype), ("mm_projector",))
+    llm = model.lamed.llm
+    assert built == [llm]
+    files = load_file(Path(source) / "model.safetensors")
+    for name, value in llm.named_parameters():
+        if name in files:
+            assert torch.equal(value[: len(files[name])], files[name].to(getattr(torch, dtype))) or "embed" in name
+            assert value.dtype == getattr(torch, dtype)
+    assert (llm.lm_head.weight is llm.model.embed_tokens.weight) == tied
+    theirs = AutoModelForCausalLM.from_pretrained(source).model.rotary_emb.inv_freq
+    assert llm.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(llm.model.rotary_emb.inv_freq, theirs)
+
+
+def test_no_memory_is_taken_for_weights_that_are_replaced(tmp_path, llm, monkeypatch):
+    devices, made = [], lamed.causal_lm
+
+    def watched(config):
+        model = made(config)
+        devices.extend({parameter.device.type for parameter in model.parameters()})
+        return model
+
+    monkeypatch.setattr(lamed, "causal_lm", watched)
+    TrainedLamed(Start(llm, toy.PARTS), ("mm_projector",))
+    assert devices == ["meta"]
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+def stage_and_batches(stage: str, folder: Path, data: Path, llm: str, encoder: str):
+    """(model, batches) of a stage: of finetune a batch with masks and one without."""
+    if stage == "pretrain_clip":
+        settings = build(pretrain_clip.Settings, toy.clip_configuration(folder, data, encoder))
+        model = pretrain_clip.build(settings)
+        pairs = selection.open_pairs(settings, settings.vision.image_size)
+        return model, [model.collate([pairs[0, 0], pairs[0, 1]])]
+    values = toy.finetune_configuration(folder, data, llm)
+    values["data"]["m3d"]["tasks"] = ["caption", "segmentation"] if stage == "finetune" else ["caption"]
+    settings = build(finetune.Settings, values)
+    if stage == "finetune":
+        model, packer = finetune.build(settings)
+    else:
+        model = TrainedLamed(settings.start, ("mm_projector", "embeddings"), segmentation=False)
+        seg, size = model.config_json["seg_token_id"], model.lamed.config.vision.image_size
+        packer = Packer(model.prompt, size, seg, settings.max_length)
+    questions = selection.open_questions(settings, model.lamed.config.vision.image_size)
+    groups = [questions[0, k] for k in range(len(questions))]
+    masked = [group for group in groups if group[0].mask is not None]
+    return model, [packer(part[:2]) for part in (masked, groups) if part]
+
+
+@pytest.mark.parametrize("stage", ["finetune", "align_projector", "pretrain_clip"])
+def test_a_stage_runs_with_all_weights_in_bf16_and_its_losses_are_float32(tmp_path, data, llm, encoder, stage):
+    """As under DeepSpeed, which casts the weights, leaves buffers, and gives no autocast."""
+    torch.manual_seed(0)
+    model, batches = stage_and_batches(stage, tmp_path / "run", data, llm, encoder)
+    assert len(batches) == (2 if stage == "finetune" else 1)
+    for batch in batches:  # as the trainer has it: nothing is divided by 0
+        batch["totals"] = trainer.Exact({name: total.clamp(min=1) for name, total in batch["totals"].items()})
+    expected = [model(**batch)["parts"] for batch in batches]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for batch, wanted in zip(batches, expected):
+        # Trainer casts the batch, too, but for the totals.
+        inputs = {
+            key: value.bfloat16() if key != "totals" and value.is_floating_point() else value
+            for key, value in batch.items()
+        }
+        model.zero_grad()
+        found = model(**inputs)
+        assert found["loss"].dtype == torch.float32 and all(v.dtype == torch.float32 for v in found["parts"].values())
+        found["loss"].backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert [name for name, grad in gradients.items() if grad is None or not torch.isfinite(grad).all()] == []
+        for name, value in wanted.items():
+            torch.testing.assert_close(found["parts"][name], value, atol=0.05, rtol=0.05)
+
+
+class _Halves(torch.nn.Module):
+    """What crosses a stage model's boundary, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def forward(self, images: torch.Tensor, totals: dict) -> dict:
+        self.seen = totals["answers"]
+        loss = self.layer(images).float().sum() / totals["answers"]
+        return {"loss": loss, "parts": trainer.Exact(answers=totals["answers"] + 0.125)}
+
+
+def _sharded(rank: int, address: str, folder: str) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = _Halves()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    fully_shard(model, mp_policy=policy)
+    total = torch.tensor(1543.125)
+    found = model(images=torch.ones(2, 4), totals=trainer.Exact(answers=total))
+    found["loss"].backward()
+    gradient = model.layer.weight.grad.full_tensor()
+    torch.save([model.seen, found["parts"]["answers"], gradient], f"{folder}/{rank}.pt")
+    # The mesh holds its group, a thread of which may abort an interpreter that ends.
+    os._exit(0)
+
+
+def test_totals_and_losses_cross_fsdp_without_being_rounded(tmp_path):
+    torch.multiprocessing.spawn(_sharded, (f"file://{tmp_path}/group", str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        seen, part, gradient = torch.load(tmp_path / f"{rank}.pt")
+        assert (seen.item(), part.item()) == (1543.125, 1543.25)  # bf16 would have 1544
+        torch.testing.assert_close(gradient, torch.full((1, 4), 2 / 1543.125), atol=0, rtol=2**-8)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -721,8 +945,19 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
         ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate must be float"),
         ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps must be int"),
         ({"trainer": {"bf16": 1}}, "trainer.bf16 must be bool"),
+        ({"trainer": {"fsdp": 1}}, "trainer.fsdp must be str or null or bool"),
+        ({"trainer": {"eval_strategy": "steps"}}, "trainer.eval_strategy needs data.m3d.validation"),
+        ({"trainer": {"do_eval": True}}, "use `trainer.eval_strategy`"),
+        ({"trainer": {"report_to": ["neptune"]}}, "trainer.report_to: neptune is not installed"),
+        ({"trainer": {"deepspeed": "nowhere.json"}}, "trainer.deepspeed: nowhere.json cannot be read"),
+        (
+            {"trainer": {"fsdp": True, "fsdp_config": "nowhere.json"}},
+            "trainer.fsdp_config: nowhere.json cannot be read",
+        ),
+        ({"trainer": {"full_determinism": True}}, "trainer.full_determinism: on CUDA, .*AvgPool3d.*trilinear"),
         ({"trainer": {"seed": 1}}, "use `seed`"),
         ({"trainer": {"save_only_model": True}}, "trainer.save_only_model is set by the stage itself"),
+        ({"trainer": {"save_on_each_node": True}}, "trainer.save_on_each_node is set by the stage itself"),
         ({"trainer": {"ignore_data_skip": True}}, "trainer.ignore_data_skip is set by the stage itself"),
         ({"trainer": {"auto_find_batch_size": True}}, "trainer.auto_find_batch_size is set by the stage itself"),
         ({"data": {}}, "data must have either"),
@@ -731,6 +966,7 @@ def test_a_folder_that_was_not_merged_is_no_checkpoint_and_says_what_to_do(tuned
         ({"answer_weights": "equal"}, "answer_weights"),
         ({"train": ["tower"]}, "train names tower"),
         ({"train": ["added_tokens"]}, "tied embeddings"),
+        ({"train": ["added_tokens"], "trainer": {"fsdp": True}}, "train: added_tokens works .* the whole model"),
         ({"max_length": 3}, "max_length 3 leaves no room"),
         ({"max_length": 4096}, "more than the language model's context"),
     ],
@@ -744,6 +980,11 @@ def test_a_configuration_with_a_wrong_setting_is_refused_by_name(
         trainer.main("", finetune.Settings, finetune.train)
     assert stopped.value.code == 2 and re.search(named, capsys.readouterr().err)
     assert not (tmp_path / "run" / "checkpoint-1").exists()
+
+
+@pytest.mark.parametrize("given", [True, None, "full_shard auto_wrap"])
+def test_fsdp_is_switched_on_as_transformers_wants_it(given):
+    check_trainer({"fsdp": given, "fsdp_config": {"version": 2, "reshard_after_forward": True}})
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}])
@@ -879,12 +1120,14 @@ def test_a_merged_checkpoint_is_left_as_it_is_until_what_it_was_made_from_change
 
 @pytest.mark.parametrize(
     "file",
-    sorted((ROOT / "training" / "configs").rglob("*.json"), key=str),
+    sorted(
+        {*(ROOT / "training" / "configs").rglob("*.json")} - {*(ROOT / "training" / "configs" / "spread").iterdir()},
+        key=str,
+    ),
     ids=lambda file: f"{file.parent.name}/{file.stem}",
 )
 def test_every_configuration_in_the_repository_is_whole(file):
     from training import evaluate, pretrain_segvol
-    from training.config import check_trainer
 
     modules = {
         "align_projector": align_projector,

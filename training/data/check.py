@@ -1,5 +1,8 @@
 """Check a data root before training: every sample is read once, and what is broken is listed with its cause.
 
+Beside that it says what an epoch reads, what stands in two splits, and which scans lie otherwise than the others of
+their data set (see `training.data.oddities`).
+
 python training/data/check.py ROOT
 """
 
@@ -7,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +19,7 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
@@ -24,9 +28,10 @@ from rich.table import Table
 from engine.cli import console
 from engine.errors import InvalidInput
 from training.data.jobs import parallel, progress
+from training.data.oddities import Subject, centre, repeats, subject, turned_cases, turned_sets
 from training.data.reading import read_image
 from training.data.sample import BrokenSample
-from training.data.sets import CAP, REFSEG, SEG, SPLITS, TASKS, VQA, Structures, TrainingSet, open_sets
+from training.data.sets import CAP, REFSEG, SEG, TASKS, VQA, Structures, TrainingSet, open_sets, splits_of
 from training.files import write_json
 
 _FOLDERS = {
@@ -47,16 +52,28 @@ _CHUNK, _SHOWN = 64, 20
 
 @dataclass
 class Findings:
-    """What reading samples of one set has shown. broken: how often by (paths, cause)."""
+    """What reading samples of one set has shown. read: bytes of images and masks, as often as samples need them.
+
+    files: bytes of each. broken: how often by (paths, cause). centres: of structures, by image.
+    """
 
     low: float = float("inf")
     high: float = float("-inf")
     masks: int = 0
+    read: int = 0
+    files: dict[str, int] = field(default_factory=dict)
     broken: Counter = field(default_factory=Counter)
+    subjects: list[Subject] = field(default_factory=list)
+    centres: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def __iadd__(self, other: Findings) -> Findings:
         self.low, self.high, self.masks = min(self.low, other.low), max(self.high, other.high), self.masks + other.masks
+        self.read += other.read
+        self.files |= other.files
         self.broken += other.broken
+        self.subjects += other.subjects
+        for image, places in other.centres.items():
+            self.centres[image] = self.centres.get(image, {}) | places
         return self
 
 
@@ -95,9 +112,16 @@ def _examine(chunk: tuple[int, list[int]]) -> Findings:
         except BrokenSample as broken:
             found.broken[broken.paths, broken.cause] += 1
             continue
+        files = part.files(index)
         found.low = min(found.low, float(sample.image.min()))
         found.high = max(found.high, float(sample.image.max()))
         found.masks += sample.mask is not None
+        sizes = {str(path): path.stat().st_size for path in (files.image, files.mask) if path}
+        found.read += sum(sizes.values())
+        found.files |= sizes
+        found.subjects.append(subject(sample, files.image))
+        if isinstance(part, Structures) and sample.mask is not None:
+            found.centres.setdefault(str(files.image), {})[part.name(index)] = centre(sample.mask[0])
     return found
 
 
@@ -127,20 +151,25 @@ def check(
             raise InvalidInput(f"{root} holds no set: {', '.join(dict.fromkeys(_FOLDERS.values()))} were looked for")
     sets, problems = [], []
     for task in tasks:
-        for split in SPLITS:
-            if task in ("refseg", *Structures.KINDS) and split == "validation":
-                continue  # the same files as test
+        for split in splits_of(task, root):
             try:
                 sets += open_sets([task], root, split, tuple(image_size)).sets
             except InvalidInput as error:
                 problems.append({"task": task, "split": split, "cause": str(error)})
     results = examine(sets, workers)
+    repeated, turned = _repeated(sets, results), _turned(sets, results)
+    files = {path: size for found in results for path, size in found.files.items()}
+    read = {"bytes": sum(found.read for found in results), "distinct_bytes": sum(files.values())}
     _show(sets, results, problems)
+    _tell(read, repeated, turned)
     if report:
         write_json(
             report,
             {
                 "problems": problems,
+                "read": read,
+                "repeated": repeated,
+                "turned": turned,
                 "sets": [
                     {
                         "task": part.task,
@@ -150,6 +179,7 @@ def check(
                         "low": found.low,
                         "high": found.high,
                         "masks": found.masks,
+                        "bytes": found.read,
                         "broken": [
                             {"paths": paths, "cause": cause, "times": times}
                             for (paths, cause), times in found.broken.most_common()
@@ -165,6 +195,55 @@ def check(
             f"error: {len(problems)} sets cannot be opened and {broken:,} of {samples:,} samples are broken "
             f"(accepted: {limit:.1%})"
         )
+
+
+def _repeated(sets: Sequence[TrainingSet], results: Sequence[Findings]) -> list[dict]:
+    """How much of each held-out split is in training as well."""
+    subjects: dict[tuple[str, str], list[Subject]] = defaultdict(list)
+    for part, found in zip(sets, results):
+        subjects[part.task, part.split] += found.subjects
+    counted = [
+        {"task": task, "split": split, "samples": len(held_out)}
+        | dict(zip(("in_train", "of_other_cases"), repeats(subjects.get((task, "train"), ()), held_out)))
+        for (task, split), held_out in subjects.items()
+        if split != "train"
+    ]
+    return [entry for entry in counted if entry["in_train"]]
+
+
+def _turned(sets: Sequence[TrainingSet], results: Sequence[Findings]) -> list[dict]:
+    """Scans, and whole data sets, whose structures follow each other the other way along an axis."""
+    centres: dict[str, dict[str, dict[str, np.ndarray]]] = defaultdict(dict)
+    for part, found in zip(sets, results):
+        if isinstance(part, Structures):
+            centres[part.code] |= found.centres
+    cases = [
+        {"code": code, "image": image, "axis": axis}
+        for code, of_set in centres.items()
+        for image, axis in turned_cases(of_set)
+    ]
+    return [{"code": code, "image": None, "axis": axis} for code, axis in turned_sets(centres)] + cases
+
+
+def _tell(read: dict, repeated: Sequence[dict], turned: Sequence[dict]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    all_bytes, distinct = (read[key] / 1e9 for key in ("bytes", "distinct_bytes"))
+    console.print(
+        f"an epoch of these reads {all_bytes:,.1f} GB of images and masks, {distinct:,.1f} GB of them distinct"
+    )
+    for entry in repeated:
+        console.print(
+            f"repeated: of {entry['task']}, {entry['split']}, {entry['in_train']:,} of {entry['samples']:,} samples "
+            f"are in train as well, {entry['of_other_cases']:,} of them in another case"
+        )
+    for entry in turned[:_SHOWN]:
+        what = f"the structures of {entry['image']}" if entry["image"] else f"all structures of {entry['code']}"
+        others = "most scans of its data set" if entry["image"] else "the other data sets"
+        console.print(
+            f"turned: {what} follow each other along {entry['axis']} the other way than in {others}", markup=False
+        )
+    if len(turned) > _SHOWN:
+        console.print(f"and {len(turned) - _SHOWN:,} more; --report lists them all")
 
 
 def _show(sets: Sequence[TrainingSet], results: Sequence[Findings], problems: Sequence[dict]) -> None:

@@ -29,10 +29,11 @@ _STAMP = "prepared.json"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something that was not prepared, and why."""
+    """Something that was not prepared, and why. lost: the class of a structure that the model's volume cannot hold."""
 
     path: str
     cause: str
+    lost: str | None = None
 
 
 @dataclass(frozen=True)

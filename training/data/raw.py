@@ -11,7 +11,8 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,38 +32,134 @@ _SLICES = (".png", ".jpg", ".jpeg")
 _FINDINGS, _DISCUSSION, _FEWEST = "study_findings:", "discussion:", 5
 _IMAGES, _LABELS, _MASK_FOLDERS = ("image", "ct"), ("label",), ("masks", "segmentations")
 _SPARSE = re.compile(r"mask_(\(.*\))\.npz")
+# M3D-Cap is downloaded as ct_case/ct_case_00.zip and so on; the reference's issues name folders ct_case_image, too.
+_FAMILY = re.compile(r"(ct_case|ct_quizze)(?:_image)?(?:_\d+)?")
+MASK_RULES = ("nearest", "half")
+_NO_VOXEL = {"nearest": "is at no voxel of the model", "half": "fills no voxel of the model by half"}
+DTYPES = ("float32", "float16", "uint8")
+# What a name has in ASCII, where taking accents away is not enough.
+_LETTERS = str.maketrans(
+    {"ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D"}
+    | {"ð": "d", "Ð": "D", "þ": "th", "Þ": "Th", "ı": "i", "–": "-", "—": "--", "×": "x", "°": "deg", "μ": "u"}
+    | {"‘": "'", "’": "'", "“": '"', "”": '"'}
+)
+_LONGEST = 8  # letters that one foreign character becomes in ASCII
 
 Size = tuple[int, int, int]
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How cases are made. mask: of MASK_RULES. dtype: of DTYPES, in which images are stored; uint8 holds 0..255."""
+
+    size: Size
+    preset: str
+    mask: str = "nearest"
+    dtype: str = "float32"
+
+    def settings(self, *, masks: bool = True) -> dict:
+        """What decides a case, for JSON. masks: whether it has any. Older versions stored float32 without saying so."""
+        return (
+            {"size": self.size, "preset": self.preset}
+            | ({"mask": self.mask} if masks else {})
+            | ({"dtype": self.dtype} if self.dtype != "float32" else {})
+        )
+
+    def save(self, path: Path, image: np.ndarray) -> None:
+        """An image in 0..1."""
+        stored = np.round(image * 255) if self.dtype == "uint8" else image
+        np.save(path, stored.astype(self.dtype))
+
+    def of_mask(self, geometry: Geometry, mask: np.ndarray) -> np.ndarray:
+        """bool [1, D, H, W]: where a mask of the scan's shape is in the model's volume."""
+        if self.mask == "half":
+            return geometry.mask_to_model(mask)[None] >= 0.5
+        # The voxel at the beginning of each of the model's, as PyTorch's mode "nearest" takes it.
+        view = geometry.view(mask)
+        return view[np.ix_(*(np.arange(size) * n // size for n, size in zip(view.shape, self.size)))][None]
+
+
 # --- M3D-Cap ---------------------------------------------------------------------------------------------------------
-def cap_jobs(raw: Path, target: Path, size: Size, preset: str) -> tuple[list[Job], list[LeftOut]]:
-    """The cases under `raw`, at any depth: folders with one .txt and their series; and what lacks a text."""
-    jobs, without_text = [], []
+def cap_jobs(
+    raw: Path, target: Path, rules: Rules, listed: Mapping[str, Collection[str]]
+) -> tuple[list[Job], list[LeftOut], dict[str, list[str]]]:
+    """The cases under `raw`, at any depth: folders with one .txt and their series.
+
+    Args:
+        raw: the raw folder.
+        target: the folder to write cases to.
+        rules: how they are made.
+        listed: case -> series that M3D_Cap.json lists.
+
+    Returns:
+        The cases, what lacks a text, and the names of each case's series.
+
+    Raises:
+        InvalidInput: if two folders are the same case.
+    """
+    jobs, without_text, series = {}, [], {}
     for path, folders, files in os.walk(raw):
         folder = Path(path)
         texts = sorted(name for name in files if name.endswith(".txt"))
         if texts and folder != raw:
-            # Published as M3D_Cap_npy/ct_case/000006: the family's folder may be RAW itself or one inside it.
-            case = folder.relative_to(raw)
-            case = case if len(case.parts) > 1 else raw.resolve().name / case
-            sources = (folder / texts[0], *sorted(folder / name for name in [*folders, *files] if name not in texts))
-            jobs.append(
-                Job(
-                    case.as_posix(),
-                    sources,
-                    target / case,
-                    {"size": size, "preset": preset},
-                    partial(_make_cap, folder, texts, size, preset),
-                )
+            case = _published_case(raw, folder)
+            if case.as_posix() in jobs:
+                other = jobs[case.as_posix()].sources[0].parent
+                raise InvalidInput(f"{folder} and {other} are both case {case}: prepare one of them")
+            names = series_names(
+                [*folders, *(name for name in files if name.endswith(_NIFTI))], listed.get(_key(case), ())
             )
+            sources = (folder / texts[0], *sorted(folder / name for name in [*folders, *files] if name not in texts))
+            renamed = {name: saved for name, saved in names.items() if saved != _ascii(_stem(name))}
+            jobs[case.as_posix()] = Job(
+                case.as_posix(),
+                sources,
+                target / case,
+                rules.settings(masks=False) | ({"names": renamed} if renamed else {}),
+                partial(_make_cap, folder, texts, rules, names),
+            )
+            series[case.as_posix()] = sorted(names.values())
             folders.clear()
         elif any(name.lower().endswith((*_SLICES, *_NIFTI)) for name in files):
             without_text.append(LeftOut(str(folder), "there are images but no .txt in the folder above or in this one"))
-    return sorted(jobs, key=lambda job: job.name), without_text
+    return [jobs[name] for name in sorted(jobs)], without_text, series
 
 
-def _make_cap(case: Path, texts: Sequence[str], size: Size, preset: str, folder: Path) -> list[LeftOut]:
+def _published_case(raw: Path, folder: Path) -> Path:
+    """Where a case lies as published, ct_case/000006, in whatever folders its archive was unpacked."""
+    parts = (raw.resolve().name, *folder.relative_to(raw).parts)
+    families = [(k, found[1]) for k, part in enumerate(parts[:-1]) if (found := _FAMILY.fullmatch(part))]
+    if families:
+        last, family = families[-1]
+        return Path(family, *parts[last + 1 :])
+    return Path(*parts[-2:]) if len(parts) == 2 else Path(*parts[1:])
+
+
+def _key(case: Path) -> str:
+    return "/".join(case.parts[-2:])
+
+
+def series_names(found: Sequence[str], listed: Collection[str]) -> dict[str, str]:
+    """Name in the raw folder -> name to save it under: in ASCII, as the published names are.
+
+    A foreign character for which no ASCII is known stands for whatever the one name in `listed` has that fits.
+    """
+    names = {name: _ascii(_stem(name)) for name in found}
+    free = set(listed) - set(names.values())
+    for name in sorted(name for name, saved in names.items() if not saved.isascii() and saved not in listed):
+        pattern = "".join(re.escape(c) if c.isascii() else f".{{0,{_LONGEST}}}" for c in names[name])
+        fitting = [other for other in free if re.fullmatch(pattern, other)]
+        if len(fitting) == 1:
+            names[name] = fitting[0]
+            free.remove(fitting[0])
+    return names
+
+
+def _stem(name: str) -> str:
+    return name.split(".nii")[0]
+
+
+def _make_cap(case: Path, texts: Sequence[str], rules: Rules, names: Mapping[str, str], folder: Path) -> list[LeftOut]:
     if len(texts) > 1:
         raise InvalidInput(f"there are {len(texts)} texts ({', '.join(texts)}), one is wanted")
     try:
@@ -78,12 +175,12 @@ def _make_cap(case: Path, texts: Sequence[str], size: Size, preset: str, folder:
             continue
         try:
             scan, dropped = _series(path)
-            image = prepare(scan, size, preset).image
+            image = prepare(scan, rules.size, rules.preset).image
         except InvalidInput as error:
             left_out.append(LeftOut(str(path), str(error)))
             continue
         left_out += dropped
-        np.save(_free(folder, _ascii(path.name.split(".nii")[0])), image)
+        rules.save(_free(folder, names[path.name]), image)
         series += 1
     if not series:
         causes = "; ".join(f"{Path(entry.path).name}: {entry.cause}" for entry in left_out)
@@ -133,26 +230,38 @@ def _series(path: Path) -> tuple[Scan, list[LeftOut]]:
 
 
 # --- M3D-Seg ---------------------------------------------------------------------------------------------------------
-def seg_jobs(raw: Path, target: Path, code: str, size: Size, preset: str) -> tuple[list[Job], tuple[str, ...], dict]:
-    """(cases, class names, split by case where the raw folder's JSON says so) of one data set."""
+def seg_jobs(
+    raw: Path, target: Path, code: str, rules: Rules
+) -> tuple[list[Job], tuple[str, ...], dict[str, str], list[LeftOut]]:
+    """The cases of one data set.
+
+    Returns:
+        The cases, the class names, the split by case where the raw folder's JSON says so, and the cases that such a
+        JSON does not list: they belong to no split, so they are not prepared.
+    """
     folder, index = raw / code, {}
     if (folder / f"{code}.json").is_file():
         index = read_json(folder / f"{code}.json")
     cases = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     names = class_names().get(code) or _own_names(code, index, cases)
     splits = {Path(entry["image"]).parent.name: split for split in ("train", "test") for entry in index.get(split, [])}
-    settings = {"size": size, "preset": preset, "names": list(names)}
+    unlisted = [
+        LeftOut(str(case), f"{code}.json of the raw folder does not list it")
+        for case in cases
+        if splits and case.name not in splits
+    ]
     jobs = [
         Job(
             f"{code}/{case.name}",
             (case, *sorted(p for p in case.rglob("*") if p.is_file())),
             target / code / case.name,
-            settings,
-            partial(_make_seg, case, names, size, preset),
+            rules.settings() | {"names": list(names)},
+            partial(_make_seg, case, names, rules),
         )
         for case in cases
+        if not splits or case.name in splits
     ]
-    return jobs, names, splits
+    return jobs, names, splits, unlisted
 
 
 def _own_names(code: str, index: dict, cases: Sequence[Path]) -> tuple[str, ...]:
@@ -167,8 +276,9 @@ def _own_names(code: str, index: dict, cases: Sequence[Path]) -> tuple[str, ...]
     return tuple(names)
 
 
-def _make_seg(case: Path, names: Sequence[str], size: Size, preset: str, folder: Path) -> list[LeftOut]:
+def _make_seg(case: Path, names: Sequence[str], rules: Rules, folder: Path) -> list[LeftOut]:
     left_out: list[LeftOut] = []
+    preset = rules.preset
     if (case / "image.npy").is_file():
         scan, masks = _published(case, names)
         preset = "m3d-cap"  # the published arrays are normalised; what remains is to scale, crop and resize them
@@ -178,15 +288,15 @@ def _make_seg(case: Path, names: Sequence[str], size: Size, preset: str, folder:
             raise InvalidInput(f"there is no image: {' or '.join(_IMAGES)} with {' or '.join(_NIFTI)} is looked for")
         scan = _nifti_scan(image)
         masks = _labelled(case, scan, names, left_out)
-    prepared = prepare(scan, size, preset)
+    prepared = prepare(scan, rules.size, preset)
     (folder / "masks").mkdir()
-    np.save(folder / "image.npy", prepared.image)
+    rules.save(folder / "image.npy", prepared.image)
     structures = 0
     for number, mask in masks:
         present = bool(mask.any())
-        small = _in_model(prepared.geometry, mask) if present else np.zeros(ABSENT, bool)
+        small = rules.of_mask(prepared.geometry, mask) if present else np.zeros(ABSENT, bool)
         if present and not small.any():  # it is in the scan, so it cannot be denied either
-            left_out.append(LeftOut(str(case), f"{names[number]} fills no voxel of the model by half"))
+            left_out.append(LeftOut(str(case), f"{names[number]} {_NO_VOXEL[rules.mask]}", names[number]))
             continue
         np.save(folder / "masks" / f"mask_{number}.npy", small)
         structures += present
@@ -251,7 +361,7 @@ def _published(case: Path, names: Sequence[str]):
 
 
 # --- M3D-RefSeg ------------------------------------------------------------------------------------------------------
-def refseg_jobs(raw: Path, target: Path, size: Size, preset: str) -> list[Job]:
+def refseg_jobs(raw: Path, target: Path, rules: Rules) -> list[Job]:
     """The cases under `raw`: folders with ct.nii.gz and mask.nii.gz."""
     cases = sorted(path for path in raw.iterdir() if path.is_dir() and not path.name.startswith("."))
     return [
@@ -259,14 +369,14 @@ def refseg_jobs(raw: Path, target: Path, size: Size, preset: str) -> list[Job]:
             case.name,
             (case, *sorted(p for p in case.iterdir() if p.is_file())),
             target / case.name,
-            {"size": size, "preset": preset},
-            partial(_make_refseg, case, size, preset),
+            rules.settings(),
+            partial(_make_refseg, case, rules),
         )
         for case in cases
     ]
 
 
-def _make_refseg(case: Path, size: Size, preset: str, folder: Path) -> list[LeftOut]:
+def _make_refseg(case: Path, rules: Rules, folder: Path) -> list[LeftOut]:
     image, label = _one_of(case, ("ct",)), _one_of(case, ("mask",))
     if image is None or label is None:
         raise InvalidInput("ct.nii.gz and mask.nii.gz are looked for, and at least one is missing")
@@ -275,24 +385,19 @@ def _make_refseg(case: Path, size: Size, preset: str, folder: Path) -> list[Left
     found = np.unique(labels)
     if (found != np.round(found)).any() or found[0] < 0 or found[-1] >= 1 << 16:
         raise InvalidInput(f"{label.name} holds {_some(found)}; whole numbers are wanted, 0 for none")
-    prepared = prepare(scan, size, preset)
-    mask, left_out = np.zeros((1, *size), np.uint16), []
+    prepared = prepare(scan, rules.size, rules.preset)
+    mask, left_out = np.zeros((1, *rules.size), np.uint16), []
     for value in found[found > 0]:
-        small = _in_model(prepared.geometry, labels == value)
+        small = rules.of_mask(prepared.geometry, labels == value)
         mask[small] = value
         if not small.any():
-            left_out.append(LeftOut(str(label), f"mask {int(value)} fills no voxel of the model by half"))
-    np.save(folder / "ct.npy", prepared.image)
+            left_out.append(LeftOut(str(label), f"mask {int(value)} {_NO_VOXEL[rules.mask]}", "lesion"))
+    rules.save(folder / "ct.npy", prepared.image)
     np.save(folder / "mask.npy", mask)
     return left_out
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-def _in_model(geometry: Geometry, mask: np.ndarray) -> np.ndarray:
-    """bool [1, D, H, W]: the voxels of the model that the mask fills by half or more."""
-    return geometry.mask_to_model(mask)[None] >= 0.5
-
-
 def _nifti_scan(path: Path) -> Scan:
     return read_scan(pack_scan(path)[0])
 
@@ -336,8 +441,9 @@ def _natural(path: Path) -> list:
 
 
 def _ascii(name: str) -> str:
-    """Without diacritics, as the published names are."""
-    return "".join(c for c in unicodedata.normalize("NFD", name) if unicodedata.category(c) != "Mn")
+    """As the published names are: without accents, in ASCII where it is known how."""
+    plain = unicodedata.normalize("NFKD", name)
+    return "".join(c for c in plain if unicodedata.category(c) != "Mn").translate(_LETTERS)
 
 
 def _free(folder: Path, stem: str) -> Path:

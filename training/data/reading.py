@@ -60,11 +60,14 @@ def read_json(path: Path):
         raise InvalidInput(f"{path} is not JSON: {error}") from None
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> Table:
-    """The rows of a CSV with a header, `columns` only. Raises InvalidInput naming the columns that it lacks."""
+def read_table(path: Path, columns: tuple[str, ...], also: tuple[str, ...] = ()) -> Table:
+    """The rows of a CSV with a header, `columns` only, and `also` these: blank where it lacks them.
+
+    Raises InvalidInput naming the `columns` that it lacks.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = _rows(path, file, columns)
+            rows = _rows(path, file, columns, also)
             return Table(rows)
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
@@ -72,7 +75,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Table:
         raise InvalidInput(f"{path} is not a CSV in UTF-8: {error}") from None
 
 
-def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...]) -> Iterator[dict]:
+def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...], also: tuple[str, ...]) -> Iterator[dict]:
     csv.field_size_limit(_MAX_CELL)  # reports are long
     reader = csv.DictReader(file)
     found = reader.fieldnames or []
@@ -82,11 +85,16 @@ def _rows(path: Path, file: Iterable[str], columns: tuple[str, ...]) -> Iterator
             f"it has {', '.join(found) or 'none'}"
         )
     # A row that is cut short has None where cells are missing: that row is broken, not the table.
-    return ({column: row[column] or "" for column in columns} for row in reader)
+    return ({column: row.get(column) or "" for column in (*columns, *also)} for row in reader)
+
+
+def first_there(*paths: Path) -> Path:
+    """The first of several places where there is a file; the first of all if there is none."""
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def mask_id(cell: str) -> int | None:
-    """The value in a mask that a cell of M3D_RefSeg.csv means, 1 or above (0 is the background); None if it is none."""
+    """The value in a mask that a cell of M3D-RefSeg means, 1 or above (0 is the background); None if it is none."""
     try:
         value = float(cell)  # tables that went through other tools have 1.0 for 1
     except ValueError:
@@ -95,11 +103,13 @@ def mask_id(cell: str) -> int | None:
 
 
 def read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
-    """float32 [1, D, H, W] in 0..1 at `size`. Raises BrokenSample for anything else."""
+    """float32 [1, D, H, W] in 0..1 at `size`, stored so or as uint8 0..255. Raises BrokenSample for anything else."""
     array = _load(path)
     if array.shape != (1, *size):
         raise BrokenSample(path, f"the image has shape {_shape(array.shape)}, the model takes {_shape((1, *size))}")
     image = array.astype(np.float32)
+    if array.dtype == np.uint8:
+        image /= 255
     low, high = float(image.min()), float(image.max())
     if not -_ROUNDING <= low <= high <= 1 + _ROUNDING:
         values = f"{low:g} to {high:g}" if np.isfinite([low, high]).all() else "values that are not finite"

@@ -19,7 +19,7 @@ class Sample:
     between <bx_start> and <bx_end>. mask: bool [1, D, H, W] of the structure that [SEG] stands for, or None.
     space: whether a space stands between image tokens and question (VQA, REC, REG, segmentation: yes; captions: no).
     task: caption, vqa_closed, vqa_open, vqa_yes_no, segmentation, rec, reg or refseg.
-    source: path of the image, for reports.
+    source: path of the image, for reports. structure: what the question is about, if that has a name.
     """
 
     image: np.ndarray
@@ -29,6 +29,7 @@ class Sample:
     space: bool
     task: str
     source: str
+    structure: str | None = None
 
 
 class BrokenSample(M3DError):

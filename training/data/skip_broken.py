@@ -69,6 +69,10 @@ class SkipBroken(Dataset):
         """Sample `index` of any epoch."""
         return self._read(index, lambda: self.dataset.at(epoch, index))
 
+    def group(self, epoch: int, index: int) -> list[Sample]:
+        """The samples of group `index` of any epoch of a Mixture that are not broken."""
+        return present(self._read(index, read) for read in self.dataset.readers(epoch, index))
+
     def _read(self, index: int, read: Callable[[], Sample]) -> Sample | None:
         worker = get_worker_info()
         count = self._counts[0 if worker is None else 1 + worker.id]

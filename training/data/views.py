@@ -29,13 +29,6 @@ class ScanSettings:
     tasks: dict[str, int] = field(default_factory=lambda: dict(SHARES))
 
 
-@dataclass(frozen=True)
-class StructureSample(Sample):
-    """A sample whose answer is about a named structure (None: about none, or about several)."""
-
-    structure: str | None = None
-
-
 class Views:
     """Random views of the scans: [epoch, index] -> (View, the random source that goes on behind it)."""
 
@@ -120,7 +113,7 @@ class ViewQuestions(_OfViews):
         view, rng = self.views[place]
         image, source = view.image[None], f"{view.scan} {place}"
         return [
-            StructureSample(
+            Sample(
                 image,
                 q.question,
                 q.answer,
