@@ -28,6 +28,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_is_here()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        """Any byte ends uvicorn's wait for a next request, a line end before its head, too, which begins no message."""
+        super().data_received(data)
+        is_idle = self.cycle is not None and self.cycle.response_complete
+        if is_idle and self._head_timer is None and not self.transport.is_closing():
+            self._await_head()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0

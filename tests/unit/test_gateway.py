@@ -906,6 +906,17 @@ def test_a_head_that_does_not_come_closes_the_connection(start, monkeypatch):
             raise ConnectionResetError
 
 
+def test_line_ends_after_an_answer_do_not_hold_a_connection(start, monkeypatch):
+    gateway = start()
+    with raw(gateway, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
+        assert connection.recv(1 << 16).endswith(b"live\n")
+        monkeypatch.setattr(protocol, "HEAD_S", 0.05)
+        connection.sendall(b"\r\n")
+        with pytest.raises(ConnectionResetError):
+            assert connection.recv(1) == b""
+            raise ConnectionResetError
+
+
 def test_what_is_no_http_is_refused_in_the_shape_of_openai(gateway):
     for sent in (b"GET / HTTP/1.1\r\nContent-Length: =\r\n\r\n", b"\x16\x03\x01 TLS\r\n\r\n"):
         head, _, body = received(raw(gateway, sent)).partition(b"\r\n\r\n")
