@@ -9,11 +9,10 @@ from fastapi.responses import Response
 
 from engine.gateway.bodies import FORM_BODY, described, form_file, returning
 from engine.gateway.context import Asks, Gateway, This, Uploads
-from engine.gateway.files import StoredFile
+from engine.gateway.files import MASK_PURPOSE, StoredFile
 from engine.gateway.keys import Key
 from engine.gateway.refusal import Refusal, gone, invalid, not_found
 
-MASK_PURPOSE = "assistants_output"  # OpenAI's word for files that can be fetched
 router = APIRouter(prefix="/v1/files")
 
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from pathlib import Path
+from contextlib import ExitStack
 from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
+from isal import igzip
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.api import Segment, Segmentation, StudyInfo
 from engine.gateway.audit import Access
 from engine.gateway.bodies import SCAN_BODY, described, received_file
 from engine.gateway.context import Asks, Gateway, Note, This, Uploads, while_connected
-from engine.gateway.file_routes import MASK_PURPOSE, file_object
+from engine.gateway.file_routes import file_object
 from engine.gateway.files import Content
 from engine.gateway.keys import Key
 from engine.gateway.refusal import invalid, not_found
 from engine.gateway.scans import Named
 from engine.gateway.studies import OpenStudy, Preparation
 from engine.methods import checked_question
+from engine.results import mask_bytes
 from engine.sampling import Sampling
 
 MAX_TEXTS = 2048
@@ -149,28 +151,31 @@ async def _segment(
 
 async def _segments(gateway: Gateway, key: Key, found: Segmentation) -> list[dict[str, Any]]:
     """One entry a mask. Without intensities: the scan's voxels are the server's."""
-    shown = []
-    for index, segment in enumerate(found.segments):
-        measured = await asyncio.to_thread(lambda of: of.measurements, segment)
-        file = await asyncio.to_thread(_mask_file, segment)
-        with gateway.files.arriving(key.owner, Content(file).size):
-            stored = gateway.files.keep(key.owner, file, f"mask_{index + 1}.nii.gz", MASK_PURPOSE)
-        entry = {
+    with ExitStack() as unkept:
+        measured, files = [], []
+        for segment in found.segments:
+            measured.append(await asyncio.to_thread(lambda of: of.measurements, segment))
+            files.append(unkept.enter_context(await asyncio.to_thread(_mask_file, segment)))
+        stored = gateway.files.keep_masks(key.owner, files)
+        unkept.pop_all()
+    return [
+        {
             "index": index,
             "words": segment.words,
             "span": segment.span,
             "score": segment.score,
-            "mask": file_object(gateway, stored),
-            "measurements": measured.to_dict(),
+            "mask": file_object(gateway, mask),
+            "measurements": measures.to_dict(),
         }
-        shown.append(entry)
-    return shown
+        for index, (segment, mask, measures) in enumerate(zip(found.segments, stored, measured))
+    ]
 
 
 def _mask_file(segment: Segment) -> IO[bytes]:
-    """The mask as an anonymous file: the folder that it was written into is gone."""
-    with tempfile.TemporaryDirectory(prefix="m3d-mask-") as folder:
-        return open(segment.save(Path(folder) / "mask.nii.gz"), "rb")
+    """The mask as gzipped NIfTI in an anonymous file, which is gone with the process, whatever ends it."""
+    file = tempfile.TemporaryFile()
+    file.write(igzip.compress(mask_bytes(segment.mask, segment), mtime=0))
+    return file
 
 
 class RankRequest(BaseModel):

@@ -29,6 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from engine.api import Segment
 from engine.errors import DeadlineExceeded, InvalidInput, M3DError, ResourceExhausted, Unavailable
 from engine.gateway import door, keys, protocol
 from engine.gateway.settings import GatewaySettings
@@ -830,6 +831,45 @@ def test_kept_files_have_a_bound_and_one_key_has_half_of_it(start, key, key_file
     others = [bearer(keys.add(key_file, f"other{i}")) for i in range(3)]
     assert [upload(other).status_code for other in others] == [200, 200, 503]
     assert httpx.get(f"{gateway.url}/files", headers=headers).json()["data"][0]["bytes"] == 900_000
+
+
+def segmented(gateway, key: str, merge: str = "reference") -> httpx.Response:
+    study = httpx.post(f"{gateway.url}/studies", content=SCAN, headers=bearer(key)).json()["id"]
+    body = {"question": "Segment the liver.", "merge": merge}
+    return httpx.post(f"{gateway.url}/studies/{study}/segment", json=body, headers=bearer(key))
+
+
+def test_masks_take_no_room_of_files_and_the_oldest_of_the_key_give_way(start, key, key_file):
+    gateway = start(max_files=4, max_masks=2)
+    theirs = segmented(gateway, other := keys.add(key_file, "other")).json()["segments"][0]["mask"]["id"]
+    mine = [segmented(gateway, key).json()["segments"][0]["mask"]["id"] for _ in range(3)]
+
+    def found(id: str, key: str) -> int:
+        return httpx.get(f"{gateway.url}/files/{id}/content", headers=bearer(key)).status_code
+
+    assert [found(id, key) for id in mine] == [410, 200, 200] and found(theirs, other) == 200
+    uploaded = [
+        httpx.post(f"{gateway.url}/files", headers=bearer(each), files={"file": ("x", SCAN)}).status_code
+        for each in (key, key, other, other)
+    ]
+    assert uploaded == [200] * 4
+
+
+def test_the_masks_of_a_refused_answer_are_not_kept(start, key):
+    gateway = start(max_masks=1)
+    kept = segmented(gateway, key).json()["segments"][0]["mask"]["id"]
+    refused = segmented(gateway, key, "each")
+    assert refused.status_code == 429 and refused.json()["error"]["code"] == "storage_exceeded"
+    listed = httpx.get(f"{gateway.url}/files", headers=bearer(key)).json()["data"]
+    assert [each["id"] for each in listed] == [kept]
+
+
+def test_a_mask_is_on_disk_without_a_name_only(start, key, monkeypatch):
+    def no_name(*_, **__):
+        raise AssertionError("a mask has a name on disk")
+
+    monkeypatch.setattr(Segment, "save", no_name)
+    assert segmented(start(), key).status_code == 200
 
 
 @pytest.mark.parametrize(
