@@ -55,7 +55,7 @@ async def _chat(body: ChatRequest, request: Request, gateway: This, key: Asks, n
     body.refuse_unsupported()
     info = await info_of(gateway, body.model, (CHAT_MODEL,))
     sampling = _checked(body.sampling())
-    scan, turns = await asyncio.to_thread(body.conversation)  # decodes what is inline
+    scan, turns = await asyncio.to_thread(body.conversation, request.scope["m3d.hold"])  # decodes what is inline
     note.question = turns[-1].text
     if not isinstance(scan, Named):
         allowed("upload")(request)
@@ -104,7 +104,7 @@ def _checked(sampling: dict[str, Any]) -> dict[str, Any]:
 @router.post("/v1/embeddings")
 async def _embeddings(body: EmbeddingsRequest, request: Request, gateway: This, key: Asks) -> dict[str, Any]:
     """M3D-CLIP's embeddings. Tokens are not counted: usage is 0."""
-    items = await asyncio.to_thread(body.items)
+    items = await asyncio.to_thread(body.items, request.scope["m3d.hold"])
     await info_of(gateway, body.model, (CLIP_MODEL,))
     if any(not isinstance(item, (str, Named)) for item in items):
         allowed("upload")(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -171,8 +172,8 @@ class ChatRequest(_Body):
         }
         return {name: value for name, value in given.items() if value is not None}
 
-    def conversation(self) -> tuple[ScanPart, list[Turn]]:
-        """The scan, and the turns, of which the last is the question.
+    def conversation(self, hold: Callable[[int], object]) -> tuple[ScanPart, list[Turn]]:
+        """The scan, and the turns, of which the last is the question. hold: see `engine.gateway.scans.inline`.
 
         Messages of one role in a row are one turn, with a line for each: some clients send a scan and its question as
         two. Raises Refusal.
@@ -194,7 +195,7 @@ class ChatRequest(_Body):
             checked_question(turns[-1].text)
         except InvalidInput as error:
             raise invalid(f"messages: {error}", "messages") from None
-        return _one_scan(names, contents), turns
+        return _one_scan(names, contents, hold), turns
 
 
 def _collect(parts: list[Part], where: str, names: list[Named], contents: list[bytes]) -> None:
@@ -215,7 +216,7 @@ def _collect(parts: list[Part], where: str, names: list[Named], contents: list[b
                 contents.append(decoded(part.file.file_data or "", param))
 
 
-def _one_scan(names: list[Named], contents: list[bytes]) -> ScanPart:
+def _one_scan(names: list[Named], contents: list[bytes], hold: Callable[[int], object]) -> ScanPart:
     """A conversation that is sent again with each question may name its scan in each of them."""
     different = {name.public: name for name in names}
     if different and contents or len(different) > 1:
@@ -229,7 +230,7 @@ def _one_scan(names: list[Named], contents: list[bytes]) -> ScanPart:
             "or of type image_url with a data URL",
             "messages",
         )
-    return inline(contents, "messages")
+    return inline(contents, "messages", hold)
 
 
 def _text_of(message: Message) -> str:
@@ -262,16 +263,16 @@ class EmbeddingsRequest(_Body):
     crop: str | None = None
     user: str | None = None
 
-    def items(self) -> list[str | ScanPart]:
-        """Texts, and scans for file parts."""
+    def items(self, hold: Callable[[int], object]) -> list[str | ScanPart]:
+        """Texts, and scans for file parts. hold: see `engine.gateway.scans.inline`."""
         self.refuse_unknown()
         given = self.input if isinstance(self.input, list) else [self.input]
-        return [each if isinstance(each, str) else _scan_of(each, f"input.{n}") for n, each in enumerate(given)]
+        return [each if isinstance(each, str) else _scan_of(each, f"input.{n}", hold) for n, each in enumerate(given)]
 
 
-def _scan_of(part: EmbeddedFile, param: str) -> ScanPart:
+def _scan_of(part: EmbeddedFile, param: str, hold: Callable[[int], object]) -> ScanPart:
     part.refuse_unknown(f"{param}.")
     names: list[Named] = []
     contents: list[bytes] = []
     _collect([FilePart(type="file", file=part.file)], param, names, contents)
-    return _one_scan(names, contents)
+    return _one_scan(names, contents, hold)

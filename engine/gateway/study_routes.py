@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from isal import igzip
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.api import Segment, Segmentation, StudyInfo
+from engine.api import Measurements, Segment, Segmentation, StudyInfo
 from engine.gateway.audit import Access
 from engine.gateway.bodies import SCAN_BODY, described, received_file
 from engine.gateway.context import Asks, Gateway, Note, This, Uploads, while_connected
@@ -152,10 +152,12 @@ async def _segment(
 async def _segments(gateway: Gateway, key: Key, found: Segmentation) -> list[dict[str, Any]]:
     """One entry a mask. Without intensities: the scan's voxels are the server's."""
     with ExitStack() as unkept:
-        measured, files = [], []
+        measured: list[Measurements] = []
+        files: list[IO[bytes]] = []
         for segment in found.segments:
             measured.append(await asyncio.to_thread(lambda of: of.measurements, segment))
-            files.append(unkept.enter_context(await asyncio.to_thread(_mask_file, segment)))
+            files.append(unkept.enter_context(tempfile.TemporaryFile()))
+            await asyncio.to_thread(_write_mask, segment, files[-1])
         stored = gateway.files.keep_masks(key.owner, files)
         unkept.pop_all()
     return [
@@ -171,11 +173,9 @@ async def _segments(gateway: Gateway, key: Key, found: Segmentation) -> list[dic
     ]
 
 
-def _mask_file(segment: Segment) -> IO[bytes]:
-    """The mask as gzipped NIfTI in an anonymous file, which is gone with the process, whatever ends it."""
-    file = tempfile.TemporaryFile()
+def _write_mask(segment: Segment, file: IO[bytes]) -> None:
+    """As gzipped NIfTI, into a file that has no name: it is gone with the process, whatever ends it."""
     file.write(igzip.compress(mask_bytes(segment.mask, segment), mtime=0))
-    return file
 
 
 class RankRequest(BaseModel):

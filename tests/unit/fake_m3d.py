@@ -207,6 +207,10 @@ class RunningGateway:
         return self.door._concurrency.total
 
     @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
+
+    @property
     def files(self):
         return self.door._routes.state.gateway.files
 

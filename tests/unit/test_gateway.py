@@ -820,6 +820,21 @@ def test_large_json_bodies_have_a_bound_together(start, key, m3d):
     connection.close()
 
 
+def test_a_json_body_of_very_many_values_is_refused_before_it_is_read(gateway, key, m3d):
+    body = json.dumps({"model": MODEL, "messages": about(INLINE), "metadata": {"a": [[]] * 60_000}}).encode()
+    headers = bearer(key) | {"content-type": "application/json"}
+    refused = httpx.post(f"{gateway.url}/chat/completions", headers=headers, content=body)
+    assert refused.status_code == 413 and "commas" in refused.json()["error"]["message"] and not m3d.uploads
+
+
+def test_pictures_take_room_by_what_they_are_decoded_to(start, key, m3d):
+    gateway = start(json_room_mb=1)
+    parts = [image_part(picture(value, (900, 900)), "image/png") for value in (1, 2)]  # a few kB
+    body = {"model": MODEL, "messages": about(*parts)}
+    refused = httpx.post(f"{gateway.url}/chat/completions", headers=bearer(key), json=body)
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "overloaded" and not m3d.uploads
+
+
 def test_kept_files_have_a_bound_and_one_key_has_half_of_it(start, key, key_file):
     gateway = start(files_mb=4)
     headers = bearer(key)
@@ -949,7 +964,9 @@ def test_a_head_that_does_not_come_closes_the_connection(start, monkeypatch):
 def test_line_ends_after_an_answer_do_not_hold_a_connection(start, monkeypatch):
     gateway = start()
     with raw(gateway, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
-        assert connection.recv(1 << 16).endswith(b"live\n")
+        answer = b""
+        while not answer.endswith(b"live\n"):
+            answer += connection.recv(1 << 16)
         monkeypatch.setattr(protocol, "HEAD_S", 0.05)
         connection.sendall(b"\r\n")
         with pytest.raises(ConnectionResetError):
@@ -980,12 +997,21 @@ def test_a_flood_of_chunks_of_one_byte_is_taken_like_any_body(gateway, key, m3d)
     assert httpx.get(f"{gateway.root}/health/live").status_code == 200
 
 
-def test_a_client_that_reads_nothing_of_its_answer_is_given_up(gateway, key, m3d, monkeypatch):
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_reads_nothing_of_its_answer_is_given_up(gateway, key, m3d, monkeypatch, streams):
     monkeypatch.setattr(door, "STALLED_S", 0.05)
+    monkeypatch.setattr(protocol, "CLOSING_S", 0.05)
     m3d.texts = tuple("x" * (1 << 20) for _ in range(64))
-    body = json.dumps({"model": MODEL, "messages": about(INLINE), "stream": True}).encode()
+    body = json.dumps({"model": MODEL, "messages": about(INLINE), "stream": streams}).encode()
     with raw(gateway, post("/v1/chat/completions", body, key)):
         assert ended(gateway)["outcome"] == "disconnected" and m3d.ended.is_set()
+        wait_until(lambda: not gateway.connections)
+
+
+def test_a_long_answer_arrives_whole(client, m3d):
+    m3d.texts = tuple(str(n) * 50_000 for n in range(10))
+    completion = client.chat.completions.create(model=MODEL, messages=about(INLINE))
+    assert completion.choices[0].message.content == "".join(m3d.texts)
 
 
 _VALUES = st.recursive(
