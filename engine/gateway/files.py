@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from engine.gateway.refusal import Refusal
+from engine.gateway.refusal import Refusal, gone
 from engine.gateway.settings import MB, GatewaySettings
 
 MASK_PURPOSE = "assistants_output"  # OpenAI's word for files that can be fetched
@@ -35,7 +35,13 @@ class Content:
         self.size = os.fstat(file.fileno()).st_size
 
     def read(self) -> memoryview:
-        return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b"")
+        """Raises Refusal (410) for a file that was deleted while a request waited to read it."""
+        try:
+            return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b"")
+        except ValueError:
+            if not self._file.closed:
+                raise
+            raise gone("the file was deleted meanwhile: upload it again") from None
 
     def close(self) -> None:
         """The disk's room is free once nobody has a view of the content any more."""

@@ -102,7 +102,9 @@ def _checked(sampling: dict[str, Any]) -> dict[str, Any]:
 
 
 @router.post("/v1/embeddings")
-async def _embeddings(body: EmbeddingsRequest, request: Request, gateway: This, key: Asks) -> dict[str, Any]:
+async def _embeddings(
+    body: EmbeddingsRequest, request: Request, gateway: This, key: Asks, note: Note
+) -> dict[str, Any]:
     """M3D-CLIP's embeddings. Tokens are not counted: usage is 0."""
     items = await asyncio.to_thread(body.items, request.scope["m3d.hold"])
     await info_of(gateway, body.model, (CLIP_MODEL,))
@@ -110,7 +112,11 @@ async def _embeddings(body: EmbeddingsRequest, request: Request, gateway: This, 
         allowed("upload")(request)
     preparation, timeout = Preparation(body.preset, body.crop), gateway.settings.timeout_s
 
+    embedded_studies: dict[str, None] = {}
+
     async def embed(opened: OpenStudy) -> np.ndarray:
+        embedded_studies[opened.public] = None
+        note.study = ",".join(embedded_studies)
         return await gateway.m3d.embed(opened.study, timeout=timeout)
 
     async def embedded() -> tuple[list[np.ndarray], list[int]]:

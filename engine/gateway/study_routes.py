@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from isal import igzip
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.api import Measurements, Segment, Segmentation, StudyInfo
+from engine.api import Segment, Segmentation, StudyInfo
 from engine.gateway.audit import Access
 from engine.gateway.bodies import SCAN_BODY, described, received_file
 from engine.gateway.context import Asks, Gateway, Note, This, Uploads, while_connected
@@ -24,6 +24,7 @@ from engine.gateway.scans import Named
 from engine.gateway.studies import OpenStudy, Preparation
 from engine.methods import checked_question
 from engine.results import mask_bytes
+from engine.results.measurements import Measurements
 from engine.sampling import Sampling
 
 MAX_TEXTS = 2048
@@ -75,14 +76,17 @@ async def _create_study(
 
 @router.get("/{id}")
 async def _study(id: str, gateway: This, key: Asks, note: Note) -> dict[str, Any]:
+    gateway.studies.known(key.owner, id)
+    note.study = id  # only now: an id that was made up may be a name
     opened, info = await gateway.studies.described(key.owner, id)
     return _study_object(note, opened, info)
 
 
 @router.delete("/{id}")
 async def _delete_study(id: str, gateway: This, key: Uploads, note: Note) -> dict[str, Any]:
-    await gateway.studies.delete(key.owner, id)
+    gateway.studies.known(key.owner, id)
     note.study = id
+    await gateway.studies.delete(key.owner, id)
     return {"id": id, "object": "study", "deleted": True}
 
 

@@ -31,7 +31,9 @@ from PIL import Image
 
 from engine.api import Segment
 from engine.errors import DeadlineExceeded, InvalidInput, M3DError, ResourceExhausted, Unavailable
-from engine.gateway import door, keys, protocol
+from engine.gateway import door, keys, protocol, studies
+from engine.gateway.files import Content
+from engine.gateway.refusal import Refusal
 from engine.gateway.settings import GatewaySettings
 from tests.conftest import ROOT
 from tests.unit.fake_m3d import ANSWER, EMBEDDING, PATIENCE_S, FakeM3D, RunningGateway
@@ -269,6 +271,94 @@ def test_an_evicted_study_is_sent_again_from_its_file_or_from_the_request(client
         m3d.secret = m3d.secret if again else m3d.secret + b"x"
         answered = client.chat.completions.create(model=MODEL, messages=about(part))
         assert answered.choices[0].message.content == "".join(ANSWER)
+
+
+def test_an_evicted_study_is_sent_again_from_the_file_that_is_asked_about(client, m3d):
+    first, second = [client.files.create(file=SCAN, purpose="user_data") for _ in range(2)]
+    for file in (first, second):
+        client.chat.completions.create(model=MODEL, messages=about(file_part(file_id=file.id)))
+    client.files.delete(second.id)
+    m3d.held.clear()
+    answered = client.chat.completions.create(model=MODEL, messages=about(file_part(file_id=first.id)))
+    assert answered.choices[0].message.content == "".join(ANSWER)
+
+
+def test_a_deleted_file_is_remembered_nowhere(client, gateway):
+    file = client.files.create(file=SCAN, purpose="user_data")
+    client.chat.completions.create(model=MODEL, messages=about(file_part(file_id=file.id)))
+    assert gateway.studies._by_origin
+    client.files.delete(file.id)
+    assert not gateway.studies._by_origin
+
+
+def test_the_origins_of_studies_are_remembered_up_to_a_bound(client, gateway, monkeypatch):
+    monkeypatch.setattr(studies, "REMEMBERED", 2)
+    for _ in range(3):
+        file = client.files.create(file=SCAN, purpose="user_data")
+        client.chat.completions.create(model=MODEL, messages=about(file_part(file_id=file.id)))
+    assert len(gateway.studies._by_origin) == 2
+
+
+def test_a_file_that_is_deleted_while_its_upload_waits_is_gone():
+    with tempfile.TemporaryFile() as file:
+        file.write(SCAN)
+        content = Content(file)
+        assert content.read() == SCAN
+    with pytest.raises(Refusal) as refused:
+        content.read()
+    assert refused.value.status == 410
+
+
+def answered_beside(ask) -> tuple[threading.Thread, list[httpx.Response]]:
+    """What a request on a thread of its own is answered."""
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(ask()))
+    thread.start()
+    return thread, answers
+
+
+def test_a_study_that_is_deleted_while_it_is_sent_again_is_not_kept(http, client, m3d):
+    file = client.files.create(file=SCAN, purpose="user_data")
+    study = http.post("/v1/studies", json={"file_id": file.id}).json()["id"]
+    m3d.held.clear()
+    m3d.may_upload.clear()
+    thread, answers = answered_beside(lambda: http.post(f"/v1/studies/{study}/rank", json={"texts": ["a"]}))
+    assert m3d.waiting.acquire(timeout=PATIENCE_S)
+    assert http.delete(f"/v1/studies/{study}").status_code == 200
+    m3d.may_upload.set()
+    thread.join(PATIENCE_S)
+    assert answers[0].status_code == 410 and not m3d.held
+
+
+def test_a_study_that_is_deleted_during_a_question_is_not_sent_again(http, client, m3d):
+    file = client.files.create(file=SCAN, purpose="user_data")
+    study = http.post("/v1/studies", json={"file_id": file.id}).json()["id"]
+    m3d.may_answer.clear()
+    body = {"model": MODEL, "messages": about(file_part(file_id=study))}
+    thread, answers = answered_beside(lambda: http.post("/v1/chat/completions", json=body))
+    assert m3d.waiting.acquire(timeout=PATIENCE_S)
+    assert http.delete(f"/v1/studies/{study}").status_code == 200
+    m3d.may_answer.set()
+    thread.join(PATIENCE_S)
+    assert answers[0].status_code == 410 and not m3d.held and len(m3d.uploads) == 1
+
+
+def test_a_scan_that_one_key_deletes_while_another_uploads_it_stays_for_the_other(gateway, http, key_file, m3d):
+    other = bearer(keys.add(key_file, "other"))
+    mine = http.post("/v1/studies", content=SCAN).json()["id"]
+    m3d.may_forget.clear()
+    deleting, deleted = answered_beside(lambda: http.delete(f"/v1/studies/{mine}"))
+    assert m3d.waiting.acquire(timeout=PATIENCE_S)
+    uploading, uploaded = answered_beside(
+        lambda: httpx.post(f"{gateway.url}/studies", content=SCAN, headers=other, timeout=PATIENCE_S)
+    )
+    wait_until(lambda: len(m3d.uploads) == 2)  # the server has it still
+    m3d.may_forget.set()
+    deleting.join(PATIENCE_S)
+    uploading.join(PATIENCE_S)
+    assert deleted[0].status_code == 200
+    theirs = uploaded[0].json()["id"]
+    assert httpx.get(f"{gateway.url}/studies/{theirs}", headers=other).status_code == 200
 
 
 def test_an_evicted_study_without_a_file_is_gone(client, http, m3d):
@@ -1054,6 +1144,18 @@ def test_an_access_is_one_line_without_contents(gateway, client, http, key, m3d)
     assert missed["operation"] == "GET /v1/studies/{id}" and missed["outcome"] == "not_found"
     text = json.dumps(gateway.audit())
     assert not [word for word in ("Jane", "tumour", "normal", "Smith", key) if word in text]
+
+
+def test_an_access_names_its_study_or_file_when_it_fails_too(client, http, gateway, m3d):
+    file = client.files.create(file=SCAN, purpose="user_data")
+    study = http.post("/v1/studies", json={"file_id": file.id}).json()["id"]
+    client.embeddings.create(model="m3d-clip", input=[file_part(file_id=study)])
+    m3d.error = Unavailable("no server answers")
+    assert http.delete(f"/v1/studies/{study}").status_code == http.get(f"/v1/studies/{study}").status_code == 503
+    client.files.delete(file.id)
+    ended(gateway, 6)
+    named = [(line["study"], line["file"]) for line in gateway.audit()]
+    assert named == [(None, file.id), *[(study, None)] * 4, (None, file.id)]
 
 
 def test_a_marked_patient_and_question_are_in_no_log_and_no_folder(
