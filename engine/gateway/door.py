@@ -180,9 +180,8 @@ class _Visit:
     def _check_local(self) -> None:
         """Without keys, a page of the web that is open in a browser here must not get in: neither by a name of its own
         that leads to this machine, nor by a form."""
-        host = urlsplit("//" + self._headers.get("host", "")).hostname
         origin = self._headers.get("origin")
-        if host not in LOCAL_HOSTS or (origin is not None and urlsplit(origin).hostname not in LOCAL_HOSTS):
+        if not _is_local("//" + self._headers.get("host", "")) or (origin is not None and not _is_local(origin)):
             message = f"without keys only {', '.join(LOCAL_HOSTS)} can be asked, and not by pages of others"
             raise Refusal(403, "not_local", message)
 
@@ -306,6 +305,13 @@ class _Visit:
                 left -= len(message.get("body", b""))
         except TimeoutError:
             return
+
+
+def _is_local(address: str) -> bool:
+    try:
+        return urlsplit(address).hostname in LOCAL_HOSTS
+    except ValueError:  # no address at all
+        return False
 
 
 def _pieces(message: Message) -> Iterator[Message]:

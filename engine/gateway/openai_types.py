@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,8 +15,24 @@ from engine.methods import checked_question
 from engine.prompt.turns import Turn, checked_turns
 
 _CAPTION = re.compile(r"\s*slice\s*\d+\s*", re.IGNORECASE)
+# What OpenAI's API has and this one has not, with what of it asks for nothing here.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "logit_bias": (),
+    "prediction": (),
+    "web_search_options": (),
+}
 MAX_MESSAGES = 1000
 MAX_PARTS = 4096
+
+
+_NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
 
 
 class _Body(BaseModel):
@@ -24,9 +40,9 @@ class _Body(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    def refuse_unknown(self, where: str = "") -> None:
+    def refuse_unknown(self, where: str = "", but: Container[str] = ()) -> None:
         for name, value in (self.model_extra or {}).items():
-            if value not in (None, False, [], {}, ""):
+            if name not in but and value not in _NOTHING:
                 known = ", ".join(type(self).model_fields)
                 message = f"{where}{name[:60]}: this is not supported; known are {known}"
                 raise invalid(message, f"{where}{name[:60]}", "unknown_parameter")
@@ -115,8 +131,8 @@ class ChatRequest(_Body):
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -144,7 +160,10 @@ class ChatRequest(_Body):
 
     def refuse_unsupported(self) -> None:
         """Raises Refusal for what OpenAI's API has and this one has not."""
-        self.refuse_unknown()
+        for name, nothing in _UNSUPPORTED.items():
+            if (self.model_extra or {}).get(name) not in (*_NOTHING, *nothing):
+                raise unsupported(name, "this is not supported: a question about a scan is answered in text")
+        self.refuse_unknown(but=_UNSUPPORTED)
         if self.n not in (None, 1):
             raise unsupported("n", "one answer is made a request; ask again with another seed")
         if self.top_logprobs and not self.logprobs:

@@ -115,7 +115,7 @@ class SegmentRequest(BaseModel):
 
     question: str
     merge: Literal["reference", "each"] = "reference"
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

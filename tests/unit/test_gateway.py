@@ -391,6 +391,26 @@ def test_a_study_that_is_not_used_is_dropped_on_the_server(start, key, m3d):
     assert not m3d.held and gateway.studies.count == 0
 
 
+def test_a_study_that_cannot_be_dropped_does_not_keep_the_others(start, key, m3d, monkeypatch):
+    gateway = start(study_hours=1)
+    for content in (b"first", b"second"):
+        httpx.post(f"{gateway.url}/studies", content=content, headers=bearer(key))
+    first, second = m3d.held
+    forget = m3d.forget
+
+    async def failing(study, *, timeout=None):
+        if study.handle == first:
+            raise Unavailable("no server answers")
+        await forget(study, timeout=timeout)
+
+    monkeypatch.setattr(m3d, "forget", failing)
+    now = gateway.studies._clock()
+    gateway.studies._clock = lambda: now + 3601
+    with pytest.raises(Unavailable):
+        asyncio.run(gateway.studies.sweep())
+    assert list(m3d.held) == [first] and gateway.studies.count == 1
+
+
 def test_a_list_of_pictures_is_a_scan_slice_by_slice_and_the_answer_says_what_is_a_guess(client, m3d):
     parts = []
     for number, value in enumerate((10, 20, 30)):
@@ -547,10 +567,11 @@ def test_an_error_after_the_first_text_is_raised_by_the_client(client, m3d, gate
         ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         ({"extra_body": {"only_choices": True}}, None, "invalid_value"),
         ({"presence_penalty": 1.0}, "presence_penalty", "unsupported_parameter"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unknown_parameter"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
+        ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
         ({"extra_body": {"max_new_tokens": 4}}, "max_new_tokens", "unknown_parameter"),
         ({"temperature": 7}, None, "invalid_value"),
-        ({"max_tokens": 0}, None, "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"extra_body": {"preset": "xray"}}, None, "invalid_value"),
         ({"extra_body": {"temperature": "hot"}}, "temperature", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
@@ -584,7 +605,7 @@ def test_what_is_not_answered_is_refused_by_name(client, m3d, extra, param, code
 def test_fields_that_ask_for_nothing_are_taken(client):
     client.chat.completions.create(
         model=MODEL, messages=about(INLINE), n=1, tools=[], logprobs=False, user="me", store=False,
-        presence_penalty=0, response_format={"type": "text"}, logit_bias={},
+        tool_choice="none", modalities=["text"], presence_penalty=0, response_format={"type": "text"}, logit_bias={},
     )  # fmt: skip
 
 
@@ -825,7 +846,7 @@ def test_pages_of_others_get_no_leave(http):
     )
     answer = http.get("/v1/models", headers={"origin": "https://evil.example"})
     assert not [name for name in (*preflight.headers, *answer.headers) if name.startswith("access-control")]
-    assert preflight.status_code == 405
+    assert preflight.status_code == 405 and preflight.headers["allow"] == "GET"
 
 
 @pytest.mark.parametrize(
@@ -834,6 +855,7 @@ def test_pages_of_others_get_no_leave(http):
         ({}, 200),
         ({"host": "localhost:1"}, 200),
         ({"host": "evil.example"}, 403),
+        ({"host": "["}, 403),
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": "http://localhost:3000"}, 200),
@@ -995,6 +1017,13 @@ def test_a_mask_is_on_disk_without_a_name_only(start, key, monkeypatch):
         ("/studies", {"content-type": "application/json"}, b'{"file_id": "study-x"}', 404),
         ("/studies", {"content-type": "application/json"}, b'{"file": "x"}', 400),
         ("/studies", {}, b"", 400),
+        (
+            "/studies",
+            {"content-type": "multipart/form-data; boundary=b"},
+            b'--b\r\nContent-Disposition: form-data; name="preset"\r\n\r\nct\r\n'
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nx\r\n--b--\r\n',
+            400,
+        ),
         ("/nothing", {"content-type": "application/json"}, b"{}", 404),
     ],
 )
