@@ -10,6 +10,10 @@ import typer
 from engine.cli.entrance import check_installed
 
 KeysFile = Annotated[Path, typer.Option("--keys", help="file of the keys, as `m3d keys add` makes it")]
+ROLES_HELP = (
+    "ask, upload, admin, with commas between them; a scan belongs to the key that uploaded it, so that ask alone can "
+    "ask about none"
+)
 keys = typer.Typer(no_args_is_help=True, help="Say who may enter the gateway: add, list and revoke keys.")
 
 
@@ -17,7 +21,7 @@ keys = typer.Typer(no_args_is_help=True, help="Say who may enter the gateway: ad
 def add(
     name: Annotated[str, typer.Argument(help="who gets it: letters, digits, dots, underscores and dashes")],
     file: KeysFile,
-    role: Annotated[str, typer.Option(help="ask, upload, admin, with commas between them")] = "ask,upload",
+    role: Annotated[str, typer.Option(help=ROLES_HELP)] = "ask,upload",
     days: Annotated[float | None, typer.Option(help="days until it expires (default: never)")] = None,
     rate_per_minute: Annotated[int | None, typer.Option(help="requests a minute (default: the gateway's)")] = None,
     concurrency: Annotated[int | None, typer.Option(help="requests at a time (default: the gateway's)")] = None,

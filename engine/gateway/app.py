@@ -112,7 +112,8 @@ def _as_refusal(error: Exception) -> Exception:
         codes = {404: "unknown_url", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
         known = {404: "there is no such route", 405: "this route has no such method"}
         code = codes.get(error.status_code, "invalid_body")
-        return Refusal(error.status_code, code, known.get(error.status_code, str(error.detail)))
+        allow = (error.headers or {}).get("Allow")
+        return Refusal(error.status_code, code, known.get(error.status_code, str(error.detail)), allow=allow)
     return error
 
 

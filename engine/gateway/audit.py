@@ -26,13 +26,15 @@ _log = logging.getLogger(__name__)
 class Access:
     """What is known of a request in work; the routes add to it.
 
-    key: name of the key. study: its public id. outcome: ok, disconnected, or the code of a refusal.
+    key: name of the key. study: its public id; of several, with commas between them. file: its public id. outcome: ok,
+    disconnected, or the code of a refusal.
     """
 
     request: str
     key: str | None = None
     operation: str = "other"
     study: str | None = None
+    file: str | None = None
     question: str | None = None
     outcome: str = "ok"
     status: int | None = None
@@ -67,6 +69,7 @@ class Audit:
             "key": access.key,
             "operation": access.operation,
             "study": access.study,
+            "file": access.file,
             "outcome": access.outcome,
             "status": access.status,
             "bytes_in": access.bytes_in,

@@ -81,12 +81,13 @@ class ThreadedM3D:
     """An `M3D` that blocks, called on threads: for an `M3DEngine` in this process.
 
     A stream ends when it is closed, or the task that reads it is cancelled. The other calls go on to their end when
-    their task is cancelled; their results are dropped.
+    their task is cancelled; it waits for that: who cancels calls has no more of them in work than who waits.
     """
 
     def __init__(self, m3d: M3D):
         self._m3d = m3d
         self._threads = ThreadPoolExecutor(THREADS, "m3d")
+        self._readiness = ThreadPoolExecutor(1, "m3d-ready")  # of its own: to be busy is not to be unready
 
     async def upload(
         self, scan: object, affine: Any = None, preset: str = "auto", *, crop: Any = None, timeout: float | None = None
@@ -130,18 +131,31 @@ class ThreadedM3D:
         return await self._called(lambda: self._m3d.describe(study, timeout=timeout))
 
     async def is_ready(self) -> bool:
-        return await self._called(self._m3d.is_ready)
+        return await asyncio.get_running_loop().run_in_executor(self._readiness, self._m3d.is_ready)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._m3d.close)
         self._threads.shutdown(wait=False)
+        self._readiness.shutdown(wait=False)
 
-    async def _called(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+    async def _called(self, call: Callable[[], T], stop: Callable[[], None] | None = None) -> T:
+        """What the call returns. stop: ends it sooner, when the task is cancelled."""
+        called = self._threads.submit(call)
+        result = asyncio.wrap_future(called)
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            if stop is not None:
+                stop()
+            if not called.cancel():  # else it had not begun
+                await asyncio.wait({result})
+            raise
 
 
 class _ThreadedStream:
-    def __init__(self, called: Callable[[Callable[[], Any]], Any], begin: Callable[[], AnswerStream]):
+    def __init__(
+        self, called: Callable[[Callable[[], Any], Callable[[], None]], Any], begin: Callable[[], AnswerStream]
+    ):
         self._called = called
         self._begin = begin
         self._stream: AnswerStream | None = None
@@ -155,11 +169,7 @@ class _ThreadedStream:
         return self
 
     async def __anext__(self) -> str:
-        try:
-            text = await self._called(self._next)
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
+        text = await self._called(self._next, self._close)
         if text is None:
             raise StopAsyncIteration
         return text
@@ -172,7 +182,10 @@ class _ThreadedStream:
                 self._stream.close()
         return next(self._stream, None)
 
-    async def aclose(self) -> None:
+    def _close(self) -> None:
         self._closed = True
         if self._stream is not None:
             self._stream.close()
+
+    async def aclose(self) -> None:
+        self._close()

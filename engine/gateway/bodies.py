@@ -51,8 +51,12 @@ async def form_file(request: Request) -> tuple[Any, UploadFile]:
 async def received_file(request: Request, kind: str) -> AsyncIterator[IO[bytes]]:
     """The scan's file in a form or as the body, in an anonymous file on disk."""
     if kind == "multipart/form-data":
-        _, upload = await form_file(request)
+        form, upload = await form_file(request)
         try:
+            for name in form:
+                if name not in ("file", "purpose"):
+                    message = "a form has the field file alone; preset and crop belong into the address: ?preset=ct"
+                    raise invalid(f"{name[:60]}: {message}", name[:60], "unknown_parameter")
             yield upload.file
         finally:
             await upload.close()

@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import ExitStack
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -35,6 +35,8 @@ UPLOAD_PATHS = ("/v1/files", "/v1/studies")  # POST takes a scan's file
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 MAX_QUERY_FIELDS = 32
 SMALL_BODY = 64 << 10  # a JSON body that takes no place in the room
+STRUCTURAL_BYTES = 100_000  # of a JSON body: each may become an object of a hundred bytes; base64 has none of them
+SENT_BYTES = 64 << 10  # of an answer, at a time
 SILENCE_S = 30.0  # a body that brings nothing for so long is given up
 SLOW_AFTER_S = 60.0  # a body must be faster than SLOW_BYTES_PER_S on average, after that time
 SLOW_BYTES_PER_S = 16_000
@@ -92,6 +94,8 @@ class _Request:
         self._access = Access(secrets.token_hex(8))
         self._started = self._has_ended = False
         self._body_is_read = False
+        self._is_upload = False
+        self._structural = 0
         self._limit = 0
 
     async def run(self) -> None:
@@ -126,18 +130,20 @@ class _Request:
         settings = self._door._settings
         self._door._rates.take(key.owner, key.rate_per_minute or settings.rate_per_minute)
         held.enter_context(self._door._concurrency.entered(key.owner, key.concurrency or settings.concurrency))
-        uploads = self._is_upload()
-        if uploads:
+        self._is_upload = self._uploads()
+        if self._is_upload:
             # Boundaries and small fields stand around a file.
             self._limit = (key.max_upload_mb or settings.max_upload_mb) * MB + SMALL_BODY
         size = self._declared_size()
         if size > self._limit:
             raise self._too_large()
-        if not uploads and size and not self._is_json():
+        if not self._is_upload and size and not self._is_json():
             raise Refusal(415, "unsupported_media_type", "the body must be JSON: send Content-Type: application/json")
+        room = self._door._room
+        self._scope["m3d.hold"] = lambda more: held.enter_context(room.holding(more))
         self._scope["m3d.body_size"] = size if size >= 0 else self._limit
-        if not uploads and (size < 0 or size > SMALL_BODY):
-            held.enter_context(self._door._room.holding(self._scope["m3d.body_size"]))
+        if not self._is_upload and (size < 0 or size > SMALL_BODY):
+            held.enter_context(room.holding(self._scope["m3d.body_size"]))
 
     def _check_address(self) -> None:
         """A key in an address is in logs and histories of others by then: it is refused even if it is right."""
@@ -174,14 +180,13 @@ class _Request:
     def _check_local(self) -> None:
         """Without keys, a page of the web that is open in a browser here must not get in: neither by a name of its own
         that leads to this machine, nor by a form."""
-        host = urlsplit("//" + self._headers.get("host", "")).hostname
         origin = self._headers.get("origin")
-        if host not in LOCAL_HOSTS or (origin is not None and urlsplit(origin).hostname not in LOCAL_HOSTS):
+        if not _is_local("//" + self._headers.get("host", "")) or (origin is not None and not _is_local(origin)):
             message = f"without keys only {', '.join(LOCAL_HOSTS)} can be asked, and not by pages of others"
             raise Refusal(403, "not_local", message)
 
     # --- bodies ------------------------------------------------------------------------------------------------------
-    def _is_upload(self) -> bool:
+    def _uploads(self) -> bool:
         return self._scope["method"] == "POST" and self._scope["path"] in UPLOAD_PATHS and not self._is_json()
 
     def _is_json(self) -> bool:
@@ -224,10 +229,21 @@ class _Request:
         self._body_is_read = not message.get("more_body", False)
         if self._access.bytes_in > self._limit:
             raise self._too_large()
+        if not self._is_upload:
+            self._count_structure(message.get("body", b""))
         took = self._access.seconds
         if not self._body_is_read and took > SLOW_AFTER_S and self._access.bytes_in < SLOW_BYTES_PER_S * took:
             raise self._too_slow()
         return message
+
+    def _count_structure(self, piece: bytes) -> None:
+        """A small body of many empty lists takes much memory, and the event loop's time, once it is read as JSON."""
+        self._structural += sum(map(piece.count, (b"[", b"{", b",", b":")))
+        if self._structural > STRUCTURAL_BYTES:
+            message = (
+                f"the body has more than {STRUCTURAL_BYTES:,} commas, colons and opening brackets: send less at a time"
+            )
+            raise Refusal(413, "body_too_large", message)
 
     def _too_slow(self) -> Refusal:
         return Refusal(
@@ -250,11 +266,13 @@ class _Request:
         else:
             self._access.bytes_out += len(message.get("body", b""))
             self._has_ended = not message.get("more_body", False)
-        try:
-            async with asyncio.timeout(STALLED_S):
-                await self._send(message)
-        except TimeoutError:
-            raise Disconnected from None
+        # The web server waits before it takes a piece, not behind the last one: a long body would be taken at once.
+        for piece in _pieces(message):
+            try:
+                async with asyncio.timeout(STALLED_S):
+                    await self._send(piece)
+            except TimeoutError:
+                raise Disconnected from None
 
     async def _refuse(self, error: Exception) -> None:
         refusal = refusal_of(error)
@@ -287,3 +305,22 @@ class _Request:
                 left -= len(message.get("body", b""))
         except TimeoutError:
             return
+
+
+def _is_local(address: str) -> bool:
+    try:
+        return urlsplit(address).hostname in LOCAL_HOSTS
+    except ValueError:  # no address at all
+        return False
+
+
+def _pieces(message: Message) -> Iterator[Message]:
+    """A message as it is, or for a long body messages of SENT_BYTES each and an empty one at the end."""
+    body = message.get("body", b"")
+    if len(body) <= SENT_BYTES:
+        yield message
+        return
+    for start in range(0, len(body), SENT_BYTES):
+        yield {"type": message["type"], "body": body[start : start + SENT_BYTES], "more_body": True}
+    if not message.get("more_body", False):
+        yield {"type": message["type"], "body": b"", "more_body": False}

@@ -12,13 +12,14 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from engine.gateway.refusal import Refusal
+from engine.gateway.refusal import Refusal, gone
 from engine.gateway.settings import MB, GatewaySettings
 
+MASK_PURPOSE = "assistants_output"  # OpenAI's word for files that can be fetched
 _NAME_CHARACTERS = 200
 
 
@@ -34,7 +35,13 @@ class Content:
         self.size = os.fstat(file.fileno()).st_size
 
     def read(self) -> memoryview:
-        return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b"")
+        """Raises Refusal (410) for a file that was deleted while a request waited to read it."""
+        try:
+            return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b"")
+        except ValueError:
+            if not self._file.closed:
+                raise
+            raise gone("the file was deleted meanwhile: upload it again") from None
 
     def close(self) -> None:
         """The disk's room is free once no view of the content is left."""
@@ -44,7 +51,7 @@ class Content:
 @dataclass(frozen=True)
 class StoredFile:
     """name: random, of the public id. filename: as the client called it, for the client only. created, expires: seconds
-    since 1970. purpose: as OpenAI has it; `assistants_output` for what the gateway made, which can be fetched.
+    since 1970. purpose: as OpenAI has it; MASK_PURPOSE for what the gateway made.
     """
 
     name: bytes
@@ -72,7 +79,8 @@ class Files:
     @property
     def size(self) -> int:
         """Bytes that are kept, and that may arrive."""
-        return sum(size for _, size in self._taken())
+        masks = (each.content.size for each in self._files.values() if each.purpose == MASK_PURPOSE)
+        return sum(size for _, size in self._taken()) + sum(masks)
 
     @contextlib.contextmanager
     def arriving(self, owner: str, size: int) -> Iterator[None]:
@@ -109,6 +117,29 @@ class Files:
         self._files[stored.name] = stored
         return stored
 
+    def keep_masks(self, owner: str, masks: Sequence[IO[bytes]]) -> list[StoredFile]:
+        """Keep the masks of one answer, all or none. They take no room of uploads: the owner's oldest masks go.
+
+        Raises Refusal for more than one owner may have.
+        """
+        contents = [Content(file) for file in masks]
+        number, size = len(contents), sum(content.size for content in contents)
+        most, most_masks = self._settings.masks_mb * MB, self._settings.max_masks
+        if number > most_masks or size > most:
+            message = (
+                f"the answer has {number} masks of {size:,} bytes; a key may have {most_masks} of {most:,} bytes: ask "
+                "for fewer structures at a time, or crop the scan"
+            )
+            raise Refusal(429, "storage_exceeded", message)
+        self.sweep()
+        kept = [each for each in self._files.values() if each.owner == owner and each.purpose == MASK_PURPOSE]
+        for oldest in kept:  # in the order in which they were made
+            if number + len(kept) <= most_masks and size + sum(each.content.size for each in kept) <= most:
+                break
+            kept = kept[1:]
+            self.delete(oldest)
+        return [self.keep(owner, file, f"mask_{n + 1}.nii.gz", MASK_PURPOSE) for n, file in enumerate(masks)]
+
     def get(self, owner: str, name: bytes) -> StoredFile | None:
         """None for a file that is not kept any more."""
         self.sweep()
@@ -135,5 +166,6 @@ class Files:
             self.delete(stored)
 
     def _taken(self) -> Iterator[tuple[str, int]]:
-        yield from ((stored.owner, stored.content.size) for stored in self._files.values())
+        uploads = (stored for stored in self._files.values() if stored.purpose != MASK_PURPOSE)
+        yield from ((stored.owner, stored.content.size) for stored in uploads)
         yield from self._arriving.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -57,19 +58,23 @@ class Concurrency:
 
 
 class Room:
-    """Bytes that may be held at the same time."""
+    """Bytes that may be held at the same time. For any thread: what is inside a request is decoded on one."""
 
     def __init__(self, total: int):
         self._total = total
+        self._lock = threading.Lock()
         self.taken = 0
 
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:
         """Raises Refusal (503) if there is no room."""
-        if self.taken + size > self._total:
-            raise Refusal(503, "overloaded", "too many large requests are in work: try again shortly", retry_after=2)
-        self.taken += size
+        with self._lock:
+            if self.taken + size > self._total:
+                message = "too many large requests are in work: try again shortly"
+                raise Refusal(503, "overloaded", message, retry_after=2)
+            self.taken += size
         try:
             yield
         finally:
-            self.taken -= size
+            with self._lock:
+                self.taken -= size

@@ -55,7 +55,7 @@ async def _chat(body: ChatRequest, request: Request, gateway: This, key: Asks, n
     body.refuse_unsupported()
     info = await info_of(gateway, body.model, (CHAT_MODEL,))
     sampling = _checked(body.sampling())
-    scan, turns = await asyncio.to_thread(body.conversation)  # decodes what is inline
+    scan, turns = await asyncio.to_thread(body.conversation, request.scope["m3d.hold"])  # decodes what is inline
     note.question = turns[-1].text
     if not isinstance(scan, Named):
         allowed("upload")(request)
@@ -102,15 +102,21 @@ def _checked(sampling: dict[str, Any]) -> dict[str, Any]:
 
 
 @router.post("/v1/embeddings")
-async def _embeddings(body: EmbeddingsRequest, request: Request, gateway: This, key: Asks) -> dict[str, Any]:
+async def _embeddings(
+    body: EmbeddingsRequest, request: Request, gateway: This, key: Asks, note: Note
+) -> dict[str, Any]:
     """M3D-CLIP's embeddings. Tokens are not counted: usage is 0."""
-    items = await asyncio.to_thread(body.items)
+    items = await asyncio.to_thread(body.items, request.scope["m3d.hold"])
     await info_of(gateway, body.model, (CLIP_MODEL,))
     if any(not isinstance(item, (str, Named)) for item in items):
         allowed("upload")(request)
     preparation, timeout = Preparation(body.preset, body.crop), gateway.settings.timeout_s
 
+    embedded_studies: dict[str, None] = {}
+
     async def embed(opened: OpenStudy) -> np.ndarray:
+        embedded_studies[opened.public] = None
+        note.study = ",".join(embedded_studies)
         return await gateway.m3d.embed(opened.study, timeout=timeout)
 
     async def embedded() -> tuple[list[np.ndarray], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Container
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,8 +15,24 @@ from engine.methods import checked_question
 from engine.prompt.turns import Turn, checked_turns
 
 _CAPTION = re.compile(r"\s*slice\s*\d+\s*", re.IGNORECASE)
+# What OpenAI's API has and this one has not, with what of it asks for nothing here.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "logit_bias": (),
+    "prediction": (),
+    "web_search_options": (),
+}
 MAX_MESSAGES = 1000
 MAX_PARTS = 4096
+
+
+_NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
 
 
 class _Body(BaseModel):
@@ -23,9 +40,9 @@ class _Body(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    def refuse_unknown(self, where: str = "") -> None:
+    def refuse_unknown(self, where: str = "", but: Container[str] = ()) -> None:
         for name, value in (self.model_extra or {}).items():
-            if value not in (None, False, [], {}, ""):
+            if name not in but and value not in _NOTHING:
                 known = ", ".join(type(self).model_fields)
                 message = f"{where}{name[:60]}: this is not supported; known are {known}"
                 raise invalid(message, f"{where}{name[:60]}", "unknown_parameter")
@@ -114,8 +131,8 @@ class ChatRequest(_Body):
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -143,7 +160,10 @@ class ChatRequest(_Body):
 
     def refuse_unsupported(self) -> None:
         """Raises Refusal for what OpenAI's API has and this one has not."""
-        self.refuse_unknown()
+        for name, nothing in _UNSUPPORTED.items():
+            if (self.model_extra or {}).get(name) not in (*_NOTHING, *nothing):
+                raise unsupported(name, "this is not supported: a question about a scan is answered in text")
+        self.refuse_unknown(but=_UNSUPPORTED)
         if self.n not in (None, 1):
             raise unsupported("n", "one answer is made a request; ask again with another seed")
         if self.top_logprobs and not self.logprobs:
@@ -171,8 +191,8 @@ class ChatRequest(_Body):
         }
         return {name: value for name, value in given.items() if value is not None}
 
-    def conversation(self) -> tuple[ScanPart, list[Turn]]:
-        """The scan, and the turns, of which the last is the question.
+    def conversation(self, hold: Callable[[int], object]) -> tuple[ScanPart, list[Turn]]:
+        """The scan, and the turns, of which the last is the question. hold: see `engine.gateway.scans.inline`.
 
         Messages of one role in a row are one turn, with a line for each: some clients send a scan and its question as
         two. Raises Refusal.
@@ -194,7 +214,7 @@ class ChatRequest(_Body):
             checked_question(turns[-1].text)
         except InvalidInput as error:
             raise invalid(f"messages: {error}", "messages") from None
-        return _one_scan(names, contents), turns
+        return _one_scan(names, contents, hold), turns
 
 
 def _collect(parts: list[Part], where: str, names: list[Named], contents: list[bytes]) -> None:
@@ -215,7 +235,7 @@ def _collect(parts: list[Part], where: str, names: list[Named], contents: list[b
                 contents.append(decoded(part.file.file_data or "", param))
 
 
-def _one_scan(names: list[Named], contents: list[bytes]) -> ScanPart:
+def _one_scan(names: list[Named], contents: list[bytes], hold: Callable[[int], object]) -> ScanPart:
     """A conversation that is sent again with each question may name its scan in each of them."""
     different = {name.public: name for name in names}
     if different and contents or len(different) > 1:
@@ -229,7 +249,7 @@ def _one_scan(names: list[Named], contents: list[bytes]) -> ScanPart:
             "or of type image_url with a data URL",
             "messages",
         )
-    return inline(contents, "messages")
+    return inline(contents, "messages", hold)
 
 
 def _text_of(message: Message) -> str:
@@ -262,16 +282,16 @@ class EmbeddingsRequest(_Body):
     crop: str | None = None
     user: str | None = None
 
-    def items(self) -> list[str | ScanPart]:
-        """Texts, and scans for file parts."""
+    def items(self, hold: Callable[[int], object]) -> list[str | ScanPart]:
+        """Texts, and scans for file parts. hold: see `engine.gateway.scans.inline`."""
         self.refuse_unknown()
         given = self.input if isinstance(self.input, list) else [self.input]
-        return [each if isinstance(each, str) else _scan_of(each, f"input.{n}") for n, each in enumerate(given)]
+        return [each if isinstance(each, str) else _scan_of(each, f"input.{n}", hold) for n, each in enumerate(given)]
 
 
-def _scan_of(part: EmbeddedFile, param: str) -> ScanPart:
+def _scan_of(part: EmbeddedFile, param: str, hold: Callable[[int], object]) -> ScanPart:
     part.refuse_unknown(f"{param}.")
     names: list[Named] = []
     contents: list[bytes] = []
     _collect([FilePart(type="file", file=part.file)], param, names, contents)
-    return _one_scan(names, contents)
+    return _one_scan(names, contents, hold)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -11,6 +12,24 @@ from engine.gateway.refusal import Refusal
 
 HEAD_BYTES = 32 << 10
 HEAD_S = 15.0
+CLOSING_S = 60.0  # that a client has to read the rest of an answer on a connection that is to be closed
+
+
+class _BoundedTransport:
+    """A transport whose close waits for the client for CLOSING_S at most; asyncio's waits for ever."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
+        self._transport = transport
+        self._loop = loop
+        self.timer: asyncio.TimerHandle | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        self._transport.close()
+        if self.timer is None:
+            self.timer = self._loop.call_later(CLOSING_S, self._transport.abort)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -21,12 +40,22 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        self._bounded = _BoundedTransport(transport, self.loop)
+        super().connection_made(cast(asyncio.Transport, self._bounded))
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_here()
         super().connection_lost(exc)
+        if self._bounded.timer is not None:
+            self._bounded.timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        """Any byte ends uvicorn's wait for a next request, a line end before its head, too, which begins no message."""
+        super().data_received(data)
+        is_idle = self.cycle is not None and self.cycle.response_complete
+        if is_idle and self._head_timer is None and not self.transport.is_closing():
+            self._await_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

@@ -39,10 +39,17 @@ class Refusal(Exception):
 
     status: of HTTP. code: one of few words, which audit lines and metrics have, too. message: what was given, what is
     allowed, what to do; for the client only, as it may quote him. param: the request's field. retry_after: seconds.
+    allow: the methods that the route has.
     """
 
     def __init__(
-        self, status: int, code: str, message: str, param: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -50,6 +57,7 @@ class Refusal(Exception):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.allow = allow
 
     @property
     def body(self) -> dict[str, Any]:
@@ -61,6 +69,8 @@ class Refusal(Exception):
         headers = {}
         if self.retry_after is not None:
             headers["retry-after"] = str(self.retry_after)
+        if self.allow is not None:
+            headers["allow"] = self.allow
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers

@@ -18,7 +18,7 @@ from engine.gateway.protocol import BoundedProtocol
 
 DRAIN_S = 10  # that answers in work have when the gateway stops
 CONNECTIONS = 1024
-OPEN_FILES = 4096  # connections, kept files, and what arrives
+OPEN_FILES = 16_384  # connections, kept files, the masks of each key, and what arrives
 
 
 @contextlib.contextmanager

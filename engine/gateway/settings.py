@@ -13,8 +13,9 @@ class GatewaySettings:
 
     rate_per_minute: requests of a key. concurrency: of a key's requests in work at the same time.
     max_upload_mb: of one upload. max_json_mb: of one JSON body, inline scans included. json_room_mb: of all JSON
-    bodies in work. files_mb, max_files: of all kept files; one key may have half of each. file_hours: how long a file
-    is kept. study_hours: how long a study is kept after its last use; the server may evict it earlier.
+    bodies in work. files_mb, max_files: of all kept files; one key may have half of each. masks_mb, max_masks: of the
+    kept masks of one key, the oldest of which make room for new ones. file_hours: how long a file or a mask is kept.
+    study_hours: how long a study is kept after its last use; the server may evict it earlier.
     timeout_s: of a question, an upload to the server, a ranking.
     """
 
@@ -25,6 +26,8 @@ class GatewaySettings:
     json_room_mb: int = 512
     files_mb: int = 16_384
     max_files: int = 256
+    masks_mb: int = 1024
+    max_masks: int = 128
     file_hours: float = 24.0
     study_hours: float = 24.0
     timeout_s: float = 600.0

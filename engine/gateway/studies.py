@@ -17,7 +17,7 @@ from typing import TypeVar
 from engine.api import Study, StudyInfo
 from engine.errors import StudyNotFound
 from engine.gateway.backend import AsyncM3D
-from engine.gateway.files import Content, Files
+from engine.gateway.files import Content, Files, StoredFile
 from engine.gateway.metrics import Metrics
 from engine.gateway.refusal import gone, not_found
 from engine.gateway.scans import Inline, Named, ScanPart
@@ -68,7 +68,10 @@ class Studies:
         self._m3d, self._seal, self._files, self._metrics = m3d, seal, files, metrics
         self._settings, self._server, self._clock = settings, server, clock
         self._by_public: OrderedDict[str, OpenStudy] = OrderedDict()  # the one used last comes last
-        self._by_origin: dict[tuple, str] = {}
+        self._by_origin: OrderedDict[tuple, str] = OrderedDict()
+        # By handle: when it was forgotten on the server, as a count of such events.
+        self._forgotten: OrderedDict[str, int] = OrderedDict()
+        self._forgets = 0
         self._deleted: OrderedDict[str, None] = OrderedDict()
         self._locks: weakref.WeakValueDictionary[object, asyncio.Lock] = weakref.WeakValueDictionary()
 
@@ -89,8 +92,12 @@ class Studies:
             return await work(opened)
         except StudyNotFound:
             async with self._locks.setdefault(opened.public, asyncio.Lock()):
+                self._refuse_deleted(opened.public)
                 if opened.study.handle == handle:  # no other request has sent it to a new server meanwhile
                     await self._send_again(opened, scan)
+                    if opened.public in self._deleted:  # meanwhile
+                        await self._forget(opened)
+                        self._refuse_deleted(opened.public)
         return await work(opened)
 
     async def opened(self, owner: str, scan: ScanPart, preparation: Preparation) -> OpenStudy:
@@ -107,6 +114,8 @@ class Studies:
                 return self._touched(self._by_public[public])
             opened = await self.upload(owner, content, preparation, name, notes)
             self._by_origin[origin] = opened.public
+            while len(self._by_origin) > REMEMBERED:
+                self._by_origin.popitem(last=False)
             return opened
 
     async def upload(
@@ -131,8 +140,7 @@ class Studies:
         sealed = self._seal.open_study(owner, public)
         if sealed is None or sealed.server != self._server:
             raise not_found("study", public)
-        if public in self._deleted:
-            raise gone("the study was deleted: upload the scan again")
+        self._refuse_deleted(public)
         opened = self._by_public.get(public)
         if opened is None:
             opened = OpenStudy(owner, public, Study(sealed.handle), Preparation())
@@ -153,18 +161,37 @@ class Studies:
         """Drop a study on the server, unless another owner uses the same scan, who would lose it too."""
         opened = self.known(owner, public)
         await self._forget(opened)  # if the server is away, it can be asked for again
+        if self._by_public.get(public, opened) is not opened:
+            return  # the scan was uploaded anew meanwhile
         self._drop(opened)
         self._deleted[public] = None
         while len(self._deleted) > REMEMBERED:
             self._deleted.popitem(last=False)
 
+    def forget_file(self, stored: StoredFile) -> None:
+        """A deleted file does not lead to a study any more."""
+        for origin in [each for each in self._by_origin if each[:2] == (stored.owner, stored.name)]:
+            del self._by_origin[origin]
+
     async def sweep(self) -> None:
-        """Drop the studies that have not been used for the retention time."""
+        """Drop the studies that have not been used for the retention time.
+
+        Raises the first error when all have been tried: what one study fails with does not keep the others.
+        """
         limit = self._clock() - 3600 * self._settings.study_hours
+        failures: list[Exception] = []
         for opened in [each for each in self._by_public.values() if each.used <= limit]:
-            if opened.used <= limit:  # still
+            if opened.used > limit:  # meanwhile
+                continue
+            try:
                 await self._forget(opened)
+            except Exception as error:
+                failures.append(error)
+                continue
+            if self._by_public.get(opened.public) is opened and opened.used <= limit:
                 self._drop(opened)
+        if failures:
+            raise failures[0]
 
     # --- inside ------------------------------------------------------------------------------------------------------
     def _content(self, owner: str, scan: ScanPart) -> tuple[bytes | None, Content | bytes, tuple[str, ...]]:
@@ -178,20 +205,37 @@ class Studies:
             raise gone("the file is not kept any more (deleted, or its time is over): upload it again")
         return name, stored.content, ()
 
+    def _refuse_deleted(self, public: str) -> None:
+        if public in self._deleted:
+            raise gone("the study was deleted: upload the scan again")
+
     async def _uploaded(self, content: Content | bytes, preparation: Preparation) -> Study:
+        """The study on the server. The caller takes it into what is remembered before it waits for anything else."""
         source = _Bytes(content) if isinstance(content, bytes) else content
-        study = await self._m3d.upload(
-            source, preset=preparation.preset, crop=preparation.crop, timeout=self._settings.timeout_s
-        )
+        while True:
+            begun = self._forgets
+            study = await self._m3d.upload(
+                source, preset=preparation.preset, crop=preparation.crop, timeout=self._settings.timeout_s
+            )
+            async with self._locks.setdefault(study.handle, asyncio.Lock()):
+                pass  # nobody forgets it now
+            if self._forgotten.get(study.handle, 0) <= begun:
+                break
+            # Another key deleted the same scan meanwhile: the server may have dropped it after this upload.
         known = study.info is not None and study.info.cached
         self._metrics.studies.labels("server" if known else "new").inc()
         return Study(study.handle, study.info)  # without its source: what is sent again is decided here
 
     async def _send_again(self, opened: OpenStudy, scan: ScanPart) -> None:
-        content: Content | bytes | None = scan.content if isinstance(scan, Inline) else None
-        if content is None and opened.file is not None:
-            stored = self._files.get(opened.owner, opened.file)
-            content = stored.content if stored is not None else None
+        content: Content | bytes | None = None
+        if isinstance(scan, Inline):
+            content = scan.content
+        else:  # the file that the request names, or the one that the study came from
+            for name in (self._seal.open_file(opened.owner, scan.public), opened.file):
+                stored = self._files.get(opened.owner, name) if name is not None else None
+                if stored is not None:
+                    content = stored.content
+                    break
         if content is None:
             self._metrics.evicted.inc()
             raise gone(
@@ -203,12 +247,19 @@ class Studies:
 
     async def _forget(self, opened: OpenStudy) -> None:
         handle = opened.study.handle
-        if any(other.study.handle == handle for other in self._by_public.values() if other is not opened):
-            return
-        try:
-            await self._m3d.forget(opened.study, timeout=self._settings.timeout_s)
-        except StudyNotFound:
-            pass  # it is gone already
+        async with self._locks.setdefault(handle, asyncio.Lock()):
+            if any(other.study.handle == handle for other in self._by_public.values() if other is not opened):
+                return
+            try:
+                await self._m3d.forget(opened.study, timeout=self._settings.timeout_s)
+            except StudyNotFound:
+                pass  # it is gone already
+            finally:
+                self._forgets += 1
+                self._forgotten[handle] = self._forgets
+                self._forgotten.move_to_end(handle)
+                while len(self._forgotten) > REMEMBERED:
+                    self._forgotten.popitem(last=False)
 
     def _touched(self, opened: OpenStudy) -> OpenStudy:
         opened.used = self._clock()
@@ -218,7 +269,8 @@ class Studies:
 
     def _drop(self, opened: OpenStudy) -> None:
         self._by_public.pop(opened.public, None)
-        self._by_origin = {origin: public for origin, public in self._by_origin.items() if public != opened.public}
+        for origin in [each for each, public in self._by_origin.items() if public == opened.public]:
+            del self._by_origin[origin]
 
     def _forget_oldest(self) -> None:
         while len(self._by_public) > REMEMBERED:

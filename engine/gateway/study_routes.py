@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from pathlib import Path
+from contextlib import ExitStack
 from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
+from isal import igzip
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.api import Segment, Segmentation, StudyInfo
 from engine.gateway.audit import Access
 from engine.gateway.bodies import SCAN_BODY, described, received_file
 from engine.gateway.context import Asks, Gateway, Note, This, Uploads, while_connected
-from engine.gateway.file_routes import MASK_PURPOSE, file_object
+from engine.gateway.file_routes import file_object
 from engine.gateway.files import Content
 from engine.gateway.keys import Key
 from engine.gateway.refusal import invalid, not_found
 from engine.gateway.scans import Named
 from engine.gateway.studies import OpenStudy, Preparation
 from engine.methods import checked_question
+from engine.results import mask_bytes
+from engine.results.measurements import Measurements
 from engine.sampling import Sampling
 
 MAX_TEXTS = 2048
@@ -73,14 +76,17 @@ async def _create_study(
 
 @router.get("/{id}")
 async def _study(id: str, gateway: This, key: Asks, note: Note) -> dict[str, Any]:
+    gateway.studies.known(key.owner, id)
+    note.study = id  # only now: an id that was made up may be a name
     opened, info = await gateway.studies.described(key.owner, id)
     return _study_object(note, opened, info)
 
 
 @router.delete("/{id}")
 async def _delete_study(id: str, gateway: This, key: Uploads, note: Note) -> dict[str, Any]:
-    await gateway.studies.delete(key.owner, id)
+    gateway.studies.known(key.owner, id)
     note.study = id
+    await gateway.studies.delete(key.owner, id)
     return {"id": id, "object": "study", "deleted": True}
 
 
@@ -109,7 +115,7 @@ class SegmentRequest(BaseModel):
 
     question: str
     merge: Literal["reference", "each"] = "reference"
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -149,28 +155,31 @@ async def _segment(
 
 async def _segments(gateway: Gateway, key: Key, found: Segmentation) -> list[dict[str, Any]]:
     """One entry a mask. Without intensities: the scan's voxels are the server's."""
-    shown = []
-    for index, segment in enumerate(found.segments):
-        measured = await asyncio.to_thread(lambda of: of.measurements, segment)
-        file = await asyncio.to_thread(_mask_file, segment)
-        with gateway.files.arriving(key.owner, Content(file).size):
-            stored = gateway.files.keep(key.owner, file, f"mask_{index + 1}.nii.gz", MASK_PURPOSE)
-        entry = {
+    with ExitStack() as unkept:
+        measured: list[Measurements] = []
+        files: list[IO[bytes]] = []
+        for segment in found.segments:
+            measured.append(await asyncio.to_thread(lambda of: of.measurements, segment))
+            files.append(unkept.enter_context(tempfile.TemporaryFile()))
+            await asyncio.to_thread(_write_mask, segment, files[-1])
+        stored = gateway.files.keep_masks(key.owner, files)
+        unkept.pop_all()
+    return [
+        {
             "index": index,
             "words": segment.words,
             "span": segment.span,
             "score": segment.score,
-            "mask": file_object(gateway, stored),
-            "measurements": measured.to_dict(),
+            "mask": file_object(gateway, mask),
+            "measurements": measures.to_dict(),
         }
-        shown.append(entry)
-    return shown
+        for index, (segment, mask, measures) in enumerate(zip(found.segments, stored, measured))
+    ]
 
 
-def _mask_file(segment: Segment) -> IO[bytes]:
-    """The mask as an anonymous file: the folder that it was written into is gone."""
-    with tempfile.TemporaryDirectory(prefix="m3d-mask-") as folder:
-        return open(segment.save(Path(folder) / "mask.nii.gz"), "rb")
+def _write_mask(segment: Segment, file: IO[bytes]) -> None:
+    """As gzipped NIfTI, into a file that has no name: it is gone with the process, whatever ends it."""
+    file.write(igzip.compress(mask_bytes(segment.mask, segment), mtime=0))
 
 
 class RankRequest(BaseModel):

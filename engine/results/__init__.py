@@ -1,5 +1,5 @@
 """Result files."""
 
-from engine.results.mask import save_mask
+from engine.results.mask import mask_bytes, save_mask
 
-__all__ = ["save_mask"]
+__all__ = ["mask_bytes", "save_mask"]

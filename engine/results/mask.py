@@ -61,9 +61,22 @@ def save_mask(mask: np.ndarray, scan: Placed, path: str | os.PathLike) -> Path:
     Source: nifti1.h, nifti2.h.
     """
     try:
-        path, mask = Path(path), np.asarray(mask)
+        path = Path(path)
     except TypeError as error:
         raise InvalidInput(f"a path to a .nii or .nii.gz file is wanted ({error})") from None
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise InvalidInput(f"a mask is saved as .nii or .nii.gz, not as {path.name!r}")
+    data = mask_bytes(mask, scan)
+    try:
+        path.write_bytes(igzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def mask_bytes(mask: np.ndarray, scan: Placed) -> bytes:
+    """What `save_mask` writes into a .nii file. Raises InvalidInput for a mask that has not the scan's shape."""
+    mask = np.asarray(mask)
     if mask.ndim != 3:
         raise InvalidInput(f"a mask has the 3 axes of its scan, not {mask.ndim}")
     if mask.dtype != bool and (mask.dtype.kind not in "iuf" or not ((mask == 0) | (mask == 1)).all()):
@@ -75,16 +88,9 @@ def save_mask(mask: np.ndarray, scan: Placed, path: str | os.PathLike) -> Path:
         raise InvalidInput(
             f"the mask has shape {mask.shape}, its scan {of_scan}: masks have the scan's axes in its order"
         )
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise InvalidInput(f"a mask is saved as .nii or .nii.gz, not as {path.name!r}")
     header = mask_header(mask.shape, scan)
     voxels = np.asfortranarray(mask.astype(bool)).view(np.uint8)
-    data = bytes(header.binaryblock) + bytes(4) + voxels.tobytes(order="F")
-    try:
-        path.write_bytes(igzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
-    except OSError as error:
-        raise InvalidInput(f"{path} cannot be written: {error.strerror}") from None
-    return path
+    return bytes(header.binaryblock) + bytes(4) + voxels.tobytes(order="F")
 
 
 def mask_header(shape: tuple[int, ...], scan: Placed) -> nib.Nifti1Header:

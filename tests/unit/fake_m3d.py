@@ -55,7 +55,8 @@ def answer(texts=ANSWER, sampling=None, history_used=None) -> Answer:
 
 
 class FakeM3D:
-    """Answers ANSWER to everything. What it waits for: `may_answer` before the first text, `may_go_on` after it.
+    """Answers ANSWER to everything. What it waits for: `may_answer` before the first text, `may_go_on` after it,
+    `may_upload` and `may_forget`.
 
     uploads: contents, with what came with them. asked: (handle, question, sampling). turns: of the last question.
     held: the studies by handle. mask: of one [SEG]; with merge="each" there are two of them.
@@ -74,9 +75,9 @@ class FakeM3D:
         self.late_error: Exception | None = None
         self.upload_error: Exception | None = None
         self.ready = True
-        self.may_answer, self.may_go_on, self.may_upload = threading.Event(), threading.Event(), threading.Event()
-        for event in (self.may_answer, self.may_go_on, self.may_upload):
-            event.set()
+        self.may_answer, self.may_go_on = threading.Event(), threading.Event()
+        self.may_upload, self.may_forget = threading.Event(), threading.Event()
+        self.let_go()
         self.waiting = threading.Semaphore(0)  # released when something waits for one of them
         self.ended = threading.Event()
         self.closed = False
@@ -126,6 +127,7 @@ class FakeM3D:
 
     async def forget(self, study, *, timeout=None) -> None:
         self.check(study)
+        await self.wait(self.may_forget)
         del self.held[study.handle]
 
     async def describe(self, study, *, timeout=None) -> StudyInfo:
@@ -146,6 +148,11 @@ class FakeM3D:
             raise self.error
         if study.handle not in self.held:
             raise StudyNotFound(f"study {study.handle} is unknown")
+
+    def let_go(self) -> None:
+        """Nothing waits."""
+        for event in (self.may_answer, self.may_go_on, self.may_upload, self.may_forget):
+            event.set()
 
     async def wait(self, event: threading.Event) -> None:
         if not event.is_set():
@@ -207,6 +214,10 @@ class RunningGateway:
         return self.door._concurrency.total
 
     @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
+
+    @property
     def files(self):
         return self.door._routes.state.gateway.files
 
@@ -218,8 +229,7 @@ class RunningGateway:
         return [json.loads(line) for line in self._audit.read_text().splitlines()]
 
     def stop(self) -> None:
-        for event in (self.m3d.may_answer, self.m3d.may_go_on, self.m3d.may_upload):
-            event.set()
+        self.m3d.let_go()
         if not self._thread.is_alive():
             return
         self._server.should_exit = True

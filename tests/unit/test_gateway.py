@@ -29,8 +29,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from engine.api import Segment
 from engine.errors import DeadlineExceeded, InvalidInput, M3DError, ResourceExhausted, Unavailable
-from engine.gateway import door, keys, protocol
+from engine.gateway import door, keys, protocol, studies
+from engine.gateway.files import Content
+from engine.gateway.refusal import Refusal
 from engine.gateway.settings import GatewaySettings
 from tests.conftest import ROOT
 from tests.unit.fake_m3d import ANSWER, EMBEDDING, PATIENCE_S, FakeM3D, RunningGateway
@@ -270,6 +273,94 @@ def test_an_evicted_study_is_sent_again_from_its_file_or_from_the_request(client
         assert answered.choices[0].message.content == "".join(ANSWER)
 
 
+def test_an_evicted_study_is_sent_again_from_the_file_that_is_asked_about(client, m3d):
+    first, second = [client.files.create(file=SCAN, purpose="user_data") for _ in range(2)]
+    for file in (first, second):
+        client.chat.completions.create(model=MODEL, messages=about(file_part(file_id=file.id)))
+    client.files.delete(second.id)
+    m3d.held.clear()
+    answered = client.chat.completions.create(model=MODEL, messages=about(file_part(file_id=first.id)))
+    assert answered.choices[0].message.content == "".join(ANSWER)
+
+
+def test_a_deleted_file_is_remembered_nowhere(client, gateway):
+    file = client.files.create(file=SCAN, purpose="user_data")
+    client.chat.completions.create(model=MODEL, messages=about(file_part(file_id=file.id)))
+    assert gateway.studies._by_origin
+    client.files.delete(file.id)
+    assert not gateway.studies._by_origin
+
+
+def test_the_origins_of_studies_are_remembered_up_to_a_bound(client, gateway, monkeypatch):
+    monkeypatch.setattr(studies, "REMEMBERED", 2)
+    for _ in range(3):
+        file = client.files.create(file=SCAN, purpose="user_data")
+        client.chat.completions.create(model=MODEL, messages=about(file_part(file_id=file.id)))
+    assert len(gateway.studies._by_origin) == 2
+
+
+def test_a_file_that_is_deleted_while_its_upload_waits_is_gone():
+    with tempfile.TemporaryFile() as file:
+        file.write(SCAN)
+        content = Content(file)
+        assert content.read() == SCAN
+    with pytest.raises(Refusal) as refused:
+        content.read()
+    assert refused.value.status == 410
+
+
+def answered_beside(ask) -> tuple[threading.Thread, list[httpx.Response]]:
+    """What a request on a thread of its own is answered."""
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(ask()))
+    thread.start()
+    return thread, answers
+
+
+def test_a_study_that_is_deleted_while_it_is_sent_again_is_not_kept(http, client, m3d):
+    file = client.files.create(file=SCAN, purpose="user_data")
+    study = http.post("/v1/studies", json={"file_id": file.id}).json()["id"]
+    m3d.held.clear()
+    m3d.may_upload.clear()
+    thread, answers = answered_beside(lambda: http.post(f"/v1/studies/{study}/rank", json={"texts": ["a"]}))
+    assert m3d.waiting.acquire(timeout=PATIENCE_S)
+    assert http.delete(f"/v1/studies/{study}").status_code == 200
+    m3d.may_upload.set()
+    thread.join(PATIENCE_S)
+    assert answers[0].status_code == 410 and not m3d.held
+
+
+def test_a_study_that_is_deleted_during_a_question_is_not_sent_again(http, client, m3d):
+    file = client.files.create(file=SCAN, purpose="user_data")
+    study = http.post("/v1/studies", json={"file_id": file.id}).json()["id"]
+    m3d.may_answer.clear()
+    body = {"model": MODEL, "messages": about(file_part(file_id=study))}
+    thread, answers = answered_beside(lambda: http.post("/v1/chat/completions", json=body))
+    assert m3d.waiting.acquire(timeout=PATIENCE_S)
+    assert http.delete(f"/v1/studies/{study}").status_code == 200
+    m3d.may_answer.set()
+    thread.join(PATIENCE_S)
+    assert answers[0].status_code == 410 and not m3d.held and len(m3d.uploads) == 1
+
+
+def test_a_scan_that_one_key_deletes_while_another_uploads_it_stays_for_the_other(gateway, http, key_file, m3d):
+    other = bearer(keys.add(key_file, "other"))
+    mine = http.post("/v1/studies", content=SCAN).json()["id"]
+    m3d.may_forget.clear()
+    deleting, deleted = answered_beside(lambda: http.delete(f"/v1/studies/{mine}"))
+    assert m3d.waiting.acquire(timeout=PATIENCE_S)
+    uploading, uploaded = answered_beside(
+        lambda: httpx.post(f"{gateway.url}/studies", content=SCAN, headers=other, timeout=PATIENCE_S)
+    )
+    wait_until(lambda: len(m3d.uploads) == 2)  # the server has it still
+    m3d.may_forget.set()
+    deleting.join(PATIENCE_S)
+    uploading.join(PATIENCE_S)
+    assert deleted[0].status_code == 200
+    theirs = uploaded[0].json()["id"]
+    assert httpx.get(f"{gateway.url}/studies/{theirs}", headers=other).status_code == 200
+
+
 def test_an_evicted_study_without_a_file_is_gone(client, http, m3d):
     study = http.post("/v1/studies", content=SCAN).json()["id"]
     m3d.held.clear()
@@ -298,6 +389,26 @@ def test_a_study_that_is_not_used_is_dropped_on_the_server(start, key, m3d):
     gateway.studies._clock = lambda: now + 3601
     asyncio.run(gateway.studies.sweep())
     assert not m3d.held and gateway.studies.count == 0
+
+
+def test_a_study_that_cannot_be_dropped_does_not_keep_the_others(start, key, m3d, monkeypatch):
+    gateway = start(study_hours=1)
+    for content in (b"first", b"second"):
+        httpx.post(f"{gateway.url}/studies", content=content, headers=bearer(key))
+    first, second = m3d.held
+    forget = m3d.forget
+
+    async def failing(study, *, timeout=None):
+        if study.handle == first:
+            raise Unavailable("no server answers")
+        await forget(study, timeout=timeout)
+
+    monkeypatch.setattr(m3d, "forget", failing)
+    now = gateway.studies._clock()
+    gateway.studies._clock = lambda: now + 3601
+    with pytest.raises(Unavailable):
+        asyncio.run(gateway.studies.sweep())
+    assert list(m3d.held) == [first] and gateway.studies.count == 1
 
 
 def test_a_list_of_pictures_is_a_scan_slice_by_slice_and_the_answer_says_what_is_a_guess(client, m3d):
@@ -456,10 +567,11 @@ def test_an_error_after_the_first_text_is_raised_by_the_client(client, m3d, gate
         ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         ({"extra_body": {"only_choices": True}}, None, "invalid_value"),
         ({"presence_penalty": 1.0}, "presence_penalty", "unsupported_parameter"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unknown_parameter"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
+        ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
         ({"extra_body": {"max_new_tokens": 4}}, "max_new_tokens", "unknown_parameter"),
         ({"temperature": 7}, None, "invalid_value"),
-        ({"max_tokens": 0}, None, "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"extra_body": {"preset": "xray"}}, None, "invalid_value"),
         ({"extra_body": {"temperature": "hot"}}, "temperature", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
@@ -493,7 +605,7 @@ def test_what_is_not_answered_is_refused_by_name(client, m3d, extra, param, code
 def test_fields_that_ask_for_nothing_are_taken(client):
     client.chat.completions.create(
         model=MODEL, messages=about(INLINE), n=1, tools=[], logprobs=False, user="me", store=False,
-        presence_penalty=0, response_format={"type": "text"}, logit_bias={},
+        tool_choice="none", modalities=["text"], presence_penalty=0, response_format={"type": "text"}, logit_bias={},
     )  # fmt: skip
 
 
@@ -734,7 +846,7 @@ def test_pages_of_others_get_no_leave(http):
     )
     answer = http.get("/v1/models", headers={"origin": "https://evil.example"})
     assert not [name for name in (*preflight.headers, *answer.headers) if name.startswith("access-control")]
-    assert preflight.status_code == 405
+    assert preflight.status_code == 405 and preflight.headers["allow"] == "GET"
 
 
 @pytest.mark.parametrize(
@@ -743,6 +855,7 @@ def test_pages_of_others_get_no_leave(http):
         ({}, 200),
         ({"host": "localhost:1"}, 200),
         ({"host": "evil.example"}, 403),
+        ({"host": "["}, 403),
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": "http://localhost:3000"}, 200),
@@ -819,6 +932,21 @@ def test_large_json_bodies_have_a_bound_together(start, key, m3d):
     connection.close()
 
 
+def test_a_json_body_of_very_many_values_is_refused_before_it_is_read(gateway, key, m3d):
+    body = json.dumps({"model": MODEL, "messages": about(INLINE), "metadata": {"a": [[]] * 60_000}}).encode()
+    headers = bearer(key) | {"content-type": "application/json"}
+    refused = httpx.post(f"{gateway.url}/chat/completions", headers=headers, content=body)
+    assert refused.status_code == 413 and "commas" in refused.json()["error"]["message"] and not m3d.uploads
+
+
+def test_pictures_take_room_by_what_they_are_decoded_to(start, key, m3d):
+    gateway = start(json_room_mb=1)
+    parts = [image_part(picture(value, (900, 900)), "image/png") for value in (1, 2)]  # a few kB
+    body = {"model": MODEL, "messages": about(*parts)}
+    refused = httpx.post(f"{gateway.url}/chat/completions", headers=bearer(key), json=body)
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "overloaded" and not m3d.uploads
+
+
 def test_kept_files_have_a_bound_and_one_key_has_half_of_it(start, key, key_file):
     gateway = start(files_mb=4)
     headers = bearer(key)
@@ -830,6 +958,45 @@ def test_kept_files_have_a_bound_and_one_key_has_half_of_it(start, key, key_file
     others = [bearer(keys.add(key_file, f"other{i}")) for i in range(3)]
     assert [upload(other).status_code for other in others] == [200, 200, 503]
     assert httpx.get(f"{gateway.url}/files", headers=headers).json()["data"][0]["bytes"] == 900_000
+
+
+def segmented(gateway, key: str, merge: str = "reference") -> httpx.Response:
+    study = httpx.post(f"{gateway.url}/studies", content=SCAN, headers=bearer(key)).json()["id"]
+    body = {"question": "Segment the liver.", "merge": merge}
+    return httpx.post(f"{gateway.url}/studies/{study}/segment", json=body, headers=bearer(key))
+
+
+def test_masks_take_no_room_of_files_and_the_oldest_of_the_key_give_way(start, key, key_file):
+    gateway = start(max_files=4, max_masks=2)
+    theirs = segmented(gateway, other := keys.add(key_file, "other")).json()["segments"][0]["mask"]["id"]
+    mine = [segmented(gateway, key).json()["segments"][0]["mask"]["id"] for _ in range(3)]
+
+    def found(id: str, key: str) -> int:
+        return httpx.get(f"{gateway.url}/files/{id}/content", headers=bearer(key)).status_code
+
+    assert [found(id, key) for id in mine] == [410, 200, 200] and found(theirs, other) == 200
+    uploaded = [
+        httpx.post(f"{gateway.url}/files", headers=bearer(each), files={"file": ("x", SCAN)}).status_code
+        for each in (key, key, other, other)
+    ]
+    assert uploaded == [200] * 4
+
+
+def test_the_masks_of_a_refused_answer_are_not_kept(start, key):
+    gateway = start(max_masks=1)
+    kept = segmented(gateway, key).json()["segments"][0]["mask"]["id"]
+    refused = segmented(gateway, key, "each")
+    assert refused.status_code == 429 and refused.json()["error"]["code"] == "storage_exceeded"
+    listed = httpx.get(f"{gateway.url}/files", headers=bearer(key)).json()["data"]
+    assert [each["id"] for each in listed] == [kept]
+
+
+def test_a_mask_is_on_disk_without_a_name_only(start, key, monkeypatch):
+    def no_name(*_, **__):
+        raise AssertionError("a mask has a name on disk")
+
+    monkeypatch.setattr(Segment, "save", no_name)
+    assert segmented(start(), key).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -850,6 +1017,13 @@ def test_kept_files_have_a_bound_and_one_key_has_half_of_it(start, key, key_file
         ("/studies", {"content-type": "application/json"}, b'{"file_id": "study-x"}', 404),
         ("/studies", {"content-type": "application/json"}, b'{"file": "x"}', 400),
         ("/studies", {}, b"", 400),
+        (
+            "/studies",
+            {"content-type": "multipart/form-data; boundary=b"},
+            b'--b\r\nContent-Disposition: form-data; name="preset"\r\n\r\nct\r\n'
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nx\r\n--b--\r\n',
+            400,
+        ),
         ("/nothing", {"content-type": "application/json"}, b"{}", 404),
     ],
 )
@@ -906,6 +1080,19 @@ def test_a_head_that_does_not_come_closes_the_connection(start, monkeypatch):
             raise ConnectionResetError
 
 
+def test_line_ends_after_an_answer_do_not_hold_a_connection(start, monkeypatch):
+    gateway = start()
+    with raw(gateway, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
+        answer = b""
+        while not answer.endswith(b"live\n"):
+            answer += connection.recv(1 << 16)
+        monkeypatch.setattr(protocol, "HEAD_S", 0.05)
+        connection.sendall(b"\r\n")
+        with pytest.raises(ConnectionResetError):
+            assert connection.recv(1) == b""
+            raise ConnectionResetError
+
+
 def test_what_is_no_http_is_refused_in_the_shape_of_openai(gateway):
     for sent in (b"GET / HTTP/1.1\r\nContent-Length: =\r\n\r\n", b"\x16\x03\x01 TLS\r\n\r\n"):
         head, _, body = received(raw(gateway, sent)).partition(b"\r\n\r\n")
@@ -929,12 +1116,21 @@ def test_a_flood_of_chunks_of_one_byte_is_taken_like_any_body(gateway, key, m3d)
     assert httpx.get(f"{gateway.root}/health/live").status_code == 200
 
 
-def test_a_client_that_reads_nothing_of_its_answer_is_given_up(gateway, key, m3d, monkeypatch):
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_reads_nothing_of_its_answer_is_given_up(gateway, key, m3d, monkeypatch, streams):
     monkeypatch.setattr(door, "STALLED_S", 0.05)
+    monkeypatch.setattr(protocol, "CLOSING_S", 0.05)
     m3d.texts = tuple("x" * (1 << 20) for _ in range(64))
-    body = json.dumps({"model": MODEL, "messages": about(INLINE), "stream": True}).encode()
+    body = json.dumps({"model": MODEL, "messages": about(INLINE), "stream": streams}).encode()
     with raw(gateway, post("/v1/chat/completions", body, key)):
         assert ended(gateway)["outcome"] == "disconnected" and m3d.ended.is_set()
+        wait_until(lambda: not gateway.connections)
+
+
+def test_a_long_answer_arrives_whole(client, m3d):
+    m3d.texts = tuple(str(n) * 50_000 for n in range(10))
+    completion = client.chat.completions.create(model=MODEL, messages=about(INLINE))
+    assert completion.choices[0].message.content == "".join(m3d.texts)
 
 
 _VALUES = st.recursive(
@@ -977,6 +1173,18 @@ def test_an_access_is_one_line_without_contents(gateway, client, http, key, m3d)
     assert missed["operation"] == "GET /v1/studies/{id}" and missed["outcome"] == "not_found"
     text = json.dumps(gateway.audit())
     assert not [word for word in ("Jane", "tumour", "normal", "Smith", key) if word in text]
+
+
+def test_an_access_names_its_study_or_file_when_it_fails_too(client, http, gateway, m3d):
+    file = client.files.create(file=SCAN, purpose="user_data")
+    study = http.post("/v1/studies", json={"file_id": file.id}).json()["id"]
+    client.embeddings.create(model="m3d-clip", input=[file_part(file_id=study)])
+    m3d.error = Unavailable("no server answers")
+    assert http.delete(f"/v1/studies/{study}").status_code == http.get(f"/v1/studies/{study}").status_code == 503
+    client.files.delete(file.id)
+    ended(gateway, 6)
+    named = [(line["study"], line["file"]) for line in gateway.audit()]
+    assert named == [(None, file.id), *[(study, None)] * 4, (None, file.id)]
 
 
 def test_a_marked_patient_and_question_are_in_no_log_and_no_folder(

@@ -24,7 +24,7 @@ from engine.api import Study
 from engine.cli import entrance
 from engine.client import AsyncM3DClient, M3DClient
 from engine.errors import StudyNotFound
-from engine.gateway import keys
+from engine.gateway import backend, keys
 from engine.gateway.backend import ThreadedM3D
 from engine.gateway.settings import GatewaySettings
 from tests.conftest import ROOT
@@ -271,6 +271,58 @@ def test_a_stream_that_nobody_reads_ends_on_the_server(engine, triton, how):
         assert await asyncio.to_thread(triton.cancelled.wait, PATIENCE_S)
 
     run(engine, work())
+
+
+class SlowM3D:
+    """Its `info` lasts until it may end."""
+
+    def __init__(self):
+        self.began, self.may_end = threading.Event(), threading.Event()
+
+    def info(self, timeout=None):
+        self.began.set()
+        assert self.may_end.wait(PATIENCE_S)
+
+    def is_ready(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_call_that_is_cancelled_is_in_work_until_its_thread_ends():
+    m3d = SlowM3D()
+    engine = ThreadedM3D(m3d)
+
+    async def work():
+        calling = asyncio.ensure_future(engine.info())
+        assert await asyncio.to_thread(m3d.began.wait, PATIENCE_S)
+        calling.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        in_work = not calling.done()
+        m3d.may_end.set()
+        await asyncio.gather(calling, return_exceptions=True)
+        return in_work, calling.cancelled()
+
+    assert run(engine, work()) == (True, True)
+
+
+def test_an_engine_whose_threads_are_all_busy_is_ready(monkeypatch):
+    monkeypatch.setattr(backend, "THREADS", 1)
+    m3d = SlowM3D()
+    engine = ThreadedM3D(m3d)
+
+    async def work():
+        calling = asyncio.ensure_future(engine.info())
+        assert await asyncio.to_thread(m3d.began.wait, PATIENCE_S)
+        try:
+            return await asyncio.wait_for(engine.is_ready(), PATIENCE_S)
+        finally:
+            m3d.may_end.set()
+            await calling
+
+    assert run(engine, work())
 
 
 async def _all(stream) -> None:
