@@ -784,6 +784,36 @@ def test_only_samples_of_both_runs_are_compared(many, tmp_path):
     assert found.notes == ("rec: 4 samples are in one of both runs only and are left out",)
 
 
+def changed_rows(out, task, change):
+    """Rewrite the header and the scored rows of a task by change(lines), a list that it may alter."""
+    path = out / f"samples/{task}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    change(lines)
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_runs_under_other_conditions_are_told_apart(root, tmp_path):
+    (root / "M3D_Seg_npy/0000/b/image.spacing.json").write_text("[5, 1, 1]")
+    arguments = ["--data", str(root), "--task", "seg-semantic", "--out"]
+    bench([*arguments, str(tmp_path / "a")], Answerer())
+    bench([*arguments, str(tmp_path / "b"), "--nsd-mm", "4", "--new-tokens", "7"], Answerer())
+    changed_rows(tmp_path / "b", "seg-semantic", lambda lines: lines[0].update(data="other"))
+    found = compare.compare(tmp_path / "a/bench.json", tmp_path / "b/bench.json")
+    said = "\n".join(found.notes)
+    assert "nsd_mm is 2.0 in A, 4.0 in B" in said and "new_tokens is 256 in A, 7 in B" in said
+    assert "the indices of the data: data is " in said and "'other' in B" in said
+    metrics = {d.metric for d in found.differences}
+    assert "HD95" in metrics and "NSD" not in metrics and "NSD (sound) is not compared" in said
+
+
+def test_runs_with_another_true_answer_are_refused(root, tmp_path):
+    for name in "ab":
+        bench(["--data", str(root), "--task", "vqa-closed", "--out", str(tmp_path / name)], Answerer())
+    changed_rows(tmp_path / "b", "vqa-closed", lambda lines: lines[1].update(answer="B. Coronal"))
+    with pytest.raises(InvalidInput, match="vqa-closed: 1 samples have another true answer in the two runs"):
+        compare.compare(tmp_path / "a/bench.json", tmp_path / "b/bench.json")
+
+
 @pytest.mark.parametrize(
     ("spoil", "cause"),
     [
