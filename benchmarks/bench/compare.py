@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.bench.rows import read_rows
-from benchmarks.bench.scoring import SIDES
+from benchmarks.bench.scoring import SIDES, SOUND, TEXT_TASKS, ciders_of
 from benchmarks.bench.statistics import LEAST_SCANS, paired
 from benchmarks.bench.summary import LOWER_IS_BETTER, applies, metrics_of, statistics_of, value
 from engine.errors import InvalidInput, shortened
@@ -85,7 +85,11 @@ def compare(a: Path, b: Path) -> Compared:
                 said = f"{shortened(header_a.get(name))} in A, {shortened(header_b.get(name))} in B"
                 notes.append(f"{task}: the runs differ in {what}: {name} is {said}")
         keys = sorted(rows_a.keys() & rows_b.keys())
-        if other := len(rows_a.keys() ^ rows_b.keys()):
+        other = len(rows_a.keys() ^ rows_b.keys())
+        if other and task == "retrieval":
+            notes.append(f"{task}: {other} pairs are in one of both runs only, so that the pools differ: not compared")
+            continue
+        if other:
             notes.append(f"{task}: {other} samples are in one of both runs only and are left out")
         for name, what in (("question", "were asked otherwise"), ("answer", "have another true answer")):
             if others := [k for k in keys if rows_a[k].get(name) != rows_b[k].get(name)]:
@@ -95,12 +99,11 @@ def compare(a: Path, b: Path) -> Compared:
             continue
         if all("prediction" in rows_a[k] for k in keys):
             same[task] = len(keys), sum(rows_a[k]["prediction"] == rows_b[k]["prediction"] for k in keys)
-        found, left_out = _differences(
-            task,
-            [rows_a[k] for k in keys],
-            [rows_b[k] for k in keys],
-            () if header_a.get("nsd_mm") == header_b.get("nsd_mm") else ("NSD",),
-        )
+        shared = [[rows[k] for k in keys] for rows in (rows_a, rows_b)]
+        if other and task in TEXT_TASKS:
+            shared = [_with_cider(rows) for rows in shared]
+        unlike = () if header_a.get("nsd_mm") == header_b.get("nsd_mm") else ("NSD",)
+        found, left_out = _differences(task, *shared, unlike)
         differences += found
         notes += left_out
         if (scans := len({rows_a[k]["scan"] for k in keys})) < LEAST_SCANS:
@@ -131,16 +134,16 @@ def words(compared: Compared, a: Path, b: Path) -> str:
 
 
 def _differences(
-    task: str, a: Sequence[dict], b: Sequence[dict], other: Collection[str]
+    task: str, a: Sequence[dict], b: Sequence[dict], unlike: Collection[str]
 ) -> tuple[list[Difference], list[str]]:
-    """(the differences, notes on what is not compared). other: metrics that are not the same thing in both runs."""
+    """(the differences, notes on what is not compared). unlike: metrics that are not the same thing in both runs."""
     scans, found, notes = [row["scan"] for row in a], [], []
     for side in SIDES:
         metrics_a, metrics_b = (metrics_of(rows, side) for rows in (a, b))
         for metric in metrics_a:
             if metric not in metrics_b:
-                continue
-            if metric in other:
+                continue  # noted below
+            if metric in unlike:
                 notes.append(f"{task}: {metric} ({side}) is not compared: its conditions differ")
                 continue
             (statistics_a, value_of), (statistics_b, _) = (statistics_of(rows, side, metric) for rows in (a, b))
@@ -148,7 +151,18 @@ def _differences(
             low, high = ends or (None, None)
             value_a, value_b = (value(rows, side, metric) for rows in (a, b))
             found.append(Difference(task, side, metric, applies(a, side, metric), value_a, value_b, low, high))
+        for run, here, there in (("A", metrics_a, metrics_b), ("B", metrics_b, metrics_a)):
+            notes += [f"{task}: {metric} ({side}) is only in {run}" for metric in here if metric not in there]
     return found, notes
+
+
+def _with_cider(rows: Sequence[dict]) -> list[dict]:
+    """The rows with CIDEr among themselves: which words are rare depends on all rows of a run."""
+    ciders = ciders_of([row["prediction"] for row in rows], [row["answer"] for row in rows])
+    return [
+        {**row, "scores": {**row["scores"], SOUND: {**row["scores"][SOUND], "CIDEr": cider}}}
+        for row, cider in zip(rows, ciders, strict=True)
+    ]
 
 
 def _tasks(path: Path) -> dict:

@@ -108,7 +108,7 @@ def _texts(task: str) -> Callable[[list[dict], Scorers], list[tuple[Scores, Scor
 
 def _text_scores(rows: list[dict], predictions: list[str], scorers: Scorers) -> list[Scores]:
     answers = [row["answer"] for row in rows]
-    ciders = text.cider(predictions, answers)
+    ciders = ciders_of(predictions, answers)
     found: list[Scores] = []
     for prediction, answer, cider in zip(predictions, answers, ciders):
         reference: dict[str, object] = {
@@ -120,10 +120,15 @@ def _text_scores(rows: list[dict], predictions: list[str], scorers: Scorers) -> 
         sound: dict[str, object] = {
             "BLEU": text.bleu_statistics(prediction, answer),
             "ROUGE-L": text.rouge("rougeL", prediction, answer),
-            "CIDEr": None if math.isnan(cider) else float(cider),
+            "CIDEr": cider,
         }
         found.append({REFERENCE: reference, SOUND: sound})
     return found
+
+
+def ciders_of(predictions: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+    """CIDEr of each sample, None where it cannot be had: all samples decide which words are rare."""
+    return [None if math.isnan(cider) else float(cider) for cider in text.cider(predictions, answers)]
 
 
 def _answers_of_others(task: str, rows: list[dict]) -> list[str]:

@@ -814,6 +814,40 @@ def test_runs_with_another_true_answer_are_refused(root, tmp_path):
         compare.compare(tmp_path / "a/bench.json", tmp_path / "b/bench.json")
 
 
+def test_cider_is_compared_by_what_is_rare_among_the_shared_samples(root, tmp_path):
+    for name, limit in (("a", "4"), ("b", "6")):
+        bench(["--data", str(root), "--task", "reg", "--limit", limit, "--out", str(tmp_path / name)], Answerer())
+    found = compare.compare(tmp_path / "a/bench.json", tmp_path / "b/bench.json")
+    (cider,) = (d for d in found.differences if d.metric == "CIDEr")
+    assert cider.n == 4 and cider.a == cider.b == figures(tmp_path / "a")["tasks"]["reg"]["sound"]["CIDEr"]["value"] > 0
+    keys = {row["key"] for row in read_rows(tmp_path / "a/samples/reg.jsonl")[1]}
+    among_all = [
+        row["scores"]["sound"]["CIDEr"] for row in read_rows(tmp_path / "b/samples/reg.jsonl")[1] if row["key"] in keys
+    ]
+    assert np.mean(among_all) != pytest.approx(cider.b, rel=1e-3)
+
+
+def test_retrieval_in_other_pools_is_not_compared(root, tmp_path):
+    for name in "ab":
+        bench(["--data", str(root), "--task", "retrieval,rec", "--out", str(tmp_path / name)], Answerer())
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert {d.task for d in compare.compare(a / "bench.json", b / "bench.json").differences} == {"retrieval", "rec"}
+    changed_rows(b, "retrieval", lambda lines: lines.append({**lines[-1], "key": "another"}))
+    found = compare.compare(a / "bench.json", b / "bench.json")
+    assert {d.task for d in found.differences} == {"rec"}
+    assert "retrieval: 1 pairs are in one of both runs only, so that the pools differ: not compared" in found.notes
+
+
+def test_a_metric_of_one_run_alone_is_said(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(m3d_bench.models, "load_bertscore", lambda *_: lambda predictions, _: [0.5] * len(predictions))
+    arguments = ["--data", str(root), "--task", "reg", "--out"]
+    bench([*arguments, str(tmp_path / "a")], Answerer())
+    bench([*arguments, str(tmp_path / "b"), "--bertscore", "somewhere"], Answerer())
+    a, b = tmp_path / "a/bench.json", tmp_path / "b/bench.json"
+    assert "reg: BERTScore (reference) is only in B" in compare.compare(a, b).notes
+    assert "reg: BERTScore (reference) is only in A" in compare.compare(b, a).notes
+
+
 @pytest.mark.parametrize(
     ("spoil", "cause"),
     [
