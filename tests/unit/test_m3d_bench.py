@@ -816,7 +816,8 @@ def test_runs_with_another_true_answer_are_refused(root, tmp_path):
 
 def test_cider_is_compared_by_what_is_rare_among_the_shared_samples(root, tmp_path):
     for name, limit in (("a", "4"), ("b", "6")):
-        bench(["--data", str(root), "--task", "reg", "--limit", limit, "--out", str(tmp_path / name)], Answerer())
+        arguments = ["--data", str(root), "--task", "reg", "--limit", limit, "--out", str(tmp_path / name)]
+        bench(arguments, Answerer(texts={"": "It is the right kidney, or the liver."}))
     found = compare.compare(tmp_path / "a/bench.json", tmp_path / "b/bench.json")
     (cider,) = (d for d in found.differences if d.metric == "CIDEr")
     assert cider.n == 4 and cider.a == cider.b == figures(tmp_path / "a")["tasks"]["reg"]["sound"]["CIDEr"]["value"] > 0
