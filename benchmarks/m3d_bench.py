@@ -38,7 +38,7 @@ from benchmarks.command import SIGNALS, at_least, say, several
 from engine import M3DClient, M3DEngine
 from engine.api import M3D
 from engine.cli import console
-from engine.errors import InvalidInput, M3DError, Unavailable
+from engine.errors import InvalidInput, M3DError, Unavailable, one_line
 from training.data.reading import read_json
 
 FORMAT = 1
@@ -280,12 +280,16 @@ def _scorers(
         splits = {size: keys for size in POOLS if (keys := pool_of(options.data, size))}
 
     def of(task: str, header: dict, rows: list[dict]) -> scoring.Scorers:
-        found = {
-            metric: _kept_scores(options.out, metric, where, scorer, header, rows, options.anew)
-            for metric, (where, scorer) in loaded.items()
-            if task in scoring.MODEL_METRICS[metric][1]
-        }
-        return scoring.Scorers(meteor, found, gaps, splits)
+        found, failed = {}, {}
+        for metric, (where, scorer) in loaded.items():
+            if task not in scoring.MODEL_METRICS[metric][1]:
+                continue
+            try:
+                found[metric] = _kept_scores(options.out, metric, where, scorer, header, rows, options.anew)
+            except Unavailable as error:
+                failed[metric] = str(error)
+                say(f"{metric} of {task}: not computed: {error}")
+        return scoring.Scorers(meteor, found, {**gaps, **failed}, splits)
 
     return of
 
@@ -305,7 +309,12 @@ def _models(options: argparse.Namespace) -> dict[str, tuple[object, Callable[[],
 def _kept_scores(
     out: Path, metric: str, where: str, scorer: models.Scorer, header: dict, rows: list[dict], anew: bool
 ) -> dict[str, float]:
-    """key -> score; those that were computed before, by the same model of the same rows, are not computed again."""
+    """key -> score; those that were computed before, by the same model of the same rows, are not computed again.
+
+    Raises:
+        Unavailable: if the model fails. What it scored before is kept.
+        InvalidInput: if the kept scores are another run's.
+    """
     task, name = header["task"], metric.lower().replace(" ", "-")
     with RowStore(
         out / "scores" / f"{task}.{name}.jsonl", {"metric": metric, "by": where, "rows": header}, anew
@@ -315,8 +324,15 @@ def _kept_scores(
             say(f"{metric} of {len(left)} rows of {task}")
         for start in range(0, len(left), 32):
             batch = left[start : start + 32]
-            scores = scorer([row["prediction"] for row in batch], [row["answer"] for row in batch])
-            for row, score in zip(batch, models.checked_scores(scores, len(batch), metric)):
+            try:
+                scores = scorer([row["prediction"] for row in batch], [row["answer"] for row in batch])
+                scores = models.checked_scores(scores, len(batch), metric)
+            except M3DError as error:
+                raise Unavailable(f"it failed after {len(store)} of {len(rows)} samples: {error}") from error
+            except Exception as error:  # of a package or a model that is not ours; the answers are not lost for it
+                cause = f"{type(error).__name__}: {one_line(error)}"
+                raise Unavailable(f"it failed after {len(store)} of {len(rows)} samples: {cause}") from error
+            for row, score in zip(batch, scores):
                 store.append({"key": row["key"], "score": score})
         return {row["key"]: row["score"] for row in store.rows}
 

@@ -545,6 +545,28 @@ def test_scores_of_a_model_are_kept_and_not_computed_again(root, tmp_path, monke
     assert figures(tmp_path)["tasks"]["reg"]["reference"]["BERTScore"]["value"] == 0.5
 
 
+@pytest.mark.parametrize("error", [Unavailable("the judge gave no `Score: N`"), IndexError("gave no `Score: N`")])
+def test_a_model_that_fails_while_it_scores_is_a_named_gap(error, root, tmp_path, monkeypatch, capsys):
+    """One bad reply of a judge must not cost the figures of all tasks; a run with the same arguments asks again."""
+    good = []
+
+    def scorer(predictions, answers):
+        if not good:
+            raise error
+        return [0.5] * len(predictions)
+
+    monkeypatch.setattr(m3d_bench.models, "load_judge", lambda url, model: scorer)
+    arguments = ["--data", str(root), "--task", "report,rec", "--out", str(tmp_path), "--judge", "somewhere"]
+    assert bench(arguments, Answerer()) == 0
+    tasks = figures(tmp_path)["tasks"]
+    gap = tasks["report"]["sound"]["LLM judge"]["gap"]
+    assert gap.startswith("it failed after 0 of 1 samples: ") and "gave no `Score: N`" in gap and tasks["rec"]["n"] == 6
+    assert "LLM judge of report: not computed: it failed" in capsys.readouterr().out
+    good.append(True)
+    assert bench(arguments, None) == 0
+    assert figures(tmp_path)["tasks"]["report"]["sound"]["LLM judge"]["value"] == 0.5
+
+
 def test_the_judge_is_asked_over_openais_protocol(root, tmp_path):
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
