@@ -275,8 +275,9 @@ def _scorers(
         except M3DError as error:
             gaps[metric] = str(error)
             say(f"{metric}: not computed: {error}")
-    splits = {}
+    splits, pairs = {}, 0
     if "retrieval" in checked:
+        pairs = len(checked["retrieval"].samples) + len(checked["retrieval"].broken)
         splits = {size: keys for size in POOLS if (keys := pool_of(options.data, size))}
 
     def of(task: str, header: dict, rows: list[dict]) -> scoring.Scorers:
@@ -289,7 +290,7 @@ def _scorers(
             except Unavailable as error:
                 failed[metric] = str(error)
                 say(f"{metric} of {task}: not computed: {error}")
-        return scoring.Scorers(meteor, found, {**gaps, **failed}, splits)
+        return scoring.Scorers(meteor, found, {**gaps, **failed}, splits, pairs)
 
     return of
 

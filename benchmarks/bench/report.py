@@ -109,7 +109,8 @@ def _overview(tasks: dict[str, dict]) -> str:
 def _headline(figures: dict[str, dict], metric: str | None) -> str:
     """The figure of a metric; where the task has none, of recall at 1 in the largest pool."""
     if metric is None:
-        metric = max((name for name in figures if "R@1 " in name), key=lambda name: int(name.split()[-1]), default=None)
+        recalls = (name for name, figure in figures.items() if "R@1 " in name and "gap" not in figure)
+        metric = max(recalls, key=lambda name: int(name.split()[-1]), default=None)
     if metric not in figures:
         return ""
     return f"{metric} {written(metric, figures[metric]['value'])}"

@@ -518,6 +518,31 @@ def test_a_pool_that_the_data_names_is_taken_as_it_is():
     assert {row["key"] for row in rows if "IR R@1 of 100" in row["scores"]["reference"]} == set(names)
 
 
+def test_a_pool_that_the_rows_do_not_fill_is_a_named_gap():
+    rows = scored("retrieval", pairs(150, map(str, range(150))), splits={100: [str(n) for n in range(60, 160)]})
+    scorers = scoring.Scorers(splits={100: [str(n) for n in range(60, 160)]}, pairs=500)
+    found = summarise(rows, scoring.gaps_of("retrieval", rows, scorers))
+    assert found["reference"]["IR R@1 of 100"]["gap"] == "90 of the 100 pairs of test100 have an answer"
+    assert found["sound"]["report to scan R@10 of 500"]["gap"] == "150 of the 500 pairs have an answer"
+    assert not any("1000" in name for side in ("reference", "sound") for name in found[side])  # the index has none
+    assert found["reference"]["IR R@1 of 150"]["n"] == 150
+
+
+def test_a_broken_pair_is_the_reason_for_a_pool_that_is_missing(root, tmp_path, monkeypatch):
+    index = root / "M3D_Cap_npy/M3D_Cap.json"
+    every = [pair for split in json.loads(index.read_text()).values() for pair in split]
+    index.write_text(json.dumps({"train": [], "validation": [], "test": every}))
+    (root / every[0]["image"]).unlink()
+    monkeypatch.setattr(scoring, "POOLS", {4: "test4", 6: "test"})
+    arguments = ["--data", str(root), "--task", "retrieval", "--out", str(tmp_path), "--broken-share", "0.5"]
+    assert bench(arguments, Answerer()) == 0
+    found = figures(tmp_path)["tasks"]["retrieval"]["reference"]
+    assert found["IR R@1 of 6"]["gap"] == "5 of the 6 pairs have an answer" and found["IR R@1 of 4"]["n"] == 4
+    page = (tmp_path / "report.html").read_text()
+    assert "not computed: 5 of the 6 pairs have an answer" in page
+    assert re.search(r"<td>IR R@1 of 4 [\d.]+</td>", page)  # the headline is of the greatest pool that there is
+
+
 def test_corpus_bleu_of_a_task_is_of_all_its_rows():
     import sacrebleu
 

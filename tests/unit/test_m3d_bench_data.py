@@ -130,7 +130,8 @@ def cut_end(path):
 def spoil_middle(path):
     """What is packed is no longer what the compression says."""
     content = bytearray(path.read_bytes())
-    content[20:40] = bytes(20)
+    middle = len(content) // 2
+    content[middle : middle + 10] = b"\xff" * 10
     path.write_bytes(content)
 
 
