@@ -38,7 +38,7 @@ from benchmarks.command import SIGNALS, at_least, say, several
 from engine import M3DClient, M3DEngine
 from engine.api import M3D
 from engine.cli import console
-from engine.errors import InvalidInput, M3DError, Unavailable, one_line
+from engine.errors import InvalidInput, M3DError, Unavailable, one_line, shortened
 from training.data.reading import read_json
 
 FORMAT = 1
@@ -113,16 +113,24 @@ def _bench(options: argparse.Namespace) -> int:
         if answerer is not None and options.eager:
             _time(options, checked, answerer)
     scorers = _scorers(options, checked)
-    bench = {"format": FORMAT, "model": None, "settings": _settings(options), "tasks": {}, "not_run": not_run}
+    bench = {"format": FORMAT, "model": None, "settings": None, "tasks": {}, "not_run": not_run}
     rows: dict[str, list[dict]] = {}
     for task in checked:
         header, found = _stored(options.out, task, checked[task])
         if not found:
             bench["not_run"][task] = "no sample was answered"
             continue
-        if bench["model"] not in (None, header["model"]):
-            raise InvalidInput(f"{options.out}: the rows of {task} are of another model than those of {list(rows)}")
-        bench["model"] = header["model"]
+        made_with = {name: header[name] for name in _settings(options)}
+        for name, now, what in (
+            ("model", header["model"], "of another model"),
+            ("settings", made_with, "made otherwise"),
+        ):
+            if bench[name] not in (None, now):
+                raise InvalidInput(
+                    f"{options.out}: the rows of {task} are {what} than those of {list(rows)} "
+                    f"({shortened(now)} and {shortened(bench[name])}): score them one at a time, with --task"
+                )
+            bench[name] = now
         say(f"scoring {len(found)} rows of {task}")
         by = scorers(task, header, found)
         rows[task] = scoring.score(task, found, by)
@@ -368,20 +376,27 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _facts(options: argparse.Namespace, bench: dict, seconds: float | None) -> dict:
-    """What the report says about the run."""
+    """What the report says about the run. What rows were made with, they say: when they are scored again (seconds is
+    None), the options of this call, its date and its machine are not theirs."""
     from benchmarks.machine import conditions
 
     here = conditions()
-    model = bench["model"] or {}
+    model, settings = bench["model"] or {}, bench["settings"]
+    asked = seconds is not None
     facts = {
-        "date": here["date"],
-        "machine": f"{here['gpu'] or here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 1e9:.0f} GB",
+        "date" if asked else "scored": here["date"],
+        "machine" if asked else "scored on": (
+            f"{here['gpu'] or here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 1e9:.0f} GB"
+        ),
         "answered by": f"server {options.server}" if options.server else str(options.repository or "an earlier run"),
         **{f"model: {name}": value for name, value in model.items()},
-        "in flight": options.concurrency,
-        "tokens of an answer": f"at most {options.new_tokens}, greedy",
     }
-    if seconds is not None:
+    if asked:
+        facts["in flight"] = options.concurrency
+    if settings is not None:
+        facts["tokens of an answer"] = f"at most {settings['new_tokens']}, greedy"
+        facts["tolerance of NSD"] = f"{settings['nsd_mm']:g} mm"
+    if asked:
         facts["this run took"] = f"{seconds:.0f} s"
     return facts
 

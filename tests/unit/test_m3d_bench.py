@@ -426,6 +426,26 @@ def test_rows_can_be_scored_again_without_anybody_who_answers(root, tmp_path):
     assert (tmp_path / "bench.json").read_bytes() == before
 
 
+def test_rows_that_are_scored_again_say_what_they_were_made_with(root, tmp_path):
+    arguments = ["--data", str(root), "--task", "rec", "--out", str(tmp_path)]
+    bench([*arguments, "--new-tokens", "7", "--nsd-mm", "4", "--concurrency", "3"], Answerer())
+    page = (tmp_path / "report.html").read_text()
+    assert "at most 7, greedy" in page and "4 mm" in page and "<td>in flight</td><td class=n>3</td>" in page
+    assert bench(arguments, None) == 0
+    assert figures(tmp_path)["settings"] == {"new_tokens": 7, "nsd_mm": 4.0}
+    page = (tmp_path / "report.html").read_text()
+    assert "at most 7, greedy" in page and "4 mm" in page
+    assert "in flight" not in page and "<td>machine</td>" not in page and "<td>scored on</td>" in page
+
+
+def test_rows_of_other_settings_are_not_one_result(root, tmp_path, capsys):
+    arguments = ["--data", str(root), "--out", str(tmp_path), "--task"]
+    bench([*arguments, "rec"], Answerer())
+    bench([*arguments, "vqa-closed", "--new-tokens", "7"], Answerer())
+    assert bench([*arguments, "rec,vqa-closed"], None) == 2
+    assert "the rows of vqa-closed are made otherwise than those of ['rec']" in capsys.readouterr().err
+
+
 def test_an_unknown_task_is_refused(root, tmp_path, capsys):
     assert bench(["--data", str(root), "--task", "sing", "--out", str(tmp_path)], Answerer()) == 2
     assert "there is no task 'sing': choose from retrieval" in capsys.readouterr().err
