@@ -136,7 +136,8 @@ def _bench(options: argparse.Namespace) -> int:
         rows[task] = scoring.score(task, found, by)
         _write_samples(options.out, task, header, rows[task])
         gaps = scoring.gaps_of(task, rows[task], by)
-        bench["tasks"][task] = {**summarise(rows[task], gaps), "missing": len(checked[task].samples) - len(found)}
+        left_out = {"missing": len(checked[task].samples) - len(found), "broken": len(checked[task].broken)}
+        bench["tasks"][task] = {**summarise(rows[task], gaps), **left_out}
     _write(options.out / "bench.json", bench)
     facts = _facts(options, bench, seconds if answerer is not None else None)
     text = page(bench, facts, rows, options.out / "predictions", _timed(options.out, bench["model"]))

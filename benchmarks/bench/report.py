@@ -121,10 +121,20 @@ def _task(task: str, found: dict, rows: Sequence[dict], predictions: Path) -> st
     if found["no_interval"]:
         parts.append(f"No intervals: {escape(found['no_interval'])}. ")
     parts.append(f"Shares are in per cent. Chance: {escape(CHANCE[task])}.</p>")
+    if left_out := _left_out(found):
+        parts.append(f"<p class=gap>{escape(left_out)}</p>")
     parts += [_figures(task, found), _answers(rows), _groups(task, found)]
     if task in CASES_BY:
         parts.append(_cases(task, rows, predictions))
     return "".join(parts)
+
+
+def _left_out(found: dict) -> str:
+    """Which samples are in no figure of a task; "" if all are."""
+    said = {"have broken or missing files (preflight.json)": found["broken"], "have no answer": found["missing"]}
+    counted = [f"{count} {why}" for why, count in said.items() if count]
+    total = found["n"] + found["broken"] + found["missing"]
+    return f"Of {total} samples {' and '.join(counted)}: they are in no figure." if counted else ""
 
 
 def _speed(speed: dict) -> str:

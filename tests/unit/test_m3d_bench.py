@@ -710,6 +710,23 @@ def test_the_report_shows_papers_chance_and_cases_and_needs_nothing_from_elsewhe
     assert "answers without a box: 4" in page and "0" * 64 in page
 
 
+def test_the_report_counts_the_samples_that_are_in_no_figure(root, tmp_path):
+    class Refusing(Answerer):
+        def ask(self, study, question, **sampling):
+            if "kidney" in question:
+                raise InvalidInput("not this one")
+            return super().ask(study, question, **sampling)
+
+    (root / "M3D_Seg_npy/0000/b/image.npy").unlink()
+    arguments = ["--data", str(root), "--task", "rec,vqa-closed", "--out", str(tmp_path), "--broken-share", "0.5"]
+    assert bench(arguments, Refusing()) == 1
+    rec = figures(tmp_path)["tasks"]["rec"]
+    assert (rec["n"], rec["broken"], rec["missing"]) == (3, 2, 1)
+    said = "Of 6 samples 2 have broken or missing files (preflight.json) and 1 have no answer: they are in no figure."
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("in no figure") == 1 and said in page  # all of vqa-closed are
+
+
 def test_text_of_answers_is_no_html_in_the_report(root, tmp_path):
     bench(
         ["--data", str(root), "--task", "vqa-closed", "--out", str(tmp_path)],
