@@ -21,6 +21,7 @@ from benchmarks.bench.runner import decoded
 REFERENCE, SOUND = "reference", "sound"
 SIDES = (REFERENCE, SOUND)
 LIKELIEST = "accuracy of the likeliest choice"
+TIES = "likeliest choice tied"  # the first of equal ones is taken
 Scores = dict[str, dict[str, object]]  # side -> metric -> score
 
 TEXT_TASKS = ("report", "vqa-open", "reg")
@@ -166,13 +167,15 @@ def _closed(rows: list[dict], scorers: Scorers) -> list[tuple[Scores, Scores]]:
     found = []
     for row in rows:
         chosen = choices.chosen(row["prediction"], row["choices"])
+        likeliest, tied = choices.likeliest(row["logprobs"])
         guess = 1 / len(row["choices"])
         scores: Scores = {
             REFERENCE: {"accuracy": float(choices.substring_right(row["prediction"], row["choice"]))},
             SOUND: {
                 "accuracy": float(chosen == row["choice"]),
                 "unparseable": float(chosen is None),
-                LIKELIEST: float(choices.likeliest(row["logprobs"]) == row["choice"]),
+                LIKELIEST: float(likeliest == row["choice"]),
+                TIES: float(tied),
             },
         }
         chance: Scores = {REFERENCE: {"accuracy": guess}, SOUND: {"accuracy": guess, LIKELIEST: guess}}

@@ -22,7 +22,7 @@ from benchmarks.bench.summary import summarise
 from benchmarks.timings import Timing as Timed
 from engine.errors import InvalidInput, Unavailable
 from tests.conftest import ROOT
-from tests.m3d_bench import REPORT, Answerer, Model, bench
+from tests.m3d_bench import REPORT, Answerer, Model, bench, embedding
 from tests.m3d_data import SIZE, mask, save, write_root
 
 WITHOUT_TEXTS = "retrieval,vqa-closed,rec,seg-semantic,seg-referring"
@@ -234,6 +234,38 @@ def test_reports_are_embedded_in_batches_once(root, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_TEXT_BATCH", 4)
     rows, _ = asked("retrieval", root, tmp_path, Counting())
     assert len(rows) == 6 and sorted(batches) == [2, 4]
+
+
+def test_a_report_that_cannot_be_read_fails_alone(root, tmp_path):
+    index = root / "M3D_Cap_npy/M3D_Cap.json"
+    pairs = [pair for split in json.loads(index.read_text()).values() for pair in split]
+    index.write_text(json.dumps({"train": [], "validation": [], "test": pairs}))
+    (root / pairs[2]["text"]).write_text("")
+    rows, failed = asked("retrieval", root, tmp_path, Answerer(), failed_share=0.5)
+    assert len(rows) == 5 and len(failed) == 1 and "the text is empty" in failed[0]
+    letters = [row["answer"].split()[1][0] for row in rows]
+    assert [row["text_embedding"] for row in rows] == [encoded(embedding(letter)) for letter in letters]
+
+
+def test_a_choice_that_cannot_be_said_does_not_end_the_run(root, tmp_path):
+    class Sure(Answerer):
+        def ask(self, *args, **sampling):
+            return replace(super().ask(*args, **sampling), choices={"A": 0.0, "B": -np.inf, "C": -np.inf, "D": -np.inf})
+
+    assert bench(["--data", str(root), "--task", "vqa-closed", "--out", str(tmp_path)], Sure()) == 0
+    (row,) = read_rows(tmp_path / "rows/vqa-closed.jsonl")[1]
+    assert row["logprobs"] == {"A": 0.0, "B": None, "C": None, "D": None}
+    found = figures(tmp_path)["tasks"]["vqa-closed"]["sound"]
+    assert found["accuracy of the likeliest choice"]["value"] == 1 and found["likeliest choice tied"]["value"] == 0
+
+
+def test_a_log_probability_that_is_no_number_is_refused(root, tmp_path):
+    class Broken(Answerer):
+        def ask(self, *args, **sampling):
+            return replace(super().ask(*args, **sampling), choices={"A": np.nan, "B": 0.0})
+
+    with pytest.raises(InvalidInput, match="choice A is nan"):
+        asked("vqa-closed", root, tmp_path, Broken())
 
 
 def test_a_closed_question_is_asked_once_for_its_answer_and_for_the_likelihood_of_each_letter(root, tmp_path):
@@ -469,6 +501,8 @@ def test_the_likeliest_choice_is_scored_beside_the_answer():
     row = {"choices": {"A": "x", "B": "y"}, "choice": "A", "prediction": "B", "logprobs": {"A": -0.1, "B": -3.0}}
     found = summarise(scored("vqa-closed", [row]), {})["sound"]
     assert (found["accuracy"]["value"], found["accuracy of the likeliest choice"]["value"]) == (0, 1)
+    (tied,) = scored("vqa-closed", [{**row, "logprobs": {"A": -1.0, "B": -1.0}}])
+    assert tied["scores"]["sound"]["likeliest choice tied"] == 1
 
 
 def test_a_box_of_what_is_not_there_counts_against_refusals_only():

@@ -244,8 +244,10 @@ def test_the_references_substring_takes_every_letter_at_once_for_right():
 
 
 def test_the_likeliest_choice_has_the_greatest_log_probability():
-    assert choices.likeliest({"A": -2.0, "B": -0.1, "C": -9.0}) == "B"
-    assert choices.likeliest({"B": -1.0, "A": -1.0}) == "A"
+    assert choices.likeliest({"A": -2.0, "B": -0.1, "C": -9.0}) == ("B", False)
+    assert choices.likeliest({"A": None, "B": -50.0}) == ("B", False)
+    assert choices.likeliest({"B": -1.0, "A": -1.0, "C": -2.0}) == ("A", True)
+    assert choices.likeliest({"A": None, "B": None}) == ("A", True)
     with pytest.raises(ValueError, match="choice B is not a number"):
         choices.likeliest({"A": -1.0, "B": math.nan})
 

@@ -40,12 +40,17 @@ def chosen(prediction: str, choices: Mapping[str, str]) -> str | None:
     return letters.pop() if len(letters) == 1 else None
 
 
-def likeliest(logprobs: Mapping[str, float]) -> str:
-    """The choice with the greatest log-probability; the first of equal ones. logprobs: letter -> natural logarithm."""
-    for letter, value in logprobs.items():
+def likeliest(logprobs: Mapping[str, float | None]) -> tuple[str, bool]:
+    """(the choice with the greatest log-probability, whether others have the same; then it is the first of them).
+
+    logprobs: letter -> natural logarithm; None is -inf.
+    """
+    values = {letter: -math.inf if value is None else value for letter, value in logprobs.items()}
+    for letter, value in values.items():
         if math.isnan(value):
             raise ValueError(f"the log-probability of choice {letter} is not a number")
-    return max(sorted(logprobs), key=lambda letter: logprobs[letter])
+    best = [letter for letter in sorted(values) if values[letter] == max(values.values())]
+    return best[0], len(best) > 1
 
 
 def _plain(text: str) -> str:
