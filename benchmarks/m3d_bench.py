@@ -38,7 +38,7 @@ from benchmarks.command import SIGNALS, at_least, say, several
 from engine import M3DClient, M3DEngine
 from engine.api import M3D
 from engine.cli import console
-from engine.errors import InvalidInput, M3DError, Unavailable
+from engine.errors import InvalidInput, M3DError, Unavailable, one_line, shortened
 from training.data.reading import read_json
 
 FORMAT = 1
@@ -113,22 +113,31 @@ def _bench(options: argparse.Namespace) -> int:
         if answerer is not None and options.eager:
             _time(options, checked, answerer)
     scorers = _scorers(options, checked)
-    bench = {"format": FORMAT, "model": None, "settings": _settings(options), "tasks": {}, "not_run": not_run}
+    bench = {"format": FORMAT, "model": None, "settings": None, "tasks": {}, "not_run": not_run}
     rows: dict[str, list[dict]] = {}
     for task in checked:
         header, found = _stored(options.out, task, checked[task])
         if not found:
             bench["not_run"][task] = "no sample was answered"
             continue
-        if bench["model"] not in (None, header["model"]):
-            raise InvalidInput(f"{options.out}: the rows of {task} are of another model than those of {list(rows)}")
-        bench["model"] = header["model"]
+        made_with = {name: header[name] for name in _settings(options)}
+        for name, now, what in (
+            ("model", header["model"], "of another model"),
+            ("settings", made_with, "made otherwise"),
+        ):
+            if bench[name] not in (None, now):
+                raise InvalidInput(
+                    f"{options.out}: the rows of {task} are {what} than those of {list(rows)} "
+                    f"({shortened(now)} and {shortened(bench[name])}): score them one at a time, with --task"
+                )
+            bench[name] = now
         say(f"scoring {len(found)} rows of {task}")
         by = scorers(task, header, found)
         rows[task] = scoring.score(task, found, by)
         _write_samples(options.out, task, header, rows[task])
         gaps = scoring.gaps_of(task, rows[task], by)
-        bench["tasks"][task] = {**summarise(rows[task], gaps), "missing": len(checked[task].samples) - len(found)}
+        left_out = {"missing": len(checked[task].samples) - len(found), "broken": len(checked[task].broken)}
+        bench["tasks"][task] = {**summarise(rows[task], gaps), **left_out}
     _write(options.out / "bench.json", bench)
     facts = _facts(options, bench, seconds if answerer is not None else None)
     text = page(bench, facts, rows, options.out / "predictions", _timed(options.out, bench["model"]))
@@ -275,17 +284,22 @@ def _scorers(
         except M3DError as error:
             gaps[metric] = str(error)
             say(f"{metric}: not computed: {error}")
-    splits = {}
+    splits, pairs = {}, 0
     if "retrieval" in checked:
+        pairs = len(checked["retrieval"].samples) + len(checked["retrieval"].broken)
         splits = {size: keys for size in POOLS if (keys := pool_of(options.data, size))}
 
     def of(task: str, header: dict, rows: list[dict]) -> scoring.Scorers:
-        found = {
-            metric: _kept_scores(options.out, metric, where, scorer, header, rows, options.anew)
-            for metric, (where, scorer) in loaded.items()
-            if task in scoring.MODEL_METRICS[metric][1]
-        }
-        return scoring.Scorers(meteor, found, gaps, splits)
+        found, failed = {}, {}
+        for metric, (where, scorer) in loaded.items():
+            if task not in scoring.MODEL_METRICS[metric][1]:
+                continue
+            try:
+                found[metric] = _kept_scores(options.out, metric, where, scorer, header, rows, options.anew)
+            except Unavailable as error:
+                failed[metric] = str(error)
+                say(f"{metric} of {task}: not computed: {error}")
+        return scoring.Scorers(meteor, found, {**gaps, **failed}, splits, pairs)
 
     return of
 
@@ -305,7 +319,12 @@ def _models(options: argparse.Namespace) -> dict[str, tuple[object, Callable[[],
 def _kept_scores(
     out: Path, metric: str, where: str, scorer: models.Scorer, header: dict, rows: list[dict], anew: bool
 ) -> dict[str, float]:
-    """key -> score; those that were computed before, by the same model of the same rows, are not computed again."""
+    """key -> score; those that were computed before, by the same model of the same rows, are not computed again.
+
+    Raises:
+        Unavailable: if the model fails. What it scored before is kept.
+        InvalidInput: if the kept scores are another run's.
+    """
     task, name = header["task"], metric.lower().replace(" ", "-")
     with RowStore(
         out / "scores" / f"{task}.{name}.jsonl", {"metric": metric, "by": where, "rows": header}, anew
@@ -315,8 +334,15 @@ def _kept_scores(
             say(f"{metric} of {len(left)} rows of {task}")
         for start in range(0, len(left), 32):
             batch = left[start : start + 32]
-            scores = scorer([row["prediction"] for row in batch], [row["answer"] for row in batch])
-            for row, score in zip(batch, models.checked_scores(scores, len(batch), metric)):
+            try:
+                scores = scorer([row["prediction"] for row in batch], [row["answer"] for row in batch])
+                scores = models.checked_scores(scores, len(batch), metric)
+            except M3DError as error:
+                raise Unavailable(f"it failed after {len(store)} of {len(rows)} samples: {error}") from error
+            except Exception as error:  # of a package or a model that is not ours; the answers are not lost for it
+                cause = f"{type(error).__name__}: {one_line(error)}"
+                raise Unavailable(f"it failed after {len(store)} of {len(rows)} samples: {cause}") from error
+            for row, score in zip(batch, scores):
                 store.append({"key": row["key"], "score": score})
         return {row["key"]: row["score"] for row in store.rows}
 
@@ -351,20 +377,27 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _facts(options: argparse.Namespace, bench: dict, seconds: float | None) -> dict:
-    """What the report says about the run."""
+    """What the report says about the run. What rows were made with, they say: when they are scored again (seconds is
+    None), the options of this call, its date and its machine are not theirs."""
     from benchmarks.machine import conditions
 
     here = conditions()
-    model = bench["model"] or {}
+    model, settings = bench["model"] or {}, bench["settings"]
+    asked = seconds is not None
     facts = {
-        "date": here["date"],
-        "machine": f"{here['gpu'] or here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 1e9:.0f} GB",
+        "date" if asked else "scored": here["date"],
+        "machine" if asked else "scored on": (
+            f"{here['gpu'] or here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 1e9:.0f} GB"
+        ),
         "answered by": f"server {options.server}" if options.server else str(options.repository or "an earlier run"),
         **{f"model: {name}": value for name, value in model.items()},
-        "in flight": options.concurrency,
-        "tokens of an answer": f"at most {options.new_tokens}, greedy",
     }
-    if seconds is not None:
+    if asked:
+        facts["in flight"] = options.concurrency
+    if settings is not None:
+        facts["tokens of an answer"] = f"at most {settings['new_tokens']}, greedy"
+        facts["tolerance of NSD"] = f"{settings['nsd_mm']:g} mm"
+    if asked:
         facts["this run took"] = f"{seconds:.0f} s"
     return facts
 

@@ -1,7 +1,12 @@
-"""What is missing or broken, before anything runs: every sample's files are looked at, headers only."""
+"""What is missing or broken, before anything runs: every sample's files are looked at.
+
+Of .npy files the header and the length, of NIfTI files, whose end may be cut off or spoilt in the compression, all.
+"""
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +15,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.openers import ImageOpener
 
 from benchmarks.bench.samples import Sample, is_nifti, words_of
 from engine.errors import InvalidInput
@@ -18,6 +24,7 @@ from training.data.sample import BrokenSample
 
 MOST_BROKEN = 0.01  # share of a task's samples
 _SHOWN = 10
+_PART = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -111,13 +118,25 @@ def stored_shape(path: Path) -> tuple[int, ...]:
     """The shape that a file's header says, of which the file has all bytes. Raises BrokenSample."""
     try:
         if is_nifti(path):
-            return tuple(nibabel.load(path).shape)
+            return _whole_nifti(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise BrokenSample(path, "is missing") from None
-    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         kind = "NIfTI" if is_nifti(path) else ".npy"
         raise BrokenSample(path, f"is not a whole {kind} file ({type(error).__name__})") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
         raise BrokenSample(path, "is not one .npy array of real numbers")
     return array.shape
+
+
+def _whole_nifti(path: Path) -> tuple[int, ...]:
+    """The shape of a NIfTI file. It is read to its end, in parts: memory for a whole scan is not needed."""
+    stored = nibabel.load(path).dataobj
+    count = 0
+    with ImageOpener(path) as file:
+        while part := file.read(_PART):
+            count += len(part)
+    if count < (wanted := stored.offset + math.prod(stored.shape) * stored.dtype.itemsize):
+        raise EOFError(f"{count} of {wanted} bytes")
+    return tuple(stored.shape)

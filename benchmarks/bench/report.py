@@ -109,7 +109,8 @@ def _overview(tasks: dict[str, dict]) -> str:
 def _headline(figures: dict[str, dict], metric: str | None) -> str:
     """The figure of a metric; where the task has none, of recall at 1 in the largest pool."""
     if metric is None:
-        metric = max((name for name in figures if "R@1 " in name), key=lambda name: int(name.split()[-1]), default=None)
+        recalls = (name for name, figure in figures.items() if "R@1 " in name and "gap" not in figure)
+        metric = max(recalls, key=lambda name: int(name.split()[-1]), default=None)
     if metric not in figures:
         return ""
     return f"{metric} {written(metric, figures[metric]['value'])}"
@@ -120,10 +121,20 @@ def _task(task: str, found: dict, rows: Sequence[dict], predictions: Path) -> st
     if found["no_interval"]:
         parts.append(f"No intervals: {escape(found['no_interval'])}. ")
     parts.append(f"Shares are in per cent. Chance: {escape(CHANCE[task])}.</p>")
+    if left_out := _left_out(found):
+        parts.append(f"<p class=gap>{escape(left_out)}</p>")
     parts += [_figures(task, found), _answers(rows), _groups(task, found)]
     if task in CASES_BY:
         parts.append(_cases(task, rows, predictions))
     return "".join(parts)
+
+
+def _left_out(found: dict) -> str:
+    """Which samples are in no figure of a task; "" if all are."""
+    said = {"have broken or missing files (preflight.json)": found["broken"], "have no answer": found["missing"]}
+    counted = [f"{count} {why}" for why, count in said.items() if count]
+    total = found["n"] + found["broken"] + found["missing"]
+    return f"Of {total} samples {' and '.join(counted)}: they are in no figure." if counted else ""
 
 
 def _speed(speed: dict) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import threading
 import time
 from collections import Counter
@@ -168,15 +169,24 @@ class _Texts:
     """The embeddings of a batch of reports, computed when the first of its samples wants one."""
 
     def __init__(self, answerer: M3D, samples: Sequence[Sample]):
-        self._places = {sample.key: number for number, sample in enumerate(samples)}
-
-        def embed() -> np.ndarray:
-            return answerer.embed_texts([read_truth(sample).answer for sample in samples]).embeddings
+        def embed() -> dict[str, np.ndarray | BrokenSample]:
+            texts: dict[str, str] = {}
+            found: dict[str, np.ndarray | BrokenSample] = {}
+            for sample in samples:
+                try:
+                    texts[sample.key] = read_truth(sample).answer
+                except BrokenSample as error:  # it fails alone, not with the batch
+                    found[sample.key] = error
+            embeddings = answerer.embed_texts(list(texts.values())).embeddings
+            return found | dict(zip(texts, embeddings, strict=True))
 
         self._once = _Once(embed)
 
     def __call__(self, sample: Sample) -> np.ndarray:
-        return self._once()[0][self._places[sample.key]]
+        found = self._once()[0][sample.key]
+        if isinstance(found, BrokenSample):
+            raise found
+        return found
 
 
 # --- one sample ------------------------------------------------------------------------------------------------------
@@ -222,8 +232,16 @@ def _measured(sample: Sample, truth: Truth, found: Answer | Segmentation, settin
     if isinstance(found, Segmentation):
         return _mask(sample, truth, found, settings)
     if sample.task == "vqa-closed":
-        return {"choices": sample.choices, "choice": sample.choice, "logprobs": dict(found.choices)}
+        return {"choices": sample.choices, "choice": sample.choice, "logprobs": _logprobs(found)}
     return _box(truth, found) if sample.task == "rec" else {}
+
+
+def _logprobs(found: Answer) -> dict[str, float | None]:
+    """Of each choice, as JSON can hold it: None for -inf, a letter that cannot be said."""
+    for letter, value in found.choices.items():
+        if math.isnan(value) or value == math.inf:
+            raise InvalidInput(f"the log-probability of choice {letter} is {value}: the model's numbers are broken")
+    return {letter: None if value == -math.inf else value for letter, value in found.choices.items()}
 
 
 def _common(sample: Sample) -> dict:

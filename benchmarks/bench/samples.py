@@ -115,7 +115,7 @@ def _nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = nibabel.load(path)
         return np.asanyarray(image.dataobj), image.affine
-    except (OSError, nibabel.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         raise BrokenSample(path, f"cannot be read: {error}") from None
 
 

@@ -21,6 +21,7 @@ from benchmarks.bench.runner import decoded
 REFERENCE, SOUND = "reference", "sound"
 SIDES = (REFERENCE, SOUND)
 LIKELIEST = "accuracy of the likeliest choice"
+TIES = "likeliest choice tied"  # the first of equal ones is taken
 Scores = dict[str, dict[str, object]]  # side -> metric -> score
 
 TEXT_TASKS = ("report", "vqa-open", "reg")
@@ -49,13 +50,15 @@ class Scorers:
 
     meteor: None where WordNet cannot be had. models: metric -> key of a row -> score.
     gaps: metric -> why it is not computed, of METEOR and MODEL_METRICS.
-    splits: pool size -> keys of the pairs, of those retrieval pools that M3D_Cap.json names.
+    splits: pool size -> keys of the pairs, of those retrieval pools that M3D_Cap.json names. pairs: how many the index
+    has for the test, broken ones included.
     """
 
     meteor: Callable[[str, str], float] | None = None
     models: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     gaps: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    pairs: int = 0
 
 
 def score(task: str, rows: Sequence[dict], scorers: Scorers) -> list[dict]:
@@ -78,6 +81,12 @@ def gaps_of(task: str, rows: Sequence[dict], scorers: Scorers) -> dict[str, dict
             gaps[side][metric] = scorers.gaps.get(metric, "no model was given")
     if task in TEXT_TASKS and all(row["scores"][SOUND]["CIDEr"] is None for row in rows):
         gaps[SOUND]["CIDEr"] = "all samples have the same answer: no word is rare"
+    if task == "retrieval":
+        for size, why in _pools(rows, scorers)[1].items():
+            for to_texts in (True, False):
+                for k in retrieval.RANKS:
+                    for side, name in zip(SIDES, _recalls(to_texts, k, size)):
+                        gaps[side][name] = why
     if task.startswith("seg"):
         for metric in ("HD95", "NSD"):
             if not any(row["scores"][SOUND].get(metric) is not None for row in rows):
@@ -108,7 +117,7 @@ def _texts(task: str) -> Callable[[list[dict], Scorers], list[tuple[Scores, Scor
 
 def _text_scores(rows: list[dict], predictions: list[str], scorers: Scorers) -> list[Scores]:
     answers = [row["answer"] for row in rows]
-    ciders = text.cider(predictions, answers)
+    ciders = ciders_of(predictions, answers)
     found: list[Scores] = []
     for prediction, answer, cider in zip(predictions, answers, ciders):
         reference: dict[str, object] = {
@@ -120,10 +129,15 @@ def _text_scores(rows: list[dict], predictions: list[str], scorers: Scorers) -> 
         sound: dict[str, object] = {
             "BLEU": text.bleu_statistics(prediction, answer),
             "ROUGE-L": text.rouge("rougeL", prediction, answer),
-            "CIDEr": None if math.isnan(cider) else float(cider),
+            "CIDEr": cider,
         }
         found.append({REFERENCE: reference, SOUND: sound})
     return found
+
+
+def ciders_of(predictions: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+    """CIDEr of each sample, None where it cannot be had: all samples decide which words are rare."""
+    return [None if math.isnan(cider) else float(cider) for cider in text.cider(predictions, answers)]
 
 
 def _answers_of_others(task: str, rows: list[dict]) -> list[str]:
@@ -153,13 +167,15 @@ def _closed(rows: list[dict], scorers: Scorers) -> list[tuple[Scores, Scores]]:
     found = []
     for row in rows:
         chosen = choices.chosen(row["prediction"], row["choices"])
+        likeliest, tied = choices.likeliest(row["logprobs"])
         guess = 1 / len(row["choices"])
         scores: Scores = {
             REFERENCE: {"accuracy": float(choices.substring_right(row["prediction"], row["choice"]))},
             SOUND: {
                 "accuracy": float(chosen == row["choice"]),
                 "unparseable": float(chosen is None),
-                LIKELIEST: float(choices.likeliest(row["logprobs"]) == row["choice"]),
+                LIKELIEST: float(likeliest == row["choice"]),
+                TIES: float(tied),
             },
         }
         chance: Scores = {REFERENCE: {"accuracy": guess}, SOUND: {"accuracy": guess, LIKELIEST: guess}}
@@ -211,42 +227,52 @@ def _retrieved(rows: list[dict], scorers: Scorers) -> list[tuple[Scores, Scores]
     if not rows:
         return found
     scans, reports = (np.stack([decoded(row[f"{what}_embedding"]) for row in rows]) for what in ("scan", "text"))
-    for pool in _pools(rows, scorers.splits):
+    for pool in _pools(rows, scorers)[0]:
         scores = retrieval.similarity(scans[pool], reports[pool])
         texts = [rows[i]["answer"] for i in pool]
         for to_texts in (True, False):
             matrix = scores if to_texts else scores.T
             for k in (k for k in retrieval.RANKS if k == 1 or k < len(pool)):
-                names = (
-                    f"{'IR' if to_texts else 'TR'} R@{k} of {len(pool)}",
-                    f"{'scan to report' if to_texts else 'report to scan'} R@{k} of {len(pool)}",
-                )
                 hit = (
                     retrieval.reference_hits(matrix, k),
                     retrieval.hits(matrix, texts, k, of_texts=to_texts),
                 )
                 candidates = len(set(texts)) if to_texts else len(pool)
                 guess = k / len(pool), min(1.0, k / candidates)
-                for side, name, hits, chance in zip(SIDES, names, hit, guess):
+                for side, name, hits, chance in zip(SIDES, _recalls(to_texts, k, len(pool)), hit, guess):
                     for number, right in zip(pool, hits):
                         found[number][0][side][name] = float(right)
                         found[number][1][side][name] = chance
     return found
 
 
-def _pools(rows: list[dict], splits: Mapping[int, Sequence[str]]) -> list[list[int]]:
-    """Row numbers of each pool: of the published sizes that the rows fill, else one pool of all."""
+def _recalls(to_texts: bool, k: int, size: int) -> tuple[str, str]:
+    """What recall at k in a pool is called, on each of SIDES."""
+    reference, sound = ("IR", "scan to report") if to_texts else ("TR", "report to scan")
+    return f"{reference} R@{k} of {size}", f"{sound} R@{k} of {size}"
+
+
+def _pools(rows: Sequence[dict], scorers: Scorers) -> tuple[list[list[int]], dict[int, str]]:
+    """(row numbers of each pool, pool size -> why the rows do not fill it, of those that the index has).
+
+    Pools are of the published sizes; if the rows fill none, there is one of all rows.
+    """
     places = {row["key"]: number for number, row in enumerate(rows)}
     # Spread over all cases, and the same in every run.
     mixed = sorted(places, key=lambda key: hashlib.sha256(key.encode()).digest())
-    pools = []
+    pools, unfilled = [], {}
     for size in POOLS:
-        named = [places[key] for key in splits.get(size, ()) if key in places]
-        if len(named) == len(splits.get(size, ())) > 0:
-            pools.append(named)
+        if names := scorers.splits.get(size):
+            found = [places[key] for key in names if key in places]
+            if len(found) == len(names):
+                pools.append(found)
+            else:  # another draw of that size would not be the published pool
+                unfilled[len(names)] = f"{len(found)} of the {len(names)} pairs of {POOLS[size]} have an answer"
         elif len(rows) >= size:
             pools.append([places[key] for key in mixed[:size]])
-    return pools or [list(range(len(rows)))]
+        elif scorers.pairs >= size:
+            unfilled[size] = f"{len(rows)} of the {scorers.pairs} pairs have an answer"
+    return pools or [list(range(len(rows)))], unfilled
 
 
 _SCORED: dict[str, Callable[[list[dict], Scorers], list[tuple[Scores, Scores]]]] = {

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.bench.metrics.text import corpus_bleu
-from benchmarks.bench.scoring import SIDES
+from benchmarks.bench.scoring import SIDES, TIES
 from benchmarks.bench.statistics import LEAST_SCANS, ValueOf, as_statistics, interval, mean_of
 
-LOWER_IS_BETTER = ("HD95", "unparseable")
+LOWER_IS_BETTER = ("HD95", "unparseable", TIES)
 MILLIMETRES = ("HD95",)
 PLAIN = ("CIDEr",)  # neither a share nor a length
 _MOST_GROUPS = 200

@@ -22,7 +22,7 @@ from benchmarks.bench.summary import summarise
 from benchmarks.timings import Timing as Timed
 from engine.errors import InvalidInput, Unavailable
 from tests.conftest import ROOT
-from tests.m3d_bench import REPORT, Answerer, Model, bench
+from tests.m3d_bench import REPORT, Answerer, Model, bench, embedding
 from tests.m3d_data import SIZE, mask, save, write_root
 
 WITHOUT_TEXTS = "retrieval,vqa-closed,rec,seg-semantic,seg-referring"
@@ -237,6 +237,38 @@ def test_reports_are_embedded_in_batches_once(root, tmp_path, monkeypatch):
     assert len(rows) == 6 and sorted(batches) == [2, 4]
 
 
+def test_a_report_that_cannot_be_read_fails_alone(root, tmp_path):
+    index = root / "M3D_Cap_npy/M3D_Cap.json"
+    pairs = [pair for split in json.loads(index.read_text()).values() for pair in split]
+    index.write_text(json.dumps({"train": [], "validation": [], "test": pairs}))
+    (root / pairs[2]["text"]).write_text("")
+    rows, failed = asked("retrieval", root, tmp_path, Answerer(), failed_share=0.5)
+    assert len(rows) == 5 and len(failed) == 1 and "the text is empty" in failed[0]
+    letters = [row["answer"].split()[1][0] for row in rows]
+    assert [row["text_embedding"] for row in rows] == [encoded(embedding(letter)) for letter in letters]
+
+
+def test_a_choice_that_cannot_be_said_does_not_end_the_run(root, tmp_path):
+    class Sure(Answerer):
+        def ask(self, *args, **sampling):
+            return replace(super().ask(*args, **sampling), choices={"A": 0.0, "B": -np.inf, "C": -np.inf, "D": -np.inf})
+
+    assert bench(["--data", str(root), "--task", "vqa-closed", "--out", str(tmp_path)], Sure()) == 0
+    (row,) = read_rows(tmp_path / "rows/vqa-closed.jsonl")[1]
+    assert row["logprobs"] == {"A": 0.0, "B": None, "C": None, "D": None}
+    found = figures(tmp_path)["tasks"]["vqa-closed"]["sound"]
+    assert found["accuracy of the likeliest choice"]["value"] == 1 and found["likeliest choice tied"]["value"] == 0
+
+
+def test_a_log_probability_that_is_no_number_is_refused(root, tmp_path):
+    class Broken(Answerer):
+        def ask(self, *args, **sampling):
+            return replace(super().ask(*args, **sampling), choices={"A": np.nan, "B": 0.0})
+
+    with pytest.raises(InvalidInput, match="choice A is nan"):
+        asked("vqa-closed", root, tmp_path, Broken())
+
+
 def test_a_closed_question_is_asked_once_for_its_answer_and_for_the_likelihood_of_each_letter(root, tmp_path):
     answerer = Answerer()
     (row,), _ = asked("vqa-closed", root, tmp_path, answerer)
@@ -427,6 +459,26 @@ def test_rows_can_be_scored_again_without_anybody_who_answers(root, tmp_path):
     assert (tmp_path / "bench.json").read_bytes() == before
 
 
+def test_rows_that_are_scored_again_say_what_they_were_made_with(root, tmp_path):
+    arguments = ["--data", str(root), "--task", "rec", "--out", str(tmp_path)]
+    bench([*arguments, "--new-tokens", "7", "--nsd-mm", "4", "--concurrency", "3"], Answerer())
+    page = (tmp_path / "report.html").read_text()
+    assert "at most 7, greedy" in page and "4 mm" in page and "<td>in flight</td><td class=n>3</td>" in page
+    assert bench(arguments, None) == 0
+    assert figures(tmp_path)["settings"] == {"new_tokens": 7, "nsd_mm": 4.0}
+    page = (tmp_path / "report.html").read_text()
+    assert "at most 7, greedy" in page and "4 mm" in page
+    assert "in flight" not in page and "<td>machine</td>" not in page and "<td>scored on</td>" in page
+
+
+def test_rows_of_other_settings_are_not_one_result(root, tmp_path, capsys):
+    arguments = ["--data", str(root), "--out", str(tmp_path), "--task"]
+    bench([*arguments, "rec"], Answerer())
+    bench([*arguments, "vqa-closed", "--new-tokens", "7"], Answerer())
+    assert bench([*arguments, "rec,vqa-closed"], None) == 2
+    assert "the rows of vqa-closed are made otherwise than those of ['rec']" in capsys.readouterr().err
+
+
 def test_an_unknown_task_is_refused(root, tmp_path, capsys):
     assert bench(["--data", str(root), "--task", "sing", "--out", str(tmp_path)], Answerer()) == 2
     assert "there is no task 'sing': choose from retrieval" in capsys.readouterr().err
@@ -450,6 +502,8 @@ def test_the_likeliest_choice_is_scored_beside_the_answer():
     row = {"choices": {"A": "x", "B": "y"}, "choice": "A", "prediction": "B", "logprobs": {"A": -0.1, "B": -3.0}}
     found = summarise(scored("vqa-closed", [row]), {})["sound"]
     assert (found["accuracy"]["value"], found["accuracy of the likeliest choice"]["value"]) == (0, 1)
+    (tied,) = scored("vqa-closed", [{**row, "logprobs": {"A": -1.0, "B": -1.0}}])
+    assert tied["scores"]["sound"]["likeliest choice tied"] == 1
 
 
 def test_a_box_of_what_is_not_there_counts_against_refusals_only():
@@ -519,6 +573,31 @@ def test_a_pool_that_the_data_names_is_taken_as_it_is():
     assert {row["key"] for row in rows if "IR R@1 of 100" in row["scores"]["reference"]} == set(names)
 
 
+def test_a_pool_that_the_rows_do_not_fill_is_a_named_gap():
+    rows = scored("retrieval", pairs(150, map(str, range(150))), splits={100: [str(n) for n in range(60, 160)]})
+    scorers = scoring.Scorers(splits={100: [str(n) for n in range(60, 160)]}, pairs=500)
+    found = summarise(rows, scoring.gaps_of("retrieval", rows, scorers))
+    assert found["reference"]["IR R@1 of 100"]["gap"] == "90 of the 100 pairs of test100 have an answer"
+    assert found["sound"]["report to scan R@10 of 500"]["gap"] == "150 of the 500 pairs have an answer"
+    assert not any("1000" in name for side in ("reference", "sound") for name in found[side])  # the index has none
+    assert found["reference"]["IR R@1 of 150"]["n"] == 150
+
+
+def test_a_broken_pair_is_the_reason_for_a_pool_that_is_missing(root, tmp_path, monkeypatch):
+    index = root / "M3D_Cap_npy/M3D_Cap.json"
+    every = [pair for split in json.loads(index.read_text()).values() for pair in split]
+    index.write_text(json.dumps({"train": [], "validation": [], "test": every}))
+    (root / every[0]["image"]).unlink()
+    monkeypatch.setattr(scoring, "POOLS", {4: "test4", 6: "test"})
+    arguments = ["--data", str(root), "--task", "retrieval", "--out", str(tmp_path), "--broken-share", "0.5"]
+    assert bench(arguments, Answerer()) == 0
+    found = figures(tmp_path)["tasks"]["retrieval"]["reference"]
+    assert found["IR R@1 of 6"]["gap"] == "5 of the 6 pairs have an answer" and found["IR R@1 of 4"]["n"] == 4
+    page = (tmp_path / "report.html").read_text()
+    assert "not computed: 5 of the 6 pairs have an answer" in page
+    assert re.search(r"<td>IR R@1 of 4 [\d.]+</td>", page)  # the headline is of the greatest pool that there is
+
+
 def test_corpus_bleu_of_a_task_is_of_all_its_rows():
     import sacrebleu
 
@@ -544,6 +623,28 @@ def test_scores_of_a_model_are_kept_and_not_computed_again(root, tmp_path, monke
         assert bench(arguments, Answerer()) == 0
     assert calls == [1, 6]
     assert figures(tmp_path)["tasks"]["reg"]["reference"]["BERTScore"]["value"] == 0.5
+
+
+@pytest.mark.parametrize("error", [Unavailable("the judge gave no `Score: N`"), IndexError("gave no `Score: N`")])
+def test_a_model_that_fails_while_it_scores_is_a_named_gap(error, root, tmp_path, monkeypatch, capsys):
+    """One bad reply of a judge must not cost the figures of all tasks; a run with the same arguments asks again."""
+    good = []
+
+    def scorer(predictions, answers):
+        if not good:
+            raise error
+        return [0.5] * len(predictions)
+
+    monkeypatch.setattr(m3d_bench.models, "load_judge", lambda url, model: scorer)
+    arguments = ["--data", str(root), "--task", "report,rec", "--out", str(tmp_path), "--judge", "somewhere"]
+    assert bench(arguments, Answerer()) == 0
+    tasks = figures(tmp_path)["tasks"]
+    gap = tasks["report"]["sound"]["LLM judge"]["gap"]
+    assert gap.startswith("it failed after 0 of 1 samples: ") and "gave no `Score: N`" in gap and tasks["rec"]["n"] == 6
+    assert "LLM judge of report: not computed: it failed" in capsys.readouterr().out
+    good.append(True)
+    assert bench(arguments, None) == 0
+    assert figures(tmp_path)["tasks"]["report"]["sound"]["LLM judge"]["value"] == 0.5
 
 
 def test_the_judge_is_asked_over_openais_protocol(root, tmp_path):
@@ -642,6 +743,23 @@ def test_the_report_shows_papers_chance_and_cases_and_needs_nothing_from_elsewhe
     assert "Worst by Dice" in page and "Median by IoU" in page
     assert "by structure" in page and "by data set" in page
     assert "answers without a box: 4" in page and "0" * 64 in page
+
+
+def test_the_report_counts_the_samples_that_are_in_no_figure(root, tmp_path):
+    class Refusing(Answerer):
+        def ask(self, study, question, **sampling):
+            if "kidney" in question:
+                raise InvalidInput("not this one")
+            return super().ask(study, question, **sampling)
+
+    (root / "M3D_Seg_npy/0000/b/image.npy").unlink()
+    arguments = ["--data", str(root), "--task", "rec,vqa-closed", "--out", str(tmp_path), "--broken-share", "0.5"]
+    assert bench(arguments, Refusing()) == 1
+    rec = figures(tmp_path)["tasks"]["rec"]
+    assert (rec["n"], rec["broken"], rec["missing"]) == (3, 2, 1)
+    said = "Of 6 samples 2 have broken or missing files (preflight.json) and 1 have no answer: they are in no figure."
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("in no figure") == 1 and said in page  # all of vqa-closed are
 
 
 def test_text_of_answers_is_no_html_in_the_report(root, tmp_path):
@@ -783,6 +901,71 @@ def test_only_samples_of_both_runs_are_compared(many, tmp_path):
     found = compare.compare(tmp_path / "a/bench.json", tmp_path / "b/bench.json")
     assert {d.n for d in found.differences} == {20}
     assert found.notes == ("rec: 4 samples are in one of both runs only and are left out",)
+
+
+def changed_rows(out, task, change):
+    """Rewrite the header and the scored rows of a task by change(lines), a list that it may alter."""
+    path = out / f"samples/{task}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    change(lines)
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_runs_under_other_conditions_are_told_apart(root, tmp_path):
+    (root / "M3D_Seg_npy/0000/b/image.spacing.json").write_text("[5, 1, 1]")
+    arguments = ["--data", str(root), "--task", "seg-semantic", "--out"]
+    bench([*arguments, str(tmp_path / "a")], Answerer())
+    bench([*arguments, str(tmp_path / "b"), "--nsd-mm", "4", "--new-tokens", "7"], Answerer())
+    changed_rows(tmp_path / "b", "seg-semantic", lambda lines: lines[0].update(data="other"))
+    found = compare.compare(tmp_path / "a/bench.json", tmp_path / "b/bench.json")
+    said = "\n".join(found.notes)
+    assert "nsd_mm is 2.0 in A, 4.0 in B" in said and "new_tokens is 256 in A, 7 in B" in said
+    assert "the indices of the data: data is " in said and "'other' in B" in said
+    metrics = {d.metric for d in found.differences}
+    assert "HD95" in metrics and "NSD" not in metrics and "NSD (sound) is not compared" in said
+
+
+def test_runs_with_another_true_answer_are_refused(root, tmp_path):
+    for name in "ab":
+        bench(["--data", str(root), "--task", "vqa-closed", "--out", str(tmp_path / name)], Answerer())
+    changed_rows(tmp_path / "b", "vqa-closed", lambda lines: lines[1].update(answer="B. Coronal"))
+    with pytest.raises(InvalidInput, match="vqa-closed: 1 samples have another true answer in the two runs"):
+        compare.compare(tmp_path / "a/bench.json", tmp_path / "b/bench.json")
+
+
+def test_cider_is_compared_by_what_is_rare_among_the_shared_samples(root, tmp_path):
+    for name, limit in (("a", "4"), ("b", "6")):
+        arguments = ["--data", str(root), "--task", "reg", "--limit", limit, "--out", str(tmp_path / name)]
+        bench(arguments, Answerer(texts={"": "It is the right kidney, or the liver."}))
+    found = compare.compare(tmp_path / "a/bench.json", tmp_path / "b/bench.json")
+    (cider,) = (d for d in found.differences if d.metric == "CIDEr")
+    assert cider.n == 4 and cider.a == cider.b == figures(tmp_path / "a")["tasks"]["reg"]["sound"]["CIDEr"]["value"] > 0
+    keys = {row["key"] for row in read_rows(tmp_path / "a/samples/reg.jsonl")[1]}
+    among_all = [
+        row["scores"]["sound"]["CIDEr"] for row in read_rows(tmp_path / "b/samples/reg.jsonl")[1] if row["key"] in keys
+    ]
+    assert np.mean(among_all) != pytest.approx(cider.b, rel=1e-3)
+
+
+def test_retrieval_in_other_pools_is_not_compared(root, tmp_path):
+    for name in "ab":
+        bench(["--data", str(root), "--task", "retrieval,rec", "--out", str(tmp_path / name)], Answerer())
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert {d.task for d in compare.compare(a / "bench.json", b / "bench.json").differences} == {"retrieval", "rec"}
+    changed_rows(b, "retrieval", lambda lines: lines.append({**lines[-1], "key": "another"}))
+    found = compare.compare(a / "bench.json", b / "bench.json")
+    assert {d.task for d in found.differences} == {"rec"}
+    assert "retrieval: 1 pairs are in one of both runs only, so that the pools differ: not compared" in found.notes
+
+
+def test_a_metric_of_one_run_alone_is_said(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(m3d_bench.models, "load_bertscore", lambda *_: lambda predictions, _: [0.5] * len(predictions))
+    arguments = ["--data", str(root), "--task", "reg", "--out"]
+    bench([*arguments, str(tmp_path / "a")], Answerer())
+    bench([*arguments, str(tmp_path / "b"), "--bertscore", "somewhere"], Answerer())
+    a, b = tmp_path / "a/bench.json", tmp_path / "b/bench.json"
+    assert "reg: BERTScore (reference) is only in B" in compare.compare(a, b).notes
+    assert "reg: BERTScore (reference) is only in A" in compare.compare(b, a).notes
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What M3D-Bench reads of M3D-Data's published layouts, and what it says of missing and broken files."""
 
 import json
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -122,7 +123,9 @@ def test_the_voxel_size_of_an_npy_image_stands_beside_it_or_is_unknown(root):
         read_truth(sample)
 
 
-def test_scans_in_nifti_are_segmented_in_their_own_space(root):
+@pytest.fixture
+def in_nifti(root):
+    """The folder of a case in NIfTI, in place of data set 0000."""
     folder, affine = root / "M3D_Seg_npy/0000/n", np.diag([0.5, -0.5, 3, 1])
     folder.mkdir(parents=True)
     nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((20, 20, 6)), affine), folder / "image.nii.gz")
@@ -131,12 +134,59 @@ def test_scans_in_nifti_are_segmented_in_their_own_space(root):
     nibabel.save(nibabel.Nifti1Image(label, affine), folder / "mask_0.nii.gz")
     entries = [{"image": "0000/n/image.nii.gz", "label": "0000/n/mask_0.nii.gz"}]
     (root / "M3D_Seg_npy/0000/0000.json").write_text(json.dumps({"train": [], "test": entries}))
+    return folder
+
+
+def test_scans_in_nifti_are_segmented_in_their_own_space(root, in_nifti):
     sample = one("seg-semantic", root, "0000/n")
     assert check("seg-semantic", [sample]).samples
     truth = read_truth(sample)
     assert truth.mask.sum() == 18 and truth.spacing_mm == pytest.approx((0.5, 0.5, 3))
     # Boxes are written in the model's volume, which is not known of a NIfTI file's mask.
     assert all("0010" in sample.key for sample in samples_of("rec", root))
+
+
+def cut_end(path):
+    path.write_bytes(path.read_bytes()[:-12])
+
+
+def spoil_middle(path):
+    """What is packed is no longer what the compression says."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 10] = b"\xff" * 10
+    path.write_bytes(content)
+
+
+def swapped_checksum(path):
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 255
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [cut_end, spoil_middle, swapped_checksum])
+@pytest.mark.parametrize("name", ["mask_0.nii.gz", "image.nii.gz"])
+def test_a_nifti_file_that_is_not_whole_is_found_before_anything_is_asked(name, spoil, root, in_nifti):
+    spoil(in_nifti / name)
+    (broken,) = check("seg-semantic", [one("seg-semantic", root, "0000/n")]).broken
+    assert broken.path.endswith(name) and "is not a whole NIfTI file" in broken.cause
+
+
+def test_a_nifti_file_without_compression_has_all_of_its_bytes(root, in_nifti):
+    path = in_nifti / "mask_0.nii"
+    nibabel.save(nibabel.load(in_nifti / "mask_0.nii.gz"), path)
+    sample = replace(one("seg-semantic", root, "0000/n"), mask=path)
+    assert check("seg-semantic", [sample]).samples
+    path.write_bytes(path.read_bytes()[:-1])
+    assert check("seg-semantic", [sample]).causes == {"is not a whole NIfTI file (EOFError)": 1}
+
+
+@pytest.mark.parametrize("spoil", [cut_end, spoil_middle])
+def test_a_mask_that_breaks_during_a_run_is_a_broken_sample(spoil, root, in_nifti):
+    """It fails alone: any other error would end the run, and every run that resumes it."""
+    spoil(in_nifti / "mask_0.nii.gz")
+    with pytest.raises(BrokenSample, match="mask_0.nii.gz: cannot be read"):
+        read_truth(one("seg-semantic", root, "0000/n"))
 
 
 def test_a_limit_takes_the_same_samples_in_every_run_and_more_of_them_when_it_is_greater(root):

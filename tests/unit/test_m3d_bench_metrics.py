@@ -193,11 +193,45 @@ CHOICES = {"A": "Axial", "B": "Coronal", "C": "Sagittal", "D": "None of them"}
         ("I cannot say", None),
         ("", None),
         ("E. Other", None),
-        ("Vitamin B. complex", "B"),
+        ("Vitamin B. complex", None),  # the letter of a word
+        ("Vitamin D", None),
+        ("The answer is a cyst", None),
+        ("Answer: a large mass", None),
+        ("The answer is A large mass", None),
+        ("The answer is B because of the ribs", "B"),
+        ("The answer is A.", "A"),
+        ("**Answer:** B", "B"),
+        ("It is B.", "B"),
+        ("Answer: B or C", None),
+        ("A or B", None),
+        ("A. Axial or B. Coronal", None),
+        ("The answer is A. Axial", "A"),
     ],
 )
 def test_a_choice_is_named_by_its_letter_or_its_whole_text(said, letter):
     assert choices.chosen(said, CHOICES) == letter
+
+
+WITH_LETTERS = {"A": "Stanford type B", "B": "Stanford type A", "C": "Hepatitis C", "D": "None of them"}
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("Stanford type B", "A"),
+        ("stanford type b.", "A"),
+        ("Hepatitis C", "C"),
+        ("A. Stanford type B", "A"),
+        ("B. Stanford type A", "B"),
+        ("A. Stanford type A", "A"),  # the letter counts
+        ("The answer is B: Stanford type A.", "B"),
+        ("It looks like Stanford type B.", None),
+        ("Stanford type B or Stanford type A", None),
+        ("Hepatitis B.", None),
+    ],
+)
+def test_a_letter_in_the_text_of_a_choice_names_no_other_choice(said, letter):
+    assert choices.chosen(said, WITH_LETTERS) == letter
 
 
 def test_a_letter_that_is_no_choice_is_none():
@@ -210,8 +244,10 @@ def test_the_references_substring_takes_every_letter_at_once_for_right():
 
 
 def test_the_likeliest_choice_has_the_greatest_log_probability():
-    assert choices.likeliest({"A": -2.0, "B": -0.1, "C": -9.0}) == "B"
-    assert choices.likeliest({"B": -1.0, "A": -1.0}) == "A"
+    assert choices.likeliest({"A": -2.0, "B": -0.1, "C": -9.0}) == ("B", False)
+    assert choices.likeliest({"A": None, "B": -50.0}) == ("B", False)
+    assert choices.likeliest({"B": -1.0, "A": -1.0, "C": -2.0}) == ("A", True)
+    assert choices.likeliest({"A": None, "B": None}) == ("A", True)
     with pytest.raises(ValueError, match="choice B is not a number"):
         choices.likeliest({"A": -1.0, "B": math.nan})
 
