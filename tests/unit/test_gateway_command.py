@@ -139,8 +139,10 @@ class Held(AsyncM3DClient):
 
     def __init__(self, url: str):
         super().__init__(url)
-        self.may_answer = self.may_go_on = self.may_upload = threading.Event()
         self.closed = False
+
+    def let_go(self) -> None:
+        pass
 
     async def close(self) -> None:
         await super().close()
