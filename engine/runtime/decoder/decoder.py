@@ -92,7 +92,7 @@ class Decoder:
                 f"{(manifest.vocab_size, manifest.llm_width)}: export the repository again"
             )
         self._answering = 0
-        # A prompt finds cached blocks under its own salt only: runs of the server share none.
+        # A prompt finds cached blocks under its own salt only: tenants, and runs of the server, share none.
         self._salt = secrets.token_hex(16)
 
     async def start(
@@ -133,15 +133,20 @@ class Decoder:
         return self.engine.health
 
     async def answer(
-        self, visual_tokens: np.ndarray, question: QuestionOrTurns, sampling: Sampling = Sampling()
+        self,
+        visual_tokens: np.ndarray,
+        question: QuestionOrTurns,
+        sampling: Sampling = Sampling(),
+        cache_salt: str = "",
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of the answer about a scan; a slow reader gets fewer and larger ones.
 
         To stop decoding, close the iterator or cancel its task.
 
-        visual_tokens: [N, H] floats. question: or the turns of a conversation, see `Prompt.input_ids`. An explicit
-        max_new_tokens that the context has no room for is refused; the default is cut to what is left. Choices are
-        scored when the answer is there: its prompt is in the prefix cache then.
+        visual_tokens: [N, H] floats. question: or the turns of a conversation, see `Prompt.input_ids`. cache_salt:
+        names a tenant; tenants share no cached prefix. An explicit max_new_tokens that the context has no room for is
+        refused; the default is cut to what is left. Choices are scored when the answer is there: its prompt is in the
+        prefix cache then.
         Raises InvalidInput, ResourceExhausted (too many questions), Unavailable (the engine died or is restarting).
         """
         arrival = time.monotonic()
@@ -153,7 +158,7 @@ class Decoder:
         try:
             rows = self._prompt_rows(visual_tokens, question)
             choices = await self._choices(sampling, question, len(rows)) if sampling.choices else {}
-            key, salt = uuid.uuid4().hex, self._salt
+            key, salt = uuid.uuid4().hex, f"{self._salt}/{cache_salt}"
             params = self._params(sampling, self._max_new_tokens(sampling, len(rows)), key, choices)
             has_history = not isinstance(question, str) and len(question) > 1
             logprobs: list[ChosenToken] = []
