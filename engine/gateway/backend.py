@@ -142,6 +142,8 @@ class ThreadedM3D:
         """What the call returns. stop: ends it sooner, when the task is cancelled."""
         called = self._threads.submit(call)
         result = asyncio.wrap_future(called)
+        # Of a cancelled task no code looks at the result: asyncio would log its exception.
+        result.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             return await asyncio.shield(result)
         except asyncio.CancelledError:
