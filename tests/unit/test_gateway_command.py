@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime
+import gc
 import signal
 import ssl
 import subprocess
@@ -23,7 +24,7 @@ from cryptography.x509.oid import NameOID
 from engine.api import Study
 from engine.cli import entrance
 from engine.client import AsyncM3DClient, M3DClient
-from engine.errors import StudyNotFound
+from engine.errors import StudyNotFound, Unavailable
 from engine.gateway import backend, keys
 from engine.gateway.backend import ThreadedM3D
 from engine.gateway.settings import GatewaySettings
@@ -330,3 +331,26 @@ def test_an_engine_whose_threads_are_all_busy_is_ready(monkeypatch):
 async def _all(stream) -> None:
     async for _ in stream:
         pass
+
+
+def test_the_end_of_a_cancelled_call_is_not_logged(caplog):
+    """It filled the pipe of a gateway's standard error, and its loop stood still."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Failing:
+        def info(self, timeout=None):
+            begun.set()
+            may_end.wait()
+            raise Unavailable("the engine was closed")
+
+    async def cancel():
+        call = asyncio.create_task(ThreadedM3D(Failing()).info())
+        await asyncio.to_thread(begun.wait)
+        call.cancel()
+        asyncio.get_running_loop().call_soon(may_end.set)
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(cancel())
+    gc.collect()
+    assert not caplog.records
