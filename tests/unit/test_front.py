@@ -32,13 +32,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from engine import contract, server
+from engine import contract
 from engine.client import M3DClient, wire
 from engine.errors import DeadlineExceeded, InvalidInput, ResourceExhausted, Unavailable, from_wire
 from engine.runtime.run_folder import READY, RunFolder
 from engine.scan import read_scan
 from engine.server import front
 from engine.server.requests import Refused
+from engine.server.server import free_ports
 from engine.server.settings import FrontSettings
 from tests.conftest import ROOT
 from tests.unit.fake_triton import ANSWER, FINAL, HANDLE, HeldTriton, final, response
@@ -1452,7 +1453,7 @@ class Process:
     """`python -m engine.server.front` between `url` and Triton."""
 
     def __init__(self, inside: str, folder, **settings):
-        ports = server.free_ports()
+        ports = free_ports()
         of_all = {
             "host": "127.0.0.1",
             "metrics_host": "127.0.0.1",

@@ -237,9 +237,14 @@ def test_reports_are_embedded_in_batches_once(root, tmp_path, monkeypatch):
     assert len(rows) == 6 and sorted(batches) == [2, 4]
 
 
+def pairs_of(index) -> list[dict]:
+    """The pairs of all splits of M3D_Cap.json, each once."""
+    return list({pair["image"]: pair for split in json.loads(index.read_text()).values() for pair in split}.values())
+
+
 def test_a_report_that_cannot_be_read_fails_alone(root, tmp_path):
     index = root / "M3D_Cap_npy/M3D_Cap.json"
-    pairs = [pair for split in json.loads(index.read_text()).values() for pair in split]
+    pairs = pairs_of(index)
     index.write_text(json.dumps({"train": [], "validation": [], "test": pairs}))
     (root / pairs[2]["text"]).write_text("")
     rows, failed = asked("retrieval", root, tmp_path, Answerer(), failed_share=0.5)
@@ -585,7 +590,7 @@ def test_a_pool_that_the_rows_do_not_fill_is_a_named_gap():
 
 def test_a_broken_pair_is_the_reason_for_a_pool_that_is_missing(root, tmp_path, monkeypatch):
     index = root / "M3D_Cap_npy/M3D_Cap.json"
-    every = [pair for split in json.loads(index.read_text()).values() for pair in split]
+    every = pairs_of(index)
     index.write_text(json.dumps({"train": [], "validation": [], "test": every}))
     (root / every[0]["image"]).unlink()
     monkeypatch.setattr(scoring, "POOLS", {4: "test4", 6: "test"})
