@@ -107,8 +107,8 @@ CONTAINERS = list(map(container, documented("docker", "run")))
 HOME = "/home/m3d"
 
 
-# Of Triton, of deploy/tensorrt_bindings.py, of the other target, and of training/evaluate.py (`m3d evaluate`), which the
-# check does not run.
+# Of Triton, of deploy/tensorrt_bindings.py, of the other target, and of training/evaluate.py (`m3d evaluate`), which
+# the check does not run.
 NOT_OF_THE_REQUIREMENTS = {"triton_python_backend_utils", "tensorrt", "openvino", "monai"}
 
 
