@@ -189,6 +189,9 @@ def _need_libraries(tasks: Collection[str]) -> None:
     ]
     if missing:
         raise Unavailable(f"{', '.join(missing)} cannot be imported: pip install 'm3d-engine[bench]'")
+    if not set(needed["monai"]).isdisjoint(tasks):
+        # Imported here, on one thread: it parses its own source, which Python 3.11 cannot do on two threads at once.
+        importlib.import_module("monai.metrics")
 
 
 def _ask_all(
