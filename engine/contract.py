@@ -16,6 +16,9 @@ from typing import Any
 
 from engine.errors import InvalidInput
 
+# NumPy's types of tensors that are no texts, as they cross the wire.
+DTYPES = {"BOOL": "?", "UINT8": "u1", "INT32": "<i4", "INT64": "<i8", "FP32": "<f4", "FP64": "<f8"}
+
 MAX_PART_BYTES = 16 << 20  # of a scan in one request: taken in within some milliseconds, while other requests wait
 
 

@@ -12,21 +12,13 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from engine import contract
-from engine.contract import Tensor, encoded_texts
+from engine.contract import DTYPES, Tensor, encoded_texts
 from engine.defaults import DEFAULT_URL
 from engine.errors import Cancelled, DeadlineExceeded, InvalidInput, M3DError, ResourceExhausted, Unavailable, from_wire
 from engine.methods import Outputs, not_served, other_version
 
 PART_BYTES = 4 << 20  # of a scan in one request: so small that all that handle it use the same memory again
 MAX_REQUEST_BYTES = (1 << 31) - (1 << 16)  # protobuf's 2 GiB, less the envelope
-DTYPES = {
-    "BOOL": np.dtype("?"),
-    "UINT8": np.dtype("u1"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-}
 OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from engine.contract import Tensor, encoded_texts
+from engine.contract import DTYPES, Tensor, encoded_texts
 from engine.errors import InvalidInput
 
 Outputs = Mapping[str, "np.ndarray | str"]
@@ -18,8 +18,6 @@ Outputs = Mapping[str, "np.ndarray | str"]
 
 Deferred = Callable[[], Outputs]
 """What is left to do for the outputs of a request that takes time."""
-
-_DTYPES = {"BOOL": np.bool_, "UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32, "FP64": np.float64}
 
 
 class Inputs(ABC):
@@ -80,4 +78,4 @@ def _array(tensor: Tensor, value: object) -> np.ndarray:
     """An input as it would be after its way to a server."""
     if tensor.dtype == "BYTES":
         return np.array(encoded_texts(tensor, value), np.object_)
-    return np.atleast_1d(np.asarray(value, _DTYPES[tensor.dtype]))
+    return np.atleast_1d(np.asarray(value, DTYPES[tensor.dtype]))

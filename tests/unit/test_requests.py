@@ -6,6 +6,7 @@ import tracemalloc
 from dataclasses import dataclass
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from engine.client import wire
-from engine.contract import MODELS, Tensor
+from engine.contract import DTYPES, MODELS, Tensor
 from engine.errors import InvalidInput, Unavailable, from_wire
 from engine.server import requests
 from engine.server.requests import Refused
@@ -29,7 +30,7 @@ def content_of(tensor: Tensor, shape: tuple[int, ...]) -> bytes:
         count *= size
     if tensor.dtype == "BYTES":
         return b"".join(len(text).to_bytes(4, "little") + text for text in [b"some words"] * count)
-    return bytes(count * wire.DTYPES[tensor.dtype].itemsize)
+    return bytes(count * np.dtype(DTYPES[tensor.dtype]).itemsize)
 
 
 def add(request: ModelInferRequest, tensor: Tensor) -> None:
