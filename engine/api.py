@@ -285,6 +285,8 @@ class Segmentation:
         """Volume, place and intensities of `mask`, see `MeasuredMasks.measurements`; None without a mask."""
         if self.mask is None:
             return None
+        if len(self.segments) == 1:  # the same mask, for which the scan is read already or will be
+            return self.segments[0].measurements
         return MeasuredMasks([self.mask], self.affine, self.source, self.preset).measurements[0]
 
     def save(self, path: str | PathLike) -> Path:
