@@ -132,35 +132,40 @@ def two_processes(environment: dict, script: Path, *arguments: str) -> subproces
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
+def train_whole_and_torn(folder: Path, environment: dict, script: str, **trainer) -> dict[str, torch.Tensor]:
+    """Train once in one go, and once killed and resumed, which ends in the same weights. The adapter's weights."""
+    data, llm = m3d_data.write_root(folder / "data"), toy.language_model(folder / "tiny-llama")
+    (folder / "rank.py").write_text(script)
+    configurations = {}
+    for name in ("whole", "torn"):
+        values = toy.finetune_configuration(folder / name, data, llm, **trainer)
+        values["data"]["m3d"]["validation"] = {"samples": 2, "answers": 1}
+        configurations[name] = str(toy.written(values, folder / f"{name}.json"))
+    done = two_processes(environment, folder / "rank.py", configurations["whole"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed = two_processes(environment, folder / "rank.py", configurations["torn"], "3")
+    assert killed.returncode != 0 and not (folder / "torn" / "final").exists()
+    assert (folder / "torn" / "checkpoint-2").is_dir(), killed.stderr[-3000:]
+    resumed = two_processes(environment, folder / "rank.py", configurations["torn"])
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        whole, torn = (load_file(folder / run / "final" / name) for run in ("whole", "torn"))
+        assert whole.keys() == torn.keys() and all(torch.equal(value, torn[key]) for key, value in whole.items())
+    return whole
+
+
 @pytest.mark.slow(group="faults")
 @pytest.mark.integration
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_in_bf16_keeps_float32_and_goes_on_to_the_bit(tmp_path, environment, stage):
-    data, llm = m3d_data.write_root(tmp_path / "data"), toy.language_model(tmp_path / "tiny-llama")
     file = SPREAD / f"zero{stage}.json"
     checked = subprocess.run(
         [sys.executable, "-c", _VALIDATED, str(file)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert checked.stdout.split()[-2:] == [str(stage), "True"], checked.stderr[-2000:]
-    (tmp_path / "rank.py").write_text(_RANK)
-    configurations = {}
-    for name in ("whole", "torn"):
-        settings = {"bf16": True, "deepspeed": str(file), "max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
-        values = toy.finetune_configuration(tmp_path / name, data, llm, **settings)
-        values["data"]["m3d"]["validation"] = {"samples": 2, "answers": 1}
-        configurations[name] = str(toy.written(values, tmp_path / f"{name}.json"))
-    done = two_processes(environment, tmp_path / "rank.py", configurations["whole"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    killed = two_processes(environment, tmp_path / "rank.py", configurations["torn"], "3")
-    assert killed.returncode != 0 and not (tmp_path / "torn" / "final").exists()
-    assert (tmp_path / "torn" / "checkpoint-2").is_dir(), killed.stderr[-3000:]
-    resumed = two_processes(environment, tmp_path / "rank.py", configurations["torn"])
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    for name in ("model.safetensors", "adapter_model.safetensors"):
-        whole, torn = (load_file(tmp_path / run / "final" / name) for run in ("whole", "torn"))
-        assert whole.keys() == torn.keys() and all(torch.equal(value, torn[key]) for key, value in whole.items())
+    settings = {"bf16": True, "deepspeed": str(file), "max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    lora = train_whole_and_torn(tmp_path, environment, _RANK, **settings)
     # Weights that bf16 cannot hold: the optimizer's own.
-    lora = load_file(tmp_path / "whole" / "final" / "adapter_model.safetensors")
     assert all(value.dtype == torch.float32 for value in lora.values())
     assert any(not torch.equal(value, value.bfloat16().float()) for value in lora.values())
     for states in (tmp_path / "whole" / "checkpoint-3").glob("global_step3/*model_states.pt"):
@@ -186,27 +191,11 @@ def test_deepspeed_trains_in_bf16_keeps_float32_and_goes_on_to_the_bit(tmp_path,
 @pytest.mark.integration
 @pytest.mark.parametrize("bf16", [False, True])
 def test_fsdp2_keeps_what_is_trained_and_goes_on_to_the_bit(tmp_path, bf16):
-    data, llm = m3d_data.write_root(tmp_path / "data"), toy.language_model(tmp_path / "tiny-llama")
-    (tmp_path / "rank.py").write_text(AS_ON_GPUS + _RANK)
-    configurations = {}
-    for name in ("whole", "torn"):
-        settings = {"bf16": bf16, "fsdp": True, "fsdp_config": str(SPREAD / "fsdp2.json"), "max_steps": 3}
-        settings |= {"eval_strategy": "steps", "eval_steps": 1}
-        values = toy.finetune_configuration(tmp_path / name, data, llm, **settings)
-        values["data"]["m3d"]["validation"] = {"samples": 2, "answers": 1}
-        configurations[name] = str(toy.written(values, tmp_path / f"{name}.json"))
+    settings = {"bf16": bf16, "fsdp": True, "fsdp_config": str(SPREAD / "fsdp2.json"), "max_steps": 3}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = two_processes(environment, tmp_path / "rank.py", configurations["whole"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    killed = two_processes(environment, tmp_path / "rank.py", configurations["torn"], "3")
-    assert killed.returncode != 0 and not (tmp_path / "torn" / "final").exists()
-    assert (tmp_path / "torn" / "checkpoint-2").is_dir(), killed.stderr[-3000:]
-    resumed = two_processes(environment, tmp_path / "rank.py", configurations["torn"])
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    for name in ("model.safetensors", "adapter_model.safetensors"):
-        whole, torn = (load_file(tmp_path / run / "final" / name) for run in ("whole", "torn"))
-        assert whole.keys() == torn.keys() and all(torch.equal(value, torn[key]) for key, value in whole.items())
-    assert all(value.dtype == torch.float32 for value in whole.values())
+    lora = train_whole_and_torn(tmp_path, environment, AS_ON_GPUS + _RANK, **settings)
+    assert all(value.dtype == torch.float32 for value in lora.values())
     assert not [file.name for file in (tmp_path / "whole" / "checkpoint-3").iterdir() if "fsdp" in file.name]
     merged = merge_lora.merge(merge_lora.Settings(trained=tmp_path / "whole" / "final", out=tmp_path / "merged"))
     assert (merged / "model.safetensors").is_file()
